@@ -1,0 +1,47 @@
+# Each target sets up what it needs in .venv, once: a stamp there is renewed when pyproject.toml or constraints.txt change.
+
+PYTHON := python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install -c constraints.txt
+PURE := diffusion objectives rollout phases
+
+# Small models on several spinning threads are far slower than on one.
+export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check reproduce clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.stamp-run ## Distil the embedded teacher in runs/demo, evaluate it, write runs/demo/report.html
+	$(BIN)/phased-dmd distill nano-t2i --output runs/demo
+	$(BIN)/phased-dmd evaluate runs/demo
+	$(BIN)/phased-dmd report runs/demo
+
+test: .venv/.stamp-dev ## Run the tests; the pure mathematics must be covered to 95 %
+	$(BIN)/pytest $(PURE:%=--cov=phased_dmd.%) --cov-report=term-missing --cov-fail-under=95
+
+check: .venv/.stamp-dev ## Lint, formatting, types, and the order of the layers
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+reproduce: .venv/.stamp-dev ## Make the committed results again
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/reproduce.sh
+
+clean: ## Remove .venv, build outputs and caches; runs/ stays
+	rm -rf .venv build dist src/*.egg-info .coverage .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/.stamp-run: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) -e .
+	touch $@
+
+.venv/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) -e '.[dev,eval]'
+	touch .venv/.stamp-run $@

@@ -1,0 +1,35 @@
+"""Phased DMD: few-step distribution matching distillation by score matching within subintervals (arXiv 2510.27684)."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phased_dmd.config import Config as Config
+    from phased_dmd.config import UserError as UserError
+    from phased_dmd.diffusion import FlowSchedule as FlowSchedule
+    from phased_dmd.diffusion import VESchedule as VESchedule
+    from phased_dmd.diffusion import VPSchedule as VPSchedule
+    from phased_dmd.objectives import distribution_matching_loss as distribution_matching_loss
+    from phased_dmd.objectives import score_matching_loss as score_matching_loss
+    from phased_dmd.objectives import subinterval_target as subinterval_target
+    from phased_dmd.phases import PhasePlan as PhasePlan
+    from phased_dmd.rollout import rollout as rollout
+    from phased_dmd.sample import load as load
+    from phased_dmd.train import distill as distill
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Config": "config", "UserError": "config", "PhasePlan": "phases", "FlowSchedule": "diffusion", "VPSchedule": "diffusion",
+    "VESchedule": "diffusion", "subinterval_target": "objectives", "score_matching_loss": "objectives",
+    "distribution_matching_loss": "objectives", "distill": "train", "load": "sample",
+}  # fmt: skip
+
+__all__ = [*_HOMES, "rollout"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name on first use, so that `phased-dmd --help` need not import torch."""
+    if name == "rollout" or name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"phased_dmd.{_HOMES[name]}"), name)

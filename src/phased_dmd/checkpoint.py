@@ -1,0 +1,124 @@
+"""The run folder: its config, metrics, experts and checkpoints. A file is there whole or not at all."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from phased_dmd.config import Config, UserError, build
+
+HEADER = "phased_dmd"  # one key, so that the header's bytes do not depend on a hash's order
+KEEP = 2  # checkpoints
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes beside the path, syncs, and renames over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
+    write_atomically(path, save(ordered, {HEADER: json.dumps(header, sort_keys=True)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the header of a file that `save_tensors` wrote; anything else is a UserError."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})[HEADER])
+        return load_file(path), header
+    except Exception as error:  # safetensors raises its own, OSError, KeyError, ValueError: all mean a bad file
+        raise UserError(f"{path}: not a file of this program, or damaged ({error})") from error
+
+
+class RunFolder:
+    """One run on disk."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.json"
+
+    def config(self) -> Config:
+        try:
+            return build(json.loads(self.config_path.read_text()))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"{self.path}: not a run folder: config.json cannot be read ({error})") from error
+
+    def check(self, config: Config) -> None:
+        """A UserError where the folder cannot take this run."""
+        if self.config_path.exists():
+            if (other := self.config()) != config:
+                key = next(k for k in type(config).model_fields if getattr(other, k) != getattr(config, k))
+                raise UserError(f"--output: {self.path} holds another run ({other.recipe}); it differs in: {key}")
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(f"--output: {self.path} exists and is not a run folder")
+
+    def open(self, config: Config) -> None:
+        """Makes the folder, or finds it holding the same run."""
+        self.check(config)
+        try:
+            if not self.config_path.exists():
+                write_atomically(self.config_path, (config.model_dump_json(indent=2) + "\n").encode())
+        except OSError as error:
+            raise UserError(f"--output: {self.path} cannot be written: {error.strerror}") from error
+
+    def expert_path(self, phase: int) -> Path:
+        return self.path / "experts" / f"phase-{phase}.safetensors"
+
+    def finished(self, config: Config) -> bool:
+        return all(self.expert_path(phase).exists() for phase in range(1, config.plan.phases + 1))
+
+    def save_checkpoint(self, phase: int, iteration: int, tensors: Mapping[str, Tensor]) -> None:
+        path = self.path / "checkpoints" / f"phase-{phase}-iteration-{iteration:06d}.safetensors"
+        save_tensors(path, tensors, {"phase": phase, "iteration": iteration})
+        for old in self._checkpoints()[:-KEEP]:
+            old.unlink()
+
+    def load_checkpoint(self, phase: int) -> tuple[int, dict[str, Tensor]] | None:
+        """The newest checkpoint of a phase as (iterations done, tensors)."""
+        mine = [path for path in self._checkpoints() if path.name.startswith(f"phase-{phase}-")]
+        if not mine:
+            return None
+        tensors, header = load_tensors(mine[-1])
+        return header["iteration"], tensors
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoints").glob("phase-*-iteration-*.safetensors"))
+
+    def rewind_metrics(self, phase: int, iteration: int) -> None:
+        """Drops the metrics that lie beyond (phase, iteration), and a line cut short."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        rows = [(json.loads(line), line) for line in kept]
+        upto = [line for row, line in rows if (row["phase"], row["iteration"]) <= (phase, iteration)]
+        write_atomically(path, "".join(upto).encode())
+
+    def log(self, name: str, row: Mapping[str, Any]) -> None:
+        """Appends one JSON object to `metrics.jsonl` or `timing.jsonl`."""
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

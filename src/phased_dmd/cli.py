@@ -1,0 +1,159 @@
+"""The command `phased-dmd`. Heavy imports wait until a command runs, so that `-h` is fast."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small models on spinning threads are far slower
+
+import typer
+import yaml
+from typer.exceptions import TyperException
+
+from phased_dmd.config import UserError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+    help="Distil slow diffusion and flow models into few-step generators with Phased DMD (arXiv 2510.27684).",
+)  # fmt: skip
+
+Run = Annotated[Path, typer.Argument(help="a run folder", show_default=False)]
+
+
+@app.command()
+def distill(
+    recipe: Annotated[str, typer.Argument(help="a recipe's name (toy-1d, toy-2d, nano-t2i, nano-t2v) or a YAML or JSON file")],
+    output: Annotated[Path | None, typer.Option(help="the run folder [default: runs/RECIPE]", show_default=False)] = None,
+    iterations: Annotated[int | None, typer.Option(help="generator updates a phase")] = None,
+    steps: Annotated[int | None, typer.Option(help="network calls of the distilled generator")] = None,
+    phases: Annotated[int | None, typer.Option(help="phases the steps are split into")] = None,
+    method: Annotated[
+        Literal["dmd", "dmd-sgts", "phased", "phased-sgts"] | None,
+        typer.Option(help="sets phases and gradient; keeps the generator updates in all"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="of every random draw")] = None,
+    prompts: Annotated[str | None, typer.Option(help="a file with a prompt a line, or a shipped set's name")] = None,
+    log_every: Annotated[int | None, typer.Option(help="iterations between lines of metrics.jsonl")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="iterations between checkpoints")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="any field, as in --set generator.lora.rank=16")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, build the networks, print the config, train nothing")] = False,
+) -> None:  # fmt: skip
+    """Distil a teacher; on an unfinished run folder, go on with it."""
+    from phased_dmd.recipes import resolve
+
+    flags = {
+        "iterations": iterations, "plan.steps": steps, "plan.phases": phases, "seed": seed, "prompts": prompts,
+        "log_every": log_every, "checkpoint_every": checkpoint_every,
+    }  # fmt: skip
+    overrides = {key: value for key, value in flags.items() if value is not None} | dict(map(_assignment, set_ or []))
+    config = resolve(recipe, overrides, method)
+    folder = output or Path("runs") / config.recipe
+
+    from phased_dmd.checkpoint import RunFolder
+    from phased_dmd.train import distill as run
+    from phased_dmd.train import prepare
+
+    RunFolder(folder).check(config)
+    if dry_run:
+        prepare(config)
+        print(config.model_dump_json(indent=2))
+    elif RunFolder(folder).finished(config):
+        print(f"{folder}: already distilled")
+    else:
+        print(f"{folder}: {config.method} on {config.recipe}, {config.plan.steps} steps in {config.plan.phases} phases")
+        run(config, folder)
+        print(f"{folder}: done; experts in {folder / 'experts'}")
+
+
+@app.command()
+def sample(
+    run: Run,
+    output: Annotated[Path, typer.Option(help="a folder for pictures or clips and a contact sheet")],
+    prompt: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
+    prompts: Annotated[str | None, typer.Option(help="a file with a prompt a line, or a shipped set's name")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="samples a prompt: seeds 0, 1, ...")] = 1,
+    base: Annotated[int | None, typer.Option(min=1, help="sample the teacher with that many steps instead")] = None,
+) -> None:
+    """Sample a finished run: PNG pictures, or WebP clips, with a contact sheet."""
+    from phased_dmd.prompts import read_prompts
+    from phased_dmd.sample import load, write_samples
+
+    texts = (prompt or []) + (read_prompts(prompts) if prompts is not None else [])
+    for path in write_samples(load(run), texts or [""], seeds, output, base):
+        print(path)
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="run folders; those of one teacher share the base's samples")],
+    samples: Annotated[int, typer.Option(min=64, help="a cell")] = 1000,
+    again: Annotated[bool, typer.Option("--again", help="even if evaluated before")] = False,
+) -> None:
+    """Measure runs against their base; writes evaluation.json into each."""
+    from phased_dmd.evaluate import evaluate as measure
+    from phased_dmd.report import table
+
+    for run, result in measure(runs, samples, again).items():
+        print(f"{run}\n{table(result)}")
+
+
+@app.command()
+def report(run: Run, output: Annotated[Path | None, typer.Option(help="[default: RUN/report.html]", show_default=False)] = None) -> None:
+    """Write one self-contained page of a finished and evaluated run."""
+    from phased_dmd.report import write_report
+
+    print(write_report(run, output or run / "report.html"))
+
+
+@app.command()
+def reproduce(
+    claim: Annotated[Literal["fig2", "toy-2d", "nano-t2i", "nano-t2v"], typer.Argument(help="the figure, or the recipe to study")],
+    seeds: Annotated[int, typer.Option(min=1, help="seeds 0, 1, ...")] = 3,
+    samples: Annotated[int, typer.Option(min=64, help="a cell, where samples are evaluated")] = 1000,
+    runs: Annotated[Path, typer.Option(help="where the runs go; what is there already is not done again")] = Path("runs/reproduce"),
+    output: Annotated[Path, typer.Option(help="where the results go")] = Path("docs/results"),
+) -> None:  # fmt: skip
+    """Repeat a committed result: all its runs, then a table, with a JSON beside it."""
+    from phased_dmd.reproduce import fig2, study
+
+    print(fig2(range(seeds), output) if claim == "fig2" else study(claim, range(seeds), samples, runs, output))
+
+
+@app.command()
+def teach(
+    what: Annotated[Literal["nano", "digits"], typer.Argument(help="the embedded teacher, or the evaluation's classifier")],
+    output: Annotated[Path, typer.Option(help="the folder to write")],
+    data: Annotated[Path, typer.Option(help="the digits: gzipped CSV of 784 pixels and a label a row")] = Path("data/mnist_5k.csv.gz"),
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:  # fmt: skip
+    """Train the networks that the package ships, from scratch (40 minutes on one core)."""
+    if not data.is_file():
+        raise UserError(f"--data: {data} is not a file")
+    from phased_dmd.teach.nano import Budget, teach_digits, teach_nano
+
+    {"nano": teach_nano, "digits": teach_digits}[what](output, data, seed, Budget(), print)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise UserError(f"--set: {text!r} is not of the form field=value")
+    return key, yaml.safe_load(value)
+
+
+def main() -> None:
+    """Runs a command; what the user can mend is one line on stderr and exit status 2."""
+    try:
+        app(standalone_mode=False)
+    except (UserError, OSError) as error:
+        print(f"phased-dmd: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except TyperException as error:
+        print(f"phased-dmd: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):
+        print("phased-dmd: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,250 @@
+"""The typed description of a run: frozen pydantic models, free of torch."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from phased_dmd.phases import PhasePlan
+
+Method = Literal["dmd", "dmd-sgts", "phased", "phased-sgts"]
+
+
+class UserError(ValueError):
+    """Something the user can mend: shown as one line, exit status 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class AnalyticTeacher(Section):
+    """The exact prediction of a Gaussian mixture (std 0: points), and the MLP that is fitted to it as student."""
+
+    kind: Literal["analytic"] = "analytic"
+    means: tuple[tuple[float, ...], ...]
+    std: float = Field(0.0, ge=0)
+    weights: tuple[float, ...] | None = None
+    schedule: Literal["flow", "vp-cosine", "vp-linear", "ve"] = "flow"
+    prediction: Literal["flow", "x0", "eps", "v"] = "flow"
+    hidden: int = Field(128, gt=0)
+    layers: int = Field(4, gt=0)
+    fit_steps: int = Field(2000, gt=0)
+    fit_batch: int = Field(512, gt=0)
+    fit_lr: float = Field(2e-3, gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.means or len({len(mean) for mean in self.means}) != 1 or not self.means[0]:
+            raise ValueError("means: needs at least one mean, all of the same length")
+        if self.weights is not None and (len(self.weights) != len(self.means) or min(self.weights) <= 0):
+            raise ValueError("weights: needs one positive weight a mean")
+        return self
+
+
+class WanTeacher(Section):
+    """A diffusers `WanPipeline` folder, or `nano`, the one inside the package."""
+
+    kind: Literal["wan"] = "wan"
+    path: str = "nano"
+    num_frames: int = Field(1, gt=0)
+    height: int = Field(32, gt=0)
+    width: int = Field(32, gt=0)
+    guidance: float = Field(4.0, ge=1, description="uncond + guidance * (cond - uncond); 1 is none")
+    negative_prompt: str = ""
+    max_tokens: int = Field(512, gt=0)
+    base_steps: int = Field(40, gt=0, description="of the teacher's own sampler, in evaluations")
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+
+
+class Plan(Section):
+    """The few-step grid and its phases (Sec. 2.2, 2.3)."""
+
+    steps: int = Field(4, gt=0)
+    phases: int = Field(2, gt=0)
+    shift: float = Field(5.0, gt=0)
+    start: float = Field(1.0, gt=0, le=1, description="t_0")
+    gradient: Literal["all", "last"] = Field("last", description="through all of a phase's steps, or the exit (SGTS)")
+    solver: Literal["ddim", "renoise"] = "ddim"
+    fake_rollout: Literal["same", "full"] = Field("same", description="full is a biased ablation")
+
+
+class Renoise(Section):
+    """The distribution of the re-noise time t."""
+
+    interval: Literal["nested", "disjoint"] = Field("nested", description="(s_k, t_0], or up to s_{k-1} only")
+    fixed: float | None = Field(None, gt=0, le=1, description="one t for all draws, an ablation")
+    t_range: tuple[float, float] | None = None
+    clamp: bool = Field(False, description="t_range piles up at its bounds instead of truncating")
+    t_min: float = Field(0.02, ge=0, lt=1, description="the least t where s = 0")
+
+
+class Objective(Section):
+    weighting: Literal["normalised", "paper", "public"] = "normalised"
+    target: Literal["unbiased", "biased", "printed"] = Field("unbiased", description="the last two are ablations")
+
+
+class Optimiser(Section):
+    lr: float = Field(gt=0)
+    decay: Literal["constant", "linear"] = "constant"
+    beta2: float = Field(0.999, gt=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(1.0, gt=0)
+
+
+class Lora(Section):
+    rank: int = Field(64, gt=0)
+    alpha: float = Field(8.0, gt=0)
+
+
+class Generator(Section):
+    """Each phase's expert. weights: `lora` adapters on the frozen base, or a `full` copy."""
+
+    weights: Literal["lora", "full"] = "lora"
+    lora: Lora = Lora()
+    optimiser: Optimiser = Optimiser(lr=5e-5)
+    ema: float | None = Field(None, gt=0, lt=1, description="what later phases, export and evaluation then use")
+
+
+class Fake(Section):
+    """The fake score network. `lora` saves memory at a cost in quality."""
+
+    weights: Literal["lora", "full"] = "full"
+    lora: Lora = Lora()
+    optimiser: Optimiser = Optimiser(lr=4e-7)
+    updates: int = Field(5, gt=0, description="before each update of the generator")
+
+
+class Config(Section):
+    """A whole run. `recipes.py` holds functions that return one."""
+
+    recipe: str
+    teacher: Annotated[AnalyticTeacher | WanTeacher, Field(discriminator="kind")]
+    plan: Plan = Plan()
+    renoise: Renoise = Renoise()
+    objective: Objective = Objective()
+    generator: Generator = Generator()
+    fake: Fake = Fake()
+    prompts: str | None = Field(None, description="a shipped prompt set's name, or a file with a prompt a line")
+    iterations: int = Field(400, gt=0, description="generator updates a phase")
+    batch_size: int = Field(64, gt=0)
+    seed: int = Field(0, ge=0)
+    log_every: int = Field(10, gt=0)
+    checkpoint_every: int = Field(100, gt=0)
+    sample_every: int = Field(100, gt=0)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        plan = self.phase_plan()
+        for phase in range(1, plan.num_phases + 1):
+            self.interval(plan, phase)
+        analytic = isinstance(self.teacher, AnalyticTeacher)
+        if analytic and (self.generator.weights == "lora" or self.fake.weights == "lora"):
+            raise ValueError("generator.weights, fake.weights: an analytic teacher has only 'full' students")
+        if analytic and self.prompts is not None:
+            raise ValueError("prompts: an analytic teacher takes none")
+        if not analytic and self.prompts is None:
+            raise ValueError("prompts: this teacher needs a prompt set")
+        if analytic and self.teacher.prediction == "eps" and self.plan.start == 1 and self.teacher.schedule != "ve":
+            raise ValueError("plan.start: eps prediction cannot start where alpha is 0; start below 1, say at .98")
+        return self
+
+    @property
+    def method(self) -> Method:
+        """The name of {phases} x {gradient}."""
+        if self.plan.phases == 1:
+            return "dmd" if self.plan.gradient == "all" else "dmd-sgts"
+        return "phased" if self.plan.phases == self.plan.steps else "phased-sgts"
+
+    def phase_plan(self, switches: Sequence[float] = ()) -> PhasePlan:
+        return PhasePlan.even(self.plan.steps, self.plan.phases, self.plan.shift, self.plan.start, switches)
+
+    def interval(self, plan: PhasePlan, phase: int) -> tuple[float, float]:
+        """The bounds (low, high] of the re-noise time in a phase; an empty one is a ValueError."""
+        s = plan.end(phase)
+        low = s if s > 0 else self.renoise.t_min
+        high = plan.times[0] if self.renoise.interval == "nested" else plan.begin(phase)
+        if self.renoise.t_range is not None and not self.renoise.clamp:
+            low, high = max(low, self.renoise.t_range[0]), min(high, self.renoise.t_range[1])
+        if low >= high:
+            raise ValueError(f"renoise.t_range: nothing is left of the re-noise times of phase {phase}, ({low:g}, {high:g})")
+        if self.renoise.fixed is not None and not s < self.renoise.fixed:
+            raise ValueError(f"renoise.fixed: {self.renoise.fixed:g} is not above the end of phase {phase}, {s:g}")
+        return low, high
+
+
+def with_method(method: Method, data: Mapping[str, Any]) -> dict[str, Any]:
+    """data with the plan's phases and gradient, and the same generator updates in all, that `method` names."""
+    plan = dict(data["plan"])
+    before = plan["phases"]
+    if method in ("dmd", "dmd-sgts"):
+        plan["phases"] = 1
+    elif method == "phased":
+        plan["phases"] = plan["steps"]
+    elif not 1 < plan["phases"] < plan["steps"]:
+        plan["phases"] = 2
+    plan["gradient"] = "all" if method in ("dmd", "phased") else "last"
+    return {**data, "plan": plan, "iterations": data["iterations"] * before // plan["phases"]}
+
+
+def build(data: Mapping[str, Any]) -> Config:
+    """A validated Config; the first thing wrong becomes a UserError that names the field."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"] if part not in ("analytic", "wan")]
+        where = ".".join(path) + ": " if path else ""
+        if first["type"] == "extra_forbidden":
+            known = _field_names(data, path)
+            raise UserError(f"{where}unknown field{nearest(path[-1], known)}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}{message}") from None
+
+
+def apply_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """data with dotted keys replaced, `{"plan.shift": 3.0}`; an unknown one is a UserError with the nearest name."""
+    result = json.loads(json.dumps(data))
+    for key, value in overrides.items():
+        *parents, name = key.split(".")
+        node = result
+        for depth, parent in enumerate(parents):
+            if not isinstance(node.get(parent), dict):
+                raise UserError(f"{key}: unknown field{nearest(parent, _field_names(data, parents[: depth + 1]))}")
+            node = node[parent]
+        if name not in node:
+            raise UserError(f"{key}: unknown field{nearest(name, list(node))}")
+        node[name] = value
+    return result
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file of a whole Config."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as YAML or JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds no mapping of fields")
+    return data
+
+
+def _field_names(data: Mapping[str, Any], path: Sequence[str]) -> list[str]:
+    model: Any = Config
+    for part in path[:-1]:
+        if part == "teacher":
+            teacher = data.get("teacher")
+            analytic = isinstance(teacher, Mapping) and teacher.get("kind") == "analytic"
+            model = AnalyticTeacher if analytic else WanTeacher
+        elif part in model.model_fields:
+            model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; one of {', '.join(known)}"

@@ -1,0 +1,191 @@
+"""`evaluate`: a run's generator against its base, in numbers.
+
+Every row is sampled from the same seeds, which the reference (the base at its own number of steps) does not share,
+so the row of the base itself is the floor that two sets of the same law leave.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phased_dmd.checkpoint import RunFolder, write_atomically
+from phased_dmd.config import AnalyticTeacher, Config, UserError, WanTeacher
+from phased_dmd.media import grid, save_clip, save_image, save_points
+from phased_dmd.metrics.digits import DIRECTIONS, SPEEDS, WORDS, load_classifier, read
+from phased_dmd.metrics.distances import (
+    class_entropy,
+    energy_distance,
+    frechet,
+    mode_histogram_kl,
+    moments,
+    pairwise_cosine,
+    principal_components,
+)
+from phased_dmd.metrics.pictures import contrast, displacement, high_frequency_energy
+from phased_dmd.sample import Sampler, load
+
+REFERENCE_SEEDS, SEEDS = 1_000_000, 0  # the first seed of the reference's samples, and of every row's
+COMPONENTS = 32  # of the pixels' principal component analysis
+DIVERSITY_SEEDS = 8  # per prompt, as in the paper
+SHOWN = 20  # pictures, or 5 clips, of each row
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Samples of one row on one prompt set: latents decoded, with seconds and network calls a sample."""
+
+    pixels: Tensor
+    prompts: list[str]
+    seconds: float
+    calls: int
+
+
+def prompt_sets(frames: int) -> dict[str, list[str]]:
+    """The evaluation's prompts for nano: `weak` leaves the digit open, `specific` names all there is to name."""
+    if frames == 1:
+        return {"weak": ["a handwritten digit"], "specific": [f"a handwritten {word}" for word in WORDS]}
+    moves = [f"{direction} {speed}" for direction in DIRECTIONS for speed in SPEEDS]
+    specific = [f"a handwritten {word} moving {move}" for move in moves for word in WORDS]
+    return {"weak": ["a handwritten digit moving"], "specific": specific}
+
+
+def evaluate(runs: Sequence[Path | str], samples: int = 1000, again: bool = False) -> dict[str, dict[str, Any]]:
+    """Writes `evaluation.json` and pictures into each finished run folder; returns the evaluations by folder.
+
+    A folder already evaluated with as many samples is left alone unless `again`. Runs of one teacher on one grid
+    share the base's samples.
+    """
+    done, base_cells = {}, {}
+    for run in runs:
+        path = RunFolder(run).path / "evaluation.json"
+        if path.exists() and not again and (known := json.loads(path.read_text()))["samples"] == samples:
+            done[str(run)] = known
+            continue
+        sampler, config = load(run), RunFolder(run).config()
+        match config.teacher:
+            case AnalyticTeacher():
+                result = _evaluate_mixture(sampler, config, samples, path.parent)
+            case WanTeacher(path="nano"):
+                result = _evaluate_digits(sampler, config, samples, path.parent, base_cells)
+            case _:
+                raise UserError(f"{run}: only runs of nano and of analytic teachers can be evaluated so far")
+        done[str(run)] = {"recipe": config.recipe, "method": config.method, "seed": config.seed, "samples": samples} | result
+        write_atomically(path, (json.dumps(done[str(run)], indent=2) + "\n").encode())
+    return done
+
+
+def _sample(sampler: Sampler, prompts: Sequence[str], count: int, first_seed: int, steps: int | None) -> Cell:
+    repeated = list(islice(cycle(prompts), count))
+    started = time.perf_counter()
+    latents = sampler(repeated, range(first_seed, first_seed + count), steps)
+    seconds = (time.perf_counter() - started) / count
+    guided = 2 if sampler.system.model.guidance > 1 else 1
+    calls = sampler.system.plan.num_steps if steps is None else steps * guided
+    return Cell(sampler.decode(latents), repeated, seconds, calls)
+
+
+def _rows(sampler: Sampler, config: Config, base_steps: int) -> dict[str, int | None]:
+    steps = sampler.system.plan.num_steps
+    return {f"base, {base_steps} steps": base_steps, f"base, {steps} steps": steps, f"{config.method}, {steps} steps": None}
+
+
+def _evaluate_mixture(sampler: Sampler, config: Config, samples: int, folder: Path) -> dict[str, Any]:
+    exact = sampler.system.model.networks[0]
+    reference = exact.sample(samples, torch.Generator().manual_seed(REFERENCE_SEEDS))
+    rows, clouds = {}, []
+    for name, steps in _rows(sampler, config, 40).items():
+        cell = _sample(sampler, [""], samples, SEEDS, steps)
+        points = cell.pixels
+        distance = torch.cdist(points.double(), exact.means.cpu()).min(1).values
+        rows[name] = {
+            "mode_histogram_kl": mode_histogram_kl(points, exact.means.cpu(), exact.weights.cpu()),
+            "energy_distance": energy_distance(points, reference),
+            "distance_to_nearest_mode": float(distance.mean()),
+            "network_calls": cell.calls,
+            "seconds_a_sample": cell.seconds,
+        }
+        clouds.append((name, points[:, :2]))
+    save_points(folder / "samples" / "comparison.png", clouds)
+    return {"kind": "mixture", "rows": rows}
+
+
+def _evaluate_digits(
+    sampler: Sampler, config: Config, samples: int, folder: Path, cache: dict[tuple, Cell]
+) -> dict[str, Any]:
+    assert isinstance(config.teacher, WanTeacher)
+    classifier, real, accuracy = load_classifier()
+    base_steps, result = config.teacher.base_steps, {}
+
+    def base(prompts: list[str], first_seed: int, steps: int) -> Cell:
+        key = (config.teacher.model_dump_json(), config.plan.shift, config.plan.start, prompts[0], first_seed, steps)
+        if key not in cache:
+            cache[key] = _sample(sampler, prompts, samples, first_seed, steps)
+        return cache[key]
+
+    for kind, prompts in prompt_sets(config.teacher.num_frames).items():
+        reference = base(prompts, REFERENCE_SEEDS, base_steps)
+        features = moments(read(classifier, reference.pixels)[0])
+        centre, basis = principal_components(reference.pixels.mean(4).flatten(1), min(COMPONENTS, samples - 1))
+        pca = moments((reference.pixels.mean(4).flatten(1) - centre) @ basis)
+        rows = {}
+        for name, steps in _rows(sampler, config, base_steps).items():
+            cell = _sample(sampler, prompts, samples, SEEDS, None) if steps is None else base(prompts, SEEDS, steps)
+            own, log_probabilities = read(classifier, cell.pixels)
+            rows[name] = {
+                "frechet_features": frechet(moments(own), features),
+                "frechet_pca": frechet(moments((cell.pixels.mean(4).flatten(1) - centre) @ basis), pca),
+                "frechet_real": frechet(moments(own), (real["mean"], real["covariance"])),
+                "high_frequency_energy": high_frequency_energy(cell.pixels),
+                "contrast": contrast(cell.pixels),
+                "network_calls": cell.calls,
+                "seconds_a_sample": cell.seconds,
+            } | _read_prompts(cell, log_probabilities.argmax(1))
+            if kind == "specific":
+                rows[name]["pairwise_cosine"] = _diversity(sampler, classifier, prompts[:10], steps)
+            _save_samples(folder, kind, name, cell)
+        result[kind] = rows
+    return {"kind": "digits", "classifier_accuracy": accuracy, "sets": result}
+
+
+def _read_prompts(cell: Cell, labels: Tensor) -> dict[str, float]:
+    """Faithfulness to what the prompts name; where no digit is named, the spread over the classes."""
+    if not any(word in cell.prompts[0].split() for word in WORDS):
+        share = labels.bincount(minlength=10).double() / len(labels)
+        return {"class_entropy": class_entropy(labels, 10), "least_class_share": float(share.min())}
+    digits = torch.tensor([next(i for i, word in enumerate(WORDS) if word in prompt.split()) for prompt in cell.prompts])
+    scores = {"faithfulness": float((labels == digits).double().mean())}
+    if cell.pixels.shape[1] > 1:
+        directions = [next(v for name, v in DIRECTIONS.items() if name in prompt.split()) for prompt in cell.prompts]
+        moved = displacement(cell.pixels)
+        nearest = (moved @ torch.tensor(list(DIRECTIONS.values())).T).argmax(1)
+        wanted_direction = torch.tensor([list(DIRECTIONS.values()).index(d) for d in directions])
+        fast = torch.tensor(["fast" in prompt.split() for prompt in cell.prompts])
+        speed = moved.norm(dim=1)
+        scores["direction"] = float((nearest == wanted_direction).double().mean())
+        scores |= {"pixels_moved_fast": float(speed[fast].mean()), "pixels_moved_slowly": float(speed[~fast].mean())}
+    return scores
+
+
+def _diversity(sampler: Sampler, classifier: torch.nn.Module, prompts: list[str], steps: int | None) -> float:
+    """Mean over prompts of the pairwise cosine of features over seeds 0-7, as in the paper's Table 2; lower is more diverse."""
+    cosines = []
+    for prompt in prompts:
+        pixels = sampler.decode(sampler([prompt] * DIVERSITY_SEEDS, range(DIVERSITY_SEEDS), steps))
+        cosines.append(pairwise_cosine(read(classifier, pixels)[0]))
+    return sum(cosines) / len(cosines)
+
+
+def _save_samples(folder: Path, kind: str, name: str, cell: Cell) -> None:
+    stem = f"{kind}-{name.replace(', ', '-').replace(' ', '-')}"
+    frames = cell.pixels.shape[1]
+    shown = cell.pixels[:SHOWN] if frames == 1 else cell.pixels[:5]
+    save_image(grid(shown, columns=10 if frames == 1 else frames), folder / "samples" / f"{stem}.png")
+    if frames > 1:
+        save_clip(cell.pixels[0], folder / "samples" / f"{stem}.webp")

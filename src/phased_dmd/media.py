@@ -1,0 +1,68 @@
+"""Pictures, clips, contact sheets and scatter plots on disk."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+CLIP_SIZE = 128  # pixels a side, at least, of a written clip
+FPS = 8
+
+
+def to_images(frames: Tensor) -> list[Image.Image]:
+    """[n, h, w, 3] in [0, 1] to images."""
+    return [Image.fromarray(frame) for frame in (frames.clamp(0, 1) * 255).round().byte().numpy()]
+
+
+def grid(pixels: Tensor, columns: int | None = None) -> Image.Image:
+    """Still pictures [n, 1, h, w, 3] side by side; of clips [n, f, h, w, 3] a contact sheet, a clip a row."""
+    n, f, h, w, _ = pixels.shape
+    columns = columns or (f if f > 1 else math.ceil(math.sqrt(n)))
+    cells = pixels.flatten(0, 1)
+    lines = -(-len(cells) // columns)
+    cells = torch.cat([cells, torch.zeros(lines * columns - len(cells), h, w, 3)])
+    sheet = cells.reshape(lines, columns, h, w, 3).transpose(1, 2).reshape(1, lines * h, columns * w, 3)
+    return to_images(sheet)[0]
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def save_clip(frames: Tensor, path: Path) -> None:
+    """A clip [f, h, w, 3] as a looping animated WebP, enlarged without smoothing if it is small."""
+    factor = max(1, round(CLIP_SIZE / frames.shape[1]))
+    frames = F.interpolate(frames.permute(0, 3, 1, 2), scale_factor=factor, mode="nearest").permute(0, 2, 3, 1)
+    first, *rest = to_images(frames)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first.save(path, save_all=True, append_images=rest, duration=1000 // FPS, loop=0, lossless=True)
+
+
+def save_points(path: Path, clouds: Sequence[tuple[str, Tensor]]) -> None:
+    """Named clouds of samples [n, 1] or [n, 2], one panel each: histograms, or scatter plots."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((3.2 * len(clouds), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(clouds), squeeze=False, sharex=True, sharey=True)[0]
+    for panel, (name, points) in zip(panels, clouds, strict=True):
+        if points.shape[1] == 1:
+            panel.hist(points[:, 0].numpy(), bins=100)
+        else:
+            panel.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=2, alpha=0.4)
+            panel.set_aspect("equal")
+        panel.set_title(name, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def save_preview(path: Path, samples: Tensor) -> None:
+    """Pixels [n, f, h, w, 3] as a grid, or an analytic model's points [n, d] as a plot."""
+    if samples.ndim == 5:
+        save_image(grid(samples), path)
+    else:
+        save_points(path, [(path.stem, samples[:, :2])])

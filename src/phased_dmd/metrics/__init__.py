@@ -1,0 +1,1 @@
+"""Measures of samples: each a pure function of tensors."""

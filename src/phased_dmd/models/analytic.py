@@ -1,0 +1,126 @@
+"""Teachers that need no training: the exact prediction of a Gaussian mixture, and an MLP as its student."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from phased_dmd.config import AnalyticTeacher
+from phased_dmd.diffusion import FlowSchedule, Prediction, Schedule, VESchedule, VPSchedule, coefficients, renoise_times
+from phased_dmd.engine import device, generator
+from phased_dmd.models.protocol import Condition
+
+
+class ExactMixture(nn.Module):
+    """E[p x_0 + q eps | x_t] in closed form for x_0 from sum_i w_i N(mean_i, std^2 I); std = 0: points.
+
+    means: [modes, dims]; weights: [modes], normalised here.
+    """
+
+    def __init__(self, means: Tensor, std: float, weights: Tensor, schedule: Schedule, prediction: Prediction) -> None:
+        super().__init__()
+        self.register_buffer("means", means.double())
+        self.register_buffer("weights", weights.double() / weights.double().sum())
+        self.means: Tensor
+        self.weights: Tensor
+        self.std, self.schedule, self.prediction = std, schedule, prediction
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x [b, dims], t [b] > 0 -> psi [b, dims], computed in float64."""
+        alpha, sigma = self.schedule.alpha(t)[:, None], self.schedule.sigma(t)[:, None]
+        variance = alpha**2 * self.std**2 + sigma**2
+        offset = x.double()[:, None] - alpha[..., None] * self.means  # [b, modes, dims]
+        mode = (self.weights.log() - offset.square().sum(2) / (2 * variance)).softmax(1)[..., None]
+        x0 = (mode * (self.means + (alpha * self.std**2 / variance)[..., None] * offset)).sum(1)
+        eps = (mode * (sigma / variance)[..., None] * offset).sum(1)
+        p, q = coefficients(self.prediction, alpha, sigma)
+        return (p * x0 + q * eps).to(x.dtype)
+
+    def sample(self, count: int, rng: torch.Generator) -> Tensor:
+        """x_0 [count, dims], float32."""
+        mode = torch.multinomial(self.weights, count, replacement=True, generator=rng)
+        return (self.means[mode] + self.std * torch.randn(count, self.means.shape[1], generator=rng)).float()
+
+
+class TimeMLP(nn.Module):
+    """A SiLU MLP over (x, sines and cosines of t)."""
+
+    FREQUENCIES = 8
+
+    def __init__(self, dims: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        widths = [dims + 2 * self.FREQUENCIES, *[hidden] * layers]
+        body = [(nn.Linear(a, b), nn.SiLU()) for a, b in itertools.pairwise(widths)]
+        self.net = nn.Sequential(*itertools.chain.from_iterable(body), nn.Linear(hidden, dims))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x [b, dims], t [b] -> [b, dims]."""
+        phase = t[:, None].to(x.dtype) * math.pi * torch.arange(1, self.FREQUENCIES + 1, device=x.device)
+        return self.net(torch.cat([x, phase.sin(), phase.cos()], 1))
+
+
+def build_schedule(name: str) -> Schedule:
+    match name:
+        case "flow":
+            return FlowSchedule()
+        case "vp-cosine":
+            return VPSchedule("cosine")
+        case "vp-linear":
+            return VPSchedule("linear")
+        case "ve":
+            return VESchedule()
+    raise ValueError(f"schedule: {name!r} is none of flow, vp-cosine, vp-linear, ve")
+
+
+class AnalyticModel:
+    """`VelocityModel` of an exact mixture. Its student is an MLP first fitted to the exact prediction."""
+
+    guidance = 1.0
+    switches: Sequence[float] = ()
+    lora_targets: Sequence[str] = ()
+
+    def __init__(self, config: AnalyticTeacher, seed: int) -> None:
+        means = torch.tensor(config.means, dtype=torch.float64)
+        weights = torch.tensor(config.weights) if config.weights else torch.ones(len(means))
+        self.schedule, self.prediction = build_schedule(config.schedule), config.prediction
+        self.exact = ExactMixture(means, config.std, weights, self.schedule, self.prediction)
+        self.sample_shape = (means.shape[1],)
+        self.students: Sequence[nn.Module] = [self._fit(config, seed).to(device())]
+        self.networks: Sequence[nn.Module] = [self.exact.to(device())]
+
+    def _fit(self, config: AnalyticTeacher, seed: int) -> nn.Module:
+        rng = generator(seed, "fit")
+        with torch.random.fork_rng():
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
+            student = TimeMLP(self.sample_shape[0], config.hidden, config.layers)
+        optimiser = torch.optim.Adam(student.parameters(), lr=config.fit_lr)
+        decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, config.fit_steps)
+        for _ in range(config.fit_steps):
+            x_0 = self.exact.sample(config.fit_batch, rng)
+            t = renoise_times(torch.rand(config.fit_batch, generator=rng), 0.01, 0.999, 1.0)
+            eps = torch.randn(x_0.shape, generator=rng)
+            x_t = (self.schedule.alpha(t)[:, None] * x_0 + self.schedule.sigma(t)[:, None] * eps).float()
+            loss = (student(x_t, t) - self.exact(x_t, t)).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            decay.step()
+        return student
+
+    def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return network(x, t)
+
+    def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        return conditional
+
+
+class PlainCodec:
+    """`Codec` of a model without prompts or pixels: samples are what they are."""
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        return {}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents

@@ -1,0 +1,70 @@
+"""AdamW for beta1 = 0, and the decay of the learning rate."""
+
+from collections.abc import Callable, Iterable
+from typing import overload
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+class MomentumFreeAdamW(torch.optim.Optimizer):
+    """`torch.optim.AdamW` with betas (0, beta2), which needs no first moment and stores none."""
+
+    def __init__(
+        self, params: Iterable[Parameter], lr: float, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01
+    ) -> None:
+        super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps, "weight_decay": weight_decay})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"step": torch.zeros(()), "exp_avg_sq": torch.zeros_like(p)}
+                self.state[p]["step"] += 1
+            self._update(group, params)
+        return loss
+
+    def _update(self, group: dict, params: list[Parameter]) -> None:
+        if not params:
+            return
+        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+        squares = [self.state[p]["exp_avg_sq"] for p in params]
+        torch._foreach_mul_(squares, group["beta2"])
+        torch._foreach_addcmul_(squares, grads, grads, 1 - group["beta2"])
+        corrections = [(1 - group["beta2"] ** self.state[p]["step"].item()) ** 0.5 for p in params]
+        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_div_(denominators, corrections)
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_addcdiv_(params, grads, denominators, -group["lr"])
+
+
+def decayed(lr: float, decay: str, iteration: int, iterations: int) -> float:
+    """The learning rate of an iteration (from 0): constant, or falling linearly to a hundredth."""
+    return lr if decay == "constant" else lr * max(0.01, 1 - iteration / iterations)
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not finite: training stops before the optimiser's step."""
+
+
+def check_finite(loss: Tensor, parameters: dict[str, Parameter], where: str) -> None:
+    """Raises NonFiniteError naming the loss or the first tensor at fault, or a RuntimeError where no gradient came."""
+    if not torch.isfinite(loss):
+        raise NonFiniteError(f"{where}: the loss is {loss.item()}")
+    if all(p.grad is None for p in parameters.values()):
+        raise RuntimeError(f"{where}: no gradient reached any parameter; was the backward run inside its role?")
+    for name, p in parameters.items():
+        if p.grad is not None and not torch.isfinite(p.grad).all():
+            raise NonFiniteError(f"{where}: the gradient of {name} is not finite")

@@ -1,0 +1,117 @@
+"""Which step runs when, on which expert and network: the phase plan, in plain Python."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")  # a float, or a tensor of them
+
+
+def shift_time(u: T, shift: float) -> T:
+    """Raw time u in [0, 1] to shifted time t = k u / (1 + (k - 1) u), k = shift."""
+    return shift * u / (1 + (shift - 1) * u)  # type: ignore[operator]
+
+
+def unshift_time(t: T, shift: float) -> T:
+    """Shifted time t to raw time u, the inverse of `shift_time`."""
+    return t / (shift - (shift - 1) * t)  # type: ignore[operator]
+
+
+def step_times(steps: int, shift: float, start: float = 1.0) -> tuple[float, ...]:
+    """The grid start = t_0 > ... > t_N = 0: evenly spaced in raw time, then shifted (Sec. 2.2)."""
+    u_0 = unshift_time(start, shift)
+    return (start, *(shift_time(u_0 * (1 - i / steps), shift) for i in range(1, steps)), 0.0)
+
+
+class Hop(NamedTuple):
+    """One network call of a rollout: the expert of `step` takes x from time t to time r < t."""
+
+    step: int
+    t: float
+    r: float
+
+
+class Expert(NamedTuple):
+    """The trainable of one phase (counted from 1) on one base network (counted from 0, noisiest first)."""
+
+    phase: int
+    network: int
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """The steps of a few-step sampler, split into phases and laid over the teacher's networks.
+
+    times: t_0 > ... > t_N = 0. starts: the first step of each phase, beginning with 0.
+    switches: the teacher's own switch times, decreasing; network i serves t >= switches[i], the last one the rest.
+    A phase's *boundary* (its end s_k) and the teacher's *switch* are different things.
+    """
+
+    times: tuple[float, ...]
+    starts: tuple[int, ...] = (0,)
+    switches: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.times) < 2 or any(a <= b for a, b in zip(self.times, self.times[1:], strict=False)):
+            raise ValueError(f"plan: the times must decrease strictly, got {self.times}")
+        if self.times[0] > 1 or self.times[-1] != 0:
+            raise ValueError(f"plan: the times must lie in [0, 1] and end at 0, got {self.times}")
+        if self.starts[0] != 0 or any(a >= b for a, b in zip(self.starts, (*self.starts[1:], self.num_steps), strict=True)):
+            raise ValueError(f"plan: phases must start at 0, rise, and hold a step each; got {self.starts} of {self.num_steps} steps")
+        if any(a <= b for a, b in zip((1.0, *self.switches), (*self.switches, 0.0), strict=True)):
+            raise ValueError(f"plan: switches must decrease inside (0, 1), got {self.switches}")
+
+    @classmethod
+    def even(
+        cls, steps: int = 4, phases: int = 2, shift: float = 5.0, start: float = 1.0, switches: Sequence[float] = ()
+    ) -> "PhasePlan":
+        """`steps` steps on the shifted grid in `phases` phases of equal length."""
+        if steps < 1 or phases < 1 or steps % phases:
+            raise ValueError(f"plan.phases: {steps} steps cannot be split into {phases} equal phases")
+        starts = tuple(range(0, steps, steps // phases))
+        return cls(step_times(steps, shift, start), starts, tuple(switches))
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.times) - 1
+
+    @property
+    def num_phases(self) -> int:
+        return len(self.starts)
+
+    def steps(self, phase: int) -> range:
+        """The steps that phase `phase` owns."""
+        return range(self.starts[phase - 1], (*self.starts, self.num_steps)[phase])
+
+    def begin(self, phase: int) -> float:
+        """The time the phase starts from, s_{k-1} (t_0 for the first)."""
+        return self.times[self.steps(phase).start]
+
+    def end(self, phase: int) -> float:
+        """The phase's boundary s_k: the time its expert ends at (0 for the last)."""
+        return self.times[self.steps(phase).stop]
+
+    def network(self, t: float) -> int:
+        """The teacher network whose range holds t."""
+        return sum(t < switch for switch in self.switches)
+
+    def expert(self, step: int) -> Expert:
+        """Who runs step `step`: its phase's expert on the network whose range holds t_step."""
+        phase = sum(step >= start for start in self.starts)
+        return Expert(phase, self.network(self.times[step]))
+
+    def experts(self, phase: int) -> tuple[Expert, ...]:
+        """All that phase trains: one expert a network that serves one of its steps."""
+        return tuple(sorted({self.expert(step) for step in self.steps(phase)}))
+
+    def fakes(self, phase: int) -> tuple[int, ...]:
+        """The networks whose range meets (s_k, t_0): each needs a fake in that phase."""
+        return tuple(range(self.network(self.times[0]), self.network(self.end(phase) + 1e-12) + 1))
+
+    def path(self, phase: int, exit_step: int | None = None) -> tuple[Hop, ...]:
+        """From t_0 to the phase's end (Sec. 2.3). With an exit step (SGTS), that step jumps straight to the end."""
+        last = self.steps(phase)[-1] if exit_step is None else exit_step
+        if last not in self.steps(phase):
+            raise ValueError(f"step {exit_step} is not one of phase {phase}: {self.steps(phase)}")
+        whole = tuple(Hop(i, self.times[i], self.times[i + 1]) for i in range(last))
+        return (*whole, Hop(last, self.times[last], self.end(phase)))

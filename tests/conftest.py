@@ -1,0 +1,74 @@
+"""One thread and no network, set before torch is imported; tiny Wan networks that several files share."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # torch's spinning threads are up to 500 times slower on a shared machine
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from phased_dmd.diffusion import FlowSchedule
+
+torch.set_num_threads(1)
+
+TEXT_DIM = 32
+
+
+class TinyWan:
+    """`VelocityModel` of randomly initialised Wan transformers of 25k parameters each."""
+
+    schedule, prediction = FlowSchedule(), "flow"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+    sample_shape = (16, 1, 4, 4)
+
+    def __init__(self, networks: int = 1, switches: tuple[float, ...] = (), guidance: float = 1.0) -> None:
+        self.networks = [wan_transformer(seed) for seed in range(networks)]
+        self.students, self.switches, self.guidance = self.networks, switches, guidance
+
+    def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return network(x, t * 1000, condition["text"], return_dict=False)[0]
+
+    def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        return unconditional + self.guidance * (conditional - unconditional)
+
+
+class TinyCodec:
+    """`Codec` whose text embedding is noise seeded by the prompt's length; latents are decoded to grey values."""
+
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        return {"text": torch.stack([draw(5, TEXT_DIM, seed=len(prompt)) for prompt in prompts])}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents[:, :3].permute(0, 2, 3, 4, 1).sigmoid()
+
+
+def wan_transformer(seed: int) -> nn.Module:
+    from diffusers import WanTransformer3DModel  # here, because it takes seconds and most tests need none
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
+            text_dim=TEXT_DIM, freq_dim=64, ffn_dim=32, num_layers=2, cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads", rope_max_seq_len=64,
+        )  # fmt: skip
+    return network.eval().requires_grad_(False)
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers from a generator of their own."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.fixture
+def tiny_wan() -> Callable[..., TinyWan]:
+    return TinyWan
+
+
+@pytest.fixture
+def tiny_codec() -> TinyCodec:
+    return TinyCodec()

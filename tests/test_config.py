@@ -1,0 +1,329 @@
+"""The typed config: what it refuses and how it says so, recipes, overrides and methods; prompt files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from phased_dmd import prompts
+from phased_dmd.config import Config, UserError, apply_overrides, build, read_file, with_method
+from phased_dmd.prompts import read_prompts
+from phased_dmd.recipes import RECIPES, resolve
+
+
+def data_of(recipe: str, **overrides: Any) -> dict[str, Any]:
+    return apply_overrides(json.loads(RECIPES[recipe]().model_dump_json()), overrides)
+
+
+def set_path(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """data with a dotted path set, known or not."""
+    *parents, name = path.split(".")
+    node = data
+    for parent in parents:
+        node = node[parent]
+    node[name] = value
+    return data
+
+
+# ---------------------------------------------------------------- misspelt fields
+
+MISSPELT = [
+    ("toy-1d", "plan.shfit", 3.0, "shift"),
+    ("toy-1d", "iteration", 5, "iterations"),
+    ("toy-1d", "generator.optimizer", {"lr": 1.0}, "optimiser"),
+    ("toy-1d", "generator.optimiser.wieght_decay", 0.0, "weight_decay"),
+    ("toy-1d", "teacher.fit_step", 5, "fit_steps"),
+    ("nano-t2i", "teacher.guidence", 3.0, "guidance"),
+    ("nano-t2i", "fake.lora.alhpa", 3.0, "alpha"),
+    ("nano-t2i", "renoise.trange", [0.1, 0.9], "t_range"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "path", "value", "meant"), MISSPELT)
+def test_a_misspelt_field_is_named_with_the_nearest(recipe: str, path: str, value: Any, meant: str, tmp_path: Path) -> None:
+    expected = f"{path}: unknown field; did you mean {meant}?"
+    with pytest.raises(UserError) as built:
+        build(set_path(data_of(recipe), path, value))
+    assert str(built.value) == expected
+    with pytest.raises(UserError) as overridden:
+        resolve(recipe, {path: value})
+    assert str(overridden.value) == expected
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(set_path(data_of(recipe), path, value)))
+    with pytest.raises(UserError) as read:
+        resolve(str(file), {})
+    assert expected in str(read.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "parent", "meant"), [("plna.shift", "plna", "plan"), ("generator.optimizer.lr", "optimizer", "optimiser")]
+)
+def test_a_misspelt_section_is_named_with_the_nearest(path: str, parent: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"^{path}: unknown field; did you mean {meant}\\?$"):
+        resolve("toy-1d", {path: 3.0})
+
+
+def test_a_field_like_no_other_lists_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"^plan\.qqqq: unknown field; one of steps, phases, shift, start, gradient, "):
+        build(set_path(data_of("toy-1d"), "plan.qqqq", 1))
+    with pytest.raises(UserError, match=r"^plan\.qqqq: unknown field; one of steps, phases, shift, start, gradient, "):
+        resolve("toy-1d", {"plan.qqqq": 1})
+
+
+# ---------------------------------------------------------------- values and combinations
+
+REFUSED = [
+    ("toy-1d", {"plan.steps": 4, "plan.phases": 3}, "plan.phases: 4 steps cannot be split into 3 equal phases"),
+    ("toy-1d", {"plan.steps": 2, "plan.phases": 4}, "plan.phases: 2 steps cannot be split into 4 equal phases"),
+    ("toy-1d", {"plan.steps": 0}, "plan.steps: Input should be greater than 0"),
+    ("toy-1d", {"plan.solver": "euler"}, "plan.solver: Input should be 'ddim' or 'renoise'"),
+    ("toy-1d", {"plan.gradient": "some"}, "plan.gradient: Input should be 'all' or 'last'"),
+    ("toy-1d", {"generator.weights": "lora"}, "an analytic teacher has only 'full' students"),
+    ("toy-1d", {"fake.weights": "lora"}, "an analytic teacher has only 'full' students"),
+    ("toy-1d", {"prompts": "nano-t2i"}, "prompts: an analytic teacher takes none"),
+    ("nano-t2i", {"prompts": None}, "prompts: this teacher needs a prompt set"),
+    ("toy-1d", {"teacher.prediction": "eps"}, "plan.start: eps prediction cannot start where alpha is 0"),
+    ("toy-1d", {"renoise.t_range": [0.6, 0.9], "renoise.interval": "disjoint"}, "renoise.t_range: nothing is left"),
+    ("toy-1d", {"renoise.t_range": [0.9, 0.6]}, "renoise.t_range: nothing is left of the re-noise times of phase 1"),
+    ("toy-1d", {"renoise.t_range": [0.1, 0.4]}, "renoise.t_range: nothing is left of the re-noise times of phase 1"),
+    ("toy-1d", {"renoise.fixed": 0.5}, "renoise.fixed: 0.5 is not above the end of phase 1, 0.5"),
+    ("toy-1d", {"teacher.means": [[0.0], [1.0, 2.0]]}, "teacher: means: needs at least one mean, all of the same length"),
+    ("toy-1d", {"teacher.weights": [1.0, 2.0]}, "teacher: weights: needs one positive weight a mean"),
+    ("toy-1d", {"generator.optimiser.lr": -1.0}, "generator.optimiser.lr: Input should be greater than 0"),
+    ("toy-1d", {"generator.ema": 1.0}, "generator.ema: Input should be less than 1"),
+    ("toy-1d", {"iterations": 2.5}, "iterations: Input should be a valid integer"),
+    ("nano-t2i", {"teacher.guidance": 0.5}, "teacher.guidance: Input should be greater than or equal to 1"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "overrides", "message"), REFUSED)
+def test_what_cannot_be_is_refused_in_one_line(recipe: str, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        resolve(recipe, overrides)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_edge_of_each_refusal_is_accepted() -> None:
+    assert resolve("toy-1d", {"renoise.fixed": 0.5001}).renoise.fixed == 0.5001
+    assert resolve("toy-1d", {"teacher.prediction": "eps", "plan.start": 0.98}).plan.start == 0.98
+    assert resolve("toy-1d", {"teacher.prediction": "eps", "teacher.schedule": "ve"}).plan.start == 1
+    config = resolve("toy-1d", {"renoise.t_range": [0.1, 0.6]})
+    plan = config.phase_plan()
+    assert config.interval(plan, 1) == (0.5, 0.6) and config.interval(plan, 2) == (0.1, 0.6)
+
+
+@pytest.mark.xfail(strict=True, reason="bug: a clamp below a phase's end is accepted, though it makes t <= s")
+def test_a_clamp_below_a_phases_end_is_refused() -> None:
+    with pytest.raises(UserError, match="renoise.t_range"):
+        resolve("toy-1d", {"renoise.t_range": [0.1, 0.4], "renoise.clamp": True})  # phase 1 ends at .5
+
+
+def test_intervals_of_four_phases() -> None:
+    """Nested to t_0, disjoint to the phase's own begin; the grid of shift 5 is 1, 15/16, 5/6, 5/8, 0."""
+    nested = resolve("toy-2d", {})
+    disjoint = resolve("toy-2d", {"renoise.interval": "disjoint"})
+    ends, begins = [15 / 16, 5 / 6, 5 / 8, 0.02], [1.0, 15 / 16, 5 / 6, 5 / 8]
+    for phase in range(1, 5):
+        low, high = ends[phase - 1], begins[phase - 1]
+        assert nested.interval(nested.phase_plan(), phase) == pytest.approx((low, 1.0), abs=1e-12)
+        assert disjoint.interval(disjoint.phase_plan(), phase) == pytest.approx((low, high), abs=1e-12)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = resolve("toy-1d", {})
+    for section, field in ((config, "seed"), (config.plan, "shift"), (config.generator.optimiser, "lr")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, field, 1)
+
+
+# ---------------------------------------------------------------- recipes, files, overrides
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_valid_and_survive_json(recipe: str) -> None:
+    """The functions skip validation in places (model_copy), so each is built again from its own JSON."""
+    config = RECIPES[recipe]()
+    again = build(json.loads(config.model_dump_json()))
+    assert again == config and again.recipe == recipe
+    assert again.model_dump_json() == config.model_dump_json()
+
+
+def test_json_keeps_every_digit() -> None:
+    third, tenth = 1 / 3, 0.1 + 0.2
+    config = resolve("toy-1d", {"generator.optimiser.lr": third, "teacher.means": [[tenth], [1e-300]], "seed": 2**53 + 1})
+    again = build(json.loads(config.model_dump_json()))
+    assert again.generator.optimiser.lr == third and again.seed == 2**53 + 1
+    assert again.teacher.kind == "analytic" and again.teacher.means == ((tenth,), (1e-300,))
+
+
+@pytest.mark.parametrize("name", ["toy1d", "nano_t2i", "toy-3d"])
+def test_an_unknown_recipe_is_named_with_the_nearest(name: str) -> None:
+    nearest = {"toy1d": "toy-1d", "nano_t2i": "nano-t2i", "toy-3d": "toy-[12]d"}[name]
+    with pytest.raises(UserError, match=f"^recipe: unknown recipe '{name}'; did you mean {nearest}\\?$"):
+        resolve(name, {})
+
+
+def test_a_recipe_unlike_any_lists_all() -> None:
+    with pytest.raises(UserError, match="one of toy-1d, toy-2d, nano-t2i, nano-t2v$"):
+        resolve("zzzzzz", {})
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
+def test_a_file_gives_the_recipe_it_holds(suffix: str, tmp_path: Path) -> None:
+    config = resolve("nano-t2v", {"plan.shift": 3.5})
+    file = tmp_path / f"run{suffix}"
+    data = json.loads(config.model_dump_json())
+    file.write_text(json.dumps(data) if suffix == ".json" else yaml.safe_dump(data))
+    assert resolve(str(file), {}) == config
+    assert resolve(str(file), {"seed": 9}) == config.model_copy(update={"seed": 9})
+
+
+def test_a_file_may_leave_out_what_has_a_default(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("recipe: mine\nteacher: {kind: analytic, means: [[0], [1]]}\ngenerator: {weights: full}\n")
+    config = resolve(str(file), {"plan.shift": 2.0})
+    assert config.recipe == "mine" and config.plan.shift == 2.0 and config.batch_size == 64
+    assert config.teacher.kind == "analytic" and config.teacher.means == ((0.0,), (1.0,))
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "", "\x00"])
+def test_an_unreadable_file_is_one_line(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"^{file}: ") as error:
+        read_file(file)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="cannot be read"):
+        resolve(str(tmp_path / "absent.yaml"), {})
+
+
+def test_overrides_change_only_what_they_name() -> None:
+    data = data_of("nano-t2i")
+    before = json.loads(json.dumps(data))
+    changed = apply_overrides(data, {"generator.lora.rank": 5, "seed": 7})
+    assert data == before
+    assert changed["generator"]["lora"].pop("rank") == 5 and changed.pop("seed") == 7
+    del before["generator"]["lora"]["rank"], before["seed"]
+    assert changed == before
+
+
+# ---------------------------------------------------------------- methods
+
+METHODS = {  # the paper's Fig. 1 as {phases} x {gradient}, for four steps
+    "dmd": (1, "all"), "dmd-sgts": (1, "last"), "phased": (4, "all"), "phased-sgts": (2, "last"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", ["toy-2d", "nano-t2i"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_sets_phases_and_gradient_and_keeps_the_updates(method: Any, recipe: str) -> None:
+    base = resolve(recipe, {})
+    config = resolve(recipe, {}, method)
+    assert (config.plan.phases, config.plan.gradient) == METHODS[method]
+    assert config.method == method
+    assert config.iterations * config.plan.phases == base.iterations * base.plan.phases
+    unchanged = {"plan": base.plan, "iterations": base.iterations}
+    assert config.model_copy(update=unchanged) == base
+    assert config.plan.model_copy(update={"phases": base.plan.phases, "gradient": base.plan.gradient}) == base.plan
+
+
+@pytest.mark.parametrize(("steps", "phases", "gradient", "method"), [
+    (4, 1, "all", "dmd"), (4, 1, "last", "dmd-sgts"), (4, 2, "last", "phased-sgts"), (4, 4, "all", "phased"),
+    (4, 4, "last", "phased"),  # with one step a phase, the exit step is that step
+    (1, 1, "all", "dmd"), (6, 3, "last", "phased-sgts"),
+])  # fmt: skip
+def test_method_names_what_the_plan_does(steps: int, phases: int, gradient: str, method: str) -> None:
+    overrides = {"plan.steps": steps, "plan.phases": phases, "plan.gradient": gradient}
+    assert resolve("toy-2d", overrides).method == method
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("phases", [1, 2, 4])
+def test_updates_that_do_not_divide_are_never_exceeded(method: Any, phases: int) -> None:
+    """7 updates a phase: the total is kept to within less than one a phase."""
+    data = with_method(method, data_of("toy-2d", **{"plan.phases": phases, "iterations": 7}))
+    total = data["iterations"] * data["plan"]["phases"]
+    assert 7 * phases - data["plan"]["phases"] < total <= 7 * phases
+
+
+@pytest.mark.parametrize("phases", [2, 3])
+def test_phased_sgts_keeps_a_split_that_is_one(phases: int) -> None:
+    config = resolve("toy-2d", {"plan.steps": 6, "plan.phases": phases}, "phased-sgts")
+    assert config.plan.phases == phases and config.plan.gradient == "last"
+
+
+def test_with_method_leaves_its_argument_alone() -> None:
+    data = data_of("toy-2d")
+    before = json.loads(json.dumps(data))
+    with_method("dmd", data)
+    assert data == before
+
+
+# ---------------------------------------------------------------- imports
+
+
+def test_config_phases_and_recipes_import_without_torch() -> None:
+    code = (
+        "import phased_dmd.config, phased_dmd.phases, phased_dmd.recipes, sys;"
+        "print([name for name in ('torch', 'diffusers', 'peft', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def test_prompts_leave_out_comments_and_blanks_and_keep_repeats(tmp_path: Path) -> None:
+    """A line that stands twice is drawn twice as often; a # inside a line is text."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("# header\na seven\n\n   \na digit  \n#a nine\na seven\n  a one # of many\n")
+    assert read_prompts(str(file)) == ["a seven", "a digit", "a seven", "a one # of many"]
+
+
+def test_a_shipped_set_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of the same name in the working folder is not it; a path is never a set."""
+    shipped, here = tmp_path / "shipped", tmp_path / "here"
+    shipped.mkdir()
+    here.mkdir()
+    (shipped / "digits.txt").write_text("a shipped seven\n")
+    (here / "digits").write_text("my own seven\n")
+    monkeypatch.setattr(prompts, "SHIPPED", shipped)
+    monkeypatch.chdir(here)
+    assert read_prompts("digits") == ["a shipped seven"]
+    assert read_prompts("./digits") == ["my own seven"]
+
+
+def test_missing_prompts_list_the_shipped_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nano-t2v", "digits"):
+        (tmp_path / f"{name}.txt").write_text("a seven\n")
+    (tmp_path / "README.md").write_text("not a set")
+    monkeypatch.setattr(prompts, "SHIPPED", tmp_path)
+    for source in ("digitz", str(tmp_path / "absent.txt"), str(tmp_path)):
+        with pytest.raises(UserError) as error:
+            read_prompts(source)
+        assert str(error.value) == (
+            f"prompts: {source} is neither a readable text file nor a shipped set (digits, nano-t2v)"
+        )
+
+
+@pytest.mark.parametrize("content", [b"", b"# only a comment\n\n", b"\xff\xfe\x00a"])
+def test_useless_prompt_files_are_user_errors(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"^prompts: {file} (holds no prompt|is neither)"):
+        read_prompts(str(file))
+
+
+def test_a_user_error_is_a_value_error() -> None:
+    """Callers of the Python interface may catch the built-in."""
+    with pytest.raises(ValueError, match="unknown recipe"):
+        resolve("nothing", {})
+    assert isinstance(resolve("toy-1d", {}), Config)

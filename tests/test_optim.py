@@ -1,0 +1,132 @@
+"""MomentumFreeAdamW against torch's own AdamW and closed forms; the learning rate's decay; the guard before a step."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from phased_dmd.optim import MomentumFreeAdamW, NonFiniteError, check_finite, decayed
+
+
+class Net(nn.Module):
+    """`late` takes part from step 20 on, `odd` in every second step: else they have no gradient."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+            self.late, self.odd = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
+        self.to(dtype)
+
+    def loss(self, step: int) -> Tensor:
+        rng = torch.Generator().manual_seed(step)
+        x = torch.randn(16, 5, generator=rng, dtype=torch.float64).to(self.late.dtype)
+        out = self.body(x)
+        if step >= 20:
+            out = out + self.late
+        if step % 2:
+            out = out * self.odd
+        return ((out - x[:, :3].sin() * (1 + step % 7)) ** 2).mean()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("weight_decay", [0.01, 0.0])
+def test_equals_adamw_without_momentum(dtype: torch.dtype, tolerance: float, weight_decay: float) -> None:
+    ours, theirs = Net(dtype), Net(dtype)
+    optimiser = MomentumFreeAdamW(ours.parameters(), lr=3e-3, weight_decay=weight_decay)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=3e-3, betas=(0.0, 0.999), weight_decay=weight_decay)
+    start = [p.detach().clone() for p in ours.parameters()]
+    for step in range(100):
+        for net, opt in ((ours, optimiser), (theirs, reference)):
+            for group in opt.param_groups:
+                group["lr"] = 3e-3 * (1 - step / 200)
+            opt.zero_grad()
+            net.loss(step).backward()
+            assert (net.late.grad is None) == (step < 20) and (net.odd.grad is None) == (step % 2 == 0)
+            opt.step()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=tolerance)
+    assert all((p - q).abs().max() > 0.05 for p, q in zip(ours.parameters(), start, strict=True))
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        mine, other = optimiser.state[p], reference.state[q]
+        torch.testing.assert_close(mine["exp_avg_sq"], other["exp_avg_sq"], rtol=1e-5, atol=0)
+        assert mine["step"] == other["step"]  # late: 80, odd: 50, not 100
+    assert {float(optimiser.state[p]["step"]) for p in ours.parameters()} == {100.0, 80.0, 50.0}
+
+
+def test_stores_no_first_moment() -> None:
+    net = Net(torch.float32)
+    optimiser = MomentumFreeAdamW(net.parameters(), lr=1e-3)
+    for step in range(20, 23):
+        net.loss(step).backward()
+        optimiser.step()
+    stored = [t for state in optimiser.state.values() for t in state.values() if t.numel() > 1]
+    assert sum(t.numel() for t in stored) == sum(p.numel() for p in net.parameters())
+
+
+def test_first_step_is_the_gradients_sign() -> None:
+    """At step 1 the bias-corrected second moment is g^2: p -> (1 - lr wd) p - lr g/(|g| + eps)."""
+    p = nn.Parameter(torch.tensor([1.0, -2.0, 3.0, 4.0], dtype=torch.float64))
+    gradient = torch.tensor([1e-3, -5.0, 200.0, 0.0], dtype=torch.float64)
+    expected = p.detach() * (1 - 0.1 * 0.01) - 0.1 * gradient / (gradient.abs() + 1e-8)
+    p.grad = gradient
+    MomentumFreeAdamW([p], lr=0.1).step()
+    torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-12)
+
+
+def test_groups_keep_their_own_settings() -> None:
+    """A group with learning rate 0 stands still while the other follows AdamW."""
+    still, moving, reference = (nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(3))
+    optimiser = MomentumFreeAdamW([{"params": [still], "lr": 0.0}, {"params": [moving], "beta2": 0.9}], lr=0.1)
+    theirs = torch.optim.AdamW([reference], lr=0.1, betas=(0.0, 0.9))
+    for scale in (1.0, -3.0, 0.5):
+        for p in (still, moving, reference):
+            p.grad = scale * torch.tensor([0.3, -0.7])
+        optimiser.step()
+        theirs.step()
+    assert still.tolist() == [1.0, 2.0]
+    torch.testing.assert_close(moving, reference, rtol=0, atol=1e-6)
+
+
+def test_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None:
+    p, reference = nn.Parameter(torch.tensor([3.0])), nn.Parameter(torch.tensor([3.0]))
+    optimiser, theirs = MomentumFreeAdamW([p], lr=0.1), torch.optim.AdamW([reference], lr=0.1, betas=(0.0, 0.999))
+
+    def closure(q: nn.Parameter, opt: torch.optim.Optimizer) -> float:
+        opt.zero_grad()
+        loss = (q**2).sum()
+        loss.backward()
+        return loss.item()
+
+    with torch.no_grad():
+        assert optimiser.step(lambda: closure(p, optimiser)) == 9.0
+    theirs.step(lambda: closure(reference, theirs))
+    torch.testing.assert_close(p, reference, rtol=0, atol=1e-6)
+
+
+def test_linear_decay_falls_to_a_hundredth() -> None:
+    assert [decayed(2.0, "constant", i, 4) for i in range(4)] == [2.0] * 4
+    assert [decayed(2.0, "linear", i, 4) for i in range(4)] == [2.0, 1.5, 1.0, 0.5]
+    assert decayed(2.0, "linear", 990, 1000) == pytest.approx(0.02)
+    assert decayed(2.0, "linear", 999, 1000) == pytest.approx(0.02)  # the floor: 1/1000 would be .002
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_check_finite_names_the_tensor_at_fault(bad: float) -> None:
+    a, b = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4))
+    a.grad, b.grad = torch.ones(2, 3), torch.ones(4)
+    named, fine = {"body.a": a, "head.b": b}, torch.tensor(1.0)
+    check_finite(fine, named, "phase 2, iteration 3, fake")
+    with pytest.raises(NonFiniteError, match=r"^phase 2, iteration 3, fake: the loss is (nan|-?inf)$"):
+        check_finite(torch.tensor(bad), named, "phase 2, iteration 3, fake")
+    b.grad[2] = bad
+    with pytest.raises(NonFiniteError, match=r"^phase 2, iteration 3, fake: the gradient of head\.b is not finite$"):
+        check_finite(fine, named, "phase 2, iteration 3, fake")
+
+
+def test_check_finite_needs_a_gradient_somewhere() -> None:
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    with pytest.raises(RuntimeError, match="no gradient reached any parameter"):
+        check_finite(torch.tensor(1.0), {"a": a, "b": b}, "here")
+    b.grad = torch.zeros(2)
+    check_finite(torch.tensor(1.0), {"a": a, "b": b}, "here")
