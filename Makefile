@@ -3,7 +3,7 @@
 PYTHON := python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
-PURE := diffusion objectives rollout phases
+PURE := diffusion objectives rollouts phases
 
 # Small models on several spinning threads are far slower than on one.
 export OMP_NUM_THREADS := 1

@@ -1,7 +1,8 @@
-"""What is on disk is there whole or not at all, reads back bit for bit, and has bytes that depend on its content only."""
+"""What is on disk is there whole or not at all, reads back bit for bit, and has bytes that depend on nothing else."""
 
-import json
+import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors, write_a
 from phased_dmd.config import UserError
 from phased_dmd.recipes import resolve
 
-HEADER = {"phase": 2, "grid": [1.0, 0.1 + 0.2, 1 / 3, 0.0], "rank": None, "solver": "ddim", "nested": {"b": 1, "a": [True]}}
+HEADER = {
+    "phase": 2,
+    "grid": [1.0, 0.1 + 0.2, 1 / 3, 0.0],
+    "rank": None,
+    "solver": "ddim",
+    "nested": {"b": 1, "a": [True]},
+}
 
 
 def tensors() -> dict[str, Tensor]:
@@ -85,7 +92,9 @@ def test_a_foreign_file_is_a_user_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace", "write"])
-def test_a_write_cut_short_leaves_the_former_file(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_cut_short_leaves_the_former_file(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fresh, present = tmp_path / "fresh.safetensors", tmp_path / "present.safetensors"
     save_tensors(present, {"w": torch.ones(3)}, {})
     before = present.read_bytes()
@@ -93,20 +102,9 @@ def test_a_write_cut_short_leaves_the_former_file(failing: str, tmp_path: Path, 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    class Disk:
-        """A file on a disk that fails half-way."""
-
-        def __init__(self, path: Path) -> None:
-            self.file = path.open("wb", buffering=0)
-
-        def __enter__(self) -> "Disk":
-            return self
-
-        def __exit__(self, *args: object) -> None:
-            self.file.close()
-
-        def write(self, data: bytes) -> None:
-            self.file.write(data[: len(data) // 2])
+    class HalfWritten(io.FileIO):
+        def write(self, data: Any) -> int:
+            super().write(data[: len(data) // 2])
             raise KeyboardInterrupt
 
     if failing == "fsync":
@@ -114,8 +112,7 @@ def test_a_write_cut_short_leaves_the_former_file(failing: str, tmp_path: Path, 
     elif failing == "replace":
         monkeypatch.setattr(Path, "replace", fail)
     else:
-        whole = Path.open
-        monkeypatch.setattr(Path, "open", lambda path, mode="r": Disk(path_of(whole, path)))
+        monkeypatch.setattr(Path, "open", lambda path, mode: HalfWritten(path, mode))
     for path in (fresh, present):
         with pytest.raises(KeyboardInterrupt):
             save_tensors(path, {"w": torch.zeros(3)}, {})
@@ -123,15 +120,9 @@ def test_a_write_cut_short_leaves_the_former_file(failing: str, tmp_path: Path, 
     assert not fresh.exists() and present.read_bytes() == before
 
 
-def path_of(whole: Any, path: Path) -> Any:
-    class Opener:
-        def open(self, mode: str, buffering: int) -> Any:
-            return whole(path, mode, buffering=buffering)
-
-    return Opener()
-
-
-def test_a_partial_file_is_never_taken_for_a_checkpoint_or_an_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_partial_file_is_never_taken_for_a_checkpoint_or_an_expert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, config = RunFolder(tmp_path / "run"), resolve("toy-1d", {})
     run.open(config)
     run.save_checkpoint(1, 5, {"w": torch.tensor([5.0])})
@@ -184,12 +175,12 @@ def test_a_later_phase_leaves_an_earlier_ones_checkpoint_until_it_has_two(tmp_pa
     assert run.load_checkpoint(2) == (5, {"w": torch.tensor([5.0])})
 
 
-@pytest.mark.xfail(strict=True, reason="bug: names are sorted as text, phase-10 before phase-8, so it is deleted at once")
-def test_the_tenth_phase_keeps_its_checkpoints(tmp_path: Path) -> None:
+def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
+    """As text, phase-10 stands before phase-8, and a million before 999999."""
     run = RunFolder(tmp_path)
-    for phase in (8, 9, 10):
-        run.save_checkpoint(phase, 5, {"w": torch.tensor([float(phase)])})
-    assert run.load_checkpoint(10) == (5, {"w": torch.tensor([10.0])})
+    for phase, iteration in ((8, 5), (9, 5), (10, 999_999), (10, 1_000_000)):
+        run.save_checkpoint(phase, iteration, {"w": torch.tensor([float(iteration)])})
+        assert run.load_checkpoint(phase) == (iteration, {"w": torch.tensor([float(iteration)])})
 
 
 def test_a_damaged_checkpoint_is_a_user_error(tmp_path: Path) -> None:
@@ -244,8 +235,12 @@ def test_a_folder_takes_only_its_own_run(tmp_path: Path) -> None:
     before = run.config_path.read_bytes()
     run.open(config)
     assert run.config_path.read_bytes() == before
-    for overrides, key in (({"seed": 4}, "seed"), ({"seed": 3, "plan.shift": 2.0}, "plan"), ({"seed": 3, "fake.updates": 1}, "fake")):
-        with pytest.raises(UserError, match=rf"holds another run \(toy-1d\); it differs in: {key}\b"):
+    for overrides, key in (
+        ({"seed": 4}, "seed"),
+        ({"seed": 3, "plan.shift": 2.0}, "plan.shift"),
+        ({"seed": 3, "fake.updates": 1}, "fake.updates"),
+    ):
+        with pytest.raises(UserError, match=rf"holds another run of toy-1d, which differs in {re.escape(key)}$"):
             run.open(resolve("toy-1d", overrides))
     assert run.config_path.read_bytes() == before
 
@@ -272,15 +267,15 @@ def test_a_damaged_config_is_a_user_error(content: str, tmp_path: Path) -> None:
         RunFolder(tmp_path / "nowhere").config()
 
 
-@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="bug: bytes that are not UTF-8 are no JSONDecodeError")
 def test_a_binary_config_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError):
         RunFolder(tmp_path).config()
 
 
-@pytest.mark.xfail(strict=True, raises=UserError, reason="bug: .config.json.partial makes the folder look foreign")
-def test_a_run_killed_while_its_config_was_written_can_start_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_killed_while_its_config_was_written_can_start_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, run = resolve("toy-1d", {}), RunFolder(tmp_path / "run")
     monkeypatch.setattr(os, "fsync", lambda descriptor: 1 / 0)  # killed with the partial file on disk
     with pytest.raises(ZeroDivisionError):
@@ -291,12 +286,13 @@ def test_a_run_killed_while_its_config_was_written_can_start_again(tmp_path: Pat
     assert run.config() == config
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot be written"):
+def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    with pytest.raises(UserError, match="^--output: .* cannot be written: Permission denied$"):
         RunFolder(tmp_path / "run").open(resolve("toy-1d", {}))
-    tmp_path.chmod(0o700)
 
 
 def test_a_parent_that_is_a_file_is_a_user_error(tmp_path: Path) -> None:
@@ -312,4 +308,3 @@ def test_a_run_is_finished_when_every_expert_is_there(tmp_path: Path) -> None:
     assert not run.finished(config)
     save_tensors(run.expert_path(1), {}, {})
     assert run.finished(config)
-    assert json.loads(json.dumps(HEADER)) == HEADER

@@ -46,7 +46,9 @@ MISSPELT = [
 
 
 @pytest.mark.parametrize(("recipe", "path", "value", "meant"), MISSPELT)
-def test_a_misspelt_field_is_named_with_the_nearest(recipe: str, path: str, value: Any, meant: str, tmp_path: Path) -> None:
+def test_a_misspelt_field_is_named_with_the_nearest(
+    recipe: str, path: str, value: Any, meant: str, tmp_path: Path
+) -> None:
     expected = f"{path}: unknown field; did you mean {meant}?"
     with pytest.raises(UserError) as built:
         build(set_path(data_of(recipe), path, value))
@@ -89,11 +91,19 @@ REFUSED = [
     ("toy-1d", {"prompts": "nano-t2i"}, "prompts: an analytic teacher takes none"),
     ("nano-t2i", {"prompts": None}, "prompts: this teacher needs a prompt set"),
     ("toy-1d", {"teacher.prediction": "eps"}, "plan.start: eps prediction cannot start where alpha is 0"),
-    ("toy-1d", {"renoise.t_range": [0.6, 0.9], "renoise.interval": "disjoint"}, "renoise.t_range: nothing is left"),
-    ("toy-1d", {"renoise.t_range": [0.9, 0.6]}, "renoise.t_range: nothing is left of the re-noise times of phase 1"),
-    ("toy-1d", {"renoise.t_range": [0.1, 0.4]}, "renoise.t_range: nothing is left of the re-noise times of phase 1"),
+    (
+        "toy-1d",
+        {"renoise.t_range": [0.6, 0.9], "renoise.interval": "disjoint"},
+        "renoise.t_range: (0.6, 0.9) leaves nothing",
+    ),
+    ("toy-1d", {"renoise.t_range": [0.9, 0.6]}, "renoise.t_range: (0.9, 0.6) leaves nothing of (0.5, 1)"),
+    ("toy-1d", {"renoise.t_range": [0.1, 0.4]}, "renoise.t_range: (0.1, 0.4) leaves nothing of (0.5, 1)"),
     ("toy-1d", {"renoise.fixed": 0.5}, "renoise.fixed: 0.5 is not above the end of phase 1, 0.5"),
-    ("toy-1d", {"teacher.means": [[0.0], [1.0, 2.0]]}, "teacher: means: needs at least one mean, all of the same length"),
+    (
+        "toy-1d",
+        {"teacher.means": [[0.0], [1.0, 2.0]]},
+        "teacher: means: needs at least one mean, all of the same length",
+    ),
     ("toy-1d", {"teacher.weights": [1.0, 2.0]}, "teacher: weights: needs one positive weight a mean"),
     ("toy-1d", {"generator.optimiser.lr": -1.0}, "generator.optimiser.lr: Input should be greater than 0"),
     ("toy-1d", {"generator.ema": 1.0}, "generator.ema: Input should be less than 1"),
@@ -113,15 +123,30 @@ def test_the_edge_of_each_refusal_is_accepted() -> None:
     assert resolve("toy-1d", {"renoise.fixed": 0.5001}).renoise.fixed == 0.5001
     assert resolve("toy-1d", {"teacher.prediction": "eps", "plan.start": 0.98}).plan.start == 0.98
     assert resolve("toy-1d", {"teacher.prediction": "eps", "teacher.schedule": "ve"}).plan.start == 1
-    config = resolve("toy-1d", {"renoise.t_range": [0.1, 0.6]})
-    plan = config.phase_plan()
-    assert config.interval(plan, 1) == (0.5, 0.6) and config.interval(plan, 2) == (0.1, 0.6)
+    resolve("toy-1d", {"renoise.t_range": [0.1, 0.501]})
+    resolve("toy-1d", {"renoise.t_range": [0.1, 0.501], "renoise.clamp": True})
+    assert resolve("toy-2d", {"plan.steps": 6, "plan.phases": 3}).phase_plan().starts == (0, 2, 4)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a clamp below a phase's end is accepted, though it makes t <= s")
-def test_a_clamp_below_a_phases_end_is_refused() -> None:
+@pytest.mark.parametrize("high", [0.4, 0.5])
+def test_a_clamp_at_or_below_a_phases_end_is_refused(high: float) -> None:
+    """Phase 1 ends at s = .5; clamping would make t <= s, where the transition does not exist."""
     with pytest.raises(UserError, match="renoise.t_range"):
-        resolve("toy-1d", {"renoise.t_range": [0.1, 0.4], "renoise.clamp": True})  # phase 1 ends at .5
+        resolve("toy-1d", {"renoise.t_range": [0.1, high], "renoise.clamp": True})
+
+
+@pytest.mark.parametrize("t_range", [[0.9, 0.6], [1.2, 1.5]])
+def test_a_clamp_outside_the_times_is_refused(t_range: list[float]) -> None:
+    """torch.clamp(t, .9, .6) is .6 throughout; clamp(t, 1.2, 1.5) is a time beyond pure noise."""
+    with pytest.raises(UserError, match="renoise.t_range"):
+        resolve("toy-1d", {"renoise.t_range": t_range, "renoise.clamp": True})
+
+
+def test_an_interval_emptied_by_t_min_is_refused() -> None:
+    """The last phase's own interval is (t_min, .5]."""
+    resolve("toy-1d", {"renoise.interval": "disjoint", "renoise.t_min": 0.49})
+    with pytest.raises(UserError, match="renoise"):
+        resolve("toy-1d", {"renoise.interval": "disjoint", "renoise.t_min": 0.9})
 
 
 def test_intervals_of_four_phases() -> None:
@@ -156,10 +181,22 @@ def test_recipes_are_valid_and_survive_json(recipe: str) -> None:
 
 def test_json_keeps_every_digit() -> None:
     third, tenth = 1 / 3, 0.1 + 0.2
-    config = resolve("toy-1d", {"generator.optimiser.lr": third, "teacher.means": [[tenth], [1e-300]], "seed": 2**53 + 1})
+    config = resolve(
+        "toy-1d", {"generator.optimiser.lr": third, "teacher.means": [[tenth], [1e-300]], "seed": 2**53 + 1}
+    )
     again = build(json.loads(config.model_dump_json()))
     assert again.generator.optimiser.lr == third and again.seed == 2**53 + 1
     assert again.teacher.kind == "analytic" and again.teacher.means == ((tenth,), (1e-300,))
+
+
+def test_an_infinite_number_is_refused_or_survives_json() -> None:
+    """No clipping, say: `--set generator.optimiser.clip=.inf`."""
+    try:
+        config = resolve("toy-1d", {"generator.optimiser.clip": float("inf")})
+    except UserError as error:
+        assert "generator.optimiser.clip" in str(error)
+        return
+    assert build(json.loads(config.model_dump_json())) == config
 
 
 @pytest.mark.parametrize("name", ["toy1d", "nano_t2i", "toy-3d"])

@@ -1,5 +1,6 @@
 """Schedules, transitions, prediction types, the deterministic step and re-noise times, against closed forms."""
 
+import itertools
 import math
 
 import pytest
@@ -32,15 +33,14 @@ from phased_dmd.diffusion import (
     on,
     predicted_eps,
     predicted_x0,
-    renoise_range,
     renoise_times,
     times_like,
 )
 from phased_dmd.models.analytic import ExactMixture
+from phased_dmd.phases import renoise_range
 
 schedules = pytest.mark.parametrize("name", SCHEDULES)
 predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
-TIMES = (0.02, 0.3, 0.75, 0.9999, 1.0)
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_ve_needs_increasing_positive_bounds(bounds):
 
 
 def test_vp_kind_is_checked():
-    with pytest.raises(ValueError, match="'sine'"):
+    with pytest.raises((ValueError, TypeError), match="'sine'"):  # TypeError: where jaxtyping checks annotations
         VPSchedule("sine")
 
 
@@ -188,14 +188,17 @@ def test_coefficients_broadcast_over_the_samples():
 # Prediction types
 
 
-@schedules
-@predictions
-@pytest.mark.parametrize("t", TIMES)
+@pytest.mark.parametrize(
+    ("name", "prediction", "t"),
+    [
+        (name, prediction, t)
+        for name, prediction, t in itertools.product(SCHEDULES, PREDICTIONS, (0.02, 0.3, 0.75, 0.9999, 1.0))
+        if prediction != "eps" or alpha_sigma(name, t)[0] > 1e-6  # else x_0 is not determined
+    ],
+)
 def test_prediction_pairs_are_inverse(name, prediction, t):
-    """(x_0, eps) -> (x_t, psi) -> (x_0, eps), but eps prediction where alpha = 0 (at t = 1: flow, cosine)."""
+    """(x_0, eps) -> (x_t, psi) -> (x_0, eps); t = 1 included, but for eps prediction on flow and cosine."""
     alpha, sigma = alpha_sigma(name, t)
-    if prediction == "eps" and alpha < 1e-6:
-        pytest.skip("x_0 is not determined; see test_eps_prediction_cannot_start_at_pure_noise")
     p, q = p_q(prediction, alpha, sigma)
     x_0, eps = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x_t, psi = alpha * x_0 + sigma * eps, p * x_0 + q * eps
@@ -207,7 +210,7 @@ def test_prediction_pairs_are_inverse(name, prediction, t):
 
 
 @schedules
-@pytest.mark.parametrize("t", TIMES)
+@pytest.mark.parametrize("t", [0.02, 0.3, 0.75, 1.0])
 def test_determinants(name, t):
     """The D column of MATHEMATICS section 1."""
     alpha, sigma = alpha_sigma(name, t)
@@ -218,7 +221,7 @@ def test_determinants(name, t):
 
 
 def test_an_unknown_prediction_is_refused():
-    with pytest.raises(ValueError, match="'score' is none of flow, x0, eps, v"):
+    with pytest.raises((ValueError, TypeError), match="'score'"):  # TypeError: where jaxtyping checks annotations
         coefficients("score", tensor(0.5), tensor(0.5))
 
 
@@ -245,9 +248,9 @@ def test_prediction_is_an_affine_map_of_the_score(name, prediction, t):
 def test_exact_prediction_of_one_gaussian(name, prediction, t):
     """`ExactMixture` with one mode against the regression of p x_0 + q eps on x_t; also at t = 1."""
     x = torch.linspace(-3, 3, 7, dtype=torch.float64)
-    exact = ExactMixture(torch.tensor([[MEAN]]).double(), STD, torch.ones(1), SCHEDULES[name], prediction)
+    exact = ExactMixture(torch.tensor([[MEAN]], dtype=torch.float64), STD, torch.ones(1), SCHEDULES[name], prediction)
     expected = exact_prediction(name, prediction, t)(x)
-    torch.testing.assert_close(exact(x[:, None], full(t, x))[:, 0], expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(exact(x[:, None], full(t, x))[:, 0], expected, rtol=1e-12, atol=1e-13)
 
 
 # The deterministic step
@@ -288,15 +291,6 @@ def test_ddim_step_on_flow_is_euler(t, r):
     torch.testing.assert_close(step, x + (r - t) * psi, rtol=0, atol=1e-15)
 
 
-def test_euler_would_be_wrong_off_flow():
-    """MATHEMATICS section 4: Euler with a flow type misses by .24 on VP and 2.3 on VE (.8 -> .4; any x_0, eps)."""
-    for name in ("vp-cosine", "ve"):
-        (alpha, sigma), (alpha_r, sigma_r) = alpha_sigma(name, 0.8), alpha_sigma(name, 0.4)
-        x_t, psi = tensor(alpha + sigma), tensor(0.5 - 1.0)  # x_0 = 1, eps = 1, and a network half wrong about eps
-        step = ddim_step(psi, x_t, tensor(0.8), tensor(0.4), SCHEDULES[name], "flow")
-        assert (step - (x_t + (0.4 - 0.8) * psi)).abs().item() > 0.1
-
-
 @predictions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ddim_step_of_low_precision_samples_has_float64_coefficients(prediction, dtype):
@@ -329,9 +323,7 @@ def test_bfloat16_samples_are_computed_in_float32(name, prediction):
 # Where eps prediction may start
 
 
-@pytest.mark.parametrize(
-    ("name", "t_0"), [("flow", 1.0), ("flow", 0.9999), ("vp-cosine", 1.0), ("vp-cosine", 0.9999)]
-)
+@pytest.mark.parametrize(("name", "t_0"), [("flow", 1.0), ("flow", 0.9999), ("vp-cosine", 1.0), ("vp-cosine", 0.9999)])
 def test_eps_prediction_cannot_start_at_pure_noise(name, t_0):
     """MATHEMATICS section 1: refused with alpha(t_0) below 1e-3, which catches cosine's alpha(1) = 6e-17 too."""
     with pytest.raises(ValueError, match="eps prediction cannot start"):
@@ -433,13 +425,13 @@ def test_renoise_bounds(t_range):
 
 
 @schedules
-@given(s=st.floats(0.01, 0.99), shift=st.floats(0.5, 10))
+@given(s=st.floats(0.01, 0.98), above=st.floats(0.01, 1), shift=st.floats(0.5, 10))
 @settings(max_examples=50, deadline=None)
-def test_renoise_time_is_never_s(name, s, shift):
-    """Not even for the largest r below 1 that a generator gives; sigma_ts stays above 0 and finite."""
-    r = tensor(math.nextafter(1, 0), 1 - 2**-24, 0.5, 0.0)
-    t = renoise_times(r, s, 1.0, shift)
-    assert (t > s).all() and (t <= 1).all()
+def test_renoise_time_lies_above_s_and_not_above_the_bound(name, s, above, shift):
+    """t > s even for the largest r below 1 that a generator gives, t <= the bound at r = 0; sigma_ts is finite."""
+    r, high = tensor(math.nextafter(1, 0), 1 - 2**-24, 0.5, 0.0), s + above * (1 - s)
+    t = renoise_times(r, s, high, shift)
+    assert (t > s).all() and (t <= high).all()
     assert SCHEDULES[name].transition(full(s, t), t)[1].isfinite().all()
 
 
@@ -449,8 +441,8 @@ def test_an_empty_range_is_an_error(t_range):
         renoise_times(tensor(0.5), 0.75, 1.0, 5.0, t_range)
 
 
-@pytest.mark.xfail(reason="the clamp pulls t to or below s, where sigma_ts is 0 or NaN, and nothing refuses it")
 @pytest.mark.parametrize("t_range", [(0.2, 0.5), (0.2, 0.75)])
-def test_a_clamp_below_s_is_an_error(t_range):
+def test_a_clamp_to_s_or_below_is_an_error(t_range):
+    """It would put t where sigma_ts is 0 or NaN."""
     with pytest.raises(ValueError, match="t_range"):
         renoise_times(tensor(0.5), 0.75, 1.0, 5.0, t_range, clamp=True)

@@ -5,10 +5,8 @@ import math
 import pytest
 import torch
 from gaussians import (
-    MEAN,
     PREDICTIONS,
     SCHEDULES,
-    STD,
     Affine,
     alpha_sigma,
     exact_prediction,
@@ -188,12 +186,14 @@ def test_regression_of_the_wrong_targets_on_the_exact_mixture(prediction, target
     assert (mixture_regression(target, "flow", prediction, 0.75, 0.9, x_t) - exact).abs().max() > 0.5
 
 
-@pytest.mark.parametrize("target", [biased_target, printed_target])
+@pytest.mark.parametrize("name", ["flow", "vp-cosine", "vp-linear"])
 @predictions
-def test_at_a_clean_s_the_biased_target_is_right_and_the_printed_is_not(target, prediction):
-    """At s = 0 the biased target is Eq. 4 itself; the sign that Eq. 13 lost in print is wrong at s = 0 too."""
-    off = error(target, "flow", prediction, 0.0, 0.4)
-    assert off > 0.5 if target is printed_target and prediction != "eps" else off < 1e-14
+def test_biased_target_is_right_at_a_clean_s(name, prediction):
+    """There it is Eq. 4 itself; at s > 0 it has the same coefficients, with x_s for x_0."""
+    assert error(biased_target, name, prediction, 0.0, 0.4) < 1e-14
+    for s in (0.0, 0.3):
+        coefficients = coefficients_of(biased_target, name, prediction, s, 0.4)
+        assert coefficients == pytest.approx(p_q(prediction, *alpha_sigma(name, 0.4)), rel=1e-14)
 
 
 # The fake's loss
@@ -220,7 +220,9 @@ def test_at_a_clean_s_the_loss_is_ordinary_matching_bit_for_bit(name, prediction
     t = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).clamp(min=0.02)
     alpha, sigma = SCHEDULES[name].alpha(t), SCHEDULES[name].sigma(t)
     p, q = {"flow": (-1, 1), "x0": (1, 0), "eps": (0, 1), "v": (-sigma, alpha)}[prediction]
-    alpha, sigma, p, q = (torch.as_tensor(c, dtype=torch.float32).expand(64)[:, None, None] for c in (alpha, sigma, p, q))
+    alpha, sigma, p, q = (
+        torch.as_tensor(c, dtype=torch.float32).expand(64)[:, None, None] for c in (alpha, sigma, p, q)
+    )
     plain_net, net = Net(), Net()
     plain = (plain_net(alpha * x_0 + sigma * eps, t) - (p * x_0 + q * eps)).square().flatten(1).mean(1)
     plain.sum().backward()
@@ -348,14 +350,17 @@ def test_paper_gradient_is_that_of_the_kl_divergence(name, prediction, s, t):
     alpha_ts, variance_ts = transition(name, s, t)
     mu, v = law(name, t)
     m_g, v_g = alpha_ts * m, (alpha_ts * c) ** 2 + variance_ts
-    expected = alpha_ts * (m_g - mu) / v, alpha_ts**2 * c * (1 / v - 1 / v_g)  # of [v_g + (m_g - mu)^2] / 2v - ln(v_g) / 2
+    expected = (
+        alpha_ts * (m_g - mu) / v,
+        alpha_ts**2 * c * (1 / v - 1 / v_g),
+    )  # of [v_g + (m_g - mu)^2] / 2v - ln(v_g) / 2
 
     (z, eps), weight = hermite(3, 2)
     generator = torch.tensor([m, c], dtype=torch.float64, requires_grad=True)
     x_s = generator[0] + generator[1] * z
     loss = distribution_matching_loss(
         x_s[:, None], eps[:, None], *times(s, t, x_s), SCHEDULES[name], prediction,
-        teacher=exact_prediction(name, prediction, t), fake=score_form(name, prediction, t, m_g, v_g), weighting="paper",
+        exact_prediction(name, prediction, t), score_form(name, prediction, t, m_g, v_g), "paper",
     )  # fmt: skip
     (gradient,) = torch.autograd.grad((weight * loss).sum(), generator)
     assert gradient.tolist() == pytest.approx(expected, rel=1e-9)

@@ -116,17 +116,17 @@ def test_check_finite_names_the_tensor_at_fault(bad: float) -> None:
     a, b = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4))
     a.grad, b.grad = torch.ones(2, 3), torch.ones(4)
     named, fine = {"body.a": a, "head.b": b}, torch.tensor(1.0)
-    check_finite(fine, named, "phase 2, iteration 3, fake")
+    check_finite(fine, 10**0.5, named, "phase 2, iteration 3, fake")
     with pytest.raises(NonFiniteError, match=r"^phase 2, iteration 3, fake: the loss is (nan|-?inf)$"):
-        check_finite(torch.tensor(bad), named, "phase 2, iteration 3, fake")
+        check_finite(torch.tensor(bad), 10**0.5, named, "phase 2, iteration 3, fake")
     b.grad[2] = bad
     with pytest.raises(NonFiniteError, match=r"^phase 2, iteration 3, fake: the gradient of head\.b is not finite$"):
-        check_finite(fine, named, "phase 2, iteration 3, fake")
+        check_finite(fine, abs(bad), named, "phase 2, iteration 3, fake")
 
 
 def test_check_finite_needs_a_gradient_somewhere() -> None:
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     with pytest.raises(RuntimeError, match="no gradient reached any parameter"):
-        check_finite(torch.tensor(1.0), {"a": a, "b": b}, "here")
+        check_finite(torch.tensor(1.0), 0.0, {"a": a, "b": b}, "here")
     b.grad = torch.zeros(2)
-    check_finite(torch.tensor(1.0), {"a": a, "b": b}, "here")
+    check_finite(torch.tensor(1.0), 0.0, {"a": a, "b": b}, "here")

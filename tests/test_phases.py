@@ -62,7 +62,11 @@ def test_grid_is_even_in_raw_time_from_the_start(start):
             4, (0.875,), [(1, 0), (2, 0), (3, 1), (4, 1)], [(0,), (0, 1), (0, 1), (0, 1)], id="Wan2.2, four phases"
         ),
         pytest.param(
-            4, (0.95, 0.7), [(1, 0), (2, 1), (3, 1), (4, 2)], [(0, 1), (0, 1), (0, 1, 2), (0, 1, 2)], id="three networks"
+            4,
+            (0.95, 0.7),
+            [(1, 0), (2, 1), (3, 1), (4, 2)],
+            [(0, 1), (0, 1), (0, 1, 2), (0, 1, 2)],
+            id="three networks",
         ),
     ],
 )
@@ -90,6 +94,8 @@ def test_a_phase_that_ends_at_the_switch_needs_no_fake_beyond_it():
     assert plan.fakes(2) == (0, 1)
     assert plan.experts(1) == (Expert(1, 0),)
     assert plan.experts(2) == (Expert(2, 0), Expert(2, 1))
+    rounded = PhasePlan(plan.times, plan.starts, switches=(math.nextafter(0.75, 1),))
+    assert rounded.fakes(1) == (0,)  # nor where boundary and switch differ by rounding
 
 
 def test_a_plan_that_starts_below_the_switch_uses_the_second_network_only():

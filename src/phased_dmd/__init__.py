@@ -13,23 +13,26 @@ if TYPE_CHECKING:
     from phased_dmd.objectives import score_matching_loss as score_matching_loss
     from phased_dmd.objectives import subinterval_target as subinterval_target
     from phased_dmd.phases import PhasePlan as PhasePlan
-    from phased_dmd.rollout import rollout as rollout
+    from phased_dmd.rollouts import rollout as rollout
     from phased_dmd.sample import load as load
     from phased_dmd.train import distill as distill
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Config": "config", "UserError": "config", "PhasePlan": "phases", "FlowSchedule": "diffusion", "VPSchedule": "diffusion",
-    "VESchedule": "diffusion", "subinterval_target": "objectives", "score_matching_loss": "objectives",
-    "distribution_matching_loss": "objectives", "distill": "train", "load": "sample",
+    "Config": "config", "UserError": "config", "PhasePlan": "phases",
+    "FlowSchedule": "diffusion", "VPSchedule": "diffusion", "VESchedule": "diffusion",
+    "subinterval_target": "objectives", "score_matching_loss": "objectives",
+    "distribution_matching_loss": "objectives", "rollout": "rollouts", "distill": "train", "load": "sample",
 }  # fmt: skip
-
-__all__ = [*_HOMES, "rollout"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name on first use, so that `phased-dmd --help` need not import torch."""
-    if name == "rollout" or name not in _HOMES:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"phased_dmd.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,15 @@ HEADER = "phased_dmd"  # one key, so that the header's bytes do not depend on a 
 KEEP = 2  # checkpoints
 
 
+def partial_of(path: Path) -> Path:
+    """Where a file is written before it takes its name; a kill may leave it behind."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes beside the path, syncs, and renames over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     with partial.open("wb") as file:
         file.write(data)
         file.flush()
@@ -47,6 +53,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}: not a file of this program, or damaged ({error})") from error
 
 
+def first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    """The dotted name of the first field in which two nested mappings differ."""
+    key = next(key for key in {**a, **b} if a.get(key) != b.get(key))
+    if isinstance(a.get(key), Mapping) and isinstance(b.get(key), Mapping):
+        return f"{key}.{first_difference(a[key], b[key])}"
+    return key
+
+
 class RunFolder:
     """One run on disk."""
 
@@ -60,16 +74,18 @@ class RunFolder:
     def config(self) -> Config:
         try:
             return build(json.loads(self.config_path.read_text()))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{self.path}: not a run folder: config.json cannot be read ({error})") from error
 
     def check(self, config: Config) -> None:
         """A UserError where the folder cannot take this run."""
         if self.config_path.exists():
             if (other := self.config()) != config:
-                key = next(k for k in type(config).model_fields if getattr(other, k) != getattr(config, k))
-                raise UserError(f"--output: {self.path} holds another run ({other.recipe}); it differs in: {key}")
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                key = first_difference(other.model_dump(), config.model_dump())
+                raise UserError(f"--output: {self.path} holds another run of {other.recipe}, which differs in {key}")
+        elif self.path.exists() and (
+            not self.path.is_dir() or set(self.path.iterdir()) - {partial_of(self.config_path)}
+        ):
             raise UserError(f"--output: {self.path} exists and is not a run folder")
 
     def open(self, config: Config) -> None:
@@ -102,7 +118,9 @@ class RunFolder:
         return header["iteration"], tensors
 
     def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoints").glob("phase-*-iteration-*.safetensors"))
+        """All of them, oldest first."""
+        paths = (self.path / "checkpoints").glob("phase-*-iteration-*.safetensors")
+        return sorted(paths, key=lambda path: tuple(int(number) for number in re.findall(r"\d+", path.stem)))
 
     def rewind_metrics(self, phase: int, iteration: int) -> None:
         """Drops the metrics that lie beyond (phase, iteration), and a line cut short."""

@@ -14,17 +14,22 @@ from typer.exceptions import TyperException
 from phased_dmd.config import UserError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Distil slow diffusion and flow models into few-step generators with Phased DMD (arXiv 2510.27684).",
-)  # fmt: skip
+)
 
 Run = Annotated[Path, typer.Argument(help="a run folder", show_default=False)]
 
 
 @app.command()
 def distill(
-    recipe: Annotated[str, typer.Argument(help="a recipe's name (toy-1d, toy-2d, nano-t2i, nano-t2v) or a YAML or JSON file")],
-    output: Annotated[Path | None, typer.Option(help="the run folder [default: runs/RECIPE]", show_default=False)] = None,
+    recipe: Annotated[str, typer.Argument(help="toy-1d, toy-2d, nano-t2i, nano-t2v, or a YAML or JSON file")],
+    output: Annotated[
+        Path | None, typer.Option(help="the run folder [default: runs/RECIPE]", show_default=False)
+    ] = None,
     iterations: Annotated[int | None, typer.Option(help="generator updates a phase")] = None,
     steps: Annotated[int | None, typer.Option(help="network calls of the distilled generator")] = None,
     phases: Annotated[int | None, typer.Option(help="phases the steps are split into")] = None,
@@ -36,9 +41,11 @@ def distill(
     prompts: Annotated[str | None, typer.Option(help="a file with a prompt a line, or a shipped set's name")] = None,
     log_every: Annotated[int | None, typer.Option(help="iterations between lines of metrics.jsonl")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="iterations between checkpoints")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="any field, as in --set generator.lora.rank=16")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, build the networks, print the config, train nothing")] = False,
-) -> None:  # fmt: skip
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="any field, as in --set generator.lora.rank=16")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check all, print the config, train nothing")] = False,
+) -> None:
     """Distil a teacher; on an unfinished run folder, go on with it."""
     from phased_dmd.recipes import resolve
 
@@ -92,14 +99,16 @@ def evaluate(
 ) -> None:
     """Measure runs against their base; writes evaluation.json into each."""
     from phased_dmd.evaluate import evaluate as measure
-    from phased_dmd.report import table
+    from phased_dmd.evaluate import table
 
     for run, result in measure(runs, samples, again).items():
         print(f"{run}\n{table(result)}")
 
 
 @app.command()
-def report(run: Run, output: Annotated[Path | None, typer.Option(help="[default: RUN/report.html]", show_default=False)] = None) -> None:
+def report(
+    run: Run, output: Annotated[Path | None, typer.Option(help="[default: RUN/report.html]", show_default=False)] = None
+) -> None:
     """Write one self-contained page of a finished and evaluated run."""
     from phased_dmd.report import write_report
 
@@ -108,12 +117,14 @@ def report(run: Run, output: Annotated[Path | None, typer.Option(help="[default:
 
 @app.command()
 def reproduce(
-    claim: Annotated[Literal["fig2", "toy-2d", "nano-t2i", "nano-t2v"], typer.Argument(help="the figure, or the recipe to study")],
+    claim: Annotated[
+        Literal["fig2", "toy-2d", "nano-t2i", "nano-t2v"], typer.Argument(help="the figure, or the recipe to study")
+    ],
     seeds: Annotated[int, typer.Option(min=1, help="seeds 0, 1, ...")] = 3,
     samples: Annotated[int, typer.Option(min=64, help="a cell, where samples are evaluated")] = 1000,
-    runs: Annotated[Path, typer.Option(help="where the runs go; what is there already is not done again")] = Path("runs/reproduce"),
+    runs: Annotated[Path, typer.Option(help="the runs; what is there is not done again")] = Path("runs/reproduce"),
     output: Annotated[Path, typer.Option(help="where the results go")] = Path("docs/results"),
-) -> None:  # fmt: skip
+) -> None:
     """Repeat a committed result: all its runs, then a table, with a JSON beside it."""
     from phased_dmd.reproduce import fig2, study
 
@@ -122,11 +133,15 @@ def reproduce(
 
 @app.command()
 def teach(
-    what: Annotated[Literal["nano", "digits"], typer.Argument(help="the embedded teacher, or the evaluation's classifier")],
+    what: Annotated[
+        Literal["nano", "digits"], typer.Argument(help="the embedded teacher, or the evaluation's classifier")
+    ],
     output: Annotated[Path, typer.Option(help="the folder to write")],
-    data: Annotated[Path, typer.Option(help="the digits: gzipped CSV of 784 pixels and a label a row")] = Path("data/mnist_5k.csv.gz"),
+    data: Annotated[Path, typer.Option(help="gzipped CSV: 784 pixels and a label a row")] = Path(
+        "data/mnist_5k.csv.gz"
+    ),
     seed: Annotated[int, typer.Option()] = 0,
-) -> None:  # fmt: skip
+) -> None:
     """Train the networks that the package ships, from scratch (40 minutes on one core)."""
     if not data.is_file():
         raise UserError(f"--data: {data} is not a file")

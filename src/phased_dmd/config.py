@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from phased_dmd.phases import PhasePlan
+from phased_dmd.phases import PhasePlan, renoise_range
 
 Method = Literal["dmd", "dmd-sgts", "phased", "phased-sgts"]
 
@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class AnalyticTeacher(Section):
@@ -27,15 +27,15 @@ class AnalyticTeacher(Section):
 
     kind: Literal["analytic"] = "analytic"
     means: tuple[tuple[float, ...], ...]
-    std: float = Field(0.0, ge=0)
+    std: float = Field(default=0.0, ge=0)
     weights: tuple[float, ...] | None = None
     schedule: Literal["flow", "vp-cosine", "vp-linear", "ve"] = "flow"
     prediction: Literal["flow", "x0", "eps", "v"] = "flow"
-    hidden: int = Field(128, gt=0)
-    layers: int = Field(4, gt=0)
-    fit_steps: int = Field(2000, gt=0)
-    fit_batch: int = Field(512, gt=0)
-    fit_lr: float = Field(2e-3, gt=0)
+    hidden: int = Field(default=128, gt=0)
+    layers: int = Field(default=4, gt=0)
+    fit_steps: int = Field(default=2000, gt=0)
+    fit_batch: int = Field(default=512, gt=0)
+    fit_lr: float = Field(default=2e-3, gt=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -51,54 +51,58 @@ class WanTeacher(Section):
 
     kind: Literal["wan"] = "wan"
     path: str = "nano"
-    num_frames: int = Field(1, gt=0)
-    height: int = Field(32, gt=0)
-    width: int = Field(32, gt=0)
-    guidance: float = Field(4.0, ge=1, description="uncond + guidance * (cond - uncond); 1 is none")
+    num_frames: int = Field(default=1, gt=0)
+    height: int = Field(default=32, gt=0)
+    width: int = Field(default=32, gt=0)
+    guidance: float = Field(default=4.0, ge=1, description="uncond + guidance * (cond - uncond); 1 is none")
     negative_prompt: str = ""
-    max_tokens: int = Field(512, gt=0)
-    base_steps: int = Field(40, gt=0, description="of the teacher's own sampler, in evaluations")
+    max_tokens: int = Field(default=512, gt=0)
+    base_steps: int = Field(default=40, gt=0, description="of the teacher's own sampler, in evaluations")
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
 
 
 class Plan(Section):
     """The few-step grid and its phases (Sec. 2.2, 2.3)."""
 
-    steps: int = Field(4, gt=0)
-    phases: int = Field(2, gt=0)
-    shift: float = Field(5.0, gt=0)
-    start: float = Field(1.0, gt=0, le=1, description="t_0")
-    gradient: Literal["all", "last"] = Field("last", description="through all of a phase's steps, or the exit (SGTS)")
+    steps: int = Field(default=4, gt=0)
+    phases: int = Field(default=2, gt=0)
+    shift: float = Field(default=5.0, gt=0)
+    start: float = Field(default=1.0, gt=0, le=1, description="t_0")
+    gradient: Literal["all", "last"] = Field(
+        default="last", description="through all of a phase's steps, or the exit (SGTS)"
+    )
     solver: Literal["ddim", "renoise"] = "ddim"
-    fake_rollout: Literal["same", "full"] = Field("same", description="full is a biased ablation")
+    fake_rollout: Literal["same", "full"] = Field(default="same", description="full is a biased ablation")
 
 
 class Renoise(Section):
     """The distribution of the re-noise time t."""
 
-    interval: Literal["nested", "disjoint"] = Field("nested", description="(s_k, t_0], or up to s_{k-1} only")
-    fixed: float | None = Field(None, gt=0, le=1, description="one t for all draws, an ablation")
+    interval: Literal["nested", "disjoint"] = Field(default="nested", description="(s_k, t_0], or up to s_{k-1} only")
+    fixed: float | None = Field(default=None, gt=0, le=1, description="one t for all draws, an ablation")
     t_range: tuple[float, float] | None = None
-    clamp: bool = Field(False, description="t_range piles up at its bounds instead of truncating")
-    t_min: float = Field(0.02, ge=0, lt=1, description="the least t where s = 0")
+    clamp: bool = Field(default=False, description="t_range piles up at its bounds instead of truncating")
+    t_min: float = Field(default=0.02, ge=0, lt=1, description="the least t where s = 0")
 
 
 class Objective(Section):
     weighting: Literal["normalised", "paper", "public"] = "normalised"
-    target: Literal["unbiased", "biased", "printed"] = Field("unbiased", description="the last two are ablations")
+    target: Literal["unbiased", "biased", "printed"] = Field(
+        default="unbiased", description="the last two are ablations"
+    )
 
 
 class Optimiser(Section):
     lr: float = Field(gt=0)
     decay: Literal["constant", "linear"] = "constant"
-    beta2: float = Field(0.999, gt=0, lt=1)
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float = Field(1.0, gt=0)
+    beta2: float = Field(default=0.999, gt=0, lt=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=1.0, gt=0)
 
 
 class Lora(Section):
-    rank: int = Field(64, gt=0)
-    alpha: float = Field(8.0, gt=0)
+    rank: int = Field(default=64, gt=0)
+    alpha: float = Field(default=8.0, gt=0)
 
 
 class Generator(Section):
@@ -107,7 +111,7 @@ class Generator(Section):
     weights: Literal["lora", "full"] = "lora"
     lora: Lora = Lora()
     optimiser: Optimiser = Optimiser(lr=5e-5)
-    ema: float | None = Field(None, gt=0, lt=1, description="what later phases, export and evaluation then use")
+    ema: float | None = Field(default=None, gt=0, lt=1, description="what later phases, export and evaluation then use")
 
 
 class Fake(Section):
@@ -116,7 +120,7 @@ class Fake(Section):
     weights: Literal["lora", "full"] = "full"
     lora: Lora = Lora()
     optimiser: Optimiser = Optimiser(lr=4e-7)
-    updates: int = Field(5, gt=0, description="before each update of the generator")
+    updates: int = Field(default=5, gt=0, description="before each update of the generator")
 
 
 class Config(Section):
@@ -129,13 +133,13 @@ class Config(Section):
     objective: Objective = Objective()
     generator: Generator = Generator()
     fake: Fake = Fake()
-    prompts: str | None = Field(None, description="a shipped prompt set's name, or a file with a prompt a line")
-    iterations: int = Field(400, gt=0, description="generator updates a phase")
-    batch_size: int = Field(64, gt=0)
-    seed: int = Field(0, ge=0)
-    log_every: int = Field(10, gt=0)
-    checkpoint_every: int = Field(100, gt=0)
-    sample_every: int = Field(100, gt=0)
+    prompts: str | None = Field(default=None, description="a shipped prompt set's name, or a file with a prompt a line")
+    iterations: int = Field(default=400, gt=0, description="generator updates a phase")
+    batch_size: int = Field(default=64, gt=0)
+    seed: int = Field(default=0, ge=0)
+    log_every: int = Field(default=10, gt=0)
+    checkpoint_every: int = Field(default=100, gt=0)
+    sample_every: int = Field(default=100, gt=0)
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -149,8 +153,6 @@ class Config(Section):
             raise ValueError("prompts: an analytic teacher takes none")
         if not analytic and self.prompts is None:
             raise ValueError("prompts: this teacher needs a prompt set")
-        if analytic and self.teacher.prediction == "eps" and self.plan.start == 1 and self.teacher.schedule != "ve":
-            raise ValueError("plan.start: eps prediction cannot start where alpha is 0; start below 1, say at .98")
         return self
 
     @property
@@ -158,22 +160,22 @@ class Config(Section):
         """The name of {phases} x {gradient}."""
         if self.plan.phases == 1:
             return "dmd" if self.plan.gradient == "all" else "dmd-sgts"
-        return "phased" if self.plan.phases == self.plan.steps else "phased-sgts"
+        truncated = self.plan.gradient == "last" and self.plan.phases < self.plan.steps
+        return "phased-sgts" if truncated else "phased"
 
     def phase_plan(self, switches: Sequence[float] = ()) -> PhasePlan:
         return PhasePlan.even(self.plan.steps, self.plan.phases, self.plan.shift, self.plan.start, switches)
 
     def interval(self, plan: PhasePlan, phase: int) -> tuple[float, float]:
-        """The bounds (low, high] of the re-noise time in a phase; an empty one is a ValueError."""
+        """The bounds (low, high] of the re-noise time in a phase, before t_range; nothing left is a ValueError."""
         s = plan.end(phase)
         low = s if s > 0 else self.renoise.t_min
         high = plan.times[0] if self.renoise.interval == "nested" else plan.begin(phase)
-        if self.renoise.t_range is not None and not self.renoise.clamp:
-            low, high = max(low, self.renoise.t_range[0]), min(high, self.renoise.t_range[1])
-        if low >= high:
-            raise ValueError(f"renoise.t_range: nothing is left of the re-noise times of phase {phase}, ({low:g}, {high:g})")
-        if self.renoise.fixed is not None and not s < self.renoise.fixed:
-            raise ValueError(f"renoise.fixed: {self.renoise.fixed:g} is not above the end of phase {phase}, {s:g}")
+        renoise_range(low, high, self.renoise.t_range, self.renoise.clamp)
+        if self.renoise.fixed is not None and not s < self.renoise.fixed <= plan.times[0]:
+            raise ValueError(
+                f"renoise.fixed: {self.renoise.fixed:g} is outside ({s:g}, {plan.times[0]:g}] of phase {phase}"
+            )
         return low, high
 
 
@@ -188,7 +190,7 @@ def with_method(method: Method, data: Mapping[str, Any]) -> dict[str, Any]:
     elif not 1 < plan["phases"] < plan["steps"]:
         plan["phases"] = 2
     plan["gradient"] = "all" if method in ("dmd", "phased") else "last"
-    return {**data, "plan": plan, "iterations": data["iterations"] * before // plan["phases"]}
+    return {**data, "plan": plan, "iterations": max(1, data["iterations"] * before // plan["phases"])}
 
 
 def build(data: Mapping[str, Any]) -> Config:

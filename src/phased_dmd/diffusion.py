@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from phased_dmd.phases import shift_time, unshift_time
+from phased_dmd.phases import renoise_range, shift_time, unshift_time
 
 Prediction = Literal["flow", "x0", "eps", "v"]
 Times = Float[Tensor, " b"]
@@ -35,18 +35,18 @@ class Schedule(ABC):
     """(alpha_t, sigma_t) of Eq. 1; alpha_t / sigma_t falls strictly in t."""
 
     @abstractmethod
-    def alpha(self, t: Tensor) -> Tensor:
+    def alpha(self, t: Times) -> Coefficients:
         """The signal's factor at t [b], float64."""
 
     @abstractmethod
-    def sigma(self, t: Tensor) -> Tensor:
+    def sigma(self, t: Times) -> Coefficients:
         """The noise's standard deviation at t [b], float64."""
 
     @abstractmethod
-    def clamp_unit(self, t: Tensor) -> Tensor:
+    def clamp_unit(self, t: Times) -> Coefficients:
         """The unit of sigma_ts^2 in the clamp of Eq. 13: 1 where sigma is at most 1, else sigma_t^2."""
 
-    def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def transition(self, s: Times, t: Times) -> tuple[Coefficients, Coefficients]:
         """Eq. 2: (alpha_ts, sigma_ts), both float64 [b], of p(x_t | x_s) = N(alpha_ts x_s, sigma_ts^2) for s < t."""
         alpha_ts = self.alpha(t) / self.alpha(s)
         mean_sigma = alpha_ts * self.sigma(s)
@@ -56,13 +56,13 @@ class Schedule(ABC):
 class FlowSchedule(Schedule):
     """Rectified flow: alpha = 1 - t, sigma = t."""
 
-    def alpha(self, t: Tensor) -> Tensor:
+    def alpha(self, t: Times) -> Coefficients:
         return 1 - t.double()
 
-    def sigma(self, t: Tensor) -> Tensor:
+    def sigma(self, t: Times) -> Coefficients:
         return t.double()
 
-    def clamp_unit(self, t: Tensor) -> Tensor:
+    def clamp_unit(self, t: Times) -> Coefficients:
         return torch.ones_like(t, dtype=torch.float64)
 
 
@@ -74,18 +74,18 @@ class VPSchedule(Schedule):
             raise ValueError(f"VPSchedule: kind is 'cosine' or 'linear', not {kind!r}")
         self.kind = kind
 
-    def _log_alpha(self, t: Tensor) -> Tensor:
+    def _log_alpha(self, t: Times) -> Coefficients:
         return -0.25 * t.double() ** 2 * (20 - 0.1) - 0.5 * t.double() * 0.1
 
-    def alpha(self, t: Tensor) -> Tensor:
+    def alpha(self, t: Times) -> Coefficients:
         return torch.cos(t.double() * math.pi / 2) if self.kind == "cosine" else self._log_alpha(t).exp()
 
-    def sigma(self, t: Tensor) -> Tensor:
+    def sigma(self, t: Times) -> Coefficients:
         if self.kind == "cosine":
             return torch.sin(t.double() * math.pi / 2)
         return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
 
-    def clamp_unit(self, t: Tensor) -> Tensor:
+    def clamp_unit(self, t: Times) -> Coefficients:
         return torch.ones_like(t, dtype=torch.float64)
 
 
@@ -97,17 +97,17 @@ class VESchedule(Schedule):
             raise ValueError(f"VESchedule: needs 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}")
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
-    def alpha(self, t: Tensor) -> Tensor:
+    def alpha(self, t: Times) -> Coefficients:
         return torch.ones_like(t, dtype=torch.float64)
 
-    def sigma(self, t: Tensor) -> Tensor:
+    def sigma(self, t: Times) -> Coefficients:
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** t.double()
 
-    def clamp_unit(self, t: Tensor) -> Tensor:
+    def clamp_unit(self, t: Times) -> Coefficients:
         return self.sigma(t) ** 2
 
 
-def coefficients(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def coefficients(prediction: Prediction, alpha: Coefficients, sigma: Coefficients) -> tuple[Coefficients, Coefficients]:
     """(p, q) of psi = p x_0 + q eps: flow (-1, 1), x0 (1, 0), eps (0, 1), v (-sigma, alpha)."""
     one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
     match prediction:
@@ -122,19 +122,19 @@ def coefficients(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[
     raise ValueError(f"prediction: {prediction!r} is none of {', '.join(get_args(Prediction))}")
 
 
-def determinant(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
+def determinant(prediction: Prediction, alpha: Coefficients, sigma: Coefficients) -> Coefficients:
     """D = alpha q - sigma p, of the linear map (x_0, eps) -> (x_t, psi)."""
     p, q = coefficients(prediction, alpha, sigma)
     return alpha * q - sigma * p
 
 
-def forward(x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+def forward(x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule) -> Samples:
     """x_t = alpha_ts x_s + sigma_ts eps (Eq. 2); x_s and eps [b, ...], s < t [b]."""
     alpha_ts, sigma_ts = schedule.transition(s, t)
     return on(alpha_ts, x_s) * x_s + on(sigma_ts, x_s) * eps
 
 
-def predicted_x0(psi: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, prediction: Prediction) -> Tensor:
+def predicted_x0(psi: Samples, x_t: Samples, t: Times, schedule: Schedule, prediction: Prediction) -> Samples:
     """x0_hat = (q x_t - sigma_t psi) / D. For eps prediction it needs alpha_t > 0."""
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     _, q = coefficients(prediction, alpha, sigma)
@@ -142,7 +142,7 @@ def predicted_x0(psi: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, predic
     return on(q / d, x_t) * x_t - on(sigma / d, x_t) * psi
 
 
-def predicted_eps(psi: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, prediction: Prediction) -> Tensor:
+def predicted_eps(psi: Samples, x_t: Samples, t: Times, schedule: Schedule, prediction: Prediction) -> Samples:
     """eps_hat = (alpha_t psi - p x_t) / D. For x0 prediction it needs sigma_t > 0."""
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     p, _ = coefficients(prediction, alpha, sigma)
@@ -150,7 +150,7 @@ def predicted_eps(psi: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, predi
     return on(alpha / d, x_t) * psi - on(p / d, x_t) * x_t
 
 
-def ddim_step(psi: Tensor, x_t: Tensor, t: Tensor, r: Tensor, schedule: Schedule, prediction: Prediction) -> Tensor:
+def ddim_step(psi: Samples, x_t: Samples, t: Times, r: Times, schedule: Schedule, prediction: Prediction) -> Samples:
     """x_r = alpha_r x0_hat + sigma_r eps_hat, r < t: the deterministic step. On `FlowSchedule` it is Euler's."""
     alpha, sigma, alpha_r, sigma_r = schedule.alpha(t), schedule.sigma(t), schedule.alpha(r), schedule.sigma(r)
     p, q = coefficients(prediction, alpha, sigma)
@@ -163,22 +163,14 @@ def check_start(prediction: Prediction, schedule: Schedule, t_0: float) -> None:
     """Raises ValueError where eps prediction would start at alpha = 0: x_0 is not determined there."""
     alpha = schedule.alpha(torch.tensor([t_0])).item()
     if prediction == "eps" and alpha < 1e-3:
-        raise ValueError(f"plan.start: eps prediction cannot start at t = {t_0:g}, where alpha is {alpha:.1e}; start below 1")
-
-
-def renoise_range(low: float, high: float, t_range: tuple[float, float] | None, clamp: bool) -> tuple[float, float]:
-    """The interval t is drawn from: (low, high), cut down by t_range unless t_range clamps. Empty is a ValueError."""
-    if t_range is None or clamp:
-        return low, high
-    cut = max(low, t_range[0]), min(high, t_range[1])
-    if cut[0] >= cut[1]:
-        raise ValueError(f"renoise.t_range: {t_range} leaves nothing of ({low:g}, {high:g})")
-    return cut
+        raise ValueError(
+            f"plan.start: eps prediction cannot start at t = {t_0:g}, where alpha is {alpha:.1e}; start below 1"
+        )
 
 
 def renoise_times(
-    r: Tensor, low: float, high: float, shift: float, t_range: tuple[float, float] | None = None, clamp: bool = False
-) -> Tensor:
+    r: Times, low: float, high: float, shift: float, t_range: tuple[float, float] | None = None, clamp: bool = False
+) -> Coefficients:
     """Re-noise times t in (low, high], float64 [b], from r uniform in [0, 1): uniform in raw time, then shifted.
 
     t_range truncates (raw time uniform on the image of the intersection) or, with clamp, piles up at its bounds.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: spreads consecutive samples over the seeds
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 
 
 def device() -> torch.device:
@@ -27,10 +27,16 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 def generators(samples: Sequence[int], *key: int | str) -> Iterator[torch.Generator]:
-    """For each sample a generator seeded by the key and the sample's index; use each before taking the next."""
+    """For each sample a generator seeded by the key and the sample's index; use each before taking the next.
+
+    SplitMix64 of both: the Mersenne twister behind torch's generator takes only the seed's lower 32 bits.
+    """
     seed, rng = seed_of(*key), torch.Generator()
     for sample in samples:
-        yield rng.manual_seed((seed + GOLDEN * (sample + 1)) % 2**63)
+        mixed = (seed + GOLDEN * (sample + 1)) % 2**64
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
+        yield rng.manual_seed((mixed ^ mixed >> 31) >> 1)
 
 
 def normal(shape: Sequence[int], samples: Sequence[int], *key: int | str) -> Tensor:

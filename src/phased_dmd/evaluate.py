@@ -18,7 +18,7 @@ from torch import Tensor
 from phased_dmd.checkpoint import RunFolder, write_atomically
 from phased_dmd.config import AnalyticTeacher, Config, UserError, WanTeacher
 from phased_dmd.media import grid, save_clip, save_image, save_points
-from phased_dmd.metrics.digits import DIRECTIONS, SPEEDS, WORDS, load_classifier, read
+from phased_dmd.metrics.digits import DIRECTIONS, SPEEDS, WORDS, DigitClassifier, load_classifier, read
 from phased_dmd.metrics.distances import (
     class_entropy,
     energy_distance,
@@ -29,12 +29,35 @@ from phased_dmd.metrics.distances import (
     principal_components,
 )
 from phased_dmd.metrics.pictures import contrast, displacement, high_frequency_energy
+from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.sample import Sampler, load
 
 REFERENCE_SEEDS, SEEDS = 1_000_000, 0  # the first seed of the reference's samples, and of every row's
 COMPONENTS = 32  # of the pixels' principal component analysis
 DIVERSITY_SEEDS = 8  # per prompt, as in the paper
 SHOWN = 20  # pictures, or 5 clips, of each row
+HEADINGS = {  # of a measure: title, how to read it
+    "class_entropy": ("class entropy", "nats, of the digits read; 2.30 when all ten are equally frequent"),
+    "least_class_share": ("rarest class", "share of the samples read as the least frequent digit"),
+    "frechet_features": (
+        "Fréchet, features",
+        "to the base's own many-step samples, classifier features",
+    ),
+    "frechet_pca": ("Fréchet, pixels", "the same in 32 principal components of the pixels"),
+    "frechet_real": ("Fréchet to real digits", "held-out MNIST, classifier features"),
+    "high_frequency_energy": ("high-frequency energy", "mean power above half the Nyquist frequency"),
+    "contrast": ("contrast", "standard deviation of grey values"),
+    "faithfulness": ("faithfulness", "share of samples whose digit is read as the prompt names it"),
+    "direction": ("direction", "share of clips that move the way the prompt names"),
+    "pixels_moved_fast": ("moved, fast", "pixels, from the first third of a clip to its last"),
+    "pixels_moved_slowly": ("moved, slowly", "pixels"),
+    "pairwise_cosine": ("pairwise cosine", "mean over prompts, of features over seeds 0-7; lower is more diverse"),
+    "mode_histogram_kl": ("KL of the modes", "nats, of the histogram over the modes to the mixture's weights"),
+    "energy_distance": ("energy distance", "to exact samples"),
+    "distance_to_nearest_mode": ("distance to a mode", "mean over samples"),
+    "network_calls": ("network calls", "a sample"),
+    "seconds_a_sample": ("seconds a sample", "denoising only, on this machine"),
+}
 
 
 @dataclass(frozen=True)
@@ -76,9 +99,31 @@ def evaluate(runs: Sequence[Path | str], samples: int = 1000, again: bool = Fals
                 result = _evaluate_digits(sampler, config, samples, path.parent, base_cells)
             case _:
                 raise UserError(f"{run}: only runs of nano and of analytic teachers can be evaluated so far")
-        done[str(run)] = {"recipe": config.recipe, "method": config.method, "seed": config.seed, "samples": samples} | result
+        done[str(run)] = {
+            "recipe": config.recipe,
+            "method": config.method,
+            "seed": config.seed,
+            "samples": samples,
+        } | result
         write_atomically(path, (json.dumps(done[str(run)], indent=2) + "\n").encode())
     return done
+
+
+def tables(evaluation: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """The evaluation's tables, {prompt set: {row: {measure: value}}}."""
+    return evaluation["sets"] if evaluation["kind"] == "digits" else {"mixture": evaluation["rows"]}
+
+
+def table(evaluation: dict[str, Any]) -> str:
+    """The evaluation as Markdown, a table a prompt set."""
+    parts = []
+    for name, rows in tables(evaluation).items():
+        measures = list(next(iter(rows.values())))
+        lines = [[f"{name}, n = {evaluation['samples']}", *(HEADINGS[measure][0] for measure in measures)]]
+        lines += [[row, *(f"{values[measure]:.3g}" for measure in measures)] for row, values in rows.items()]
+        body = [f"| {' | '.join(line)} |" for line in lines]
+        parts.append("\n".join([body[0], "|" + "---|" * len(lines[0]), *body[1:]]))
+    return "\n\n".join(parts)
 
 
 def _sample(sampler: Sampler, prompts: Sequence[str], count: int, first_seed: int, steps: int | None) -> Cell:
@@ -93,11 +138,16 @@ def _sample(sampler: Sampler, prompts: Sequence[str], count: int, first_seed: in
 
 def _rows(sampler: Sampler, config: Config, base_steps: int) -> dict[str, int | None]:
     steps = sampler.system.plan.num_steps
-    return {f"base, {base_steps} steps": base_steps, f"base, {steps} steps": steps, f"{config.method}, {steps} steps": None}
+    return {
+        f"base, {base_steps} steps": base_steps,
+        f"base, {steps} steps": steps,
+        f"{config.method}, {steps} steps": None,
+    }
 
 
 def _evaluate_mixture(sampler: Sampler, config: Config, samples: int, folder: Path) -> dict[str, Any]:
     exact = sampler.system.model.networks[0]
+    assert isinstance(exact, ExactMixture)
     reference = exact.sample(samples, torch.Generator().manual_seed(REFERENCE_SEEDS))
     rows, clouds = {}, []
     for name, steps in _rows(sampler, config, 40).items():
@@ -159,7 +209,9 @@ def _read_prompts(cell: Cell, labels: Tensor) -> dict[str, float]:
     if not any(word in cell.prompts[0].split() for word in WORDS):
         share = labels.bincount(minlength=10).double() / len(labels)
         return {"class_entropy": class_entropy(labels, 10), "least_class_share": float(share.min())}
-    digits = torch.tensor([next(i for i, word in enumerate(WORDS) if word in prompt.split()) for prompt in cell.prompts])
+    digits = torch.tensor(
+        [next(i for i, word in enumerate(WORDS) if word in prompt.split()) for prompt in cell.prompts]
+    )
     scores = {"faithfulness": float((labels == digits).double().mean())}
     if cell.pixels.shape[1] > 1:
         directions = [next(v for name, v in DIRECTIONS.items() if name in prompt.split()) for prompt in cell.prompts]
@@ -173,8 +225,8 @@ def _read_prompts(cell: Cell, labels: Tensor) -> dict[str, float]:
     return scores
 
 
-def _diversity(sampler: Sampler, classifier: torch.nn.Module, prompts: list[str], steps: int | None) -> float:
-    """Mean over prompts of the pairwise cosine of features over seeds 0-7, as in the paper's Table 2; lower is more diverse."""
+def _diversity(sampler: Sampler, classifier: DigitClassifier, prompts: list[str], steps: int | None) -> float:
+    """The paper's Table 2: mean over prompts of the pairwise cosine of features over seeds 0-7."""
     cosines = []
     for prompt in prompts:
         pixels = sampler.decode(sampler([prompt] * DIVERSITY_SEEDS, range(DIVERSITY_SEEDS), steps))

@@ -46,9 +46,13 @@ class Roles:
             if lora is None:
                 self._copies[role, network] = _bare_copy(base).requires_grad_(trainable)
                 continue
-            config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(self.model.lora_targets))
+            config = LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,  # type: ignore[arg-type] peft takes any number
+                target_modules=list(self.model.lora_targets),
+            )
             with torch.random.fork_rng():
-                torch.manual_seed(seed)
+                torch.manual_seed(seed + network)
                 inject_adapter_in_model(config, base, adapter_name=role)
             self._adapters.add((role, network))
             base.requires_grad_(False)
@@ -57,7 +61,7 @@ class Roles:
             self._trainable.add(role)
 
     def remove(self, role: str) -> None:
-        """Forgets a role, freeing its weights; a role that is active now cannot be removed."""
+        """Forgets a role, freeing its weights; one whose adapter is on now cannot be removed."""
         if role in self._on:
             raise RuntimeError(f"role {role} is active")
         for network, base in enumerate(self.model.students):
@@ -76,7 +80,9 @@ class Roles:
 
     @contextmanager
     def active(self, role: str) -> Iterator[None]:
-        """Turns the role's adapters on, and all others off, on every network; restores the former state on the way out."""
+        """The role's adapters on and all others off, on every network; on the way out, whatever was on before."""
+        if role != TEACHER and not any(key[0] == role for key in (*self._adapters, *self._copies)):
+            raise KeyError(f"there is no role {role}")
         before = list(self._on)
         self._set([role if (role, network) in self._adapters else None for network in range(len(before))])
         try:
@@ -118,11 +124,14 @@ class Roles:
 
     @torch.no_grad()
     def load(self, role: str, tensors: dict[str, Tensor]) -> None:
-        """Overwrites all of the role's parameters; a missing or surplus name is a KeyError."""
+        """Overwrites all of the role's parameters; a missing or surplus name, or another shape, is a KeyError."""
         parameters = self.parameters(role)
         if parameters.keys() != tensors.keys():
             odd = sorted(parameters.keys() ^ tensors.keys())
             raise KeyError(f"{role}: {len(odd)} tensors missing or surplus, the first {odd[0]}")
+        for name, parameter in parameters.items():
+            if parameter.shape != tensors[name].shape:
+                raise KeyError(f"{role}: {name} is {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
 
@@ -144,13 +153,19 @@ def _bare_copy(base: nn.Module) -> nn.Module:
 
 
 def _switch(base: nn.Module, adapter: str | None, trainable: bool) -> None:
-    """peft would thaw any adapter it activates; only the one in training may be. No adapter on is the base, bit for bit."""
+    """peft thaws any adapter it activates unless told not to. With no adapter on, the base computes, bit for bit."""
     for module in base.modules():
         if isinstance(module, BaseTunerLayer):
             module.set_adapter([] if adapter is None else [adapter], inference_mode=not trainable)
 
 
-def route(networks: Sequence[int], call: Callable[[int, Tensor, Tensor, Condition], Tensor], x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+def route(
+    networks: Sequence[int],
+    call: Callable[[int, Tensor, Tensor, Condition], Tensor],
+    x: Tensor,
+    t: Tensor,
+    condition: Condition,
+) -> Tensor:
     """A prediction for a batch whose samples belong to different networks: networks[i] serves sample i."""
     present = sorted(set(networks))
     if len(present) == 1:
@@ -158,8 +173,7 @@ def route(networks: Sequence[int], call: Callable[[int, Tensor, Tensor, Conditio
     owner = torch.tensor(networks, device=x.device)
     parts = [(owner == network).nonzero().squeeze(1) for network in present]
     outputs = [
-        call(network, x[index], t[index], rows(condition, index))
-        for network, index in zip(present, parts, strict=True)
+        call(network, x[index], t[index], rows(condition, index)) for network, index in zip(present, parts, strict=True)
     ]
     order = torch.cat(parts).argsort()
     return torch.cat(outputs)[order]

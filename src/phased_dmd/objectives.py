@@ -8,10 +8,23 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from phased_dmd.diffusion import Prediction, Schedule, coefficients, determinant, forward, on, predicted_x0
+from phased_dmd.diffusion import (
+    Coefficients,
+    Prediction,
+    Samples,
+    Schedule,
+    Times,
+    coefficients,
+    determinant,
+    forward,
+    on,
+    predicted_x0,
+)
 
+Losses = Float[Tensor, " b"]
 Predict = Callable[[Tensor, Tensor], Tensor]
 Target = Callable[[Tensor, Tensor, Tensor, Tensor, Schedule, Prediction], Tensor]
 Weighting = Literal["normalised", "paper", "public"]
@@ -25,9 +38,14 @@ def _mean(x: Tensor) -> Tensor:
     return x.flatten(1).to(torch.promote_types(x.dtype, torch.float32)).mean(1)
 
 
+def _clean(s: Tensor, schedule: Schedule) -> Tensor:
+    """Where x_s is x_0 itself, so that Eq. 12 is Eq. 4: [b], bool."""
+    return (schedule.sigma(s) == 0) & (schedule.alpha(s) == 1)
+
+
 def subinterval_target(
-    x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor, schedule: Schedule, prediction: Prediction
-) -> Tensor:
+    x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction
+) -> Samples:
     """Eq. 12 (flow), Eq. 15 (x0) and their twins: the unbiased regression target at x_t, given only x_s.
 
     target = p x0* + q eps*, with x0* = x_s/alpha_s - alpha_t sigma_s^2/(alpha_s^2 sigma_ts) eps and
@@ -40,40 +58,45 @@ def subinterval_target(
     return on(p / alpha_s, x_s) * x_s + on(on_eps, x_s) * eps
 
 
-def biased_target(x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor, schedule: Schedule, prediction: Prediction) -> Tensor:
+def biased_target(
+    x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction
+) -> Samples:
     """Ablation (Sec. 2.3.2): Eq. 4 with x_s in the place of x_0, p x_s + q eps. Biased wherever s > 0."""
     p, q = coefficients(prediction, schedule.alpha(t), schedule.sigma(t))
     return on(p, x_s) * x_s + on(q, x_s) * eps
 
 
-def printed_target(x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor, schedule: Schedule, prediction: Prediction) -> Tensor:
-    """Ablation: Eq. 13 read as printed, without the bracket it lost, which flips the sign of x_s. Wrong wherever s > 0."""
+def printed_target(
+    x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction
+) -> Samples:
+    """Ablation: Eq. 13 as printed, without the bracket it lost, which flips the sign of x_s. Wrong wherever s > 0."""
     p, _ = coefficients(prediction, schedule.alpha(t), schedule.sigma(t))
-    return subinterval_target(x_s, eps, s, t, schedule, prediction) - on(2 * p / schedule.alpha(s), x_s) * x_s
+    flipped = torch.where(_clean(s, schedule), 0.0, 2 * p / schedule.alpha(s))
+    return subinterval_target(x_s, eps, s, t, schedule, prediction) - on(flipped, x_s) * x_s
 
 
-def score_matching_weight(s: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """Eq. 13's clamp(1/sigma_ts^2, 0, 10) sigma_ts^2 = min(1, 10 sigma_ts^2), float64 [b]; 1 where x_s is clean (Eq. 4)."""
+def score_matching_weight(s: Times, t: Times, schedule: Schedule) -> Coefficients:
+    """Eq. 13's clamp(1/sigma_ts^2, 0, 10) sigma_ts^2 = min(1, 10 sigma_ts^2), [b]; 1 where x_s is clean (Eq. 4)."""
     _, sigma_ts = schedule.transition(s, t)
     weight = (CLAMP * sigma_ts**2 / schedule.clamp_unit(t)).clamp(max=1.0)
-    clean = (schedule.sigma(s) == 0) & (schedule.alpha(s) == 1)
-    return torch.where(clean, torch.ones_like(weight), weight)
+    return torch.where(_clean(s, schedule), torch.ones_like(weight), weight)
 
 
 def score_matching_loss(
-    predict: Predict, x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor, schedule: Schedule, prediction: Prediction,
+    predict: Predict, x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction,
     target: Target = subinterval_target,
-) -> Tensor:  # fmt: skip
+) -> Losses:  # fmt: skip
     """Eq. 13, its lost bracket restored; Eq. 4 at s = 0. The fake's loss [b] on generated samples x_s."""
     psi = predict(forward(x_s, eps, s, t, schedule), t)
     error = psi - target(x_s, eps, s, t, schedule, prediction)
-    return score_matching_weight(s, t, schedule).to(x_s.device) * _mean(error**2)
+    square = _mean(error**2)
+    return score_matching_weight(s, t, schedule).to(square) * square
 
 
 def matching_gradient(
-    x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor, schedule: Schedule, prediction: Prediction,
-    teacher: Predict, fake: Predict, weighting: Weighting = "normalised", x0_generator: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction,
+    teacher: Predict, fake: Predict, weighting: Weighting = "normalised", x0_generator: Samples | None = None,
+) -> Samples:  # fmt: skip
     """Eq. 11 (Eq. 9 at s = 0): the gradient with respect to x_s, [b, ...], without graph.
 
     paper: w (T - F), w = alpha_ts alpha_t / (sigma_t D). normalised: kappa (x0_F - x0_T) over the mean absolute
@@ -101,14 +124,12 @@ def matching_gradient(
 
 
 def distribution_matching_loss(
-    x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor, schedule: Schedule, prediction: Prediction,
-    teacher: Predict, fake: Predict, weighting: Weighting = "normalised", x0_generator: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction,
+    teacher: Predict, fake: Predict, weighting: Weighting = "normalised", x0_generator: Samples | None = None,
+) -> Losses:  # fmt: skip
     """Eq. 11 as a loss [b]: 0.5 |x_s - sg(x_s - gradient)|^2, whose gradient in x_s is `matching_gradient` / elements.
 
     x_s: the rollout's end, with its graph. teacher: with guidance; fake: without; neither is differentiated.
     """
-    gradient = matching_gradient(
-        x_s, eps, s, t, schedule, prediction, teacher, fake, weighting, x0_generator
-    )
+    gradient = matching_gradient(x_s, eps, s, t, schedule, prediction, teacher, fake, weighting, x0_generator)
     return 0.5 * _mean((x_s - (x_s - gradient).detach()) ** 2)

@@ -1,5 +1,6 @@
 """AdamW for beta1 = 0, and the decay of the learning rate."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import overload
 
@@ -12,7 +13,12 @@ class MomentumFreeAdamW(torch.optim.Optimizer):
     """`torch.optim.AdamW` with betas (0, beta2), which needs no first moment and stores none."""
 
     def __init__(
-        self, params: Iterable[Parameter], lr: float, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01
+        self,
+        params: Iterable[Parameter],
+        lr: float,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
     ) -> None:
         super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps, "weight_decay": weight_decay})
 
@@ -27,7 +33,7 @@ class MomentumFreeAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 if not self.state[p]:
                     self.state[p] = {"step": torch.zeros(()), "exp_avg_sq": torch.zeros_like(p)}
@@ -35,7 +41,7 @@ class MomentumFreeAdamW(torch.optim.Optimizer):
             self._update(group, params)
         return loss
 
-    def _update(self, group: dict, params: list[Parameter]) -> None:
+    def _update(self, group: dict, params: list[Tensor]) -> None:
         if not params:
             return
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
@@ -59,12 +65,19 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient that is not finite: training stops before the optimiser's step."""
 
 
-def check_finite(loss: Tensor, parameters: dict[str, Parameter], where: str) -> None:
-    """Raises NonFiniteError naming the loss or the first tensor at fault, or a RuntimeError where no gradient came."""
+def check_finite(loss: Tensor, norm: float, parameters: dict[str, Parameter], where: str) -> None:
+    """Raises NonFiniteError naming the loss or the first tensor at fault, or a RuntimeError where no gradient came.
+
+    norm: of all gradients together, before they are clipped.
+    """
     if not torch.isfinite(loss):
         raise NonFiniteError(f"{where}: the loss is {loss.item()}")
+    if norm > 0 and math.isfinite(norm):
+        return
     if all(p.grad is None for p in parameters.values()):
         raise RuntimeError(f"{where}: no gradient reached any parameter; was the backward run inside its role?")
     for name, p in parameters.items():
         if p.grad is not None and not torch.isfinite(p.grad).all():
             raise NonFiniteError(f"{where}: the gradient of {name} is not finite")
+    if not math.isfinite(norm):
+        raise NonFiniteError(f"{where}: the norm of all gradients overflows")

@@ -1,5 +1,6 @@
 """Which step runs when, on which expert and network: the phase plan, in plain Python."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -21,6 +22,24 @@ def step_times(steps: int, shift: float, start: float = 1.0) -> tuple[float, ...
     """The grid start = t_0 > ... > t_N = 0: evenly spaced in raw time, then shifted (Sec. 2.2)."""
     u_0 = unshift_time(start, shift)
     return (start, *(shift_time(u_0 * (1 - i / steps), shift) for i in range(1, steps)), 0.0)
+
+
+def renoise_range(low: float, high: float, t_range: tuple[float, float] | None, clamp: bool) -> tuple[float, float]:
+    """The interval t is drawn from: (low, high), cut down by t_range unless t_range clamps. Empty is a ValueError."""
+    if not low < high:
+        raise ValueError(f"renoise: no time is left between {low:g} and {high:g}")
+    if t_range is None:
+        return low, high
+    if not 0 <= t_range[0] < t_range[1] <= 1:
+        raise ValueError(f"renoise.t_range: {t_range} is no interval within [0, 1]")
+    if clamp:
+        if t_range[1] <= low or t_range[0] > high:
+            raise ValueError(f"renoise.t_range: {t_range} would clamp t out of ({low:g}, {high:g}]")
+        return low, high
+    cut = max(low, t_range[0]), min(high, t_range[1])
+    if cut[0] >= cut[1]:
+        raise ValueError(f"renoise.t_range: {t_range} leaves nothing of ({low:g}, {high:g})")
+    return cut
 
 
 class Hop(NamedTuple):
@@ -52,12 +71,18 @@ class PhasePlan:
     switches: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.times) < 2 or any(a <= b for a, b in zip(self.times, self.times[1:], strict=False)):
+        if len(self.times) < 2 or not all(a > b for a, b in itertools.pairwise(self.times)):
             raise ValueError(f"plan: the times must decrease strictly, got {self.times}")
         if self.times[0] > 1 or self.times[-1] != 0:
             raise ValueError(f"plan: the times must lie in [0, 1] and end at 0, got {self.times}")
-        if self.starts[0] != 0 or any(a >= b for a, b in zip(self.starts, (*self.starts[1:], self.num_steps), strict=True)):
-            raise ValueError(f"plan: phases must start at 0, rise, and hold a step each; got {self.starts} of {self.num_steps} steps")
+        if (
+            not self.starts
+            or self.starts[0] != 0
+            or any(a >= b for a, b in zip(self.starts, (*self.starts[1:], self.num_steps), strict=True))
+        ):
+            raise ValueError(
+                f"plan: phases must start at 0, rise, and hold a step each; got {self.starts} of {self.num_steps} steps"
+            )
         if any(a <= b for a, b in zip((1.0, *self.switches), (*self.switches, 0.0), strict=True)):
             raise ValueError(f"plan: switches must decrease inside (0, 1), got {self.switches}")
 

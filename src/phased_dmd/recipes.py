@@ -16,9 +16,9 @@ from phased_dmd.config import (
     Plan,
     UserError,
     WanTeacher,
-    nearest,
     apply_overrides,
     build,
+    nearest,
     read_file,
     with_method,
 )
@@ -72,12 +72,14 @@ RECIPES = {"toy-1d": toy_1d, "toy-2d": toy_2d, "nano-t2i": nano_t2i, "nano-t2v":
 
 
 def resolve(recipe: str, overrides: Mapping[str, Any], method: Method | None = None) -> Config:
-    """The Config of a recipe's name, or of a YAML or JSON file, with dotted overrides and then a method applied."""
+    """The Config of a recipe's name, or of a YAML or JSON file, with a method and then dotted overrides applied."""
     if recipe in RECIPES:
         data = json.loads(RECIPES[recipe]().model_dump_json())
     elif Path(recipe).suffix in (".yaml", ".yml", ".json"):
         data = json.loads(build(read_file(Path(recipe))).model_dump_json())
     else:
         raise UserError(f"recipe: unknown recipe {recipe!r}{nearest(recipe, list(RECIPES))}")
-    data = apply_overrides(data, overrides)
-    return build(with_method(method, data) if method is not None else data)
+    config = build(apply_overrides(data if method is None else with_method(method, data), overrides))
+    if method is not None and config.method != method:
+        raise UserError(f"method: {method} contradicts plan.phases or plan.gradient, which make {config.method}")
+    return config

@@ -11,44 +11,9 @@ from matplotlib.figure import Figure
 
 from phased_dmd.checkpoint import RunFolder, write_atomically
 from phased_dmd.config import Config, UserError
+from phased_dmd.evaluate import HEADINGS, tables
 
 ASSETS = Path(__file__).parent / "assets"
-HEADINGS = {  # of a measure: title, how to read it
-    "class_entropy": ("class entropy", "nats, of the digits read; 2.30 when all ten are equally frequent"),
-    "least_class_share": ("rarest class", "share of the samples read as the least frequent digit"),
-    "frechet_features": ("Fréchet, features", "to the base's own many-step samples, classifier features; lower is closer"),
-    "frechet_pca": ("Fréchet, pixels", "the same in 32 principal components of the pixels"),
-    "frechet_real": ("Fréchet to real digits", "held-out MNIST, classifier features"),
-    "high_frequency_energy": ("high-frequency energy", "mean power above half the Nyquist frequency"),
-    "contrast": ("contrast", "standard deviation of grey values"),
-    "faithfulness": ("faithfulness", "share of samples whose digit is read as the prompt names it"),
-    "direction": ("direction", "share of clips that move the way the prompt names"),
-    "pixels_moved_fast": ("moved, fast", "pixels, from the first third of a clip to its last"),
-    "pixels_moved_slowly": ("moved, slowly", "pixels"),
-    "pairwise_cosine": ("pairwise cosine", "mean over prompts, of features over seeds 0-7; lower is more diverse"),
-    "mode_histogram_kl": ("KL of the modes", "nats, of the histogram over the modes to the mixture's weights"),
-    "energy_distance": ("energy distance", "to exact samples"),
-    "distance_to_nearest_mode": ("distance to a mode", "mean over samples"),
-    "network_calls": ("network calls", "a sample"),
-    "seconds_a_sample": ("seconds a sample", "denoising only, on this machine"),
-}
-
-
-def tables(evaluation: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """The evaluation's tables, {prompt set: {row: {measure: value}}}."""
-    return evaluation["sets"] if evaluation["kind"] == "digits" else {"mixture": evaluation["rows"]}
-
-
-def table(evaluation: dict[str, Any]) -> str:
-    """The evaluation as Markdown, a table a prompt set."""
-    parts = []
-    for name, rows in tables(evaluation).items():
-        measures = list(next(iter(rows.values())))
-        lines = [[f"{name}, n = {evaluation['samples']}", *(HEADINGS[measure][0] for measure in measures)]]
-        lines += [[row, *(f"{values[measure]:.3g}" for measure in measures)] for row, values in rows.items()]
-        body = [f"| {' | '.join(line)} |" for line in lines]
-        parts.append("\n".join([body[0], "|" + "---|" * len(lines[0]), *body[1:]]))
-    return "\n\n".join(parts)
 
 
 def _data_url(data: bytes, kind: str) -> str:

@@ -15,13 +15,12 @@ from phased_dmd.checkpoint import write_atomically
 from phased_dmd.config import Method
 from phased_dmd.diffusion import FlowSchedule, renoise_times, times_like
 from phased_dmd.engine import generator
-from phased_dmd.evaluate import evaluate
+from phased_dmd.evaluate import HEADINGS, evaluate, tables
 from phased_dmd.models.analytic import ExactMixture, TimeMLP
 from phased_dmd.objectives import Target, biased_target, score_matching_loss, subinterval_target
 from phased_dmd.phases import Hop
 from phased_dmd.recipes import resolve
-from phased_dmd.report import HEADINGS, tables
-from phased_dmd.rollout import rollout
+from phased_dmd.rollouts import rollout
 from phased_dmd.train import distill
 
 STUDIES: dict[str, tuple[Method, ...]] = {
@@ -37,7 +36,9 @@ def study(recipe: str, seeds: Sequence[int], samples: int, runs: Path, results: 
 
     What is already distilled and evaluated in `runs` is not done again.
     """
-    folders = {(method, seed): runs / f"{recipe}-{method}-{seed}" for method in STUDIES[recipe] for seed in seeds}
+    folders: dict[tuple[Method, int], Path] = {
+        (method, seed): runs / f"{recipe}-{method}-{seed}" for method in STUDIES[recipe] for seed in seeds
+    }
     for (method, seed), folder in folders.items():
         distill(resolve(recipe, {"seed": seed}, method), folder)
     evaluations = evaluate(list(folders.values()), samples)
@@ -52,7 +53,13 @@ def study(recipe: str, seeds: Sequence[int], samples: int, runs: Path, results: 
         kind: {row: {m: interval(v) for m, v in values.items()} for (k, row), values in cells.items() if k == kind}
         for kind in dict.fromkeys(kind for kind, _ in cells)
     }
-    body = {"command": command, "seeds": list(seeds), "samples": samples, "summary": summary, "runs": list(evaluations.values())}
+    body = {
+        "command": command,
+        "seeds": list(seeds),
+        "samples": samples,
+        "summary": summary,
+        "runs": list(evaluations.values()),
+    }
     write_atomically(results / f"{recipe}.json", (json.dumps(body, indent=1) + "\n").encode())
     path = results / f"{recipe}.md"
     write_atomically(path, _markdown(recipe, command, len(seeds), samples, summary).encode())
@@ -69,7 +76,10 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _markdown(recipe: str, command: str, seeds: int, samples: int, summary: dict[str, Any]) -> str:
-    parts = [f"# {recipe}", f"`{command}`: {seeds} seeds, {samples} samples a cell; mean ± half width of the 95 % interval over seeds."]
+    parts = [
+        f"# {recipe}",
+        f"`{command}`: {seeds} seeds, {samples} samples a cell; mean ± half width of the 95 % interval over seeds.",
+    ]
     for kind, rows in summary.items():
         measures = list(next(iter(rows.values())))
         lines = [f"| {kind} | {' | '.join(HEADINGS[m][0] for m in measures)} |", "|" + "---|" * (len(measures) + 1)]
@@ -107,9 +117,17 @@ def fig2(seeds: Sequence[int], results: Path, steps: int = 4000, hidden: int = 1
             deviations[name].append(float((curves[name] - curves["exact flow"]).abs().mean()))
     summary = {name: interval(values) for name, values in deviations.items()}
     command = f"phased-dmd reproduce fig2 --seeds {len(seeds)}"
-    write_atomically(results / "fig2.json", (json.dumps({"command": command, "summary": summary}, indent=1) + "\n").encode())
-    lines = [f"| {name} | {v['mean']:.4f} | {min(v['values']):.4f} to {max(v['values']):.4f} |" for name, v in summary.items()]
-    text = f"# Fig. 2: score matching within a subinterval\n\n`{command}`\n\n| model | mean absolute deviation from the exact flow | range over {len(seeds)} seeds |\n|---|---|---|\n"
+    write_atomically(
+        results / "fig2.json", (json.dumps({"command": command, "summary": summary}, indent=1) + "\n").encode()
+    )
+    lines = [
+        f"| {name} | {v['mean']:.4f} | {min(v['values']):.4f} to {max(v['values']):.4f} |"
+        for name, v in summary.items()
+    ]
+    text = (
+        f"# Fig. 2: score matching within a subinterval\n\n`{command}`\n\n"
+        f"| model | mean absolute deviation from the exact flow | range over {len(seeds)} seeds |\n|---|---|---|\n"
+    )
     write_atomically(results / "fig2.md", (text + "\n".join(lines) + "\n\n![trajectories](fig2.png)\n").encode())
     _plot_trajectories(curves, results / "fig2.png")
     return results / "fig2.md"

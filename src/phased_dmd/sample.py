@@ -9,13 +9,14 @@ from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors
 from phased_dmd.config import Config, UserError
+from phased_dmd.diffusion import check_start
 from phased_dmd.engine import device, normal
 from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role, route
 from phased_dmd.media import grid, save_clip, save_image, save_preview
 from phased_dmd.models.loader import load_model
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
 from phased_dmd.phases import Hop, PhasePlan, step_times
-from phased_dmd.rollout import Rollout, rollout
+from phased_dmd.rollouts import Rollout, rollout
 
 BATCH = 64  # samples a network call, when sampling
 
@@ -32,7 +33,7 @@ class System:
 
     def start(self, noise: Tensor) -> Tensor:
         """x at t_0: sigma(t_0) eps [b, ...]."""
-        return noise * self.model.schedule.sigma(torch.tensor(self.plan.times[0])).item()
+        return noise * self.model.schedule.sigma(torch.tensor(self.plan.times[:1])).item()
 
     def roll(
         self, path: Sequence[Hop], noise: Tensor, condition: Condition, gradient_steps: Collection[int] = (),
@@ -76,7 +77,11 @@ class System:
         model = self.model
         with torch.no_grad():
             return rollout(
-                lambda _step, x, t: self.teacher(x, t, condition), self.start(noise), path, model.schedule, model.prediction
+                lambda _step, x, t: self.teacher(x, t, condition),
+                self.start(noise),
+                path,
+                model.schedule,
+                model.prediction,
             ).x
 
 
@@ -85,6 +90,10 @@ def build_system(config: Config) -> tuple[System, Codec]:
     model, codec = load_model(config.teacher, config.seed)
     negative = codec.encode([config.teacher.negative_prompt if config.teacher.kind == "wan" else ""])
     plan = config.phase_plan(model.switches)
+    try:
+        check_start(model.prediction, model.schedule, plan.times[0])
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return System(config, model, Roles(model), plan, negative), codec
 
 
@@ -105,7 +114,8 @@ class Sampler:
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int], teacher_steps: int | None = None) -> Tensor:
         """Latents [n, ...] for n prompts with n seeds, on the CPU; teacher_steps: from the guided teacher instead."""
         parts = [
-            self._batch(prompts[i : i + BATCH], seeds[i : i + BATCH], teacher_steps) for i in range(0, len(seeds), BATCH)
+            self._batch(prompts[i : i + BATCH], seeds[i : i + BATCH], teacher_steps)
+            for i in range(0, len(seeds), BATCH)
         ]
         return torch.cat(parts)
 
@@ -154,7 +164,7 @@ def load(run: Path | str) -> Sampler:
 def write_samples(
     sampler: Sampler, prompts: Sequence[str], seeds: int, output: Path, teacher_steps: int | None = None
 ) -> list[Path]:
-    """Every prompt with seeds 0, 1, ...: a PNG, or a WebP clip, each, and the contact sheet of all; returns their paths."""
+    """Every prompt with seeds 0, 1, ...: a PNG, or a WebP clip, each, and a contact sheet; returns the paths."""
     pairs = [(prompt, seed) for prompt in prompts for seed in range(seeds)]
     samples = sampler.decode(sampler([p for p, _ in pairs], [s for _, s in pairs], teacher_steps))
     if samples.ndim != 5:

@@ -10,7 +10,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors
 from phased_dmd.config import Config, Optimiser
@@ -70,7 +70,9 @@ class Draws:
 class Trainer:
     """One role's parameters and optimiser within a phase."""
 
-    def __init__(self, role: str, parameters: dict[str, Parameter], config: Optimiser, ema: float | None = None) -> None:
+    def __init__(
+        self, role: str, parameters: dict[str, Parameter], config: Optimiser, ema: float | None = None
+    ) -> None:
         self.role, self.parameters, self.config, self.ema_decay = role, parameters, config, ema
         self.optimiser = MomentumFreeAdamW(
             parameters.values(), config.lr, config.beta2, weight_decay=config.weight_decay
@@ -79,8 +81,9 @@ class Trainer:
 
     def step(self, loss: Tensor, where: str, progress: tuple[int, int]) -> float:
         """Checks, clips, updates and averages after a backward; returns the gradient's norm before clipping."""
-        check_finite(loss, self.parameters, f"{where}, {self.role}")
-        norm = clip_grad_norm_(self.parameters.values(), self.config.clip).item()
+        norm = get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        check_finite(loss, norm.item(), self.parameters, f"{where}, {self.role}")
+        clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
         for group in self.optimiser.param_groups:
             group["lr"] = decayed(self.config.lr, self.config.decay, *progress)
         self.optimiser.step()
@@ -88,7 +91,7 @@ class Trainer:
         if self.ema is not None and self.ema_decay is not None:
             for name, p in self.parameters.items():
                 self.ema[name].lerp_(p.detach(), 1 - self.ema_decay)
-        return norm
+        return norm.item()
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, by name."""
@@ -154,6 +157,7 @@ def distill(config: Config, output: Path | str | None = None, quiet: bool = Fals
             fake.load(tensors)
         run.rewind_metrics(phase, done)
         gradient_steps = plan.steps(phase)
+        fake_norm = 0.0
         clipped = 0 if tensors is None else int(tensors["clipped"])
 
         with progress_bar(phase, plan.num_phases, done, config.iterations, quiet) as show:
@@ -168,11 +172,20 @@ def distill(config: Config, output: Path | str | None = None, quiet: bool = Fals
                     condition = draws.condition(conditions, len(prompts))
                     path = plan.path(phase, draws.exit_step(full=config.plan.fake_rollout == "full"))
                     with torch.no_grad():
-                        x_s = system.roll(path, draws.noise("start"), condition, renoise=lambda i: draws.noise("renoise", i)).x
+                        x_s = system.roll(
+                            path, draws.noise("start"), condition, renoise=lambda i: draws.noise("renoise", i)
+                        ).x
                     s, t = draws.times()
                     with roles.active(FAKE):
                         loss = score_matching_loss(
-                            lambda x, t: system.fake(x, t, condition), x_s, draws.noise("eps"), s, t, schedule, prediction, target
+                            lambda x, t: system.fake(x, t, condition),
+                            x_s,
+                            draws.noise("eps"),
+                            s,
+                            t,
+                            schedule,
+                            prediction,
+                            target,
                         ).mean()
                         loss.backward()
                     fake_norm = fake.step(loss, where, at)
@@ -188,7 +201,8 @@ def distill(config: Config, output: Path | str | None = None, quiet: bool = Fals
                     s, t = draws.times()
                     loss = distribution_matching_loss(
                         end.x, draws.noise("eps"), s, t, schedule, prediction,
-                        teacher=lambda x, t: system.teacher(x, t, condition), fake=lambda x, t: system.fake(x, t, condition),
+                        teacher=lambda x, t: system.teacher(x, t, condition),
+                        fake=lambda x, t: system.fake(x, t, condition),
                         weighting=config.objective.weighting, x0_generator=end.x0.detach(),
                     ).mean()  # fmt: skip
                     loss.backward()
@@ -204,7 +218,9 @@ def distill(config: Config, output: Path | str | None = None, quiet: bool = Fals
                         "phase": phase, "iteration": count, "fake_loss": fake_loss, "generator_loss": loss.item(),
                         "fake_gradient_norm": fake_norm, "generator_gradient_norm": norm, "clipped": clipped / since,
                     })  # fmt: skip
-                    run.log("timing.jsonl", {"phase": phase, "iteration": count, "seconds": time.perf_counter() - started})
+                    run.log(
+                        "timing.jsonl", {"phase": phase, "iteration": count, "seconds": time.perf_counter() - started}
+                    )
                     clipped = 0
                 if count % config.sample_every == 0 or count == config.iterations:
                     preview = Sampler(system, codec).preview(phase, prompts)
@@ -225,8 +241,9 @@ def expert_header(config: Config, system: System, phase: int) -> dict[str, objec
     """What a reader needs to run the expert: its place on the grid and, for LoRA, its scale."""
     lora = config.generator.lora if config.generator.weights == "lora" else None
     return {
-        "phase": phase, "steps": list(system.plan.steps(phase)), "grid": list(system.plan.times), "shift": config.plan.shift,
-        "boundary": system.plan.end(phase), "solver": config.plan.solver, "weights": config.generator.weights,
+        "phase": phase, "steps": list(system.plan.steps(phase)), "grid": list(system.plan.times),
+        "shift": config.plan.shift, "boundary": system.plan.end(phase), "solver": config.plan.solver,
+        "weights": config.generator.weights,
         "rank": lora and lora.rank, "alpha": lora and lora.alpha, "method": config.method,
     }  # fmt: skip
 

@@ -35,7 +35,7 @@ class DigitClassifier(nn.Module):
 
 
 def load_classifier() -> tuple[DigitClassifier, dict[str, Tensor], float]:
-    """The shipped classifier, the statistics of real held-out digits in its features (mean, covariance), its accuracy."""
+    """The shipped classifier, the mean and covariance of real held-out digits in its features, and its accuracy."""
     tensors, header = load_tensors(WEIGHTS)
     real = {name.removeprefix("real."): tensors.pop(name) for name in ("real.mean", "real.covariance")}
     classifier = DigitClassifier()

@@ -1,7 +1,6 @@
 """Distances between sets of samples, and the spread within one."""
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -14,7 +13,8 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
 def frechet(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
     """Fréchet distance |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two Gaussians (mean, covariance)."""
     (mean_a, cov_a), (mean_b, cov_b) = ((m.double().numpy(), c.double().numpy()) for m, c in (a, b))
-    root_a = scipy.linalg.sqrtm(cov_a).real
+    values, vectors = np.linalg.eigh(cov_a)
+    root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     middle = np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(min=0)
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(middle).sum())
 

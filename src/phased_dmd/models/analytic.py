@@ -25,17 +25,19 @@ class ExactMixture(nn.Module):
         self.register_buffer("weights", weights.double() / weights.double().sum())
         self.means: Tensor
         self.weights: Tensor
-        self.std, self.schedule, self.prediction = std, schedule, prediction
+        self.std, self.schedule = std, schedule
+        self.prediction: Prediction = prediction
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x [b, dims], t [b] > 0 -> psi [b, dims], computed in float64."""
-        alpha, sigma = self.schedule.alpha(t)[:, None], self.schedule.sigma(t)[:, None]
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        p, q = (coefficient[:, None] for coefficient in coefficients(self.prediction, alpha, sigma))
+        alpha, sigma = alpha[:, None], sigma[:, None]
         variance = alpha**2 * self.std**2 + sigma**2
         offset = x.double()[:, None] - alpha[..., None] * self.means  # [b, modes, dims]
         mode = (self.weights.log() - offset.square().sum(2) / (2 * variance)).softmax(1)[..., None]
         x0 = (mode * (self.means + (alpha * self.std**2 / variance)[..., None] * offset)).sum(1)
         eps = (mode * (sigma / variance)[..., None] * offset).sum(1)
-        p, q = coefficients(self.prediction, alpha, sigma)
         return (p * x0 + q * eps).to(x.dtype)
 
     def sample(self, count: int, rng: torch.Generator) -> Tensor:
@@ -83,8 +85,9 @@ class AnalyticModel:
 
     def __init__(self, config: AnalyticTeacher, seed: int) -> None:
         means = torch.tensor(config.means, dtype=torch.float64)
-        weights = torch.tensor(config.weights) if config.weights else torch.ones(len(means))
-        self.schedule, self.prediction = build_schedule(config.schedule), config.prediction
+        weights = torch.tensor(config.weights, dtype=torch.float64) if config.weights else torch.ones(len(means))
+        self.schedule = build_schedule(config.schedule)
+        self.prediction: Prediction = config.prediction
         self.exact = ExactMixture(means, config.std, weights, self.schedule, self.prediction)
         self.sample_shape = (means.shape[1],)
         self.students: Sequence[nn.Module] = [self._fit(config, seed).to(device())]

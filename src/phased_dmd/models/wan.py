@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 
 from phased_dmd.config import WanTeacher
-from phased_dmd.diffusion import FlowSchedule, Prediction
+from phased_dmd.diffusion import FlowSchedule, Prediction, Schedule
 from phased_dmd.models.protocol import Condition
 
 NANO = Path(__file__).parents[1] / "assets" / "nano"
@@ -18,15 +20,17 @@ class WanModel:
     """`VelocityModel` of a Wan text-to-video pipeline; one frame makes it text-to-image."""
 
     def __init__(self, config: WanTeacher, pipeline: WanPipeline) -> None:
-        self.schedule, self.prediction = FlowSchedule(), Prediction.__args__[0]
-        self.guidance, self.lora_targets = config.guidance, config.lora_targets
+        self.schedule: Schedule = FlowSchedule()
+        self.prediction: Prediction = "flow"
+        self.guidance = config.guidance
+        self.lora_targets: Sequence[str] = config.lora_targets
         transformer, vae = pipeline.transformer, pipeline.vae
         assert isinstance(transformer, WanTransformer3DModel) and isinstance(vae, AutoencoderKLWan)
         self.networks: Sequence[nn.Module] = [transformer.eval().requires_grad_(False)]
-        self.students = self.networks
+        self.students: Sequence[nn.Module] = self.networks
         self.switches: Sequence[float] = ()
-        space, time = vae.config.scale_factor_spatial, vae.config.scale_factor_temporal
-        _, patch_h, patch_w = transformer.config.patch_size
+        space, time = vae.config["scale_factor_spatial"], vae.config["scale_factor_temporal"]
+        _, patch_h, patch_w = transformer.config["patch_size"]
         for name, size, stride in (
             ("height", config.height, space * patch_h),
             ("width", config.width, space * patch_w),
@@ -34,9 +38,16 @@ class WanModel:
         ):
             if size % stride:
                 nearest = stride * max(1 if name != "num_frames" else 0, round(size / stride)) + (name == "num_frames")
-                raise ValueError(f"teacher.{name}: {size + (name == 'num_frames')} does not fit the strides; nearest is {nearest}")
+                raise ValueError(
+                    f"teacher.{name}: {size + (name == 'num_frames')} does not fit the strides; nearest is {nearest}"
+                )
         frames = (config.num_frames - 1) // time + 1
-        self.sample_shape = (transformer.config.in_channels, frames, config.height // space, config.width // space)
+        self.sample_shape: tuple[int, ...] = (
+            transformer.config["in_channels"],
+            frames,
+            config.height // space,
+            config.width // space,
+        )
 
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         text = condition["text"]
@@ -53,8 +64,8 @@ class WanCodec:
         self.tokenizer, self.max_tokens = pipeline.tokenizer, config.max_tokens
         self.encoder, self.vae = pipeline.text_encoder.eval(), pipeline.vae.eval()
         shape = 1, -1, 1, 1, 1
-        self.mean = torch.tensor(self.vae.config.latents_mean).reshape(shape)
-        self.std = torch.tensor(self.vae.config.latents_std).reshape(shape)
+        self.mean = torch.tensor(self.vae.config["latents_mean"]).reshape(shape)
+        self.std = torch.tensor(self.vae.config["latents_std"]).reshape(shape)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
@@ -76,5 +87,7 @@ class WanCodec:
 def load_wan(config: WanTeacher, device: torch.device) -> tuple[WanModel, WanCodec]:
     """The pipeline of a folder or hub id, or `nano`, in float32."""
     source = NANO if config.path == "nano" else config.path
-    pipeline = WanPipeline.from_pretrained(source, torch_dtype=torch.float32).to(device)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    pipeline = WanPipeline.from_pretrained(source, dtype=torch.float32).to(device)
     return WanModel(config, pipeline), WanCodec(config, pipeline)

@@ -19,7 +19,7 @@ PATH_JITTER = 1.5  # pixels, standard deviation of the centre of a picture or a 
 
 @dataclass(frozen=True)
 class Digits:
-    """pixels [n, 28, 28] in [0, 1]; labels [n]; weight [n]: -1 thin, 0 medium, 1 bold, by the ink's tertile in its class."""
+    """pixels [n, 28, 28] in [0, 1]; labels [n]; weight [n]: -1 thin, 0 medium, 1 bold, tertiles of ink in the class."""
 
     pixels: Tensor
     labels: Tensor
@@ -42,7 +42,7 @@ def load_digits(path: Path) -> tuple[Digits, Digits]:
 
 
 def place(pixels: Tensor, shift: Tensor) -> Tensor:
-    """Digits [b, 28, 28] on a black canvas, moved by shift [b, f, 2] pixels (right, down): [b, 3, f, 32, 32] in [-1, 1]."""
+    """Digits [b, 28, 28] on black, moved by shift [b, f, 2] pixels (right, down): [b, 3, f, 32, 32] in [-1, 1]."""
     b, f, _ = shift.shape
     theta = torch.zeros(b, f, 2, 3)
     theta[..., 0, 0] = theta[..., 1, 1] = SIZE / 28
@@ -81,7 +81,10 @@ def clip_batch(digits: Digits, size: int, generator: torch.Generator) -> tuple[T
     names, speeds = list(DIRECTIONS), list(SPEEDS)
     direction = torch.randint(len(names), (size,), generator=generator).tolist()
     speed = torch.randint(len(speeds), (size,), generator=generator).tolist()
-    velocity = torch.tensor([DIRECTIONS[names[d]] for d in direction]) * torch.tensor([SPEEDS[speeds[s]] for s in speed])[:, None]
+    velocity = (
+        torch.tensor([DIRECTIONS[names[d]] for d in direction])
+        * torch.tensor([SPEEDS[speeds[s]] for s in speed])[:, None]
+    )
     centre = PATH_JITTER / 2 * torch.randn(size, 1, 2, generator=generator)
     frames = torch.arange(NUM_FRAMES) - (NUM_FRAMES - 1) / 2
     shift = centre + frames[None, :, None] * velocity[:, None]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
@@ -77,7 +78,7 @@ def cosine_lr(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 100) -
 
 def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """`vae.decode` before its clamp to [-1, 1], behind which a black output gets no gradient and never recovers."""
-    chunks: list[Tensor] = []
+    chunks: list[Any] = []
     handle = vae.decoder.register_forward_hook(lambda _module, _inputs, output: chunks.append(output))
     vae.decode(latents)
     handle.remove()
@@ -91,7 +92,7 @@ def train_vae(digits: Digits, steps: int, generator: torch.Generator, say: Calla
     schedule = cosine_lr(optimizer, steps)
     for step in range(steps):
         pixels, _, _ = image_batch(digits, 64, generator) if step % 2 else clip_batch(digits, 8, generator)
-        posterior = vae.encode(pixels).latent_dist
+        posterior = vae.encode(pixels, return_dict=False)[0]
         noise = torch.randn(posterior.mean.shape, generator=generator)
         decoded = decode_unclamped(vae, posterior.mean + posterior.std * noise)
         error = F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels)
@@ -102,7 +103,9 @@ def train_vae(digits: Digits, steps: int, generator: torch.Generator, say: Calla
         optimizer.step()
         schedule.step()
         if step % 100 < 2:
-            say(f"vae {step}/{steps} {'pictures' if step % 2 else 'clips'} mse {F.mse_loss(decoded, pixels).item():.4f}")
+            say(
+                f"vae {step}/{steps} {'pictures' if step % 2 else 'clips'} mse {F.mse_loss(decoded, pixels).item():.4f}"
+            )
     return vae.eval()
 
 
@@ -115,7 +118,7 @@ def latents_of(
     latents, captions = [], []
     for _ in range(count // size):
         pixels, texts, _ = make(digits, size, generator)
-        latents.append(vae.encode(pixels).latent_dist.mode())
+        latents.append(vae.encode(pixels, return_dict=False)[0].mode())
         captions += texts
     return torch.cat(latents), captions
 
@@ -127,7 +130,9 @@ def set_latent_statistics(vae: AutoencoderKLWan, pictures: Tensor, clips: Tensor
 
 
 def normalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    mean, std = (torch.tensor(v).reshape(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (
+        torch.tensor(v).reshape(1, -1, 1, 1, 1) for v in (vae.config["latents_mean"], vae.config["latents_std"])
+    )
     return (latents - mean) / std
 
 
@@ -140,8 +145,8 @@ def encode_captions(tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderMode
 
 
 def train_transformer(
-    data: list[tuple[Tensor, list[str], int]], tokenizer: PreTrainedTokenizerFast, steps: int, generator: torch.Generator,
-    say: Callable[[str], None],
+    data: list[tuple[Tensor, list[str], int]], tokenizer: PreTrainedTokenizerFast, steps: int,
+    generator: torch.Generator, say: Callable[[str], None],
 ) -> tuple[WanTransformer3DModel, UMT5EncoderModel]:  # fmt: skip
     """Flow matching (Eq. 4), pictures and clips in turn, one caption in ten dropped; returns the averaged weights.
 
@@ -174,12 +179,13 @@ def train_transformer(
         average.update_parameters(both)
         if step % 200 < 2:
             say(f"transformer {step}/{steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s")
-    transformer.load_state_dict(average.module[0].state_dict())
-    encoder.load_state_dict(average.module[1].state_dict())
+    both.load_state_dict(average.module.state_dict())
     return transformer.eval(), encoder.eval()
 
 
-def train_classifier(training: Digits, held_out: Digits, steps: int, generator: torch.Generator) -> tuple[DigitClassifier, float]:
+def train_classifier(
+    training: Digits, held_out: Digits, steps: int, generator: torch.Generator
+) -> tuple[DigitClassifier, float]:
     """The evaluation's classifier on jittered pictures and clip frames, and its accuracy on held-out digits."""
     classifier = DigitClassifier().train()
     optimiser = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.01)
@@ -227,7 +233,11 @@ def teach_nano(output: Path, data: Path, seed: int, budget: Budget, say: Callabl
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0, solver_order=1
     )
     pipeline = WanPipeline(
-        tokenizer=tokenizer, text_encoder=encoder, vae=vae, scheduler=scheduler, transformer=transformer
+        tokenizer=tokenizer,  # type: ignore[arg-type] any tokenizer, any scheduler with flow sigmas
+        text_encoder=encoder,
+        vae=vae,
+        scheduler=scheduler,  # type: ignore[arg-type]
+        transformer=transformer,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(output)
     say(f"nano: written to {output}")

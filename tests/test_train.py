@@ -1,0 +1,858 @@
+"""`distill` end to end on tiny teachers: what may not change, bit-exact resume, refusals, the loop's draws."""
+
+import copy
+import itertools
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyCodec, TinyWan, draw
+from torch import Tensor
+
+from phased_dmd import sample, train
+from phased_dmd.checkpoint import RunFolder, load_tensors
+from phased_dmd.config import Config, Optimiser, UserError
+from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role
+from phased_dmd.models.loader import load_model
+from phased_dmd.optim import MomentumFreeAdamW, NonFiniteError
+from phased_dmd.phases import unshift_time
+from phased_dmd.recipes import resolve
+from phased_dmd.sample import Sampler, System
+from phased_dmd.train import Draws, Trainer, distill
+
+QUICK = {
+    "teacher.fit_steps": 20, "teacher.fit_batch": 64, "teacher.hidden": 16, "teacher.layers": 2, "fake.updates": 2,
+    "batch_size": 16, "iterations": 3, "log_every": 2, "checkpoint_every": 1000, "sample_every": 1000,
+}  # fmt: skip
+
+
+def toy(method: Any = None, **overrides: Any) -> Config:
+    """toy-1d (two steps, two phases, boundary .5), made quick; `plan__steps=4` overrides plan.steps."""
+    return resolve("toy-1d", {**QUICK, **{key.replace("__", "."): value for key, value in overrides.items()}}, method)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "save_preview", lambda path, samples: None)
+
+
+@pytest.fixture
+def systems(monkeypatch: pytest.MonkeyPatch) -> list[System]:
+    """The systems that `distill` has built, for a look into their memory."""
+    built = []
+    original = train.build_system
+
+    def build(config: Config) -> Any:
+        system, codec = original(config)
+        built.append(system)
+        return system, codec
+
+    monkeypatch.setattr(train, "build_system", build)
+    return built
+
+
+def files(run: Path, *, experts: bool = True) -> dict[str, bytes]:
+    """The bytes of all that must not depend on how often a run was cut off."""
+    found = {f"phase-{i}": RunFolder(run).expert_path(i).read_bytes() for i in (1, 2) if experts}
+    return {**found, "metrics": (run / "metrics.jsonl").read_bytes()}
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return RunFolder(run).metrics()
+
+
+def expert(run: Path, phase: int) -> dict[str, Tensor]:
+    return load_tensors(RunFolder(run).expert_path(phase))[0]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def initial_student(config: Config) -> dict[str, Tensor]:
+    model, _ = load_model(config.teacher, config.seed)
+    return {f"0.{name}": p.detach() for name, p in model.students[0].named_parameters()}
+
+
+# ---------------------------------------------------------------- what may not change
+
+
+def test_earlier_experts_and_the_teacher_never_change(
+    tmp_path: Path, systems: list[System], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy(generator__ema=0.5)
+    written = {}
+    save = train.save_tensors
+
+    def spy(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+        save(path, tensors, header)
+        written[path] = path.read_bytes()
+
+    monkeypatch.setattr(train, "save_tensors", spy)
+    run = distill(config, tmp_path / "run", quiet=True)
+    first = RunFolder(run).expert_path(1)
+    assert first.read_bytes() == written[first]
+    roles = systems[0].roles
+    assert roles.parameters(FAKE) == {}  # the last phase's is freed as well
+    assert same(roles.state(expert_role(1)), expert(run, 1))
+    assert not any(p.requires_grad for p in roles.parameters(expert_role(1)).values())
+    start, model = initial_student(config), systems[0].model
+    for phase in (1, 2):  # both were trained, each from the student
+        assert all(not torch.equal(tensor, start[name]) for name, tensor in expert(run, phase).items())
+    assert not same(expert(run, 1), expert(run, 2))
+    assert same({f"0.{name}": p for name, p in model.students[0].named_parameters()}, start)
+    fresh, _ = load_model(config.teacher, config.seed)
+    assert same(dict(model.networks[0].named_buffers()), dict(fresh.networks[0].named_buffers()))
+    assert list(model.networks[0].parameters()) == []
+
+
+def test_a_phase_starts_from_the_student_and_with_new_optimisers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every phase, expert and fake begin as the student; the optimisers count their steps from the phase's onset."""
+    config, begun = toy(checkpoint_every=2), []
+    original = Roles.add
+
+    def add(roles: Roles, role: str, *args: Any, **kwargs: Any) -> None:
+        original(roles, role, *args, **kwargs)
+        begun.append((role, roles.state(role)))
+
+    monkeypatch.setattr(Roles, "add", add)
+    run = distill(config, tmp_path / "run", quiet=True)
+    assert [role for role, _ in begun] == ["phase_1", FAKE, "phase_2", FAKE]
+    assert all(same(state, initial_student(config)) for _, state in begun)
+    _, tensors = RunFolder(run).load_checkpoint(2) or (0, {})
+    steps = {name.split("/")[0]: int(t) for name, t in tensors.items() if "/step/" in name}
+    assert steps == {"phase_2": 2, FAKE: 4}
+
+
+# ---------------------------------------------------------------- resume
+
+LONG = {
+    "plan.steps": 4, "plan.gradient": "last", "plan.solver": "renoise", "plan.shift": 2.0, "generator.ema": 0.8,
+    "generator.optimiser.clip": 0.7, "iterations": 10,
+}  # fmt: skip
+KILLS = ("in a step", "after a log", "in a log", "before a checkpoint", "after a checkpoint")
+
+
+def long(**overrides: Any) -> Config:
+    """Four steps in two phases with every state there is: exits, fresh noise, EMA, decay, counts of clipped steps."""
+    return toy(**{**LONG, **overrides})
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_preview", lambda path, samples: None)
+        run = distill(long(), tmp_path_factory.mktemp("reference") / "run", quiet=True)
+    rows = metrics(run)
+    assert [(row["phase"], row["iteration"]) for row in rows] == [(p, i) for p in (1, 2) for i in (2, 4, 6, 8, 10)]
+    clipped = {row["iteration"]: row["clipped"] for row in rows if row["phase"] == 2}
+    assert clipped[6] == 1 and min(clipped.values()) < 1, "iteration 5 must be clipped: its checkpoint needs it"
+    return files(run)
+
+
+def kill(patch: pytest.MonkeyPatch, at: str) -> None:
+    """Raises KeyboardInterrupt at a point of phase 2 after its iteration 7."""
+    step, log, save = Trainer.step, RunFolder.log, RunFolder.save_checkpoint
+    taken = Counter()
+
+    def killed_step(self: Trainer, loss: Tensor, where: str, progress: tuple[int, int]) -> float:
+        taken[self.role] += 1
+        if at == "in a step" and taken["phase_2"] == 8:
+            raise KeyboardInterrupt
+        return step(self, loss, where, progress)
+
+    def killed_log(self: RunFolder, name: str, row: dict[str, Any]) -> None:
+        due = name == "metrics.jsonl" and (row["phase"], row["iteration"]) == (2, 8)
+        if due and at == "in a log":
+            with (self.path / name).open("a") as file:
+                file.write(json.dumps(row)[:40])
+            raise KeyboardInterrupt
+        log(self, name, row)
+        if due and at == "after a log":
+            raise KeyboardInterrupt
+
+    def killed_save(self: RunFolder, phase: int, iteration: int, tensors: dict[str, Tensor]) -> None:
+        due = phase == 2 and iteration >= 7
+        if due and at == "before a checkpoint":
+            raise KeyboardInterrupt
+        save(self, phase, iteration, tensors)
+        if due and at == "after a checkpoint":
+            raise KeyboardInterrupt
+
+    patch.setattr(Trainer, "step", killed_step)
+    patch.setattr(RunFolder, "log", killed_log)
+    patch.setattr(RunFolder, "save_checkpoint", killed_save)
+
+
+def generator_updates(config: Config, run: Path, role: str) -> int:
+    """Runs distill, counting the optimiser's steps of a role."""
+    count = Counter()
+    step = Trainer.step
+
+    def counted(self: Trainer, *args: Any) -> float:
+        count[self.role] += 1
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", counted)
+        distill(config, run, quiet=True)
+    return count[role]
+
+
+@pytest.mark.parametrize("at", KILLS)
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_a_resumed_run_is_byte_identical(every: int, at: str, uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
+    config, run = long(checkpoint_every=every), tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill(patch, at)
+        distill(config, run, quiet=True)
+    assert RunFolder(run).expert_path(1).exists() and not RunFolder(run).expert_path(2).exists()
+    done, _ = RunFolder(run).load_checkpoint(2) or (0, {})
+    assert 5 <= done <= 10
+    assert generator_updates(config, run, "phase_2") == 10 - done  # it went on, and did not start again
+    assert files(run) == uninterrupted
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("every", [2, 1000])
+def test_a_run_cut_off_between_phases_is_byte_identical(
+    every: int, when: str, phase: int, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Around the writing of an expert's file, with a checkpoint of the last iteration and with none at all."""
+    config, run, save = long(checkpoint_every=every), tmp_path / "run", train.save_tensors
+
+    def killed(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+        if header["phase"] != phase:
+            return save(path, tensors, header)
+        if when == "after":
+            save(path, tensors, header)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_tensors", killed)
+        distill(config, run, quiet=True)
+    assert RunFolder(run).finished(config) == (phase == 2 and when == "after")
+    distill(config, run, quiet=True)
+    assert files(run) == uninterrupted
+
+
+def test_a_run_killed_after_every_iteration_is_byte_identical(tmp_path: Path) -> None:
+    config = toy(iterations=3, checkpoint_every=1, generator__ema=0.5)
+    whole = files(distill(config, tmp_path / "whole", quiet=True))
+    save = RunFolder.save_checkpoint
+
+    def killed(self: RunFolder, *args: Any) -> None:
+        save(self, *args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "save_checkpoint", killed)
+        for _ in range(6):
+            with pytest.raises(KeyboardInterrupt):
+                distill(config, tmp_path / "run", quiet=True)
+        distill(config, tmp_path / "run", quiet=True)  # nothing is left to do but write the expert
+    assert files(tmp_path / "run") == whole
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = toy(checkpoint_every=1)
+    run = distill(config, tmp_path / "run", quiet=True)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()}
+
+    def unwanted(config: Config) -> None:
+        raise AssertionError("a finished run needs no teacher")
+
+    monkeypatch.setattr(train, "build_system", unwanted)
+    assert distill(config, run, quiet=True) == run
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    run = distill(toy(), tmp_path / "run", quiet=True)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for overrides, key in (({"seed": 1}, "seed"), ({"plan__shift": 2.0}, "plan"), ({"iterations": 4}, "iterations")):
+        with pytest.raises(UserError, match=rf"holds another run \(toy-1d\); it differs in: {key}"):
+            distill(toy(**overrides), run, quiet=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_with_foreign_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "holiday.jpg").write_text("not ours")
+    with pytest.raises(UserError, match="exists and is not a run folder"):
+        distill(toy(), tmp_path, quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_a_teacher_that_cannot_be_loaded_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a seven\n")
+    config = resolve("nano-t2i", {"teacher.path": str(tmp_path / "absent"), "prompts": str(tmp_path / "prompts.txt")})
+    with pytest.raises(UserError, match="^teacher: "):
+        distill(config, tmp_path / "run", quiet=True)
+    with pytest.raises(UserError, match="^prompts: "):
+        distill(config.model_copy(update={"prompts": "absent.txt"}), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- nothing non-finite passes
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("role", [FAKE, "phase_2"])
+def test_a_non_finite_number_stops_before_the_step(
+    role: str, bad: float, fault: str, tmp_path: Path, systems: list[System], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In phase 2, iteration 1: the fake's second update, or the generator's; all weights stay as they were."""
+    name = "score_matching_loss" if role == FAKE else "distribution_matching_loss"
+    original, calls, before = getattr(train, name), Counter(), {}
+    due = 6 + 2 + 2 if role == FAKE else 3 + 2  # calls: 2 and 1 an iteration, 3 iterations a phase
+
+    def spoilt(*args: Any, **kwargs: Any) -> Tensor:
+        loss = original(*args, **kwargs)
+        calls["all"] += 1
+        if calls["all"] != due:
+            return loss
+        roles = systems[0].roles
+        before.update({r: roles.state(r) for r in ("phase_1", "phase_2", FAKE)})
+        if fault == "loss":
+            return loss * bad
+        loss.register_hook(lambda gradient: gradient * bad)
+        return loss
+
+    monkeypatch.setattr(train, name, spoilt)
+    which = r"the loss is (nan|inf)" if fault == "loss" else r"the gradient of 0\.net\.\d+\.(weight|bias) is not finite"
+    with pytest.raises(NonFiniteError, match=rf"^phase 2, iteration 1, {role}: {which}$"):
+        distill(toy(), tmp_path / "run", quiet=True)
+    assert all(same(systems[0].roles.state(r), state) for r, state in before.items()) and len(before) == 3
+    assert not RunFolder(tmp_path / "run").expert_path(2).exists()
+    assert all(math.isfinite(value) for row in metrics(tmp_path / "run") for value in row.values())
+
+
+def spoilt_trainer(gradients: dict[str, list[float]]) -> tuple[Trainer, dict[str, Tensor]]:
+    """A trainer of zero weights whose backward has just left these gradients; and those weights."""
+    parameters = {}
+    for name, gradient in gradients.items():
+        parameters[name] = torch.nn.Parameter(torch.zeros(len(gradient)))
+        parameters[name].grad = torch.tensor(gradient)
+    return Trainer(FAKE, parameters, Optimiser(lr=0.1)), parameters
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_the_guard_names_the_tensor_at_fault(bad: float) -> None:
+    trainer, parameters = spoilt_trainer({"first": [1.0, 2.0], "second": [3.0, bad], "third": [1.0]})
+    with pytest.raises(NonFiniteError, match="^phase 1, iteration 0, fake: the gradient of second is not finite$"):
+        trainer.step(torch.tensor(1.0), "phase 1, iteration 0", (0, 1))
+    assert not any(p.any() for p in parameters.values())
+
+
+def test_a_norm_that_overflows_stops_as_well() -> None:
+    """1e30 is finite and its square is not, in float32: the norm is infinite."""
+    trainer, _ = spoilt_trainer({"first": [1e30, 1.0]})
+    with pytest.raises(NonFiniteError, match="phase 1, iteration 0, fake"):
+        trainer.step(torch.tensor(1.0), "phase 1, iteration 0", (0, 1))
+
+
+# ---------------------------------------------------------------- all methods
+
+METHODS, SOLVERS = ("dmd", "dmd-sgts", "phased", "phased-sgts"), ("ddim", "renoise")
+WEIGHTINGS = ("normalised", "paper", "public")
+COMBINATIONS = list(itertools.product(METHODS, SOLVERS, WEIGHTINGS))
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str], Path]:
+    """Every method x solver x weighting: four generator updates on four steps."""
+    folder, runs = tmp_path_factory.mktemp("everything"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_preview", lambda path, samples: None)
+        for method, solver, weighting in COMBINATIONS:
+            config = toy(method, plan__steps=4, plan__solver=solver, objective__weighting=weighting, iterations=2)
+            name = f"{method}-{solver}-{weighting}"
+            runs[method, solver, weighting] = distill(config, folder / name, quiet=True)
+    return runs
+
+
+@pytest.mark.parametrize(("method", "solver", "weighting"), COMBINATIONS)
+def test_every_method_solver_and_weighting_trains(
+    method: str, solver: str, weighting: str, everything: dict[tuple[str, str, str], Path]
+) -> None:
+    run = everything[method, solver, weighting]
+    config = RunFolder(run).config()
+    start = initial_student(config)
+    assert config.iterations * config.plan.phases == 4
+    for phase in range(1, config.plan.phases + 1):
+        tensors, header = load_tensors(RunFolder(run).expert_path(phase))
+        assert (header["method"], header["solver"], header["phase"]) == (method, solver, phase)
+        for name, tensor in tensors.items():
+            assert tensor.isfinite().all() and not torch.equal(tensor, start[name])
+    values = [value for row in metrics(run) for value in row.values()]
+    assert all(math.isfinite(value) for value in values)
+    assert sum(row["iteration"] == config.iterations for row in metrics(run)) == config.plan.phases
+
+
+def test_every_method_solver_and_weighting_is_another(everything: dict[tuple[str, str, str], Path]) -> None:
+    """No two runs give the same first expert, but for public = normalised where the one phase ends at s = 0."""
+    weights = {key: torch.cat([t.flatten() for t in expert(run, 1).values()]) for key, run in everything.items()}
+    for a, b in itertools.combinations(weights, 2):
+        close = torch.allclose(weights[a], weights[b], rtol=0, atol=1e-6)
+        one_phase = a[0] == b[0] and a[1] == b[1] and a[0].startswith("dmd")
+        assert close == (one_phase and {a[2], b[2]} == {"normalised", "public"}), (a, b)
+
+
+def test_sgts_is_all_where_each_phase_has_one_step(tmp_path: Path) -> None:
+    """The only exit is the phase's only step. With two steps a phase the two differ."""
+    for steps, equal in ((2, True), (4, False)):
+        runs = [
+            distill(toy(plan__steps=steps, plan__gradient=gradient), tmp_path / f"{steps}-{gradient}", quiet=True)
+            for gradient in ("all", "last")
+        ]
+        assert (expert_bytes(runs[0]) == expert_bytes(runs[1])) == equal
+        assert (metrics(runs[0]) == metrics(runs[1])) == equal
+
+
+def expert_bytes(run: Path) -> list[bytes]:
+    return [tensor.numpy().tobytes() for phase in (1, 2) for tensor in expert(run, phase).values()]
+
+
+def test_the_seed_decides_the_run(tmp_path: Path) -> None:
+    runs = [distill(toy(seed=seed), tmp_path / str(i), quiet=True) for i, seed in enumerate((5, 5, 6))]
+    assert files(runs[0]) == files(runs[1])
+    assert not same(expert(runs[0], 1), expert(runs[2], 1))
+
+
+# ---------------------------------------------------------------- the update
+
+
+def test_the_expert_file_holds_the_ema(tmp_path: Path, systems: list[System], monkeypatch: pytest.MonkeyPatch) -> None:
+    """e <- .7 e + .3 w after each of the expert's steps, from the student; later phases run on it too."""
+    config = toy(generator__ema=0.7, iterations=4)
+    averages = {role: {k: v.double() for k, v in initial_student(config).items()} for role in ("phase_1", "phase_2")}
+    last = {}
+    step = Trainer.step
+
+    def spy(self: Trainer, *args: Any) -> float:
+        norm = step(self, *args)
+        if self.role != FAKE:
+            last[self.role] = {name: p.detach().clone() for name, p in self.parameters.items()}
+            average = averages[self.role]
+            averages[self.role] = {k: 0.7 * v + 0.3 * last[self.role][k].double() for k, v in average.items()}
+        return norm
+
+    monkeypatch.setattr(Trainer, "step", spy)
+    run = distill(config, tmp_path / "run", quiet=True)
+    for phase, role in ((1, "phase_1"), (2, "phase_2")):
+        held = expert(run, phase)
+        for name, tensor in held.items():
+            torch.testing.assert_close(tensor.double(), averages[role][name], rtol=0, atol=1e-6)
+        assert any((tensor - last[role][name]).abs().max() > 1e-5 for name, tensor in held.items())
+        assert same(systems[0].roles.state(role), held)
+
+
+def test_linear_decay_reaches_both_optimisers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = []
+    step = MomentumFreeAdamW.step
+
+    def spy(self: MomentumFreeAdamW) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self)
+
+    monkeypatch.setattr(MomentumFreeAdamW, "step", spy)
+    rate = {"fake__optimiser__lr": 8e-3, "generator__optimiser__lr": 4e-3}
+    distill(toy(iterations=4, **rate), tmp_path / "a", quiet=True)
+    one_phase = [rate for k in (1, 0.75, 0.5, 0.25) for rate in (8e-3 * k, 8e-3 * k, 4e-3 * k)]  # fake, fake, expert
+    assert rates == pytest.approx(one_phase * 2, rel=1e-12)
+    rates.clear()
+    constant = {"fake__optimiser__decay": "constant", "generator__optimiser__decay": "constant"}
+    distill(toy(iterations=4, **rate, **constant), tmp_path / "b", quiet=True)
+    assert rates == [8e-3, 8e-3, 4e-3] * 8
+
+
+def test_gradients_are_clipped_and_the_clipped_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of log_every 2 and a last one of 1; the norm that is logged is the one before clipping."""
+    norms, clipped_norms = defaultdict(list), []
+    step, update = Trainer.step, MomentumFreeAdamW.step
+
+    def spy(self: Trainer, *args: Any) -> float:
+        norm = step(self, *args)
+        norms[self.role].append(norm)
+        return norm
+
+    def spy_update(self: MomentumFreeAdamW) -> Any:
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        clipped_norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in gradients)))
+        return update(self)
+
+    monkeypatch.setattr(Trainer, "step", spy)
+    monkeypatch.setattr(MomentumFreeAdamW, "step", spy_update)
+    run = distill(toy(iterations=5, generator__optimiser__clip=0.3), tmp_path / "run", quiet=True)
+    rows = [row for row in metrics(run) if row["phase"] == 1]
+    mine = norms["phase_1"]
+    assert min(mine) < 0.3 < max(mine), "the clip must lie between for the test to bite"
+    over = [norm > 0.3 for norm in mine]
+    assert [row["iteration"] for row in rows] == [2, 4, 5]
+    assert [row["clipped"] for row in rows] == [sum(over[:2]) / 2, sum(over[2:4]) / 2, float(over[4])]
+    assert [row["generator_gradient_norm"] for row in rows] == [mine[1], mine[3], mine[4]]
+    applied = clipped_norms[2::3][:5]
+    assert applied == pytest.approx([min(norm, 0.3) for norm in mine], rel=1e-3)
+
+
+# ---------------------------------------------------------------- rollouts and re-noise times
+
+
+class Spy:
+    """What the loop asks of the system, by phase: rollouts (path, gradient steps, gradient mode) and re-noise times."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.phase = 0
+        self.rolls: dict[int, list[Any]] = defaultdict(list)
+        self.times: dict[tuple[int, str], list[float]] = defaultdict(list)
+        add_expert, roll = train.add_expert, System.roll
+
+        def onset(system: System, phase: int, trainable: bool) -> None:
+            self.phase = phase
+            add_expert(system, phase, trainable)
+
+        def rolled(
+            system: System, path: Any, noise: Tensor, cond: Any, gradient_steps: Any = (), renoise: Any = None
+        ) -> Any:
+            end = roll(system, path, noise, cond, gradient_steps, renoise)
+            self.rolls[self.phase].append((path, tuple(gradient_steps), end.x.requires_grad))
+            return end
+
+        patch.setattr(train, "add_expert", onset)
+        patch.setattr(System, "roll", rolled)
+        patch.setattr(Sampler, "preview", lambda *args: None)  # its rollouts are none of the training's
+        for name in ("teacher", "fake"):
+            self._watch(patch, name, getattr(System, name))
+
+    def _watch(self, patch: pytest.MonkeyPatch, name: str, original: Callable) -> None:
+        def watched(system: System, x: Tensor, t: Tensor, condition: Any) -> Tensor:
+            assert t.dtype == torch.float64
+            self.times[self.phase, name] += t.tolist()
+            return original(system, x, t, condition)
+
+        patch.setattr(System, name, watched)
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
+    yield Spy(monkeypatch)
+
+
+def test_fakes_train_first_then_the_generator_on_all_steps(tmp_path: Path, spy: Spy) -> None:
+    """2 fake updates without gradient, then one of the generator with gradient in its phase's steps only."""
+    config = toy(plan__steps=4, plan__phases=2)
+    distill(config, tmp_path / "run", quiet=True)
+    plan = config.phase_plan()
+    for phase, own in ((1, (0, 1)), (2, (2, 3))):
+        one = [(plan.path(phase), (), False)] * 2 + [(plan.path(phase), own, True)]
+        assert [(path, tuple(steps), grad) for path, steps, grad in spy.rolls[phase]] == one * 3
+        assert plan.path(phase)[-1].r == [0.5, 0.0][phase - 1]
+
+
+@pytest.mark.parametrize("fake_rollout", ["same", "full"])
+def test_sgts_draws_one_exit_a_batch(fake_rollout: str, tmp_path: Path, spy: Spy) -> None:
+    """Exits uniform over the phase's steps; each path ends at the phase's end; gradient in the exit step alone."""
+    plan_of_six = {"plan__steps": 6, "plan__gradient": "last", "plan__fake_rollout": fake_rollout}
+    config = toy(**plan_of_six, iterations=40, batch_size=2)
+    distill(config, tmp_path / "run", quiet=True)
+    plan = config.phase_plan()
+    for phase, own in ((1, (0, 1, 2)), (2, (3, 4, 5))):
+        generator = [roll for roll in spy.rolls[phase] if roll[1]]
+        fake = [roll for roll in spy.rolls[phase] if not roll[1]]
+        assert len(generator) == 40 and len(fake) == 80
+        for path, steps, grad in generator:
+            assert steps == (path[-1].step,) and path[-1].r == plan.end(phase) and grad
+            assert [hop.step for hop in path] == list(range(steps[0] + 1))
+        for rolls in (generator, fake) if fake_rollout == "same" else (generator,):
+            exits = Counter(path[-1].step for path, _, _ in rolls)
+            expected = len(rolls) / 3
+            assert set(exits) == set(own)
+            assert sum((count - expected) ** 2 / expected for count in exits.values()) < 13.8  # chi-squared, p = .001
+        if fake_rollout == "full":
+            assert all(path == plan.path(phase) for path, _, _ in fake)
+
+
+INTERVALS = [  # overrides, (low, high] of phase 1 and of phase 2; the grid of shift 3 at two steps is 1, .75, 0
+    ({}, (0.75, 1.0), (0.02, 1.0)),
+    ({"renoise__interval": "disjoint"}, (0.75, 1.0), (0.02, 0.75)),
+    ({"renoise__t_range": [0.1, 0.9]}, (0.75, 0.9), (0.1, 0.9)),
+    ({"renoise__t_range": [0.1, 0.9], "renoise__interval": "disjoint"}, (0.75, 0.9), (0.1, 0.75)),
+    ({"renoise__t_min": 0.3}, (0.75, 1.0), (0.3, 1.0)),
+    ({"plan__start": 0.9}, None, None),
+]
+
+
+@pytest.mark.parametrize(("overrides", "first", "second"), INTERVALS)
+def test_renoise_times_are_uniform_in_raw_time(
+    overrides: dict[str, Any], first: Any, second: Any, tmp_path: Path, spy: Spy
+) -> None:
+    """Of fake and generator, within the interval; uniform before the shift by Kolmogorov-Smirnov (1.95: p = .001)."""
+    config = toy(plan__shift=3.0, iterations=20, **overrides)
+    plan = config.phase_plan()
+    if first is None:  # nested below a start of .9
+        first, second = (plan.times[1], 0.9), (0.02, 0.9)
+    distill(config, tmp_path / "run", quiet=True)
+    for phase, (low, high) in ((1, first), (2, second)):
+        for name, count in (("teacher", 20), ("fake", 60)):  # the fake's own 40 batches and the generator's 20
+            t = torch.tensor(spy.times[phase, name], dtype=torch.float64)
+            assert len(t) == 16 * count and t.min() > low and t.max() <= high
+            u_low, u_high = unshift_time(low, 3.0), unshift_time(high, 3.0)
+            u = ((unshift_time(t, 3.0) - u_low) / (u_high - u_low)).sort().values
+            grid = torch.arange(len(u), dtype=torch.float64) / len(u)
+            distance = torch.maximum((u - grid).abs(), (grid + 1 / len(u) - u).abs()).max()
+            assert distance * math.sqrt(len(u)) < 1.95
+
+
+def test_a_clamped_range_piles_up_at_its_bounds(tmp_path: Path, spy: Spy) -> None:
+    config = toy(plan__shift=1.0, iterations=20, renoise__t_range=[0.3, 0.8], renoise__clamp=True)
+    distill(config, tmp_path / "run", quiet=True)
+    first, second = (torch.tensor(spy.times[phase, "fake"], dtype=torch.float64) for phase in (1, 2))
+    assert first.max() == 0.8 and first.min() > 0.5
+    assert (first == 0.8).double().mean().item() == pytest.approx(0.4, abs=5 * math.sqrt(0.4 * 0.6 / len(first)))
+    assert second.max() == 0.8 and second.min() == 0.3
+    for bound, share in ((0.8, 0.2 / 0.98), (0.3, 0.28 / 0.98)):
+        found = (second == bound).double().mean().item()
+        assert found == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / len(second)))
+
+
+def test_a_fixed_time_is_the_only_one(tmp_path: Path, spy: Spy) -> None:
+    distill(toy(renoise__fixed=0.7), tmp_path / "run", quiet=True)
+    assert {t for times in spy.times.values() for t in times} == {0.7} and len(spy.times) == 4
+
+
+def test_no_two_updates_share_their_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    original = Draws.noise
+
+    def spy_noise(self: Draws, role: str, *more: int) -> Tensor:
+        drawn.append(original(self, role, *more))
+        return drawn[-1]
+
+    monkeypatch.setattr(Draws, "noise", spy_noise)
+    distill(toy(plan__solver="renoise", plan__steps=4, plan__phases=2), tmp_path / "run", quiet=True)
+    assert len(drawn) == 9 * (2 + 2) + 9 * (2 + 3)  # start and eps, and one renoise a step that ends above 0
+    numbers = torch.cat(drawn).flatten()
+    assert len(numbers.unique()) > 0.999 * len(numbers)  # float32 normals repeat now and then by themselves
+
+
+def test_prompts_are_drawn_uniformly_by_sample() -> None:
+    """Pearson's chi-squared over 8 prompts: 24.3 is exceeded once in a thousand (7 degrees). Splits agree."""
+    system: Any = None
+    table = {"text": torch.arange(8)}
+    whole = Draws(system, (0, 1, 2, 3), range(4000)).condition(table, 8)["text"]
+    assert ((torch.bincount(whole, minlength=8) - 500.0) ** 2 / 500).sum() < 24.3
+    assert torch.equal(Draws(system, (0, 1, 2, 3), range(100, 200)).condition(table, 8)["text"], whole[100:200])
+    assert not torch.equal(Draws(system, (0, 1, 3, 3), range(4000)).condition(table, 8)["text"], whole)
+
+
+# ---------------------------------------------------------------- LoRA experts on Wan
+
+
+@pytest.fixture
+def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Config, TinyWan]]:
+    """A run of nano-t2i whose teacher is a tiny random Wan with guidance 2, and that teacher."""
+    (tmp_path / "prompts.txt").write_text("a seven\na handwritten digit\nseven\n")
+
+    def make(
+        networks: int = 1, switches: tuple[float, ...] = (), checkpointing: bool = False, method: Any = "phased",
+        **overrides: Any,
+    ) -> tuple[Config, TinyWan]:  # fmt: skip
+        model = TinyWan(networks, switches, guidance=2.0)
+        if checkpointing:
+            for network in model.networks:
+                network.enable_gradient_checkpointing()
+        monkeypatch.setattr(sample, "load_model", lambda teacher, seed: (model, TinyCodec()))
+        base = {
+            "prompts": str(tmp_path / "prompts.txt"), "plan.steps": 2, "plan.phases": 2, "fake.updates": 1,
+            "generator.lora.rank": 3, "generator.lora.alpha": 3, "fake.lora.rank": 3, "batch_size": 3, "iterations": 2,
+            "log_every": 1, "checkpoint_every": 1,
+        }  # fmt: skip
+        renamed = {key.replace("__", "."): value for key, value in overrides.items()}
+        return resolve("nano-t2i", {**base, **renamed}, method), model
+
+    return make
+
+
+def trained(state: dict[str, Tensor]) -> bool:
+    """Every adapter's B, zero when new, has moved."""
+    found = [tensor.abs().max().item() for name, tensor in state.items() if "lora_B" in name]
+    return bool(found) and min(found) > 0
+
+
+@pytest.mark.parametrize("fake", ["full", "lora"])
+def test_lora_phases_leave_teacher_and_earlier_expert_alone(
+    fake: str, wan: Callable, tmp_path: Path, systems: list[System], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, model = wan(fake__weights=fake)
+    untouched, begun, written = copy.deepcopy(model.networks[0]), [], {}
+    add, save = Roles.add, train.save_tensors
+
+    def spy_add(roles: Roles, role: str, *args: Any, **kwargs: Any) -> None:
+        add(roles, role, *args, **kwargs)
+        begun.append((role, roles.state(role)))
+
+    def spy_save(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+        save(path, tensors, header)
+        written[header["phase"]] = path.read_bytes()
+
+    monkeypatch.setattr(Roles, "add", spy_add)
+    monkeypatch.setattr(train, "save_tensors", spy_save)
+    run = distill(config, tmp_path / "run", quiet=True)
+    roles = systems[0].roles
+
+    for phase in (1, 2):
+        assert RunFolder(run).expert_path(phase).read_bytes() == written[phase]
+        assert same(roles.state(expert_role(phase)), expert(run, phase)) and trained(expert(run, phase))
+        assert not any(p.requires_grad for p in roles.parameters(expert_role(phase)).values())
+    assert not same(expert(run, 1), expert(run, 2))
+
+    fakes = [state for role, state in begun if role == FAKE]  # at both onsets the teacher, whatever phase 1 did to it
+    base = {f"0.{name}": p.detach() for name, p in untouched.named_parameters()}
+    assert len(fakes) == 2
+    if fake == "full":
+        assert all(same(state, base) for state in fakes)
+    else:
+        assert all(not t.any() for state in fakes for name, t in state.items() if "lora_B" in name)
+        assert not same(*fakes)
+
+    x, text = draw(2, *model.sample_shape, seed=1), draw(2, 5, 32, seed=2)
+    t = torch.tensor([0.3, 0.9])
+    out = roles.predict(TEACHER, 0, x, t, {"text": text})
+    assert torch.equal(out, untouched(x, t * 1000, text, return_dict=False)[0])
+    kept = [p for name, p in model.networks[0].named_parameters() if "lora_" not in name]
+    assert all(torch.equal(a, b) for a, b in zip(kept, untouched.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("fake", ["full", "lora"])
+def test_activation_checkpointing_changes_nothing(fake: str, wan: Callable, tmp_path: Path) -> None:
+    """Experts and metrics of a whole run, with the activations kept and computed again."""
+    runs = [
+        distill(wan(checkpointing=on, fake__weights=fake, method="phased-sgts")[0], tmp_path / str(on), quiet=True)
+        for on in (False, True)
+    ]
+    assert files(runs[0]) == files(runs[1])
+
+
+@pytest.mark.parametrize("fake", ["full", "lora"])
+def test_a_lora_run_resumes_byte_identically(fake: str, wan: Callable, tmp_path: Path) -> None:
+    config, _ = wan(fake__weights=fake)
+    whole = files(distill(config, tmp_path / "whole", quiet=True))
+    save = RunFolder.save_checkpoint
+
+    def killed(self: RunFolder, phase: int, iteration: int, tensors: dict[str, Tensor]) -> None:
+        save(self, phase, iteration, tensors)
+        if (phase, iteration) == (2, 1):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "save_checkpoint", killed)
+        distill(config, tmp_path / "run", quiet=True)
+    wan(fake__weights=fake)  # a new process builds a new teacher
+    distill(config, tmp_path / "run", quiet=True)
+    assert files(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize(("method", "owners"), [("phased-sgts", [{"0"}, {"1"}]), ("dmd", [{"0", "1"}])])
+def test_two_networks_share_the_steps(
+    method: str, owners: list[set[str]], wan: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Switch .9, grid 1, .9375 | .8333, .625: an expert on each network that serves its phase's steps, all trained;
+    fakes on both networks in both phases, since (.8333, 1) holds the switch."""
+    config, model = wan(2, (0.9,), method=method, plan__steps=4, plan__shift=5.0, fake__weights="lora")
+    before = [copy.deepcopy(network) for network in model.networks]
+    fakes, add = [], Roles.add
+
+    def spy_add(roles: Roles, role: str, networks: Any, *args: Any, **kwargs: Any) -> None:
+        add(roles, role, networks, *args, **kwargs)
+        if role == FAKE:
+            fakes.append(tuple(networks))
+
+    monkeypatch.setattr(Roles, "add", spy_add)
+    run = distill(config, tmp_path / "run", quiet=True)
+    for phase, networks in enumerate(owners, start=1):
+        assert {name.split(".")[0] for name in expert(run, phase)} == networks and trained(expert(run, phase))
+    assert fakes == [(0, 1)] * len(owners)
+    for network, old in zip(model.networks, before, strict=True):
+        kept = [p for name, p in network.named_parameters() if "lora_" not in name]
+        assert all(torch.equal(a, b) for a, b in zip(kept, old.parameters(), strict=True))
+
+
+def test_the_teacher_is_guided_and_routed_sample_by_sample(wan: Callable) -> None:
+    """uncond + 2 (cond - uncond), on the network whose range holds the sample's t, against single calls."""
+    config, model = wan(2, (0.9,))
+    system, codec = sample.build_system(config)
+    x, t = draw(4, *model.sample_shape, seed=1), torch.tensor([0.95, 0.2, 0.9, 0.899], dtype=torch.float64)
+    condition, empty = codec.encode(["one", "seven", "digit", "a one"]), codec.encode([""])
+    found = system.teacher(x, t, condition)
+    for i, network in enumerate([0, 1, 0, 1]):
+        one = slice(i, i + 1)
+        cond, uncond = (
+            model.networks[network](x[one], t[one] * 1000, text, return_dict=False)[0]
+            for text in (condition["text"][one], empty["text"])
+        )
+        torch.testing.assert_close(found[one], 2 * cond - uncond, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------- what comes of a run
+
+
+@pytest.mark.parametrize("solver", ["ddim", "renoise"])
+def test_a_loaded_run_samples_what_training_left_in_memory(solver: str, tmp_path: Path, systems: list[System]) -> None:
+    """Bit for bit, and each sample by its own seed: the order and the batch do not matter."""
+    config = toy(plan__steps=4, plan__solver=solver, generator__ema=0.5)
+    run = distill(config, tmp_path / "run", quiet=True)
+    sampler = sample.load(run)
+    samples = sampler([""] * 70, range(70))  # two batches
+    in_memory = Sampler(systems[0], sampler.codec)([""] * 70, range(70))
+    assert torch.equal(samples, in_memory) and len(samples.unique()) == 70
+    torch.testing.assert_close(sampler([""] * 2, [66, 3]), samples[[66, 3]], rtol=0, atol=1e-6)
+    assert not torch.equal(sampler([""] * 70, range(70), teacher_steps=4), samples)
+
+
+def test_sampling_draws_fresh_noise_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """renoise on four steps: one start and three noises, no two of them related (5 standard errors)."""
+    sampler = sample.load(distill(toy(plan__steps=4, plan__solver="renoise"), tmp_path / "run", quiet=True))
+    drawn, original = [], sample.normal
+
+    def spy_normal(*args: Any) -> Tensor:
+        drawn.append(original(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(sample, "BATCH", 1000)
+    monkeypatch.setattr(sample, "normal", spy_normal)
+    sampler([""] * 1000, range(1000))
+    correlations = torch.corrcoef(torch.stack([noise.flatten() for noise in drawn]))
+    assert correlations.shape == (4, 4)
+    assert (correlations - torch.eye(4)).abs().max() < 5 / math.sqrt(1000)
+
+
+def test_an_unfinished_run_cannot_be_loaded(tmp_path: Path) -> None:
+    config = toy()
+    run = distill(config, tmp_path / "run", quiet=True)
+    RunFolder(run).expert_path(2).unlink()
+    with pytest.raises(UserError, match="the run is not finished"):
+        sample.load(run)
+    with pytest.raises(UserError, match="not a run folder"):
+        sample.load(tmp_path / "absent")
+
+
+def test_the_header_says_how_to_run_the_expert(wan: Callable, tmp_path: Path) -> None:
+    """Grid of shift 5 at two steps: 1, 5/6, 0. Nothing in it depends on the machine, the folder or the day."""
+    config, _ = wan(plan__shift=5.0)
+    run = distill(config, tmp_path / "run", quiet=True)
+    for phase, boundary in ((1, 5 / 6), (2, 0.0)):
+        _, header = load_tensors(RunFolder(run).expert_path(phase))
+        assert header.pop("grid") == pytest.approx([1, 5 / 6, 0]) and header.pop("boundary") == pytest.approx(boundary)
+        assert header == {
+            "phase": phase, "steps": [phase - 1], "shift": 5.0, "solver": "ddim", "weights": "lora", "rank": 3,
+            "alpha": 3.0, "method": "phased",
+        }  # fmt: skip
