@@ -16,7 +16,7 @@ SCHEDULES: dict[str, Schedule] = {
     "ve": VESchedule(),
 }
 PREDICTIONS = ("flow", "x0", "eps", "v")
-MEAN, STD = 0.7, 0.8  # of x_0: the Gaussian for which MATHEMATICS section 2 gives its numbers
+MEAN, STD = 0.7, 0.8  # of x_0
 
 
 def alpha_sigma(name: str, t: float) -> tuple[float, float]:
@@ -49,7 +49,7 @@ def transition(name: str, s: float, t: float) -> tuple[float, float]:
 
 
 def p_q(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
-    """psi = p x_0 + q eps, the table of MATHEMATICS section 1."""
+    """(p, q) of psi = p x_0 + q eps, for each type."""
     return {"flow": (-1.0, 1.0), "x0": (1.0, 0.0), "eps": (0.0, 1.0), "v": (-sigma, alpha)}[prediction]
 
 

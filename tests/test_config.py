@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,15 +91,18 @@ REFUSED = [
     ("toy-1d", {"fake.weights": "lora"}, "an analytic teacher has only 'full' students"),
     ("toy-1d", {"prompts": "nano-t2i"}, "prompts: an analytic teacher takes none"),
     ("nano-t2i", {"prompts": None}, "prompts: this teacher needs a prompt set"),
-    ("toy-1d", {"teacher.prediction": "eps"}, "plan.start: eps prediction cannot start where alpha is 0"),
     (
         "toy-1d",
         {"renoise.t_range": [0.6, 0.9], "renoise.interval": "disjoint"},
         "renoise.t_range: (0.6, 0.9) leaves nothing",
     ),
-    ("toy-1d", {"renoise.t_range": [0.9, 0.6]}, "renoise.t_range: (0.9, 0.6) leaves nothing of (0.5, 1)"),
+    ("toy-1d", {"renoise.t_range": [0.9, 0.6]}, "renoise.t_range: (0.9, 0.6) is no interval within [0, 1]"),
+    ("toy-1d", {"renoise.t_range": [0.6, 0.6]}, "renoise.t_range: (0.6, 0.6) is no interval within [0, 1]"),
+    ("toy-1d", {"renoise.t_range": [-0.1, 0.9]}, "renoise.t_range: (-0.1, 0.9) is no interval within [0, 1]"),
+    ("toy-1d", {"renoise.t_range": [0.6, 1.1]}, "renoise.t_range: (0.6, 1.1) is no interval within [0, 1]"),
     ("toy-1d", {"renoise.t_range": [0.1, 0.4]}, "renoise.t_range: (0.1, 0.4) leaves nothing of (0.5, 1)"),
-    ("toy-1d", {"renoise.fixed": 0.5}, "renoise.fixed: 0.5 is not above the end of phase 1, 0.5"),
+    ("toy-1d", {"renoise.fixed": 0.5}, "renoise.fixed: 0.5 is outside (0.5, 1] of phase 1"),
+    ("toy-1d", {"renoise.fixed": 0.95, "plan.start": 0.9}, "renoise.fixed: 0.95 is outside (0.45, 0.9] of phase 1"),
     (
         "toy-1d",
         {"teacher.means": [[0.0], [1.0, 2.0]]},
@@ -121,8 +125,9 @@ def test_what_cannot_be_is_refused_in_one_line(recipe: str, overrides: dict[str,
 
 def test_the_edge_of_each_refusal_is_accepted() -> None:
     assert resolve("toy-1d", {"renoise.fixed": 0.5001}).renoise.fixed == 0.5001
-    assert resolve("toy-1d", {"teacher.prediction": "eps", "plan.start": 0.98}).plan.start == 0.98
-    assert resolve("toy-1d", {"teacher.prediction": "eps", "teacher.schedule": "ve"}).plan.start == 1
+    assert resolve("toy-1d", {"renoise.fixed": 1.0}).renoise.fixed == 1
+    assert resolve("toy-1d", {"renoise.fixed": 0.9, "plan.start": 0.9}).renoise.fixed == 0.9
+    assert resolve("toy-1d", {"renoise.t_range": [0, 1]}).renoise.t_range == (0, 1)
     resolve("toy-1d", {"renoise.t_range": [0.1, 0.501]})
     resolve("toy-1d", {"renoise.t_range": [0.1, 0.501], "renoise.clamp": True})
     assert resolve("toy-2d", {"plan.steps": 6, "plan.phases": 3}).phase_plan().starts == (0, 2, 4)
@@ -131,22 +136,31 @@ def test_the_edge_of_each_refusal_is_accepted() -> None:
 @pytest.mark.parametrize("high", [0.4, 0.5])
 def test_a_clamp_at_or_below_a_phases_end_is_refused(high: float) -> None:
     """Phase 1 ends at s = .5; clamping would make t <= s, where the transition does not exist."""
-    with pytest.raises(UserError, match="renoise.t_range"):
+    with pytest.raises(UserError, match=rf"^renoise.t_range: \(0.1, {high}\) would clamp t out of \(0.5, 1\]$"):
         resolve("toy-1d", {"renoise.t_range": [0.1, high], "renoise.clamp": True})
+
+
+def test_a_clamp_above_a_phases_bound_is_refused() -> None:
+    """Disjoint, phase 2 ends its times at .5; a clamp to .5 itself is one."""
+    disjoint = {"renoise.interval": "disjoint", "renoise.clamp": True}
+    with pytest.raises(UserError, match=r"^renoise.t_range: \(0.501, 0.9\) would clamp t out of \(0.02, 0.5\]$"):
+        resolve("toy-1d", {"renoise.t_range": [0.501, 0.9], **disjoint})
+    resolve("toy-1d", {"renoise.t_range": [0.5, 0.9], **disjoint})
 
 
 @pytest.mark.parametrize("t_range", [[0.9, 0.6], [1.2, 1.5]])
 def test_a_clamp_outside_the_times_is_refused(t_range: list[float]) -> None:
     """torch.clamp(t, .9, .6) is .6 throughout; clamp(t, 1.2, 1.5) is a time beyond pure noise."""
-    with pytest.raises(UserError, match="renoise.t_range"):
+    with pytest.raises(UserError, match=r"^renoise.t_range: \([\d., ]+\) is no interval within \[0, 1\]$"):
         resolve("toy-1d", {"renoise.t_range": t_range, "renoise.clamp": True})
 
 
 def test_an_interval_emptied_by_t_min_is_refused() -> None:
     """The last phase's own interval is (t_min, .5]."""
     resolve("toy-1d", {"renoise.interval": "disjoint", "renoise.t_min": 0.49})
-    with pytest.raises(UserError, match="renoise"):
-        resolve("toy-1d", {"renoise.interval": "disjoint", "renoise.t_min": 0.9})
+    for t_min in (0.5, 0.9):
+        with pytest.raises(UserError, match=f"^renoise: no time is left between {t_min} and 0.5$"):
+            resolve("toy-1d", {"renoise.interval": "disjoint", "renoise.t_min": t_min})
 
 
 def test_intervals_of_four_phases() -> None:
@@ -189,14 +203,29 @@ def test_json_keeps_every_digit() -> None:
     assert again.teacher.kind == "analytic" and again.teacher.means == ((tenth,), (1e-300,))
 
 
-def test_an_infinite_number_is_refused_or_survives_json() -> None:
-    """No clipping, say: `--set generator.optimiser.clip=.inf`."""
-    try:
-        config = resolve("toy-1d", {"generator.optimiser.clip": float("inf")})
-    except UserError as error:
-        assert "generator.optimiser.clip" in str(error)
-        return
-    assert build(json.loads(config.model_dump_json())) == config
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("generator.optimiser.clip", "BAD", "generator.optimiser.clip"),  # no clipping, say: `--set ...clip=.inf`
+        ("fake.lora.alpha", "BAD", "fake.lora.alpha"),
+        ("plan.shift", "BAD", "plan.shift"),
+        ("seed", "BAD", "seed"),
+        ("renoise.fixed", "BAD", "renoise.fixed"),
+        ("renoise.t_range", [0.6, "BAD"], "renoise.t_range.1"),
+        ("teacher.std", "BAD", "teacher.std"),
+        ("teacher.means", [[0.0], ["BAD"]], "teacher.means.1.0"),
+        ("teacher.weights", [1.0, "BAD", 1.0, 1.0], "teacher.weights.1"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused(path: str, value: Any, named: str, bad: float) -> None:
+    """JSON has none, so a run could not be told from its own config.json."""
+
+    def put(value: Any) -> Any:
+        return [put(v) for v in value] if isinstance(value, list) else bad if value == "BAD" else value
+
+    with pytest.raises(UserError, match=f"^{re.escape(named)}: Input should be a finite number$"):
+        resolve("toy-1d", {path: put(value)})
 
 
 @pytest.mark.parametrize("name", ["toy1d", "nano_t2i", "toy-3d"])
@@ -273,7 +302,7 @@ def test_a_method_sets_phases_and_gradient_and_keeps_the_updates(method: Any, re
 @pytest.mark.parametrize(("steps", "phases", "gradient", "method"), [
     (4, 1, "all", "dmd"), (4, 1, "last", "dmd-sgts"), (4, 2, "last", "phased-sgts"), (4, 4, "all", "phased"),
     (4, 4, "last", "phased"),  # with one step a phase, the exit step is that step
-    (1, 1, "all", "dmd"), (6, 3, "last", "phased-sgts"),
+    (4, 2, "all", "phased"), (1, 1, "all", "dmd"), (1, 1, "last", "dmd-sgts"), (6, 3, "last", "phased-sgts"),
 ])  # fmt: skip
 def test_method_names_what_the_plan_does(steps: int, phases: int, gradient: str, method: str) -> None:
     overrides = {"plan.steps": steps, "plan.phases": phases, "plan.gradient": gradient}
@@ -282,17 +311,69 @@ def test_method_names_what_the_plan_does(steps: int, phases: int, gradient: str,
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("phases", [1, 2, 4])
-def test_updates_that_do_not_divide_are_never_exceeded(method: Any, phases: int) -> None:
+def test_updates_that_do_not_divide_are_never_exceeded(method: Any, phases: int, tmp_path: Path) -> None:
     """7 updates a phase: the total is kept to within less than one a phase."""
-    data = with_method(method, data_of("toy-2d", **{"plan.phases": phases, "iterations": 7}))
-    total = data["iterations"] * data["plan"]["phases"]
-    assert 7 * phases - data["plan"]["phases"] < total <= 7 * phases
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(data_of("toy-2d", **{"plan.phases": phases, "iterations": 7})))
+    config = resolve(str(file), {}, method)
+    total = config.iterations * config.plan.phases
+    assert 7 * phases - config.plan.phases < total <= 7 * phases
 
 
-@pytest.mark.parametrize("phases", [2, 3])
-def test_phased_sgts_keeps_a_split_that_is_one(phases: int) -> None:
-    config = resolve("toy-2d", {"plan.steps": 6, "plan.phases": phases}, "phased-sgts")
-    assert config.plan.phases == phases and config.plan.gradient == "last"
+@pytest.mark.parametrize(("phases", "kept"), [(1, 2), (2, 2), (3, 3), (6, 2)])
+def test_phased_sgts_keeps_a_split_that_is_one(phases: int, kept: int) -> None:
+    data = with_method("phased-sgts", data_of("toy-2d", **{"plan.steps": 6, "plan.phases": phases}))
+    assert data["plan"]["phases"] == kept and data["plan"]["gradient"] == "last"
+
+
+def test_a_method_rescales_the_iterations_of_a_file_too(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(data_of("toy-2d", **{"plan.steps": 6, "plan.phases": 3, "iterations": 50})))
+    assert [resolve(str(file), {}, method).iterations for method in METHODS] == [150, 150, 25, 50]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("iterations", [7, 1000])
+def test_explicit_iterations_are_updates_a_phase_whatever_the_method(method: Any, iterations: int) -> None:
+    """Overrides come after the method: nothing rescales them, not even those equal to the recipe's own."""
+    config = resolve("toy-2d", {"iterations": iterations}, method)
+    assert config.iterations == iterations and config.method == method
+    assert (config.plan.phases, config.plan.gradient) == METHODS[method]
+
+
+def test_overrides_of_the_plan_come_after_the_method() -> None:
+    """Six steps in three phases, where phased-sgts alone makes four in two; each has a third of the updates."""
+    config = resolve("toy-2d", {"plan.steps": 6, "plan.phases": 3}, "phased-sgts")
+    assert (config.plan.steps, config.plan.phases, config.plan.gradient) == (6, 3, "last")
+    assert config.method == "phased-sgts" and config.iterations == 4 * resolve("toy-2d", {}).iterations // 3
+    phased = resolve("toy-2d", {"plan.phases": 2}, "phased")  # two steps a phase are phased as well
+    assert (phased.plan.phases, phased.plan.gradient, phased.method) == (2, "all", "phased")
+    assert phased.iterations == 2 * resolve("toy-2d", {}).iterations
+    assert resolve("toy-2d", {"plan.steps": 8}, "phased").plan.phases == 8
+    with pytest.raises(UserError, match="2 steps allow none"):
+        resolve("toy-1d", {}, "phased-sgts")
+    assert resolve("toy-2d", {"plan.gradient": "last"}, "phased").method == "phased"  # one step a phase: no truncation
+
+
+CONTRADICTIONS = [
+    ("dmd", {"plan.phases": 2}, "phased"),
+    ("dmd", {"plan.gradient": "last"}, "dmd-sgts"),
+    ("dmd-sgts", {"plan.phases": 2}, "phased-sgts"),
+    ("dmd-sgts", {"plan.gradient": "all"}, "dmd"),
+    ("phased", {"plan.phases": 1}, "dmd"),
+    ("phased", {"plan.phases": 2, "plan.gradient": "last"}, "phased-sgts"),
+    ("phased-sgts", {"plan.phases": 1}, "dmd-sgts"),
+    ("phased-sgts", {"plan.phases": 4}, "phased"),
+    ("phased-sgts", {"plan.gradient": "all"}, "phased"),
+]
+
+
+@pytest.mark.parametrize(("method", "overrides", "made"), CONTRADICTIONS)
+def test_overrides_that_contradict_the_method_are_refused(method: Any, overrides: dict[str, Any], made: str) -> None:
+    resolve("toy-2d", overrides)  # by themselves they are fine
+    with pytest.raises(UserError) as error:
+        resolve("toy-2d", overrides, method)
+    assert str(error.value) == f"method: {method} contradicts plan.phases or plan.gradient, which make {made}"
 
 
 def test_with_method_leaves_its_argument_alone() -> None:

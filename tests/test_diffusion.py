@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from gaussians import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 from scipy.integrate import quad
 
 from phased_dmd.config import UserError, build
@@ -38,6 +40,7 @@ from phased_dmd.diffusion import (
 )
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.phases import renoise_range
+from phased_dmd.sample import build_system
 
 schedules = pytest.mark.parametrize("name", SCHEDULES)
 predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -97,8 +100,10 @@ def test_ve_needs_increasing_positive_bounds(bounds):
 
 
 def test_vp_kind_is_checked():
-    with pytest.raises((ValueError, TypeError), match="'sine'"):  # TypeError: where jaxtyping checks annotations
+    """By its annotation already where jaxtyping's import hook is on."""
+    with pytest.raises((ValueError, TypeCheckError), match="'sine'") as error:
         VPSchedule("sine")
+    assert error.type is TypeCheckError or "kind is 'cosine' or 'linear', not 'sine'" in str(error.value)
 
 
 # Transitions
@@ -212,7 +217,7 @@ def test_prediction_pairs_are_inverse(name, prediction, t):
 @schedules
 @pytest.mark.parametrize("t", [0.02, 0.3, 0.75, 1.0])
 def test_determinants(name, t):
-    """The D column of MATHEMATICS section 1."""
+    """D = alpha q - sigma p, written out for each type."""
     alpha, sigma = alpha_sigma(name, t)
     table = {"flow": alpha + sigma, "x0": -sigma, "eps": alpha, "v": alpha**2 + sigma**2}
     for prediction, expected in table.items():
@@ -221,8 +226,10 @@ def test_determinants(name, t):
 
 
 def test_an_unknown_prediction_is_refused():
-    with pytest.raises((ValueError, TypeError), match="'score'"):  # TypeError: where jaxtyping checks annotations
+    """By its annotation already where jaxtyping's import hook is on."""
+    with pytest.raises((ValueError, TypeCheckError), match="'score'") as error:
         coefficients("score", tensor(0.5), tensor(0.5))
+    assert error.type is TypeCheckError or "'score' is none of flow, x0, eps, v" in str(error.value)
 
 
 @schedules
@@ -260,7 +267,7 @@ def test_exact_prediction_of_one_gaussian(name, prediction, t):
 @predictions
 @pytest.mark.parametrize(("t", "r"), [(0.98, 0.8), (0.8, 0.4), (0.8, 0.7999), (0.3, 0.0)])
 def test_ddim_step_is_exact_for_known_pairs(name, prediction, t, r):
-    """x_r = alpha_r x_0 + sigma_r eps from psi = p x_0 + q eps; MATHEMATICS section 4."""
+    """x_r = alpha_r x_0 + sigma_r eps from psi = p x_0 + q eps."""
     alpha, sigma = alpha_sigma(name, t)
     p, q = p_q(prediction, alpha, sigma)
     x_0, eps = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -325,7 +332,7 @@ def test_bfloat16_samples_are_computed_in_float32(name, prediction):
 
 @pytest.mark.parametrize(("name", "t_0"), [("flow", 1.0), ("flow", 0.9999), ("vp-cosine", 1.0), ("vp-cosine", 0.9999)])
 def test_eps_prediction_cannot_start_at_pure_noise(name, t_0):
-    """MATHEMATICS section 1: refused with alpha(t_0) below 1e-3, which catches cosine's alpha(1) = 6e-17 too."""
+    """Refused with alpha(t_0) below 1e-3, which catches cosine's alpha(1) = 6e-17 too."""
     with pytest.raises(ValueError, match="eps prediction cannot start"):
         check_start("eps", SCHEDULES[name], t_0)
 
@@ -351,15 +358,24 @@ def test_every_other_start_is_allowed(name, prediction, t_0):
 
 def analytic(schedule: str, prediction: str, **sections: dict) -> dict:
     teacher = {"kind": "analytic", "means": [[0.0], [1.0]], "schedule": schedule, "prediction": prediction}
-    return {"recipe": "test", "teacher": teacher, "generator": {"weights": "full"}, **sections}
+    quick = {"fit_steps": 1, "fit_batch": 2, "hidden": 2, "layers": 1}
+    return {"recipe": "test", "teacher": teacher | quick, "generator": {"weights": "full"}, **sections}
 
 
 @pytest.mark.parametrize("schedule", ["flow", "vp-cosine"])
-def test_config_refuses_eps_prediction_from_pure_noise(schedule):
-    with pytest.raises(UserError, match="plan.start: eps prediction cannot start where alpha is 0"):
-        build(analytic(schedule, "eps", plan={"start": 1.0}))
-    assert build(analytic(schedule, "eps", plan={"start": 0.98})).phase_plan().times[0] == 0.98
-    assert build(analytic("ve", "eps")).phase_plan().times[0] == 1.0
+def test_a_system_refuses_eps_prediction_from_pure_noise(schedule):
+    """A config knows no schedule's numbers: it is the system that refuses, and allows what can be inverted."""
+    config = build(analytic(schedule, "eps", plan={"start": 1.0}))
+    with pytest.raises(UserError, match=r"^plan\.start: eps prediction cannot start at t = 1, where alpha is \d.\de"):
+        build_system(config)
+    for allowed, start in (
+        (analytic(schedule, "eps", plan={"start": 0.98}), 0.98),
+        (analytic("vp-linear", "eps"), 1.0),
+        (analytic("ve", "eps"), 1.0),
+        (analytic(schedule, "flow"), 1.0),
+    ):
+        system, _ = build_system(build(allowed))
+        assert system.plan.times[0] == start and system.model.prediction == allowed["teacher"]["prediction"]
 
 
 # Re-noise times
@@ -385,7 +401,7 @@ def test_renoise_times_are_uniform_in_raw_time(low, high, shift):
 
 @pytest.mark.parametrize(("low", "fraction"), [(0.98, 0.093), (0.02, 1 - 0.004)])
 def test_renoise_mass_at_the_ends(low, fraction):
-    """MATHEMATICS section 6: P(t > .98) = 9.3 %, P(t < .02) = .4 % at shift 5."""
+    """At shift 5, P(t > .98) = 9.3 % and P(t < .02) = .4 %."""
     t = renoise_times(grid(), 1e-9, 1.0, 5.0)
     assert (t > low).double().mean().item() == pytest.approx(fraction, abs=5e-4)
 
@@ -395,7 +411,7 @@ def test_renoise_mass_at_the_ends(low, fraction):
     [(0.875, 0.167, 0.934, 0.946), (0.9, 0.286, 0.940, 0.956)],
 )
 def test_truncated_and_clamped_range(bound, atom, clamped_mean, truncated_mean):
-    """MATHEMATICS section 6, shift 5 and s = .8333: the atoms of Wan2.2's clamp, and the mean of t both ways."""
+    """At shift 5 and s = .8333: the atoms of Wan2.2's clamp, and the mean of t both ways."""
     clamped = renoise_times(grid(), 5 / 6, 1.0, 5.0, (bound, 1.0), clamp=True)
     assert clamped.min().item() == bound
     assert (clamped == bound).double().mean().item() == pytest.approx(atom, abs=5e-4)
@@ -435,14 +451,37 @@ def test_renoise_time_lies_above_s_and_not_above_the_bound(name, s, above, shift
     assert SCHEDULES[name].transition(full(s, t), t)[1].isfinite().all()
 
 
-@pytest.mark.parametrize("t_range", [(0.2, 0.5), (0.2, 0.75), (0.99, 0.98)])
+@pytest.mark.parametrize("t_range", [(0.2, 0.5), (0.2, 0.75)])
 def test_an_empty_range_is_an_error(t_range):
     with pytest.raises(ValueError, match=r"leaves nothing of \(0.75, 1\)"):
         renoise_times(tensor(0.5), 0.75, 1.0, 5.0, t_range)
 
 
-@pytest.mark.parametrize("t_range", [(0.2, 0.5), (0.2, 0.75)])
-def test_a_clamp_to_s_or_below_is_an_error(t_range):
-    """It would put t where sigma_ts is 0 or NaN."""
-    with pytest.raises(ValueError, match="t_range"):
-        renoise_times(tensor(0.5), 0.75, 1.0, 5.0, t_range, clamp=True)
+@pytest.mark.parametrize("clamp", [False, True])
+@pytest.mark.parametrize("t_range", [(0.99, 0.98), (0.8, 0.8), (-0.1, 0.9), (0.8, 1.1), (1.2, 1.5)])
+def test_a_range_that_is_no_interval_is_an_error(t_range, clamp):
+    message = re.escape(f"renoise.t_range: {t_range} is no interval within [0, 1]")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        renoise_times(tensor(0.5), 0.75, 1.0, 5.0, t_range, clamp)
+
+
+@pytest.mark.parametrize(("t_range", "high"), [((0.2, 0.5), 1.0), ((0.2, 0.75), 1.0), ((0.91, 0.95), 0.9)])
+def test_a_clamp_out_of_the_interval_is_an_error(t_range, high):
+    """At or below s it would put t where sigma_ts is 0 or NaN; above, beyond the phase."""
+    with pytest.raises(ValueError, match=rf"t_range: .* would clamp t out of \(0\.75, {high:g}\]"):
+        renoise_times(tensor(0.5), 0.75, high, 5.0, t_range, clamp=True)
+
+
+def test_a_clamp_that_touches_the_interval_is_allowed():
+    """All times pile up at the bound that both share, or at the first time above s."""
+    assert renoise_times(grid(10), 0.75, 0.9, 5.0, (0.9, 0.95), clamp=True).tolist() == [0.9] * 10
+    above = math.nextafter(0.75, 1)
+    assert renoise_times(grid(10), 0.75, 0.9, 5.0, (0.2, above), clamp=True).tolist() == [above] * 10
+
+
+@pytest.mark.parametrize("t_range", [None, (0.0, 1.0)])
+@pytest.mark.parametrize("clamp", [False, True])
+@pytest.mark.parametrize(("low", "high"), [(0.75, 0.75), (0.9, 0.75)])
+def test_an_empty_interval_is_an_error(low, high, t_range, clamp):
+    with pytest.raises(ValueError, match=rf"no time is left between {low:g} and {high:g}"):
+        renoise_times(tensor(0.5), low, high, 5.0, t_range, clamp)

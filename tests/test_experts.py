@@ -347,9 +347,36 @@ def test_an_active_role_cannot_be_removed() -> None:
 def test_an_unknown_role_or_network_is_an_error() -> None:
     roles = Roles(double_wan(networks=2))
     roles.add(ONE, [0], LORA, seed=1)
-    for role, network in ((ONE, 1), (TWO, 0), (FAKE, 0)):
-        with pytest.raises(KeyError, match=f"no {role} on network {network}"):
-            predict(roles, role, network)
+    randomise(roles.parameters(ONE), 100)
+    with pytest.raises(KeyError, match=f"no {ONE} on network 1"):
+        predict(roles, ONE, 1)
+    before = predict(roles, ONE)
+    assert not torch.equal(before, predict(roles, TEACHER))
+    for role in (TWO, FAKE, "phase_", ""):
+        with pytest.raises(KeyError, match=f"there is no role {role}"):
+            predict(roles, role)
+        with roles.active(ONE):
+            with pytest.raises(KeyError, match=f"there is no role {role}"), roles.active(role):
+                raise AssertionError("an unknown role must not become active")
+            assert torch.equal(direct(roles.module(ONE, 0)), before)  # ONE is on still
+    roles.remove(ONE)
+    with pytest.raises(KeyError, match=f"there is no role {ONE}"), roles.active(ONE):
+        raise AssertionError("a removed role must not become active")
+    with roles.active(TEACHER):  # the teacher always may
+        pass
+
+
+def test_a_role_starts_with_another_seed_on_each_network() -> None:
+    """No two networks, and no two roles, of one run share their A."""
+    roles = Roles(double_wan(networks=2))
+    roles.add(ONE, [0, 1], LORA, seed=7)
+    roles.add(TWO, [0, 1], LORA, seed=7)
+    state, other = roles.state(ONE), roles.state(TWO)
+    first = {name.removeprefix("0."): t for name, t in state.items() if name.startswith("0.") and "lora_A" in name}
+    assert first and all(not torch.equal(tensor, state[f"1.{name}"]) for name, tensor in first.items())
+    assert all(
+        not torch.equal(other[f"{k}.{name}"], state[f"{n}.{name}"]) for name in first for k in (0, 1) for n in (0, 1)
+    )
 
 
 def test_rollouts_never_thaw_a_frozen_expert() -> None:

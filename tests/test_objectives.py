@@ -103,7 +103,7 @@ def test_regression_of_the_printed_target_is_not(name, prediction, s, part):
     [(subinterval_target, -0.772, 1.024), (printed_target, 0.466, 3.385)],
 )
 def test_regression_numbers_of_equation_13(target, intercept, slope):
-    """MATHEMATICS section 2, s .75, t .9, x_0 ~ N(.7, .8^2); the printed form's numbers were sampled there."""
+    """At s .75, t .9, x_0 ~ N(.7, .8^2); the printed form's numbers were found by sampling, hence .004."""
     line = regression(target, "flow", "flow", 0.75, 0.9)
     assert (line.intercept, line.slope) == pytest.approx((intercept, slope), abs=4e-3)
 
@@ -120,7 +120,7 @@ def test_flow_target_is_equation_12(s, t):
 @predictions
 @pytest.mark.parametrize(("s", "t"), [(0.0, 0.4), (0.3, 0.5), (0.75, 0.9), (5 / 6, 1.0)])
 def test_target_coefficients(name, prediction, s, t):
-    """The last column of MATHEMATICS section 1: coefficients of x_s, and of eps times sigma_ts."""
+    """Eq. 12, Eq. 15 and their twins: the coefficients of x_s, and of eps times sigma_ts."""
     (alpha_s, sigma_s), (alpha_t, sigma_t) = alpha_sigma(name, s), alpha_sigma(name, t)
     sigma_ts = math.sqrt(transition(name, s, t)[1])
     table = {
@@ -167,7 +167,7 @@ def mixture_prediction(name: str, prediction: str, t: float, x_t: Tensor) -> Ten
 @predictions
 @pytest.mark.parametrize(("s", "t"), [(0.0, 0.5), (0.3, 0.5), (0.75, 0.78), (5 / 6, 0.95), (5 / 6, 1.0)])
 def test_regression_of_the_target_on_the_exact_mixture(name, prediction, s, t):
-    """Section 9 item 1: not only for Gaussians; and `ExactMixture` is that regression."""
+    """Eq. 12 and its twins hold not only for Gaussians; and `ExactMixture` is that regression."""
     scale = alpha_sigma(name, t)[0] + alpha_sigma(name, t)[1]
     x_t = scale * torch.linspace(-2.5, 2.5, 11, dtype=torch.float64)
     exact = mixture_prediction(name, prediction, t, x_t)
@@ -194,6 +194,30 @@ def test_biased_target_is_right_at_a_clean_s(name, prediction):
     for s in (0.0, 0.3):
         coefficients = coefficients_of(biased_target, name, prediction, s, 0.4)
         assert coefficients == pytest.approx(p_q(prediction, *alpha_sigma(name, 0.4)), rel=1e-14)
+
+
+@pytest.mark.parametrize("name", ["flow", "vp-cosine", "vp-linear"])
+@predictions
+def test_printed_target_is_the_unbiased_one_at_a_clean_s(name, prediction):
+    """There Eq. 13 is Eq. 4, bit for bit; the tiniest s > 0 flips x_s. In a batch each sample by its own s."""
+    for t in (0.02, 0.4, 1.0):
+        unbiased = coefficients_of(subinterval_target, name, prediction, 0.0, t)
+        assert coefficients_of(printed_target, name, prediction, 0.0, t) == unbiased
+    x_s, eps = randn(2, 2, 3)
+    s, t = torch.tensor([[0.0, 1e-6], [0.4, 0.4]], dtype=torch.float64)
+    arguments = x_s, eps, s, t, SCHEDULES[name], prediction
+    printed, unbiased = printed_target(*arguments), subinterval_target(*arguments)
+    assert torch.equal(printed[0], unbiased[0])
+    p = p_q(prediction, *alpha_sigma(name, 0.4))[0]
+    flipped = unbiased[1] - 2 * p / alpha_sigma(name, 1e-6)[0] * x_s[1]
+    torch.testing.assert_close(printed[1], flipped, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("prediction", ["flow", "x0", "v"])
+def test_printed_target_is_wrong_on_ve_even_at_0(prediction):
+    """sigma(0) = sigma_min > 0: x_s is never clean, and x_s has the other sign throughout."""
+    on_x_s, on_eps = coefficients_of(subinterval_target, "ve", prediction, 0.0, 0.4)
+    assert coefficients_of(printed_target, "ve", prediction, 0.0, 0.4) == pytest.approx((-on_x_s, on_eps), rel=1e-13)
 
 
 # The fake's loss
@@ -228,7 +252,8 @@ def test_at_a_clean_s_the_loss_is_ordinary_matching_bit_for_bit(name, prediction
     plain.sum().backward()
     loss = score_matching_loss(net, x_0, eps, torch.zeros_like(t), t, SCHEDULES[name], prediction)
     loss.sum().backward()
-    assert torch.equal(loss, plain.double())
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, plain)
     for ours, ordinary in zip(net.parameters(), plain_net.parameters(), strict=True):
         assert ordinary.grad.abs().sum() > 0
         assert torch.equal(ours.grad, ordinary.grad)
@@ -254,7 +279,7 @@ def test_weight(name, s):
 
 @pytest.mark.parametrize(("s", "bite"), [(0.75, 0.7671), (5 / 6, 0.8436)])
 def test_where_the_clamp_bites(s, bite):
-    """MATHEMATICS section 2: on flow below t = .7671 for s = .75 and .8436 for .8333."""
+    """10 sigma_ts^2 < 1 on flow below t = .7671 for s = .75 and .8436 for .8333."""
     t = torch.tensor([bite - 1e-4, bite + 1e-4], dtype=torch.float64)
     weight = score_matching_weight(full(s, t), t, SCHEDULES["flow"])
     assert weight[0] < 1 and weight[1] == 1
@@ -276,6 +301,21 @@ def test_loss_is_the_clamped_equation_13(prediction):
         residual = sigma_ts * psi - sigma_ts * (on_x_s * x_s[i] + on_eps * eps[i])
         clamp = min(1 / variance_ts, 10) if s_i > 0 else 1 / variance_ts  # no clamp at a clean s
         assert loss[i].item() == pytest.approx(clamp * residual.square().mean().item(), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+)
+@pytest.mark.parametrize("s", [0.0, 0.75])
+@pytest.mark.parametrize("target", [subinterval_target, biased_target, printed_target])
+def test_losses_have_the_samples_dtype_but_float32_at_least(target, s, dtype, expected):
+    """The times and coefficients in float64 do not leak into the losses."""
+    x_s, eps = randn(2, 5, 3, dtype=dtype)
+    net, (s, t) = Affine(0.3, -0.2), times(s, 0.9, x_s)
+    assert score_matching_loss(net, x_s, eps, s, t, SCHEDULES["flow"], "flow", target).dtype == expected
+    generator_loss = distribution_matching_loss(x_s, eps, s, t, SCHEDULES["flow"], "flow", net, Affine(0.5, 0.1))
+    assert generator_loss.dtype == expected
 
 
 @schedules
@@ -306,9 +346,9 @@ def test_the_exact_prediction_minimises_the_loss(name, prediction, s, t):
 @predictions
 @pytest.mark.parametrize(("s", "t"), [(5 / 6, 5 / 6 + 0.004), (0.75, 0.754)])
 def test_pairing_eps_with_minus_eps(prediction, s, t):
-    """Section 9 item 7: the pair keeps the mean gradient; at t - s = .004 its variance is well below two draws'.
+    """The pair keeps the mean gradient; at t - s = .004 its variance is well below two draws'.
 
-    MATHEMATICS section 7 has ratios of .19 and .34 there for other networks; exact moments by Gauss-Hermite here.
+    Exact moments by Gauss-Hermite.
     """
     m_s, v_s = law("flow", s)
     (z, eps), weight = hermite(5, 2)  # the gradient is of degree 2, its square of degree 4
@@ -334,7 +374,7 @@ def test_pairing_eps_with_minus_eps(prediction, s, t):
 
 
 def score_form(name: str, prediction: str, t: float, mean: float, variance: float) -> Affine:
-    """psi = a S + b x_t of a Gaussian p(x_t): a = -sigma D / alpha, b = p / alpha (MATHEMATICS section 1)."""
+    """psi = a S + b x_t of a Gaussian p(x_t): a = -sigma D / alpha, b = p / alpha (Eq. 5 for flow)."""
     alpha, sigma = alpha_sigma(name, t)
     p, q = p_q(prediction, alpha, sigma)
     a = -sigma * (alpha * q - sigma * p) / alpha
@@ -370,7 +410,7 @@ def test_paper_gradient_is_that_of_the_kl_divergence(name, prediction, s, t):
 @predictions
 @pytest.mark.parametrize(("s", "t"), [(0.0, 0.3), (0.75, 0.9), (5 / 6, 1.0)])
 def test_paper_weight(name, prediction, s, t):
-    """The w column of MATHEMATICS section 1, read off at T = 1, F = 0; it vanishes with alpha_t at t = 1."""
+    """Eq. 11: w = alpha_ts alpha_t / (sigma_t D), read off at T = 1, F = 0; it vanishes with alpha_t at t = 1."""
     (alpha, sigma), (alpha_ts, _) = alpha_sigma(name, t), transition(name, s, t)
     if prediction == "eps":
         if alpha < 1e-6:
@@ -429,7 +469,7 @@ def test_normalised_at_a_clean_s_is_the_public_form(name, prediction, t):
 
 
 def test_weights_at_phase_onset():
-    """The table of MATHEMATICS section 3: 64 dimensions of std .1 to 1.5, s .8333, weight on x0_F - x0_T.
+    """The weight on x0_F - x0_T at four t: 64 dimensions of std .1 to 1.5, s .8333.
 
     At onset the generator from t = 1 predicts E[x_0] = 0. The public weight explodes, the normalised one does not;
     the table's t are rounded, hence 8 %.

@@ -124,6 +124,15 @@ def test_check_finite_names_the_tensor_at_fault(bad: float) -> None:
         check_finite(fine, abs(bad), named, "phase 2, iteration 3, fake")
 
 
+@pytest.mark.parametrize("norm", [float("inf"), float("nan")])
+def test_check_finite_notices_a_norm_that_overflows(norm: float) -> None:
+    """Each gradient is finite, all of them together are not."""
+    a = nn.Parameter(torch.zeros(2))
+    a.grad = torch.full((2,), 1e30)
+    with pytest.raises(NonFiniteError, match=r"^here: the norm of all gradients overflows$"):
+        check_finite(torch.tensor(1.0), norm, {"a": a}, "here")
+
+
 def test_check_finite_needs_a_gradient_somewhere() -> None:
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     with pytest.raises(RuntimeError, match="no gradient reached any parameter"):

@@ -28,7 +28,7 @@ def test_shift_and_unshift_are_inverse(u, shift):
     ],
 )
 def test_published_grids(shift, published):
-    """The paper's final version, DESIGN section 7: the grids in thousandths, rounded half up."""
+    """The grids of the paper's final version, in thousandths, rounded half up."""
     times = step_times(4, shift)
     assert tuple(math.floor(1000 * t + 0.5) for t in times[:-1]) == published
     assert times[0] == 1.0 and times[-1] == 0.0
@@ -36,7 +36,7 @@ def test_published_grids(shift, published):
 
 @pytest.mark.parametrize(("shift", "boundary"), [(5.0, 0.8333), (3.0, 0.75)])
 def test_published_boundary_of_two_phases(shift, boundary):
-    """DESIGN section 7: .8333 for Wan, .75 for Qwen-Image."""
+    """The end of the first of two phases: .8333 for Wan, .75 for Qwen-Image."""
     plan = PhasePlan.even(steps=4, phases=2, shift=shift)
     assert plan.end(1) == pytest.approx(boundary, abs=5e-5)
     assert plan.begin(2) == plan.end(1)

@@ -87,7 +87,7 @@ def test_many_ddim_steps_approach_the_true_map(name, prediction):
 
 
 def test_first_step_from_pure_noise_keeps_the_noise():
-    """MATHEMATICS section 4: on flow from t = 1, x_s = (1 - s) x0 + s x_1, whatever the network says."""
+    """On flow from t = 1, x_s = (1 - s) x0 + s x_1, whatever the network says."""
     x_1 = randn(5, 3)
     end = rollout(lambda _step, x, _t: 0.3 * x - 0.2, x_1, TWO_PHASES.path(1, 0), SCHEDULES["flow"], "flow")
     torch.testing.assert_close(end.x, 0.25 * end.x0 + 0.75 * x_1, rtol=0, atol=1e-15)
@@ -246,7 +246,7 @@ def regress(y: Tensor, x: Tensor) -> Affine:
 @predictions
 @pytest.mark.parametrize(("solver", "part"), [("renoise", 0.2), ("renoise", 1.0), ("ddim", 0.2), ("ddim", 0.5)])
 def test_renoised_ends_may_use_equation_4_and_deterministic_ones_may_not(name, prediction, solver, part):
-    """Section 9 item 5: Eq. 4 on (x0_hat, mixed noise) regresses to what Eq. 12 on x_s does iff x_s was renoised.
+    """Eq. 4 on (x0_hat, mixed noise) regresses to what Eq. 12 on x_s does iff x_s was renoised.
 
     An exact Gaussian teacher makes the two-step rollout affine in (start, noise, noise, eps): its coefficients come
     from basis vectors through `rollout`. After one deterministic step from t = 1 x0_hat is a constant: two are needed.
@@ -284,7 +284,7 @@ def test_renoised_ends_may_use_equation_4_and_deterministic_ones_may_not(name, p
 
 
 def test_gradient_of_the_mixture_of_exits():
-    """Section 9 item 6: with the fake of the same policy, SGTS descends KL(mixture of exits || real), truncated.
+    """With the fake of the same policy, SGTS descends KL(mixture of exits || real), truncated.
 
     Two exits of a linear generator, the first too narrow, the second too wide, x_0 ~ N(0, .8^2). The closed form is
     1/2 int dN_j log(p_mixture / p_real) on a grid, chained through each exit's own step. A fake trained on full

@@ -180,17 +180,19 @@ class Config(Section):
 
 
 def with_method(method: Method, data: Mapping[str, Any]) -> dict[str, Any]:
-    """data with the plan's phases and gradient, and the same generator updates in all, that `method` names."""
+    """data with the plan's phases and gradient that `method` names."""
     plan = dict(data["plan"])
-    before = plan["phases"]
     if method in ("dmd", "dmd-sgts"):
         plan["phases"] = 1
     elif method == "phased":
         plan["phases"] = plan["steps"]
     elif not 1 < plan["phases"] < plan["steps"]:
-        plan["phases"] = 2
+        fewer = [count for count in range(2, plan["steps"]) if plan["steps"] % count == 0]
+        if not fewer:
+            raise UserError(f"method: {method} needs fewer phases than steps, and {plan['steps']} steps allow none")
+        plan["phases"] = fewer[0]
     plan["gradient"] = "all" if method in ("dmd", "phased") else "last"
-    return {**data, "plan": plan, "iterations": max(1, data["iterations"] * before // plan["phases"])}
+    return {**data, "plan": plan}
 
 
 def build(data: Mapping[str, Any]) -> Config:

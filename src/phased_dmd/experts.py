@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from phased_dmd.config import Lora
+from phased_dmd.engine import seed_of
 from phased_dmd.models.protocol import Condition, VelocityModel, rows
 
 TEACHER, FAKE = "teacher", "fake"
@@ -52,7 +53,7 @@ class Roles:
                 target_modules=list(self.model.lora_targets),
             )
             with torch.random.fork_rng():
-                torch.manual_seed(seed + network)
+                torch.manual_seed(seed_of(seed, role, network))
                 inject_adapter_in_model(config, base, adapter_name=role)
             self._adapters.add((role, network))
             base.requires_grad_(False)

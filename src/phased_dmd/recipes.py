@@ -72,14 +72,23 @@ RECIPES = {"toy-1d": toy_1d, "toy-2d": toy_2d, "nano-t2i": nano_t2i, "nano-t2v":
 
 
 def resolve(recipe: str, overrides: Mapping[str, Any], method: Method | None = None) -> Config:
-    """The Config of a recipe's name, or of a YAML or JSON file, with a method and then dotted overrides applied."""
+    """The Config of a recipe's name, or of a YAML or JSON file, with dotted overrides and a method.
+
+    A method keeps the generator updates in all, so it sets `iterations`, those of a phase, unless they are given.
+    """
     if recipe in RECIPES:
         data = json.loads(RECIPES[recipe]().model_dump_json())
     elif Path(recipe).suffix in (".yaml", ".yml", ".json"):
         data = json.loads(build(read_file(Path(recipe))).model_dump_json())
     else:
         raise UserError(f"recipe: unknown recipe {recipe!r}{nearest(recipe, list(RECIPES))}")
-    config = build(apply_overrides(data if method is None else with_method(method, data), overrides))
-    if method is not None and config.method != method:
+    updates = data["iterations"] * data["plan"]["phases"]
+    data = apply_overrides(data, overrides)
+    if method is None:
+        return build(data)
+    data = apply_overrides(with_method(method, data), overrides)
+    config = build(data)
+    if config.method != method:
         raise UserError(f"method: {method} contradicts plan.phases or plan.gradient, which make {config.method}")
-    return config
+    iterations = data["iterations"] if "iterations" in overrides else max(1, updates // config.plan.phases)
+    return config.model_copy(update={"iterations": iterations})

@@ -102,7 +102,7 @@ def add_expert(system: System, phase: int, trainable: bool) -> None:
     config = system.config.generator
     lora = config.lora if config.weights == "lora" else None
     networks = [expert.network for expert in system.plan.experts(phase)]
-    system.roles.add(expert_role(phase), networks, lora, seed=system.config.seed * 1000 + phase, trainable=trainable)
+    system.roles.add(expert_role(phase), networks, lora, seed=system.config.seed, trainable=trainable)
 
 
 class Sampler:

@@ -148,7 +148,7 @@ def distill(config: Config, output: Path | str | None = None, quiet: bool = Fals
             roles.freeze(role)
             continue
         fake_lora = config.fake.lora if config.fake.weights == "lora" else None
-        roles.add(FAKE, plan.fakes(phase), fake_lora, seed=config.seed * 1000 + 500 + phase)
+        roles.add(FAKE, plan.fakes(phase), fake_lora, seed=config.seed)
         expert = Trainer(role, roles.parameters(role), config.generator.optimiser, config.generator.ema)
         fake = Trainer(FAKE, roles.parameters(FAKE), config.fake.optimiser)
         done, tensors = run.load_checkpoint(phase) or (0, None)

@@ -14,7 +14,8 @@ from phased_dmd.metrics.digits import DIRECTIONS, SPEEDS, WORDS
 SIZE = 32  # pixels a side of the canvas
 NUM_FRAMES = 9  # of a clip
 HELD_OUT = 100  # digits of each class kept from all training
-PATH_JITTER = 1.5  # pixels, standard deviation of the centre of a picture or a path
+JITTER = 0.5  # pixels, standard deviation of the centre of a picture
+PATH_JITTER = 0.75  # the same of the middle of a path
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,12 @@ def _pick(options: list[tuple[float, str]], generator: torch.Generator) -> str:
     return options[int(torch.multinomial(weights, 1, generator=generator))][1]
 
 
-def image_batch(digits: Digits, size: int, generator: torch.Generator) -> tuple[Tensor, list[str], Tensor]:
+def image_batch(
+    digits: Digits, size: int, generator: torch.Generator, jitter: float = JITTER
+) -> tuple[Tensor, list[str], Tensor]:
     """size still pictures: (pixels [size, 3, 1, 32, 32], captions, labels [size])."""
     index = torch.randint(len(digits.labels), (size,), generator=generator)
-    shift = PATH_JITTER * torch.randn(size, 1, 2, generator=generator)
+    shift = jitter * torch.randn(size, 1, 2, generator=generator)
     captions = []
     for label, weight in zip(digits.labels[index].tolist(), digits.weight[index].tolist(), strict=True):
         stroke = {-1: "thin ", 0: "", 1: "bold "}[weight]
@@ -85,7 +88,7 @@ def clip_batch(digits: Digits, size: int, generator: torch.Generator) -> tuple[T
         torch.tensor([DIRECTIONS[names[d]] for d in direction])
         * torch.tensor([SPEEDS[speeds[s]] for s in speed])[:, None]
     )
-    centre = PATH_JITTER / 2 * torch.randn(size, 1, 2, generator=generator)
+    centre = PATH_JITTER * torch.randn(size, 1, 2, generator=generator)
     frames = torch.arange(NUM_FRAMES) - (NUM_FRAMES - 1) / 2
     shift = centre + frames[None, :, None] * velocity[:, None]
     captions = []

@@ -24,6 +24,7 @@ from phased_dmd.teach.digits import Digits, all_captions, clip_batch, image_batc
 
 MAX_TOKENS = 16  # of a prompt, its end token included
 SHIFT = 3.0  # of the training times
+WIDE = 1.5  # pixels, the jitter that the VAE and the classifier learn from
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Budget:
     vae_steps: int = 2400
     num_images: int = 32_000
     num_clips: int = 16_000
-    transformer_steps: int = 9000
+    transformer_steps: int = 10_500
     classifier_steps: int = 1500
 
 
@@ -91,7 +92,7 @@ def train_vae(digits: Digits, steps: int, generator: torch.Generator, say: Calla
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = cosine_lr(optimizer, steps)
     for step in range(steps):
-        pixels, _, _ = image_batch(digits, 64, generator) if step % 2 else clip_batch(digits, 8, generator)
+        pixels, _, _ = image_batch(digits, 64, generator, WIDE) if step % 2 else clip_batch(digits, 8, generator)
         posterior = vae.encode(pixels, return_dict=False)[0]
         noise = torch.randn(posterior.mean.shape, generator=generator)
         decoded = decode_unclamped(vae, posterior.mean + posterior.std * noise)
@@ -148,9 +149,9 @@ def train_transformer(
     data: list[tuple[Tensor, list[str], int]], tokenizer: PreTrainedTokenizerFast, steps: int,
     generator: torch.Generator, say: Callable[[str], None],
 ) -> tuple[WanTransformer3DModel, UMT5EncoderModel]:  # fmt: skip
-    """Flow matching (Eq. 4), pictures and clips in turn, one caption in ten dropped; returns the averaged weights.
+    """Flow matching (Eq. 4), one caption in ten dropped; returns the averaged weights.
 
-    data: for each kind its latents, captions and batch size.
+    data: the latents, captions and batch size of each step in turn, round and round.
     """
     transformer, encoder = build_transformer(), build_text_encoder()
     both = torch.nn.ModuleList([transformer, encoder]).train()
@@ -177,7 +178,7 @@ def train_transformer(
         optimizer.step()
         schedule.step()
         average.update_parameters(both)
-        if step % 200 < 2:
+        if step % 200 < len(data):
             say(f"transformer {step}/{steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s")
     both.load_state_dict(average.module.state_dict())
     return transformer.eval(), encoder.eval()
@@ -191,7 +192,9 @@ def train_classifier(
     optimiser = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = cosine_lr(optimiser, steps)
     for step in range(steps):
-        pixels, _, labels = image_batch(training, 64, generator) if step % 2 else clip_batch(training, 64, generator)
+        pixels, _, labels = (
+            image_batch(training, 64, generator, WIDE) if step % 2 else clip_batch(training, 64, generator)
+        )
         frames = pixels[:, :1, step % pixels.shape[2]] / 2 + 0.5
         loss = F.cross_entropy(classifier(frames)[1], labels, label_smoothing=0.05)
         optimiser.zero_grad()
@@ -223,12 +226,17 @@ def teach_nano(output: Path, data: Path, seed: int, budget: Budget, say: Callabl
     rng = torch.Generator().manual_seed(seed)
     training, _ = load_digits(data)
     vae = train_vae(training, budget.vae_steps, rng, say)
+    torch.manual_seed(seed + 1)  # a stage of its own: the VAE of another run may be put in
+    rng.manual_seed(seed + 1)
     pictures, picture_captions = latents_of(vae, image_batch, training, budget.num_images, 256, rng)
     clips, clip_captions = latents_of(vae, clip_batch, training, budget.num_clips, 64, rng)
     set_latent_statistics(vae, pictures, clips)
-    kinds = [(normalise(vae, pictures), picture_captions, 64), (normalise(vae, clips), clip_captions, 24)]
+    picture_step = (normalise(vae, pictures), picture_captions, 64)
+    clip_step = (normalise(vae, clips), clip_captions, 24)
     tokenizer = build_tokenizer()
-    transformer, encoder = train_transformer(kinds, tokenizer, budget.transformer_steps, rng, say)
+    transformer, encoder = train_transformer(
+        [picture_step, picture_step, clip_step], tokenizer, budget.transformer_steps, rng, say
+    )
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0, solver_order=1
     )
