@@ -4,6 +4,8 @@ PYTHON := python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 PURE := diffusion objectives rollouts phases
+comma := ,
+space := $(subst ,, )
 
 # Small models on several spinning threads are far slower than on one.
 export OMP_NUM_THREADS := 1
@@ -16,11 +18,12 @@ help: ## List the targets
 
 demo: .venv/.stamp-run ## Distil the embedded teacher in runs/demo, evaluate it, write runs/demo/report.html
 	$(BIN)/phased-dmd distill nano-t2i --output runs/demo
-	$(BIN)/phased-dmd evaluate runs/demo
+	$(BIN)/phased-dmd evaluate runs/demo --samples 400
 	$(BIN)/phased-dmd report runs/demo
 
 test: .venv/.stamp-dev ## Run the tests; the pure mathematics must be covered to 95 %
-	$(BIN)/pytest $(PURE:%=--cov=phased_dmd.%) --cov-report=term-missing --cov-fail-under=95
+	$(BIN)/pytest --jaxtyping-packages=$(subst $(space),$(comma),$(PURE:%=phased_dmd.%)),beartype.beartype \
+		$(PURE:%=--cov=phased_dmd.%) --cov-report=term-missing --cov-fail-under=95
 
 check: .venv/.stamp-dev ## Lint, formatting, types, and the order of the layers
 	$(BIN)/ruff check
