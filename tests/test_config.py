@@ -165,8 +165,8 @@ def test_an_interval_emptied_by_t_min_is_refused() -> None:
 
 def test_intervals_of_four_phases() -> None:
     """Nested to t_0, disjoint to the phase's own begin; the grid of shift 5 is 1, 15/16, 5/6, 5/8, 0."""
-    nested = resolve("toy-2d", {})
-    disjoint = resolve("toy-2d", {"renoise.interval": "disjoint"})
+    nested = resolve("toy-2d", {"plan.shift": 5.0})
+    disjoint = resolve("toy-2d", {"plan.shift": 5.0, "renoise.interval": "disjoint"})
     ends, begins = [15 / 16, 5 / 6, 5 / 8, 0.02], [1.0, 15 / 16, 5 / 6, 5 / 8]
     for phase in range(1, 5):
         low, high = ends[phase - 1], begins[phase - 1]

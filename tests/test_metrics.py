@@ -18,7 +18,7 @@ from phased_dmd.metrics.distances import (
     pairwise_cosine,
     principal_components,
 )
-from phased_dmd.metrics.pictures import contrast, displacement, high_frequency_energy
+from phased_dmd.metrics.pictures import contrast, displacement, high_frequency_energy, optical_flow
 
 RNG = torch.Generator().manual_seed(0)
 DATA = Path(__file__).parents[1] / "data" / "mnist_5k.csv.gz"
@@ -114,6 +114,13 @@ def test_displacement_of_a_moving_square() -> None:
             x, y = round(14 + right * (frame - 4)), round(14 + down * (frame - 4))
             clip[0, frame, y : y + 4, x : x + 4] = 1
         assert displacement(clip)[0].tolist() == pytest.approx([6 * right, 6 * down], abs=1e-4), name
+
+
+def test_optical_flow_of_a_shifted_texture() -> None:
+    """Smooth noise that moves three pixels a frame."""
+    texture = torch.nn.functional.interpolate(torch.rand(1, 1, 24, 24, generator=RNG), scale_factor=4, mode="bicubic")
+    frames = torch.stack([texture[0, 0, 10:74, 10 + 3 * i : 74 + 3 * i] for i in range(3)]).clamp(0, 1)
+    assert optical_flow(frames[None, ..., None].expand(1, 3, 64, 64, 3)) == pytest.approx(3, abs=0.2)
 
 
 def test_the_shipped_classifier_reads_held_out_digits() -> None:

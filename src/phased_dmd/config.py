@@ -139,6 +139,7 @@ class Config(Section):
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=10, gt=0)
     checkpoint_every: int = Field(default=100, gt=0)
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     sample_every: int = Field(default=100, gt=0)
 
     @model_validator(mode="after")

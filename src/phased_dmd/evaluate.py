@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from phased_dmd.metrics.distances import (
     pairwise_cosine,
     principal_components,
 )
-from phased_dmd.metrics.pictures import contrast, displacement, high_frequency_energy
+from phased_dmd.metrics.pictures import contrast, displacement, high_frequency_energy, optical_flow
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.sample import Sampler, load
 
@@ -49,6 +50,7 @@ HEADINGS = {  # of a measure: title, how to read it
     "contrast": ("contrast", "standard deviation of grey values"),
     "faithfulness": ("faithfulness", "share of samples whose digit is read as the prompt names it"),
     "direction": ("direction", "share of clips that move the way the prompt names"),
+    "optical_flow": ("optical flow", "mean absolute, pixels a frame, OpenCV DIS"),
     "pixels_moved_fast": ("moved, fast", "pixels, from the first third of a clip to its last"),
     "pixels_moved_slowly": ("moved, slowly", "pixels"),
     "pairwise_cosine": ("pairwise cosine", "mean over prompts, of features over seeds 0-7; lower is more diverse"),
@@ -221,6 +223,8 @@ def _read_prompts(cell: Cell, labels: Tensor) -> dict[str, float]:
         fast = torch.tensor(["fast" in prompt.split() for prompt in cell.prompts])
         speed = moved.norm(dim=1)
         scores["direction"] = float((nearest == wanted_direction).double().mean())
+        if find_spec("cv2"):
+            scores["optical_flow"] = optical_flow(cell.pixels)
         scores |= {"pixels_moved_fast": float(speed[fast].mean()), "pixels_moved_slowly": float(speed[~fast].mean())}
     return scores
 

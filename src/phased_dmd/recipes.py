@@ -42,10 +42,10 @@ def toy_2d() -> Config:
     return Config(
         recipe="toy-2d",
         teacher=AnalyticTeacher(means=tuple((x, y) for x in axis for y in axis), std=0.05, fit_steps=4000),
-        plan=Plan(steps=4, phases=4, shift=5.0, gradient="all"),
-        generator=Generator(weights="full", optimiser=Optimiser(lr=5e-4, decay="linear")),
-        fake=Fake(optimiser=Optimiser(lr=1e-3, decay="linear")),
-        iterations=1000, batch_size=256, log_every=50, checkpoint_every=500, sample_every=500,
+        plan=Plan(steps=4, phases=4, shift=2.0, gradient="all"),
+        generator=Generator(weights="full", optimiser=Optimiser(lr=1e-3, decay="linear")),
+        fake=Fake(optimiser=Optimiser(lr=2e-3, decay="linear")),
+        iterations=500, batch_size=256, log_every=50, checkpoint_every=500, sample_every=500,
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from phased_dmd.objectives import (
 from phased_dmd.optim import MomentumFreeAdamW, check_finite, decayed
 from phased_dmd.prompts import read_prompts
 from phased_dmd.sample import Sampler, System, add_expert, build_system
+from phased_dmd.trackers import check_trackers, open_tracker
 
 TARGETS = {"unbiased": subinterval_target, "biased": biased_target, "printed": printed_target}
 
@@ -118,6 +119,7 @@ class Trainer:
 
 def prepare(config: Config) -> tuple[System, Codec, list[str], Condition]:
     """All that a run needs before it writes anything: networks, codec, prompts and their conditions."""
+    check_trackers(config.trackers)
     prompts = read_prompts(config.prompts) if config.prompts is not None else [""]
     system, codec = build_system(config)
     return system, codec, prompts, codec.encode(prompts)
@@ -138,6 +140,7 @@ def distill(config: Config, output: Path | str | None = None, quiet: bool = Fals
     target = TARGETS[config.objective.target]
     schedule, prediction = model.schedule, model.prediction
     run.open(config)
+    trackers = [open_tracker(name, run.path, config) for name in config.trackers]
 
     for phase in range(1, plan.num_phases + 1):
         # Phase onset: a new expert and new fakes, both from the teacher, with new optimisers; earlier experts frozen.
@@ -214,10 +217,13 @@ def distill(config: Config, output: Path | str | None = None, quiet: bool = Fals
                 show(count, f"fake {fake_loss:.4f} generator {loss.item():.4f}")
                 if count % config.log_every == 0 or count == config.iterations:
                     since = (count - 1) % config.log_every + 1
-                    run.log("metrics.jsonl", {
+                    row = {
                         "phase": phase, "iteration": count, "fake_loss": fake_loss, "generator_loss": loss.item(),
                         "fake_gradient_norm": fake_norm, "generator_gradient_norm": norm, "clipped": clipped / since,
-                    })  # fmt: skip
+                    }  # fmt: skip
+                    run.log("metrics.jsonl", row)
+                    for track in trackers:
+                        track((phase - 1) * config.iterations + count, row)
                     run.log(
                         "timing.jsonl", {"phase": phase, "iteration": count, "seconds": time.perf_counter() - started}
                     )

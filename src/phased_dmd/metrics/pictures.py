@@ -1,5 +1,8 @@
 """What can be read off pixels without a network: sharpness, contrast, motion. Pixels [n, f, h, w, 3] in [0, 1]."""
 
+import itertools
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +19,20 @@ def high_frequency_energy(pixels: Tensor) -> float:
 def contrast(pixels: Tensor) -> float:
     """Mean over frames of the standard deviation of grey values."""
     return float(pixels.mean(4).flatten(2).std(2).mean())
+
+
+def optical_flow(pixels: Tensor) -> float:
+    """Mean absolute optical flow between neighbouring frames in pixels, by OpenCV's DIS; needs the extra `eval`."""
+    import cv2
+
+    estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    frames = (pixels.mean(4).clamp(0, 1) * 255).round().byte().numpy()
+    norms = [
+        np.linalg.norm(estimator.calc(a, b, np.zeros((*a.shape, 2), np.float32)), axis=2).mean()
+        for clip in frames
+        for a, b in itertools.pairwise(clip)
+    ]
+    return float(np.mean(norms))
 
 
 def displacement(pixels: Tensor) -> Tensor:
