@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors
 from phased_dmd.config import Config, Optimiser
 from phased_dmd.diffusion import renoise_times, times_like
-from phased_dmd.engine import choice, device, normal, uniform
+from phased_dmd.engine import choice, device, normal, seed_of, uniform
 from phased_dmd.experts import FAKE, expert_role
 from phased_dmd.media import save_preview
 from phased_dmd.models.protocol import Codec, Condition, rows
@@ -151,7 +151,7 @@ def distill(config: Config, output: Path | str | None = None, quiet: bool = Fals
             roles.freeze(role)
             continue
         fake_lora = config.fake.lora if config.fake.weights == "lora" else None
-        roles.add(FAKE, plan.fakes(phase), fake_lora, seed=config.seed)
+        roles.add(FAKE, plan.fakes(phase), fake_lora, seed=seed_of(config.seed, phase))
         expert = Trainer(role, roles.parameters(role), config.generator.optimiser, config.generator.ema)
         fake = Trainer(FAKE, roles.parameters(FAKE), config.fake.optimiser)
         done, tensors = run.load_checkpoint(phase) or (0, None)
