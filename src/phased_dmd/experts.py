@@ -38,6 +38,7 @@ class Roles:
         self._copies: dict[tuple[str, int], nn.Module] = {}
         self._adapters: set[tuple[str, int]] = set()
         self._trainable: set[str] = set()
+        self._tuned: list[list[BaseTunerLayer]] = [[] for _ in model.students]  # the layers that carry adapters
         self._on: list[str | None] = [None] * len(model.students)  # the adapter that is on, of each network
 
     def add(self, role: str, networks: Sequence[int], lora: Lora | None, seed: int, trainable: bool = True) -> None:
@@ -57,7 +58,8 @@ class Roles:
                 inject_adapter_in_model(config, base, adapter_name=role)
             self._adapters.add((role, network))
             base.requires_grad_(False)
-            _switch(base, self._on[network], trainable=self._on[network] in self._trainable)
+            self._tuned[network] = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+            _switch(self._tuned[network], self._on[network], trainable=self._on[network] in self._trainable)
         if trainable:
             self._trainable.add(role)
 
@@ -139,7 +141,7 @@ class Roles:
     def _set(self, adapters: list[str | None]) -> None:
         for network, adapter in enumerate(adapters):
             if adapter != self._on[network]:
-                _switch(self.model.students[network], adapter, trainable=adapter in self._trainable)
+                _switch(self._tuned[network], adapter, trainable=adapter in self._trainable)
                 self._on[network] = adapter
 
 
@@ -153,11 +155,10 @@ def _bare_copy(base: nn.Module) -> nn.Module:
     return bare
 
 
-def _switch(base: nn.Module, adapter: str | None, trainable: bool) -> None:
+def _switch(layers: list[BaseTunerLayer], adapter: str | None, trainable: bool) -> None:
     """peft thaws any adapter it activates unless told not to. With no adapter on, the base computes, bit for bit."""
-    for module in base.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.set_adapter([] if adapter is None else [adapter], inference_mode=not trainable)
+    for layer in layers:
+        layer.set_adapter([] if adapter is None else [adapter], inference_mode=not trainable)
 
 
 def route(

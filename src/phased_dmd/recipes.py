@@ -57,7 +57,7 @@ def nano_t2i() -> Config:
         plan=Plan(steps=4, phases=4, shift=5.0, gradient="all"),
         generator=Generator(lora=Lora(rank=32, alpha=32), optimiser=Optimiser(lr=1e-3, decay="linear"), ema=0.97),
         fake=Fake(optimiser=Optimiser(lr=3e-4, decay="linear")),
-        prompts="nano-t2i", iterations=100, batch_size=32, log_every=5, checkpoint_every=50, sample_every=50,
+        prompts="nano-t2i", iterations=120, batch_size=32, log_every=5, checkpoint_every=40, sample_every=40,
     )  # fmt: skip
 
 
@@ -65,7 +65,8 @@ def nano_t2v() -> Config:
     """The same teacher, text-to-video: nine frames of a digit that moves."""
     image = nano_t2i()
     teacher = image.teacher.model_copy(update={"num_frames": 9})
-    return image.model_copy(update={"recipe": "nano-t2v", "teacher": teacher, "prompts": "nano-t2v"})
+    changes = {"recipe": "nano-t2v", "teacher": teacher, "prompts": "nano-t2v", "iterations": 60, "batch_size": 24}
+    return image.model_copy(update=changes)
 
 
 RECIPES = {"toy-1d": toy_1d, "toy-2d": toy_2d, "nano-t2i": nano_t2i, "nano-t2v": nano_t2v}
