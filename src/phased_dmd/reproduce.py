@@ -46,6 +46,8 @@ def study(recipe: str, seeds: Sequence[int], samples: int, runs: Path, results: 
     for evaluation in evaluations.values():
         for kind, rows in tables(evaluation).items():
             for row, values in rows.items():
+                if row.startswith("base") and (kind, row) in cells:
+                    continue  # the same samples as another run's
                 for measure, value in values.items():
                     cells.setdefault((kind, row), {}).setdefault(measure, []).append(value)
     command = f"phased-dmd reproduce {recipe} --seeds {len(seeds)} --samples {samples}"
