@@ -124,7 +124,7 @@ def test_a_partial_file_is_never_taken_for_a_checkpoint_or_an_expert(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, config = RunFolder(tmp_path / "run"), resolve("toy-1d", {})
-    run.open(config)
+    run.open(config, [""])
     run.save_checkpoint(1, 5, {"w": torch.tensor([5.0])})
 
     def fail(*args: Any) -> None:
@@ -230,10 +230,10 @@ def test_a_folder_takes_only_its_own_run(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "new" / "run")
     run.check(config)
     assert not run.path.exists()  # a check writes nothing
-    run.open(config)
+    run.open(config, [""])
     assert run.config() == config
     before = run.config_path.read_bytes()
-    run.open(config)
+    run.open(config, [""])
     assert run.config_path.read_bytes() == before
     for overrides, key in (
         ({"seed": 4}, "seed"),
@@ -241,7 +241,7 @@ def test_a_folder_takes_only_its_own_run(tmp_path: Path) -> None:
         ({"seed": 3, "fake.updates": 1}, "fake.updates"),
     ):
         with pytest.raises(UserError, match=rf"holds another run of toy-1d, which differs in {re.escape(key)}$"):
-            run.open(resolve("toy-1d", overrides))
+            run.open(resolve("toy-1d", overrides), [""])
     assert run.config_path.read_bytes() == before
 
 
@@ -249,12 +249,12 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path) ->
     config = resolve("toy-1d", {})
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="^--output: .* exists and is not a run folder$"):
-        RunFolder(tmp_path).open(config)
+        RunFolder(tmp_path).open(config, [""])
     with pytest.raises(UserError, match="^--output: .* exists and is not a run folder$"):
-        RunFolder(tmp_path / "thesis.tex").open(config)
+        RunFolder(tmp_path / "thesis.tex").open(config, [""])
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
     (tmp_path / "empty").mkdir()
-    RunFolder(tmp_path / "empty").open(config)
+    RunFolder(tmp_path / "empty").open(config, [""])
     assert RunFolder(tmp_path / "empty").config() == config
 
 
@@ -279,10 +279,10 @@ def test_a_run_killed_while_its_config_was_written_can_start_again(
     config, run = resolve("toy-1d", {}), RunFolder(tmp_path / "run")
     monkeypatch.setattr(os, "fsync", lambda descriptor: 1 / 0)  # killed with the partial file on disk
     with pytest.raises(ZeroDivisionError):
-        run.open(config)
+        run.open(config, [""])
     monkeypatch.undo()
     assert not run.config_path.exists()
-    run.open(config)
+    run.open(config, [""])
     assert run.config() == config
 
 
@@ -292,13 +292,13 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(Path, "mkdir", denied)
     with pytest.raises(UserError, match="^--output: .* cannot be written: Permission denied$"):
-        RunFolder(tmp_path / "run").open(resolve("toy-1d", {}))
+        RunFolder(tmp_path / "run").open(resolve("toy-1d", {}), [""])
 
 
 def test_a_parent_that_is_a_file_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="^--output: "):
-        RunFolder(tmp_path / "file" / "run").open(resolve("toy-1d", {}))
+        RunFolder(tmp_path / "file" / "run").open(resolve("toy-1d", {}), [""])
 
 
 def test_a_run_is_finished_when_every_expert_is_there(tmp_path: Path) -> None:

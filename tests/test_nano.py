@@ -125,7 +125,7 @@ def test_clips_are_sampled_evaluated_and_reported(
 
     result = evaluate([run], samples=16)[str(run)]
     rows = result["sets"]["specific"]
-    base, student = rows["base, 6 steps"], rows["phased, 4 steps"]
+    base, student = rows["base, 6 steps"], rows["phased-all, 4 steps"]
     assert (base["network_calls"], student["network_calls"]) == (12, 4)
     assert base["direction"] > 0.9 and base["pixels_moved_fast"] > base["pixels_moved_slowly"] + 2
     page = write_report(run, tmp_path / "report.html").read_text()

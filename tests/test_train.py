@@ -23,7 +23,7 @@ from phased_dmd.optim import MomentumFreeAdamW, NonFiniteError
 from phased_dmd.phases import unshift_time
 from phased_dmd.recipes import resolve
 from phased_dmd.sample import Sampler, System
-from phased_dmd.train import Draws, Trainer, distill
+from phased_dmd.train import Draws, Learner, distill
 
 QUICK = {
     "teacher.fit_steps": 20, "teacher.fit_batch": 64, "teacher.hidden": 16, "teacher.layers": 2, "fake.updates": 2,
@@ -159,10 +159,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def kill(patch: pytest.MonkeyPatch, at: str) -> None:
     """Raises KeyboardInterrupt at a point of phase 2 after its iteration 7."""
-    step, log, save = Trainer.step, RunFolder.log, RunFolder.save_checkpoint
+    step, log, save = Learner.step, RunFolder.log, RunFolder.save_checkpoint
     taken = Counter()
 
-    def killed_step(self: Trainer, loss: Tensor, where: str, progress: tuple[int, int]) -> float:
+    def killed_step(self: Learner, loss: Tensor, where: str, progress: tuple[int, int]) -> float:
         taken[self.role] += 1
         if at == "in a step" and taken["phase_2"] == 8:
             raise KeyboardInterrupt
@@ -186,7 +186,7 @@ def kill(patch: pytest.MonkeyPatch, at: str) -> None:
         if due and at == "after a checkpoint":
             raise KeyboardInterrupt
 
-    patch.setattr(Trainer, "step", killed_step)
+    patch.setattr(Learner, "step", killed_step)
     patch.setattr(RunFolder, "log", killed_log)
     patch.setattr(RunFolder, "save_checkpoint", killed_save)
 
@@ -194,14 +194,14 @@ def kill(patch: pytest.MonkeyPatch, at: str) -> None:
 def generator_updates(config: Config, run: Path, role: str) -> int:
     """Runs distill, counting the optimiser's steps of a role."""
     count = Counter()
-    step = Trainer.step
+    step = Learner.step
 
-    def counted(self: Trainer, *args: Any) -> float:
+    def counted(self: Learner, *args: Any) -> float:
         count[self.role] += 1
         return step(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", counted)
+        patch.setattr(Learner, "step", counted)
         distill(config, run, quiet=True)
     return count[role]
 
@@ -345,13 +345,13 @@ def test_a_non_finite_number_stops_before_the_step(
     assert all(math.isfinite(value) for row in metrics(tmp_path / "run") for value in row.values())
 
 
-def spoilt_trainer(gradients: dict[str, list[float]]) -> tuple[Trainer, dict[str, Tensor]]:
+def spoilt_trainer(gradients: dict[str, list[float]]) -> tuple[Learner, dict[str, Tensor]]:
     """A trainer of zero weights whose backward has just left these gradients; and those weights."""
     parameters = {}
     for name, gradient in gradients.items():
         parameters[name] = torch.nn.Parameter(torch.zeros(len(gradient)))
         parameters[name].grad = torch.tensor(gradient)
-    return Trainer(FAKE, parameters, Optimiser(lr=0.1)), parameters
+    return Learner(FAKE, parameters, Optimiser(lr=0.1)), parameters
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
@@ -467,9 +467,9 @@ def test_the_expert_file_holds_the_ema(tmp_path: Path, systems: list[System], mo
     config = toy(generator__ema=0.7, iterations=4)
     averages = {role: {k: v.double() for k, v in initial_student(config).items()} for role in ("phase_1", "phase_2")}
     last = {}
-    step = Trainer.step
+    step = Learner.step
 
-    def spy(self: Trainer, *args: Any) -> float:
+    def spy(self: Learner, *args: Any) -> float:
         norm = step(self, *args)
         if self.role != FAKE:
             last[self.role] = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -477,7 +477,7 @@ def test_the_expert_file_holds_the_ema(tmp_path: Path, systems: list[System], mo
             averages[self.role] = {k: 0.7 * v + 0.3 * last[self.role][k].double() for k, v in average.items()}
         return norm
 
-    monkeypatch.setattr(Trainer, "step", spy)
+    monkeypatch.setattr(Learner, "step", spy)
     run = distill(config, tmp_path / "run", quiet=True)
     for phase, role in ((1, "phase_1"), (2, "phase_2")):
         held = expert(run, phase)
@@ -509,9 +509,9 @@ def test_linear_decay_reaches_both_optimisers(tmp_path: Path, monkeypatch: pytes
 def test_gradients_are_clipped_and_the_clipped_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of log_every 2 and a last one of 1; the norm that is logged is the one before clipping."""
     norms, clipped_norms = defaultdict(list), []
-    step, update = Trainer.step, MomentumFreeAdamW.step
+    step, update = Learner.step, MomentumFreeAdamW.step
 
-    def spy(self: Trainer, *args: Any) -> float:
+    def spy(self: Learner, *args: Any) -> float:
         norm = step(self, *args)
         norms[self.role].append(norm)
         return norm
@@ -521,7 +521,7 @@ def test_gradients_are_clipped_and_the_clipped_counted(tmp_path: Path, monkeypat
         clipped_norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in gradients)))
         return update(self)
 
-    monkeypatch.setattr(Trainer, "step", spy)
+    monkeypatch.setattr(Learner, "step", spy)
     monkeypatch.setattr(MomentumFreeAdamW, "step", spy_update)
     run = distill(toy(iterations=5, generator__optimiser__clip=0.05), tmp_path / "run", quiet=True)
     rows = [row for row in metrics(run) if row["phase"] == 1]
@@ -887,5 +887,5 @@ def test_the_header_says_how_to_run_the_expert(wan: Callable, tmp_path: Path) ->
         assert header.pop("grid") == pytest.approx([1, 5 / 6, 0]) and header.pop("boundary") == pytest.approx(boundary)
         assert header == {
             "phase": phase, "steps": [phase - 1], "shift": 5.0, "solver": "ddim", "weights": "lora", "rank": 3,
-            "alpha": 3.0, "method": "phased",
+            "alpha": 3.0, "method": "phased", "weighting": "normalised",
         }  # fmt: skip

@@ -1,4 +1,4 @@
-"""`python -m phased_dmd`, for torchrun."""
+"""`python -m phased_dmd`: the command without its script."""
 
 from phased_dmd.cli import main
 

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,10 @@ class RunFolder:
     def config_path(self) -> Path:
         return self.path / "config.json"
 
+    def _beginnings(self) -> set[Path]:
+        """What a kill may leave before the config is written."""
+        return {self.path / "prompts.txt", partial_of(self.path / "prompts.txt"), partial_of(self.config_path)}
+
     def config(self) -> Config:
         try:
             return build(json.loads(self.config_path.read_text()))
@@ -83,15 +87,17 @@ class RunFolder:
             if (other := self.config()) != config:
                 key = first_difference(other.model_dump(), config.model_dump())
                 raise UserError(f"--output: {self.path} holds another run of {other.recipe}, which differs in {key}")
-        elif self.path.exists() and (
-            not self.path.is_dir() or set(self.path.iterdir()) - {partial_of(self.config_path)}
-        ):
+        elif self.path.exists() and (not self.path.is_dir() or set(self.path.iterdir()) - self._beginnings()):
             raise UserError(f"--output: {self.path} exists and is not a run folder")
 
-    def open(self, config: Config) -> None:
-        """Makes the folder, or finds it holding the same run."""
+    def open(self, config: Config, prompts: Sequence[str]) -> None:
+        """Makes the folder with its config and prompts, or finds it holding the same run."""
         self.check(config)
+        lines, path = "".join(f"{prompt}\n" for prompt in prompts).encode(), self.path / "prompts.txt"
         try:
+            if path.exists() and path.read_bytes() != lines:
+                raise UserError(f"prompts: {config.prompts} is not what it was when {self.path} was begun")
+            write_atomically(path, lines)
             if not self.config_path.exists():
                 write_atomically(self.config_path, (config.model_dump_json(indent=2) + "\n").encode())
         except OSError as error:

@@ -120,15 +120,18 @@ def reproduce(
     claim: Annotated[
         Literal["fig2", "toy-2d", "nano-t2i", "nano-t2v"], typer.Argument(help="the figure, or the recipe to study")
     ],
-    seeds: Annotated[int, typer.Option(min=1, help="seeds 0, 1, ...")] = 3,
-    samples: Annotated[int, typer.Option(min=64, help="a cell, where samples are evaluated")] = 1000,
+    budget: Annotated[Literal["quick", "full"], typer.Option(help="1 seed and 200 samples, or 3 and 1000")] = "full",
+    seeds: Annotated[int | None, typer.Option(min=1, help="seeds 0, 1, ... instead of the budget's")] = None,
+    samples: Annotated[int | None, typer.Option(min=64, help="a cell, instead of the budget's")] = None,
     runs: Annotated[Path, typer.Option(help="the runs; what is there is not done again")] = Path("runs/reproduce"),
     output: Annotated[Path, typer.Option(help="where the results go")] = Path("docs/results"),
 ) -> None:
     """Repeat a committed result: all its runs, then a table, with a JSON beside it."""
     from phased_dmd.reproduce import fig2, study
 
-    print(fig2(range(seeds), output) if claim == "fig2" else study(claim, range(seeds), samples, runs, output))
+    chosen = range(seeds or {"quick": 1, "full": 3}[budget])
+    count = samples or {"quick": 200, "full": 1000}[budget]
+    print(fig2(chosen, output) if claim == "fig2" else study(claim, chosen, count, runs, output))
 
 
 @app.command()
@@ -154,7 +157,10 @@ def _assignment(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
         raise UserError(f"--set: {text!r} is not of the form field=value")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set: the value of {key}, {value!r}, is not YAML") from None
 
 
 def main() -> None:
@@ -169,6 +175,9 @@ def main() -> None:
     except TyperException as error:
         print(f"phased-dmd: {error}", file=sys.stderr)
         sys.exit(2)
+    except ArithmeticError as error:
+        print(f"phased-dmd: {error}", file=sys.stderr)
+        sys.exit(1)
     except (typer.Abort, KeyboardInterrupt):
-        print("phased-dmd: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("phased-dmd: interrupted; an unfinished run goes on by the same command", file=sys.stderr)
         sys.exit(130)

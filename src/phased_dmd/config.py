@@ -1,7 +1,7 @@
 """The typed description of a run: frozen pydantic models, free of torch."""
 
+import copy
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -150,6 +150,8 @@ class Config(Section):
         analytic = isinstance(self.teacher, AnalyticTeacher)
         if analytic and (self.generator.weights == "lora" or self.fake.weights == "lora"):
             raise ValueError("generator.weights, fake.weights: an analytic teacher has only 'full' students")
+        if self.renoise.clamp and self.renoise.t_range is None:
+            raise ValueError("renoise.clamp: needs a renoise.t_range")
         if analytic and self.prompts is not None:
             raise ValueError("prompts: an analytic teacher takes none")
         if not analytic and self.prompts is None:
@@ -157,12 +159,13 @@ class Config(Section):
         return self
 
     @property
-    def method(self) -> Method:
-        """The name of {phases} x {gradient}."""
+    def method(self) -> Method | Literal["phased-all"]:
+        """The name of {phases} x {gradient}; the paper has none for several steps a phase, all with gradient."""
         if self.plan.phases == 1:
             return "dmd" if self.plan.gradient == "all" else "dmd-sgts"
-        truncated = self.plan.gradient == "last" and self.plan.phases < self.plan.steps
-        return "phased-sgts" if truncated else "phased"
+        if self.plan.phases == self.plan.steps:
+            return "phased"
+        return "phased-sgts" if self.plan.gradient == "last" else "phased-all"
 
     def phase_plan(self, switches: Sequence[float] = ()) -> PhasePlan:
         return PhasePlan.even(self.plan.steps, self.plan.phases, self.plan.shift, self.plan.start, switches)
@@ -213,7 +216,7 @@ def build(data: Mapping[str, Any]) -> Config:
 
 def apply_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """data with dotted keys replaced, `{"plan.shift": 3.0}`; an unknown one is a UserError with the nearest name."""
-    result = json.loads(json.dumps(data))
+    result = copy.deepcopy(dict(data))
     for key, value in overrides.items():
         *parents, name = key.split(".")
         node = result

@@ -161,7 +161,7 @@ def ddim_step(psi: Samples, x_t: Samples, t: Times, r: Times, schedule: Schedule
 
 def check_start(prediction: Prediction, schedule: Schedule, t_0: float) -> None:
     """Raises ValueError where eps prediction would start at alpha = 0: x_0 is not determined there."""
-    alpha = schedule.alpha(torch.tensor([t_0])).item()
+    alpha = schedule.alpha(torch.tensor([t_0], dtype=torch.float64)).item()
     if prediction == "eps" and alpha < 1e-3:
         raise ValueError(
             f"plan.start: eps prediction cannot start at t = {t_0:g}, where alpha is {alpha:.1e}; start below 1"

@@ -10,9 +10,9 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 
 
 def device() -> torch.device:
-    """The accelerator, if there is one, else the CPU."""
+    """The accelerator, if there is one that knows float64, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator if accelerator is not None else torch.device("cpu")
+    return accelerator if accelerator is not None and accelerator.type != "mps" else torch.device("cpu")
 
 
 def seed_of(*key: int | str) -> int:

@@ -1,7 +1,7 @@
 """`evaluate`: a run's generator against its base, in numbers.
 
-Every row is sampled from the same seeds, which the reference (the base at its own number of steps) does not share,
-so the row of the base itself is the floor that two sets of the same law leave.
+Every row is sampled from the same seeds. Digits are compared with a reference that does not share them, the base at
+its own number of steps, so the base's own row is the floor of two sets of one law; mixtures with exact samples.
 """
 
 import json
@@ -45,7 +45,7 @@ HEADINGS = {  # of a measure: title, how to read it
         "to the base's own many-step samples, classifier features",
     ),
     "frechet_pca": ("Fréchet, pixels", "the same in 32 principal components of the pixels"),
-    "frechet_real": ("Fréchet to real digits", "held-out MNIST, classifier features"),
+    "frechet_real": ("Fréchet to real digits", "held-out pictures, classifier features"),
     "high_frequency_energy": ("high-frequency energy", "mean power above half the Nyquist frequency"),
     "contrast": ("contrast", "standard deviation of grey values"),
     "faithfulness": ("faithfulness", "share of samples whose digit is read as the prompt names it"),
@@ -58,7 +58,7 @@ HEADINGS = {  # of a measure: title, how to read it
     "energy_distance": ("energy distance", "to exact samples"),
     "distance_to_nearest_mode": ("distance to a mode", "mean over samples"),
     "network_calls": ("network calls", "a sample"),
-    "seconds_a_sample": ("seconds a sample", "denoising only, on this machine"),
+    "seconds_a_sample": ("seconds a sample", "prompt to latents, on this machine"),
 }
 
 
@@ -97,15 +97,16 @@ def evaluate(runs: Sequence[Path | str], samples: int = 1000, again: bool = Fals
         match config.teacher:
             case AnalyticTeacher():
                 result = _evaluate_mixture(sampler, config, samples, path.parent)
-            case WanTeacher(path="nano"):
+            case WanTeacher(path="nano", height=32, width=32):
                 result = _evaluate_digits(sampler, config, samples, path.parent, base_cells)
             case _:
-                raise UserError(f"{run}: only runs of nano and of analytic teachers can be evaluated so far")
+                raise UserError(f"{run}: only runs of nano at 32 x 32 and of analytic teachers can be evaluated so far")
         done[str(run)] = {
             "recipe": config.recipe,
             "method": config.method,
             "seed": config.seed,
             "samples": samples,
+            "weighting": config.objective.weighting,
         } | result
         write_atomically(path, (json.dumps(done[str(run)], indent=2) + "\n").encode())
     return done
@@ -193,12 +194,13 @@ def _evaluate_digits(
             rows[name] = {
                 "frechet_features": frechet(moments(own), features),
                 "frechet_pca": frechet(moments((cell.pixels.mean(4).flatten(1) - centre) @ basis), pca),
-                "frechet_real": frechet(moments(own), (real["mean"], real["covariance"])),
                 "high_frequency_energy": high_frequency_energy(cell.pixels),
                 "contrast": contrast(cell.pixels),
                 "network_calls": cell.calls,
                 "seconds_a_sample": cell.seconds,
             } | _read_prompts(cell, log_probabilities.argmax(1))
+            if config.teacher.num_frames == 1:
+                rows[name]["frechet_real"] = frechet(moments(own), (real["mean"], real["covariance"]))
             if kind == "specific":
                 rows[name]["pairwise_cosine"] = _diversity(sampler, classifier, prompts[:10], steps)
             _save_samples(folder, kind, name, cell)

@@ -53,7 +53,7 @@ class Roles:
                 lora_alpha=lora.alpha,  # type: ignore[arg-type] peft takes any number
                 target_modules=list(self.model.lora_targets),
             )
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=()):
                 torch.manual_seed(seed_of(seed, role, network))
                 inject_adapter_in_model(config, base, adapter_name=role)
             self._adapters.add((role, network))

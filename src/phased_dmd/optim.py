@@ -61,7 +61,7 @@ def decayed(lr: float, decay: str, iteration: int, iterations: int) -> float:
     return lr if decay == "constant" else lr * max(0.01, 1 - iteration / iterations)
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(ArithmeticError):
     """A loss or gradient that is not finite: training stops before the optimiser's step."""
 
 

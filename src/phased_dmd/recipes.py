@@ -57,7 +57,7 @@ def nano_t2i() -> Config:
         plan=Plan(steps=4, phases=4, shift=5.0, gradient="all"),
         generator=Generator(lora=Lora(rank=32, alpha=32), optimiser=Optimiser(lr=1e-3, decay="linear"), ema=0.97),
         fake=Fake(optimiser=Optimiser(lr=3e-4, decay="linear")),
-        prompts="nano-t2i", iterations=120, batch_size=32, log_every=5, checkpoint_every=40, sample_every=40,
+        prompts="nano-t2i", iterations=140, batch_size=32, log_every=5, checkpoint_every=40, sample_every=40,
     )  # fmt: skip
 
 
@@ -87,7 +87,10 @@ def resolve(recipe: str, overrides: Mapping[str, Any], method: Method | None = N
     data = apply_overrides(data, overrides)
     if method is None:
         return build(data)
-    data = apply_overrides(with_method(method, data), overrides)
+    try:
+        data = apply_overrides(with_method(method, data), overrides)
+    except TypeError:
+        raise UserError(f"plan: no method can be laid over {data['plan']}") from None
     config = build(data)
     if config.method != method:
         raise UserError(f"method: {method} contradicts plan.phases or plan.gradient, which make {config.method}")

@@ -69,7 +69,7 @@ def study(recipe: str, seeds: Sequence[int], samples: int, runs: Path, results: 
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and the half width of its 95 % interval by Student's t; none from one value, or from a repeated one."""
+    """Mean and the half width of its 95 % interval by Student's t; none from one value."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return {"mean": mean, "half_width": None, "values": list(values)}
@@ -138,7 +138,7 @@ def fig2(seeds: Sequence[int], results: Path, steps: int = 4000, hidden: int = 1
 def fit_subinterval(exact: ExactMixture, s: float, target: Target, seed: int, steps: int, hidden: int) -> TimeMLP:
     """A flow model on t in (s, 1) trained by Eq. 13 from samples of x_s alone."""
     rng = generator(seed, "fit", f"{s:g}")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = TimeMLP(1, hidden, 4)
     optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)

@@ -33,7 +33,7 @@ class System:
 
     def start(self, noise: Tensor) -> Tensor:
         """x at t_0: sigma(t_0) eps [b, ...]."""
-        return noise * self.model.schedule.sigma(torch.tensor(self.plan.times[:1])).item()
+        return noise * self.model.schedule.sigma(torch.tensor(self.plan.times[:1], dtype=torch.float64)).item()
 
     def roll(
         self, path: Sequence[Hop], noise: Tensor, condition: Condition, gradient_steps: Collection[int] = (),

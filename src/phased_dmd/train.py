@@ -68,7 +68,7 @@ class Draws:
         return rows(conditions, (uniform(self.samples, *self.key, "prompt") * count).long()) if conditions else {}
 
 
-class Trainer:
+class Learner:
     """One role's parameters and optimiser within a phase."""
 
     def __init__(
@@ -93,6 +93,21 @@ class Trainer:
             for name, p in self.parameters.items():
                 self.ema[name].lerp_(p.detach(), 1 - self.ema_decay)
         return norm.item()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights, if there are any, in the place of the trained ones."""
+        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+        try:
+            self._put(self.ema or trained)
+            yield
+        finally:
+            self._put(trained)
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(weights[name])
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, by name."""
@@ -139,7 +154,7 @@ def distill(config: Config, output: Path | str | None = None, quiet: bool = Fals
     plan, roles, model = system.plan, system.roles, system.model
     target = TARGETS[config.objective.target]
     schedule, prediction = model.schedule, model.prediction
-    run.open(config)
+    run.open(config, prompts)
     trackers = [open_tracker(name, run.path, config) for name in config.trackers]
 
     for phase in range(1, plan.num_phases + 1):
@@ -152,8 +167,8 @@ def distill(config: Config, output: Path | str | None = None, quiet: bool = Fals
             continue
         fake_lora = config.fake.lora if config.fake.weights == "lora" else None
         roles.add(FAKE, plan.fakes(phase), fake_lora, seed=seed_of(config.seed, phase))
-        expert = Trainer(role, roles.parameters(role), config.generator.optimiser, config.generator.ema)
-        fake = Trainer(FAKE, roles.parameters(FAKE), config.fake.optimiser)
+        expert = Learner(role, roles.parameters(role), config.generator.optimiser, config.generator.ema)
+        fake = Learner(FAKE, roles.parameters(FAKE), config.fake.optimiser)
         done, tensors = run.load_checkpoint(phase) or (0, None)
         if tensors is not None:
             expert.load(tensors)
@@ -229,7 +244,8 @@ def distill(config: Config, output: Path | str | None = None, quiet: bool = Fals
                     )
                     clipped = 0
                 if count % config.sample_every == 0 or count == config.iterations:
-                    preview = Sampler(system, codec).preview(phase, prompts)
+                    with expert.averaged():
+                        preview = Sampler(system, codec).preview(phase, prompts)
                     save_preview(run.path / "samples" / f"phase-{phase}-iteration-{count:06d}.png", preview)
                 if count % config.checkpoint_every == 0:
                     state = {**expert.state(), **fake.state(), "clipped": torch.tensor(clipped)}
@@ -251,6 +267,7 @@ def expert_header(config: Config, system: System, phase: int) -> dict[str, objec
         "shift": config.plan.shift, "boundary": system.plan.end(phase), "solver": config.plan.solver,
         "weights": config.generator.weights,
         "rank": lora and lora.rank, "alpha": lora and lora.alpha, "method": config.method,
+        "weighting": config.objective.weighting,
     }  # fmt: skip
 
 

@@ -42,8 +42,8 @@ class ExactMixture(nn.Module):
 
     def sample(self, count: int, rng: torch.Generator) -> Tensor:
         """x_0 [count, dims], float32."""
-        mode = torch.multinomial(self.weights, count, replacement=True, generator=rng)
-        return (self.means[mode] + self.std * torch.randn(count, self.means.shape[1], generator=rng)).float()
+        mode = torch.multinomial(self.weights.cpu(), count, replacement=True, generator=rng)
+        return (self.means.cpu()[mode] + self.std * torch.randn(count, self.means.shape[1], generator=rng)).float()
 
 
 class TimeMLP(nn.Module):
@@ -95,7 +95,7 @@ class AnalyticModel:
 
     def _fit(self, config: AnalyticTeacher, seed: int) -> nn.Module:
         rng = generator(seed, "fit")
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
             student = TimeMLP(self.sample_shape[0], config.hidden, config.layers)
         optimiser = torch.optim.Adam(student.parameters(), lr=config.fit_lr)

@@ -90,4 +90,12 @@ def load_wan(config: WanTeacher, device: torch.device) -> tuple[WanModel, WanCod
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     pipeline = WanPipeline.from_pretrained(source, dtype=torch.float32).to(device)
+    if pipeline.transformer_2 is not None:
+        raise ValueError(f"path: {config.path} has two transformers, which are not supported yet")
+    if pipeline.transformer.config["in_channels"] != pipeline.vae.config["z_dim"]:
+        raise ValueError(f"path: {config.path} takes more than latents (image-to-video?), which is not supported yet")
+    names = [name for name, _ in pipeline.transformer.named_modules()]
+    for target in config.lora_targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ValueError(f"lora_targets: {target} ends the name of no module of the transformer")
     return WanModel(config, pipeline), WanCodec(config, pipeline)

@@ -1,7 +1,7 @@
 """`phased-dmd teach nano`: trains the embedded teacher, a complete if tiny diffusers `WanPipeline` folder.
 
-Four stages, in order: the VAE on pictures and clips, the latents of many of them, the transformer together
-with its text encoder by flow matching (Eq. 4), and the digit classifier of the evaluation.
+Three stages, in order: the VAE on pictures and clips, the latents of many of them, and the transformer together with
+its text encoder by flow matching (Eq. 4). `phased-dmd teach digits` trains the classifier of the evaluation.
 """
 
 import time
