@@ -53,11 +53,11 @@ def nano_t2i() -> Config:
     """The embedded teacher, text-to-image: 40 steps with guidance become 4 without, a LoRA expert a step."""
     return Config(
         recipe="nano-t2i",
-        teacher=WanTeacher(path="nano", guidance=2.0, max_tokens=16),
+        teacher=WanTeacher(path="nano", guidance=1.5, max_tokens=16),
         plan=Plan(steps=4, phases=4, shift=5.0, gradient="all"),
         generator=Generator(lora=Lora(rank=32, alpha=32), optimiser=Optimiser(lr=1e-3, decay="linear"), ema=0.97),
         fake=Fake(optimiser=Optimiser(lr=3e-4, decay="linear")),
-        prompts="nano-t2i", iterations=140, batch_size=32, log_every=5, checkpoint_every=40, sample_every=40,
+        prompts="nano-t2i", iterations=120, batch_size=32, log_every=5, checkpoint_every=40, sample_every=40,
     )  # fmt: skip
 
 
