@@ -1,12 +1,16 @@
-"""AdamW for beta1 = 0, and the decay of the learning rate."""
+"""AdamW for beta1 = 0, the decay of the learning rate, and what a role in training carries with it."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import overload
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from phased_dmd.config import Optimiser
 
 
 class MomentumFreeAdamW(torch.optim.Optimizer):
@@ -81,3 +85,67 @@ def check_finite(loss: Tensor, norm: float, parameters: dict[str, Parameter], wh
             raise NonFiniteError(f"{where}: the gradient of {name} is not finite")
     if not math.isfinite(norm):
         raise NonFiniteError(f"{where}: the norm of all gradients overflows")
+
+
+class Learner:
+    """One role's parameters and optimiser within a phase."""
+
+    def __init__(
+        self, role: str, parameters: dict[str, Parameter], config: Optimiser, ema: float | None = None
+    ) -> None:
+        self.role, self.parameters, self.config, self.ema_decay = role, parameters, config, ema
+        self.optimiser = MomentumFreeAdamW(
+            parameters.values(), config.lr, config.beta2, weight_decay=config.weight_decay
+        )
+        self.ema = {name: p.detach().clone() for name, p in parameters.items()} if ema is not None else None
+
+    def step(self, loss: Tensor, where: str, progress: tuple[int, int]) -> float:
+        """Checks, clips, updates and averages after a backward; returns the gradient's norm before clipping."""
+        norm = get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        check_finite(loss, norm.item(), self.parameters, f"{where}, {self.role}")
+        clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
+        for group in self.optimiser.param_groups:
+            group["lr"] = decayed(self.config.lr, self.config.decay, *progress)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        if self.ema is not None and self.ema_decay is not None:
+            for name, p in self.parameters.items():
+                self.ema[name].lerp_(p.detach(), 1 - self.ema_decay)
+        return norm.item()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights, if there are any, in the place of the trained ones."""
+        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+        try:
+            self._put(self.ema or trained)
+            yield
+        finally:
+            self._put(trained)
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(weights[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, by name."""
+        tensors = {}
+        for name, p in self.parameters.items():
+            tensors[f"{self.role}/weights/{name}"] = p.detach()
+            if self.ema is not None:
+                tensors[f"{self.role}/ema/{name}"] = self.ema[name]
+            for key, value in self.optimiser.state[p].items():
+                tensors[f"{self.role}/{key}/{name}"] = value
+        return {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(tensors[f"{self.role}/weights/{name}"])
+            if self.ema is not None:
+                self.ema[name].copy_(tensors[f"{self.role}/ema/{name}"])
+            keys = [key for key in ("step", "exp_avg_sq") if f"{self.role}/{key}/{name}" in tensors]
+            self.optimiser.state[p] = {
+                key: tensors[f"{self.role}/{key}/{name}"].to(p.device if key == "exp_avg_sq" else "cpu") for key in keys
+            }
