@@ -7,6 +7,7 @@ the module that forward, backward and activation checkpointing all read, so it i
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -53,7 +54,8 @@ class Roles:
                 lora_alpha=lora.alpha,  # type: ignore[arg-type] peft takes any number
                 target_modules=list(self.model.lora_targets),
             )
-            with torch.random.fork_rng(devices=()):
+            with torch.random.fork_rng(devices=()), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # that is the point
                 torch.manual_seed(seed_of(seed, role, network))
                 inject_adapter_in_model(config, base, adapter_name=role)
             self._adapters.add((role, network))
