@@ -44,8 +44,8 @@ def test_our_teacher_is_the_stock_pipelines(stock: WanPipeline, sampler: Sampler
     """20 guided steps of WanPipeline, from the same noise, on UniPC's nearly equal grid (.9376 for .9375 and so on)."""
     noise = normal((16, 1, 4, 4), range(2), "sample")
     theirs = stock(
-        PROMPTS, height=32, width=32, num_frames=1, num_inference_steps=20, guidance_scale=sampler.system.model.guidance, max_sequence_length=16,
-        latents=noise, output_type="latent",
+        PROMPTS, height=32, width=32, num_frames=1, num_inference_steps=20, max_sequence_length=16,
+        guidance_scale=sampler.system.model.guidance, latents=noise, output_type="latent",
     ).frames  # fmt: skip
     ours = sampler(PROMPTS, range(2), teacher_steps=20)
     assert (ours - theirs).abs().mean() < 0.01 * ours.std()
