@@ -1,7 +1,9 @@
 """`evaluate`: a run's generator against its base, in numbers.
 
-Every row is sampled from the same seeds. Digits are compared with a reference that does not share them, the base at
-its own number of steps, so the base's own row is the floor of two sets of one law; mixtures with exact samples.
+Every row is sampled from the same seeds. Digits are compared with the base at its own number of steps twice: with
+samples of other seeds, where the base's own row is the floor that two sets of one law leave, and (`paired`) with those
+of the same seeds, where a student that keeps to the base's trajectories may come closer than that floor. Mixtures are
+compared with exact samples.
 """
 
 import json
@@ -21,6 +23,7 @@ from phased_dmd.config import AnalyticTeacher, Config, UserError, WanTeacher
 from phased_dmd.media import grid, save_clip, save_image, save_points
 from phased_dmd.metrics.digits import DIRECTIONS, SPEEDS, WORDS, DigitClassifier, load_classifier, read
 from phased_dmd.metrics.distances import (
+    Moments,
     class_entropy,
     energy_distance,
     frechet,
@@ -42,9 +45,11 @@ HEADINGS = {  # of a measure: title, how to read it
     "least_class_share": ("rarest class", "share of the samples read as the least frequent digit"),
     "frechet_features": (
         "Fréchet, features",
-        "to the base's own many-step samples, classifier features",
+        "to the base's many-step samples of other seeds, classifier features",
     ),
     "frechet_pca": ("Fréchet, pixels", "the same in 32 principal components of the pixels"),
+    "frechet_features_paired": ("Fréchet, features, paired", "to the base's many-step samples of the same seeds"),
+    "frechet_pca_paired": ("Fréchet, pixels, paired", "to the base's many-step samples of the same seeds"),
     "frechet_real": ("Fréchet to real digits", "held-out pictures, classifier features"),
     "high_frequency_energy": ("high-frequency energy", "mean power above half the Nyquist frequency"),
     "contrast": ("contrast", "standard deviation of grey values"),
@@ -183,17 +188,24 @@ def _evaluate_digits(
         return cache[key]
 
     for kind, prompts in prompt_sets(config.teacher.num_frames).items():
-        reference = base(prompts, REFERENCE_SEEDS, base_steps)
-        features = moments(read(classifier, reference.pixels)[0])
-        centre, basis = principal_components(reference.pixels.mean(4).flatten(1), min(COMPONENTS, samples - 1))
-        pca = moments((reference.pixels.mean(4).flatten(1) - centre) @ basis)
+        reference, paired = (base(prompts, first, base_steps).pixels for first in (REFERENCE_SEEDS, SEEDS))
+        centre, basis = principal_components(reference.mean(4).flatten(1), min(COMPONENTS, samples - 1))
+
+        def laws(pixels: Tensor, features: Tensor, axes: tuple[Tensor, Tensor] = (centre, basis)) -> list[Moments]:
+            """Moments of the classifier's features, and of the pixels' principal components."""
+            return [moments(features), moments((pixels.mean(4).flatten(1) - axes[0]) @ axes[1])]
+
+        apart, same = (laws(pixels, read(classifier, pixels)[0]) for pixels in (reference, paired))
         rows = {}
         for name, steps in _rows(sampler, config, base_steps).items():
             cell = _sample(sampler, prompts, samples, SEEDS, None) if steps is None else base(prompts, SEEDS, steps)
             own, log_probabilities = read(classifier, cell.pixels)
+            law = laws(cell.pixels, own)
             rows[name] = {
-                "frechet_features": frechet(moments(own), features),
-                "frechet_pca": frechet(moments((cell.pixels.mean(4).flatten(1) - centre) @ basis), pca),
+                "frechet_features": frechet(law[0], apart[0]),
+                "frechet_pca": frechet(law[1], apart[1]),
+                "frechet_features_paired": frechet(law[0], same[0]),
+                "frechet_pca_paired": frechet(law[1], same[1]),
                 "high_frequency_energy": high_frequency_energy(cell.pixels),
                 "contrast": contrast(cell.pixels),
                 "network_calls": cell.calls,

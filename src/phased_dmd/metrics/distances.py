@@ -4,13 +4,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Moments = tuple[Tensor, Tensor]  # mean [d], covariance [d, d]
 
-def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+
+def moments(features: Tensor) -> Moments:
     """Mean [d] and covariance [d, d] of features [n, d], float64."""
     return features.double().mean(0), torch.atleast_2d(features.double().T.cov())
 
 
-def frechet(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
+def frechet(a: Moments, b: Moments) -> float:
     """Fréchet distance |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two Gaussians (mean, covariance)."""
     (mean_a, cov_a), (mean_b, cov_b) = ((m.double().numpy(), c.double().numpy()) for m, c in (a, b))
     values, vectors = np.linalg.eigh(cov_a)
