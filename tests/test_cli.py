@@ -104,6 +104,7 @@ def test_distil_evaluate_report_sample_and_again(
     written = (folder / "evaluation.json").stat().st_mtime_ns
     assert run("evaluate", str(folder), "--samples", "64", monkeypatch=monkeypatch) == 0
     assert (folder / "evaluation.json").stat().st_mtime_ns == written
+    assert "already evaluated" in capsys.readouterr().out
     assert run("report", str(folder), monkeypatch=monkeypatch) == 0
     page = (folder / "report.html").read_text()
     assert "data:image/png;base64," in page

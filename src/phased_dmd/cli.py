@@ -101,8 +101,10 @@ def evaluate(
     from phased_dmd.evaluate import evaluate as measure
     from phased_dmd.evaluate import table
 
-    for run, result in measure(runs, samples, again).items():
-        print(f"{run}\n{table(result)}")
+    files = [run / "evaluation.json" for run in runs]
+    before = [file.stat().st_mtime_ns if file.exists() else None for file in files]
+    for file, stamp, (run, result) in zip(files, before, measure(runs, samples, again).items(), strict=True):
+        print(f"{run}{': already evaluated' if file.stat().st_mtime_ns == stamp else ''}\n{table(result)}")
 
 
 @app.command()

@@ -18,7 +18,8 @@ def frechet(a: Moments, b: Moments) -> float:
     values, vectors = np.linalg.eigh(cov_a)
     root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     middle = np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(min=0)
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(middle).sum())
+    apart = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(middle).sum()
+    return max(0.0, float(apart))
 
 
 def principal_components(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
