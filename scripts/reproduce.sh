@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes every result under docs/results again (about two hours on two cores). A killed run goes on where it was.
+# Makes the studies of docs/results at full size (about two hours on two cores); the committed nano tables were made
+# with fewer samples by the commands they state. A killed run goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 phased-dmd reproduce fig2 --seeds 3

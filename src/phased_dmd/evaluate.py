@@ -190,17 +190,12 @@ def _evaluate_digits(
     for kind, prompts in prompt_sets(config.teacher.num_frames).items():
         reference, paired = (base(prompts, first, base_steps).pixels for first in (REFERENCE_SEEDS, SEEDS))
         centre, basis = principal_components(reference.mean(4).flatten(1), min(COMPONENTS, samples - 1))
-
-        def laws(pixels: Tensor, features: Tensor, axes: tuple[Tensor, Tensor] = (centre, basis)) -> list[Moments]:
-            """Moments of the classifier's features, and of the pixels' principal components."""
-            return [moments(features), moments((pixels.mean(4).flatten(1) - axes[0]) @ axes[1])]
-
-        apart, same = (laws(pixels, read(classifier, pixels)[0]) for pixels in (reference, paired))
+        apart, same = (_laws(pixels, read(classifier, pixels)[0], centre, basis) for pixels in (reference, paired))
         rows = {}
         for name, steps in _rows(sampler, config, base_steps).items():
             cell = _sample(sampler, prompts, samples, SEEDS, None) if steps is None else base(prompts, SEEDS, steps)
             own, log_probabilities = read(classifier, cell.pixels)
-            law = laws(cell.pixels, own)
+            law = _laws(cell.pixels, own, centre, basis)
             rows[name] = {
                 "frechet_features": frechet(law[0], apart[0]),
                 "frechet_pca": frechet(law[1], apart[1]),
@@ -218,6 +213,11 @@ def _evaluate_digits(
             _save_samples(folder, kind, name, cell)
         result[kind] = rows
     return {"kind": "digits", "classifier_accuracy": accuracy, "sets": result}
+
+
+def _laws(pixels: Tensor, features: Tensor, centre: Tensor, basis: Tensor) -> tuple[Moments, Moments]:
+    """Moments of the classifier's features, and of the pixels' principal components."""
+    return moments(features), moments((pixels.mean(4).flatten(1) - centre) @ basis)
 
 
 def _read_prompts(cell: Cell, labels: Tensor) -> dict[str, float]:
