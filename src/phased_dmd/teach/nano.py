@@ -1,25 +1,28 @@
 """`phased-dmd teach nano`: trains the embedded teacher, a complete if tiny diffusers `WanPipeline` folder.
 
 Three stages, in order: the VAE on pictures and clips, the latents of many of them, and the transformer together with
-its text encoder by flow matching (Eq. 4). `phased-dmd teach digits` trains the classifier of the evaluation.
+its text encoder by flow matching (Eq. 4). `teach nano-moe` and `teach nano-i2v` (`variants.py`) train new transformers
+around nano's VAE and text encoder; `teach digits` trains the classifier of the evaluation.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from phased_dmd.checkpoint import save_tensors
 from phased_dmd.metrics.digits import DigitClassifier, read
 from phased_dmd.metrics.distances import moments
+from phased_dmd.phases import shift_time, unshift_time
 from phased_dmd.teach.digits import Digits, all_captions, clip_batch, image_batch, load_digits
 
 MAX_TOKENS = 16  # of a prompt, its end token included
@@ -35,6 +38,8 @@ class Budget:
     num_images: int = 32_000
     num_clips: int = 16_000
     transformer_steps: int = 10_500
+    switch_steps: tuple[int, int] = (3000, 7500)  # of nano-moe's two networks, noisiest first
+    first_frame_steps: int = 6000
     classifier_steps: int = 1500
 
 
@@ -62,9 +67,9 @@ def build_text_encoder() -> UMT5EncoderModel:
     )
 
 
-def build_transformer() -> WanTransformer3DModel:
+def build_transformer(in_channels: int = 16) -> WanTransformer3DModel:
     return WanTransformer3DModel(
-        patch_size=(1, 1, 1), num_attention_heads=4, attention_head_dim=32, in_channels=16, out_channels=16,
+        patch_size=(1, 1, 1), num_attention_heads=4, attention_head_dim=32, in_channels=in_channels, out_channels=16,
         text_dim=64, freq_dim=128, ffn_dim=384, num_layers=4, cross_attn_norm=True, rope_max_seq_len=32,
     )  # fmt: skip
 
@@ -145,7 +150,7 @@ def normalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return (latents - mean) / std
 
 
-def encode_captions(tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel, captions: list[str]) -> Tensor:
+def encode_captions(tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel, captions: Sequence[str]) -> Tensor:
     """Embeddings [b, MAX_TOKENS, d], zero after the end token, as WanPipeline pads them; each distinct caption once."""
     distinct = list(dict.fromkeys(captions))
     tokens = tokenizer(distinct, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
@@ -153,43 +158,57 @@ def encode_captions(tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderMode
     return states[torch.tensor([distinct.index(caption) for caption in captions])]
 
 
-def train_transformer(
-    data: list[tuple[Tensor, list[str], int]], tokenizer: PreTrainedTokenizerFast, steps: int,
-    generator: torch.Generator, say: Callable[[str], None],
-) -> tuple[WanTransformer3DModel, UMT5EncoderModel]:  # fmt: skip
-    """Flow matching (Eq. 4), one caption in ten dropped; returns the averaged weights.
+@dataclass(frozen=True)
+class Clips:
+    """What a step trains on: latents [n, 16, f, 4, 4], captions, the batch size, first frames [n, 20, f, 4, 4] if any."""
 
-    data: the latents, captions and batch size of each step in turn, round and round.
+    latents: Tensor
+    captions: list[str]
+    size: int
+    first_frames: Tensor | None = None
+
+
+def train_transformer(
+    transformer: WanTransformer3DModel, data: Sequence[Clips], embed: Callable[[list[str]], Tensor],
+    encoder: nn.Module | None, steps: int, generator: torch.Generator, say: Callable[[str], None],
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> None:  # fmt: skip
+    """Flow matching (Eq. 4) at times inside the interval, one caption in ten dropped; ends with the averaged weights.
+
+    data: taken in turn, round and round. encoder: trained along, if given; embed: captions to [b, tokens, d].
     """
-    transformer, encoder = build_transformer(), build_text_encoder()
-    both = torch.nn.ModuleList([transformer, encoder]).train()
-    average = torch.optim.swa_utils.AveragedModel(both, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
-    optimizer = torch.optim.AdamW(both.parameters(), lr=1e-3, weight_decay=0.01)
+    trained = nn.ModuleList([transformer] if encoder is None else [transformer, encoder]).train()
+    average = torch.optim.swa_utils.AveragedModel(
+        trained, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
+    )
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = cosine_lr(optimizer, steps)
+    low, high = (unshift_time(t, SHIFT) for t in interval)
     started = time.monotonic()
     for step in range(steps):
-        latents, captions, size = data[step % len(data)]
-        index = torch.randint(len(latents), (size,), generator=generator)
-        dropped = (torch.rand(size, generator=generator) < 0.1).tolist()
-        texts = ["" if drop else captions[i] for i, drop in zip(index.tolist(), dropped, strict=True)]
-        x_0 = latents[index]
-        u = torch.rand(size, generator=generator)
-        t = SHIFT * u / (1 + (SHIFT - 1) * u)
+        clips = data[step % len(data)]
+        index = torch.randint(len(clips.latents), (clips.size,), generator=generator)
+        dropped = (torch.rand(clips.size, generator=generator) < 0.1).tolist()
+        texts = ["" if drop else clips.captions[i] for i, drop in zip(index.tolist(), dropped, strict=True)]
+        x_0 = clips.latents[index]
+        t = shift_time(low + (high - low) * torch.rand(clips.size, generator=generator), SHIFT)
         eps = torch.randn(x_0.shape, generator=generator)
         t_ = t.reshape(-1, 1, 1, 1, 1)
-        text = encode_captions(tokenizer, encoder, texts)
-        velocity = transformer((1 - t_) * x_0 + t_ * eps, t * 1000, text).sample
+        x_t = (1 - t_) * x_0 + t_ * eps
+        if clips.first_frames is not None:
+            x_t = torch.cat([x_t, clips.first_frames[index]], dim=1)
+        velocity = transformer(x_t, t * 1000, embed(texts)).sample
         loss = F.mse_loss(velocity, eps - x_0)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        average.update_parameters(both)
+        average.update_parameters(trained)
         if step % 200 < len(data):
             say(f"transformer {step}/{steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s")
-    both.load_state_dict(average.module.state_dict())
-    return transformer.eval(), encoder.eval()
+    trained.load_state_dict(average.module.state_dict())
+    trained.eval()
 
 
 def train_classifier(
@@ -239,12 +258,13 @@ def teach_nano(output: Path, data: Path, seed: int, budget: Budget, say: Callabl
     pictures, picture_captions = latents_of(vae, image_batch, training, budget.num_images, 256, rng)
     clips, clip_captions = latents_of(vae, clip_batch, training, budget.num_clips, 64, rng)
     set_latent_statistics(vae, pictures, clips)
-    picture_step = (normalise(vae, pictures), picture_captions, 64)
-    clip_step = (normalise(vae, clips), clip_captions, 24)
-    tokenizer = build_tokenizer()
-    transformer, encoder = train_transformer(
-        [picture_step, picture_step, clip_step], tokenizer, budget.transformer_steps, rng, say
-    )
+    picture_step = Clips(normalise(vae, pictures), picture_captions, 64)
+    clip_step = Clips(normalise(vae, clips), clip_captions, 24)
+    tokenizer, transformer, encoder = build_tokenizer(), build_transformer(), build_text_encoder()
+    train_transformer(
+        transformer, [picture_step, picture_step, clip_step], partial(encode_captions, tokenizer, encoder), encoder,
+        budget.transformer_steps, rng, say,
+    )  # fmt: skip
     scheduler = build_scheduler()
     pipeline = WanPipeline(
         tokenizer=tokenizer,  # type: ignore[arg-type] any tokenizer, any scheduler with flow sigmas

@@ -1,0 +1,107 @@
+"""`phased-dmd teach nano-moe` and `teach nano-i2v`: new transformers around nano's VAE and text encoder.
+
+Each folder holds only what is its own; the rest is nano's.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline
+from torch import Tensor
+
+from phased_dmd.models.wan import NANO
+from phased_dmd.teach.digits import clip_batch, image_batch, load_digits
+from phased_dmd.teach.nano import (
+    Budget,
+    Clips,
+    build_scheduler,
+    build_transformer,
+    encode_captions,
+    latents_of,
+    normalise,
+    train_transformer,
+)
+
+SWITCH = 0.875  # of nano-moe, as in Wan2.2's text-to-video
+
+
+def captions_table(pipeline: WanPipeline) -> Callable[[list[str]], Tensor]:
+    """Captions to embeddings [b, tokens, d], each distinct caption encoded once for all."""
+    known: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def embed(captions: list[str]) -> Tensor:
+        new = [caption for caption in dict.fromkeys(captions) if caption not in known]
+        if new:
+            known.update(zip(new, encode_captions(pipeline.tokenizer, pipeline.text_encoder, new), strict=True))
+        return torch.stack([known[caption] for caption in captions])
+
+    return embed
+
+
+def teach_moe(output: Path, data: Path, seed: int, budget: Budget, say: Callable[[str], None]) -> None:
+    """`phased-dmd teach nano-moe`: two networks, each trained from scratch on its own side of the switch only."""
+    torch.manual_seed(seed + 2)
+    rng = torch.Generator().manual_seed(seed + 2)
+    nano, (training, _) = WanPipeline.from_pretrained(NANO, dtype=torch.float32), load_digits(data)
+    pictures, picture_captions = latents_of(nano.vae, image_batch, training, budget.num_images, 256, rng)
+    clips, clip_captions = latents_of(nano.vae, clip_batch, training, budget.num_clips, 64, rng)
+    picture_step = Clips(normalise(nano.vae, pictures), picture_captions, 64)
+    turns = [picture_step, picture_step, Clips(normalise(nano.vae, clips), clip_captions, 24)]
+    networks = []
+    for steps, interval in zip(budget.switch_steps, ((SWITCH, 1.0), (0.0, SWITCH)), strict=True):
+        networks.append(build_transformer())
+        train_transformer(networks[-1], turns, captions_table(nano), None, steps, rng, say, interval)
+    pipeline = WanPipeline(
+        tokenizer=nano.tokenizer, text_encoder=nano.text_encoder, vae=nano.vae,
+        scheduler=build_scheduler(),  # type: ignore[arg-type] any scheduler with flow sigmas
+        transformer=networks[0], transformer_2=networks[1], boundary_ratio=SWITCH,
+    )  # fmt: skip
+    save_own_parts(pipeline, output)
+    say(f"nano-moe: written to {output}")
+
+
+def teach_i2v(output: Path, data: Path, seed: int, budget: Budget, say: Callable[[str], None]) -> None:
+    """`phased-dmd teach nano-i2v`: a transformer that is told a clip's first frame as Wan2.2's image-to-video is."""
+    torch.manual_seed(seed + 3)
+    rng = torch.Generator().manual_seed(seed + 3)
+    nano, (training, _) = WanPipeline.from_pretrained(NANO, dtype=torch.float32), load_digits(data)
+    transformer = build_transformer(in_channels=36)
+    pipeline = WanImageToVideoPipeline(
+        tokenizer=nano.tokenizer, text_encoder=nano.text_encoder, vae=nano.vae,
+        scheduler=build_scheduler(),  # type: ignore[arg-type]
+        transformer=transformer,
+    )  # fmt: skip
+    latents, first_frames, captions = [], [], []
+    for _ in range(budget.num_clips // 64):
+        pixels, texts, _ = clip_batch(training, 64, rng)
+        with torch.no_grad():
+            latents.append(nano.vae.encode(pixels, return_dict=False)[0].mode())
+            first_frames.append(first_frame_condition(pipeline, pixels[:, :, 0], pixels.shape[2]))
+        captions += texts
+    clips = Clips(normalise(nano.vae, torch.cat(latents)), captions, 24, torch.cat(first_frames))
+    train_transformer(transformer, [clips], captions_table(nano), None, budget.first_frame_steps, rng, say)
+    save_own_parts(pipeline, output)
+    say(f"nano-i2v: written to {output}")
+
+
+def first_frame_condition(pipeline: WanImageToVideoPipeline, images: Tensor, num_frames: int) -> Tensor:
+    """The pipeline's own condition [b, 20, f, h, w] of pictures [b, 3, H, W] in [-1, 1]: a mask and the latents."""
+    noise = images.new_zeros(1)  # the pipeline also prepares latents, which are not wanted here
+    size = {"height": images.shape[2], "width": images.shape[3], "num_frames": num_frames}
+    conditions = [
+        pipeline.prepare_latents(image[None], 1, **size, dtype=torch.float32, device=images.device, latents=noise)[1]
+        for image in images
+    ]
+    return torch.cat(conditions)
+
+
+def save_own_parts(pipeline: WanPipeline | WanImageToVideoPipeline, output: Path) -> None:
+    """The pipeline's index, scheduler and transformers, in half precision; VAE, text encoder and tokenizer are nano's."""
+    pipeline.save_config(output)
+    pipeline.scheduler.save_pretrained(output / "scheduler")
+    for name in ("transformer", "transformer_2"):
+        if (network := getattr(pipeline, name)) is not None:
+            network.to(torch.float16).save_pretrained(output / name)
