@@ -73,7 +73,7 @@ class RunFolder:
 
     def _beginnings(self) -> set[Path]:
         """What a kill may leave before the config is written."""
-        return {self.path / "prompts.txt", partial_of(self.path / "prompts.txt"), partial_of(self.config_path)}
+        return {self.path / "prompts.jsonl", partial_of(self.path / "prompts.jsonl"), partial_of(self.config_path)}
 
     def config(self) -> Config:
         try:
@@ -91,9 +91,9 @@ class RunFolder:
             raise UserError(f"--output: {self.path} exists and is not a run folder")
 
     def open(self, config: Config, prompts: Sequence[str]) -> None:
-        """Makes the folder with its config and prompts, or finds it holding the same run."""
+        """Makes the folder with its config and prompts, lines of jsonl, or finds it holding the same run."""
         self.check(config)
-        lines, path = "".join(f"{prompt}\n" for prompt in prompts).encode(), self.path / "prompts.txt"
+        lines, path = "".join(f"{prompt}\n" for prompt in prompts).encode(), self.path / "prompts.jsonl"
         try:
             if path.exists() and path.read_bytes() != lines:
                 raise UserError(f"prompts: {config.prompts} is not what it was when {self.path} was begun")

@@ -38,12 +38,20 @@ def distill(
         typer.Option(help="sets phases and gradient; keeps the generator updates in all"),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of every random draw")] = None,
-    prompts: Annotated[str | None, typer.Option(help="a file with a prompt a line, or a shipped set's name")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="a shipped set's name, or a txt, jsonl, csv or parquet file")
+    ] = None,
     log_every: Annotated[int | None, typer.Option(help="iterations between lines of metrics.jsonl")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="iterations between checkpoints")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="any field, as in --set generator.lora.rank=16")
     ] = None,
+    init_experts: Annotated[str | None, typer.Option(help="a run whose experts these start from")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="encoded prompts, for runs to share [default: RUN/conditions]", show_default=False),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="refuse prompts longer than the text encoder takes")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check all, print the config, train nothing")] = False,
 ) -> None:
     """Distil a teacher; on an unfinished run folder, go on with it."""
@@ -51,7 +59,7 @@ def distill(
 
     flags = {
         "iterations": iterations, "plan.steps": steps, "plan.phases": phases, "seed": seed, "prompts": prompts,
-        "log_every": log_every, "checkpoint_every": checkpoint_every,
+        "log_every": log_every, "checkpoint_every": checkpoint_every, "init_experts": init_experts,
     }  # fmt: skip
     overrides = {key: value for key, value in flags.items() if value is not None} | dict(map(_assignment, set_ or []))
     config = resolve(recipe, overrides, method)
@@ -63,13 +71,13 @@ def distill(
 
     RunFolder(folder).check(config)
     if dry_run:
-        prepare(config)
+        prepare(config, strict=strict)
         print(config.model_dump_json(indent=2))
     elif RunFolder(folder).finished(config):
         print(f"{folder}: already distilled")
     else:
         print(f"{folder}: {config.method} on {config.recipe}, {config.plan.steps} steps in {config.plan.phases} phases")
-        run(config, folder)
+        run(config, folder, cache=cache, strict=strict)
         print(f"{folder}: done; experts in {folder / 'experts'}")
 
 
@@ -78,16 +86,19 @@ def sample(
     run: Run,
     output: Annotated[Path, typer.Option(help="a folder for pictures or clips and a contact sheet")],
     prompt: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
-    prompts: Annotated[str | None, typer.Option(help="a file with a prompt a line, or a shipped set's name")] = None,
+    image: Annotated[Path | None, typer.Option(help="the first frame of every --prompt, for image-to-video")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="a shipped set's name, or a txt, jsonl, csv or parquet file")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="samples a prompt: seeds 0, 1, ...")] = 1,
     base: Annotated[int | None, typer.Option(min=1, help="sample the teacher with that many steps instead")] = None,
 ) -> None:
-    """Sample a finished run: PNG pictures, or WebP clips, with a contact sheet."""
-    from phased_dmd.prompts import read_prompts
+    """Sample a finished run or an export: PNG pictures, or WebP clips, with a contact sheet."""
+    from phased_dmd.prompts import Prompt, read_prompts
     from phased_dmd.sample import load, write_samples
 
-    texts = (prompt or []) + (read_prompts(prompts) if prompts is not None else [])
-    for path in write_samples(load(run), texts or [""], seeds, output, base):
+    asked = [Prompt(text, image) for text in prompt or []] + (read_prompts(prompts) if prompts is not None else [])
+    for path in write_samples(load(run), asked or [Prompt("", image)], seeds, output, base):
         print(path)
 
 
@@ -139,7 +150,8 @@ def reproduce(
 @app.command()
 def teach(
     what: Annotated[
-        Literal["nano", "digits"], typer.Argument(help="the embedded teacher, or the evaluation's classifier")
+        Literal["nano", "nano-moe", "nano-i2v", "digits"],
+        typer.Argument(help="the embedded teacher or a variant, or the evaluation's classifier"),
     ],
     output: Annotated[Path, typer.Option(help="the folder to write")],
     data: Annotated[Path, typer.Option(help="gzipped CSV: 784 pixels and a label a row")] = Path(
@@ -151,8 +163,10 @@ def teach(
     if not data.is_file():
         raise UserError(f"--data: {data} is not a file")
     from phased_dmd.teach.nano import Budget, teach_digits, teach_nano
+    from phased_dmd.teach.variants import teach_i2v, teach_moe
 
-    {"nano": teach_nano, "digits": teach_digits}[what](output, data, seed, Budget(), print)
+    lessons = {"nano": teach_nano, "nano-moe": teach_moe, "nano-i2v": teach_i2v, "digits": teach_digits}
+    lessons[what](output, data, seed, Budget(), print)
 
 
 def _assignment(text: str) -> tuple[str, Any]:

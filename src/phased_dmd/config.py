@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from phased_dmd.phases import PhasePlan, renoise_range
 
@@ -26,6 +26,7 @@ class AnalyticTeacher(Section):
     """The exact prediction of a Gaussian mixture (std 0: points), and the MLP that is fitted to it as student."""
 
     kind: Literal["analytic"] = "analytic"
+    negative_prompt: Literal[""] = ""
     means: tuple[tuple[float, ...], ...]
     std: float = Field(default=0.0, ge=0)
     weights: tuple[float, ...] | None = None
@@ -46,19 +47,70 @@ class AnalyticTeacher(Section):
         return self
 
 
-class WanTeacher(Section):
-    """A diffusers `WanPipeline` folder, or `nano`, the one inside the package."""
+class Size(Section):
+    """A resolution bucket, in pixels; the first of a teacher's is what previews and samples are made at."""
 
-    kind: Literal["wan"] = "wan"
-    path: str = "nano"
     num_frames: int = Field(default=1, gt=0)
     height: int = Field(default=32, gt=0)
     width: int = Field(default=32, gt=0)
-    guidance: float = Field(default=4.0, ge=1, description="uncond + guidance * (cond - uncond); 1 is none")
+    weight: float = Field(default=1.0, gt=0, description="the share of global batches, over the sum of the weights")
+
+    def __str__(self) -> str:
+        return f"{self.num_frames}x{self.height}x{self.width}"
+
+
+def _one_or_more(value: Any) -> Any:
+    return (value,) if isinstance(value, int | float) else value
+
+
+class PipelineTeacher(Section):
+    """What a teacher from a diffusers pipeline's folder or hub id is told, whatever the model."""
+
+    path: str = "nano"
+    revision: str | None = Field(default=None, description="of a hub id: a commit, a tag or a branch")
+    sizes: tuple[Size, ...] = Field(default=(Size(),), min_length=1)
+    guidance: Annotated[tuple[Annotated[float, Field(ge=1)], ...], BeforeValidator(_one_or_more)] = Field(
+        default=(4.0,), min_length=1,
+        description="uncond + guidance * (cond - uncond); 1 is none; one for all networks, or one each, noisiest first",
+    )  # fmt: skip
     negative_prompt: str = ""
-    max_tokens: int = Field(default=512, gt=0)
+    max_tokens: int = Field(default=512, gt=0, description="of a prompt; what is beyond them is cut off")
     base_steps: int = Field(default=40, gt=0, description="of the teacher's own sampler, in evaluations")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the frozen networks")
+
+
+class WanTeacher(PipelineTeacher):
+    """A `WanPipeline` or `WanImageToVideoPipeline`; `nano`, `nano-moe` and `nano-i2v` are those inside the package."""
+
+    kind: Literal["wan"] = "wan"
+    first_frame: bool | None = Field(
+        default=None,
+        description="whether a first frame is given; by default as the pipeline's class says",
+    )
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+
+
+class QwenImageTeacher(PipelineTeacher):
+    """A `QwenImagePipeline`."""
+
+    kind: Literal["qwen-image"] = "qwen-image"
+    lora_targets: tuple[str, ...] = (
+        "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out",
+        "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
+    )  # fmt: skip
+
+
+class OwnTeacher(Section):
+    """A model of the user's own, given to `distill` and `load` as Python objects."""
+
+    kind: Literal["own"] = "own"
+    name: str
+    negative_prompt: str = ""
+    base_steps: int = Field(default=40, gt=0)
+    weights: tuple[float, ...] = Field(default=(1.0,), min_length=1, description="of the model's shapes, as in a Size")
+
+
+Teacher = AnalyticTeacher | WanTeacher | QwenImageTeacher | OwnTeacher
 
 
 class Plan(Section):
@@ -127,13 +179,14 @@ class Config(Section):
     """A whole run. `recipes.py` holds functions that return one."""
 
     recipe: str
-    teacher: Annotated[AnalyticTeacher | WanTeacher, Field(discriminator="kind")]
+    teacher: Annotated[Teacher, Field(discriminator="kind")]
     plan: Plan = Plan()
     renoise: Renoise = Renoise()
     objective: Objective = Objective()
     generator: Generator = Generator()
     fake: Fake = Fake()
-    prompts: str | None = Field(default=None, description="a shipped prompt set's name, or a file with a prompt a line")
+    prompts: str | None = Field(default=None, description="a shipped set's name, or a txt, jsonl, csv or parquet file")
+    init_experts: str | None = Field(default=None, description="a run whose experts these start from, step by step")
     iterations: int = Field(default=400, gt=0, description="generator updates a phase")
     batch_size: int = Field(default=64, gt=0)
     seed: int = Field(default=0, ge=0)
@@ -154,7 +207,7 @@ class Config(Section):
             raise ValueError("renoise.clamp: needs a renoise.t_range")
         if analytic and self.prompts is not None:
             raise ValueError("prompts: an analytic teacher takes none")
-        if not analytic and self.prompts is None:
+        if isinstance(self.teacher, PipelineTeacher) and self.prompts is None:
             raise ValueError("prompts: this teacher needs a prompt set")
         return self
 
@@ -183,6 +236,11 @@ class Config(Section):
         return low, high
 
 
+KINDS: dict[Any, type[Section]] = {
+    "analytic": AnalyticTeacher, "wan": WanTeacher, "qwen-image": QwenImageTeacher, "own": OwnTeacher
+}  # fmt: skip
+
+
 def with_method(method: Method, data: Mapping[str, Any]) -> dict[str, Any]:
     """data with the plan's phases and gradient that `method` names."""
     plan = dict(data["plan"])
@@ -205,7 +263,7 @@ def build(data: Mapping[str, Any]) -> Config:
         return Config.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        path = [str(part) for part in first["loc"] if part not in ("analytic", "wan")]
+        path = [str(part) for part in first["loc"] if part not in KINDS]
         where = ".".join(path) + ": " if path else ""
         if first["type"] == "extra_forbidden":
             known = _field_names(data, path)
@@ -246,8 +304,7 @@ def _field_names(data: Mapping[str, Any], path: Sequence[str]) -> list[str]:
     for part in path[:-1]:
         if part == "teacher":
             teacher = data.get("teacher")
-            analytic = isinstance(teacher, Mapping) and teacher.get("kind") == "analytic"
-            model = AnalyticTeacher if analytic else WanTeacher
+            model = KINDS.get(teacher.get("kind") if isinstance(teacher, Mapping) else None, WanTeacher)
         elif part in model.model_fields:
             model = model.model_fields[part].annotation
     return list(model.model_fields)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder, write_atomically
-from phased_dmd.config import AnalyticTeacher, Config, UserError, WanTeacher
+from phased_dmd.config import AnalyticTeacher, Config, Size, UserError, WanTeacher
 from phased_dmd.media import grid, save_clip, save_image, save_points
 from phased_dmd.metrics.digits import DIRECTIONS, SPEEDS, WORDS, DigitClassifier, load_classifier, read
 from phased_dmd.metrics.distances import (
@@ -34,6 +34,8 @@ from phased_dmd.metrics.distances import (
 )
 from phased_dmd.metrics.pictures import contrast, displacement, high_frequency_energy, optical_flow
 from phased_dmd.models.analytic import ExactMixture
+from phased_dmd.models.source import SHIPPED
+from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.sample import Sampler, load
 
 REFERENCE_SEEDS, SEEDS = 1_000_000, 0  # the first seed of the reference's samples, and of every row's
@@ -72,18 +74,25 @@ class Cell:
     """Samples of one row on one prompt set: latents decoded, with seconds and network calls a sample."""
 
     pixels: Tensor
-    prompts: list[str]
+    prompts: list[Prompt]
     seconds: float
     calls: int
 
 
-def prompt_sets(frames: int) -> dict[str, list[str]]:
-    """The evaluation's prompts for nano: `weak` leaves the digit open, `specific` names all there is to name."""
-    if frames == 1:
-        return {"weak": ["a handwritten digit"], "specific": [f"a handwritten {word}" for word in WORDS]}
-    moves = [f"{direction} {speed}" for direction in DIRECTIONS for speed in SPEEDS]
-    specific = [f"a handwritten {word} moving {move}" for move in moves for word in WORDS]
-    return {"weak": ["a handwritten digit moving"], "specific": specific}
+def prompt_sets(teacher: WanTeacher) -> dict[str, list[Prompt]]:
+    """The evaluation's prompts for nano: `weak` leaves the digit open, `specific` names all there is to name.
+
+    A first frame shows the digit, so image-to-video has only specific ones, on held-out digits.
+    """
+    if teacher.path == "nano-i2v":
+        return {"specific": read_prompts("nano-i2v-held-out")}
+    if teacher.sizes[0].num_frames == 1:
+        weak, specific = ["a handwritten digit"], [f"a handwritten {word}" for word in WORDS]
+    else:
+        moves = [f"{direction} {speed}" for direction in DIRECTIONS for speed in SPEEDS]
+        weak = ["a handwritten digit moving"]
+        specific = [f"a handwritten {word} moving {move}" for move in moves for word in WORDS]
+    return {"weak": [Prompt(text) for text in weak], "specific": [Prompt(text) for text in specific]}
 
 
 def evaluate(runs: Sequence[Path | str], samples: int = 1000, again: bool = False) -> dict[str, dict[str, Any]]:
@@ -102,10 +111,10 @@ def evaluate(runs: Sequence[Path | str], samples: int = 1000, again: bool = Fals
         match config.teacher:
             case AnalyticTeacher():
                 result = _evaluate_mixture(sampler, config, samples, path.parent)
-            case WanTeacher(path="nano", height=32, width=32):
+            case WanTeacher(path=name, sizes=(Size(height=32, width=32), *_)) if name in SHIPPED:
                 result = _evaluate_digits(sampler, config, samples, path.parent, base_cells)
             case _:
-                raise UserError(f"{run}: only runs of nano at 32 x 32 and of analytic teachers can be evaluated so far")
+                raise UserError(f"{run}: only nano, its variants and analytic teachers can be evaluated so far")
         done[str(run)] = {
             "recipe": config.recipe,
             "method": config.method,
@@ -134,12 +143,12 @@ def table(evaluation: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _sample(sampler: Sampler, prompts: Sequence[str], count: int, first_seed: int, steps: int | None) -> Cell:
+def _sample(sampler: Sampler, prompts: Sequence[Prompt], count: int, first_seed: int, steps: int | None) -> Cell:
     repeated = list(islice(cycle(prompts), count))
     started = time.perf_counter()
     latents = sampler(repeated, range(first_seed, first_seed + count), steps)
     seconds = (time.perf_counter() - started) / count
-    guided = 2 if sampler.system.model.guidance > 1 else 1
+    guided = 2 if max(sampler.system.model.guidance) > 1 else 1
     calls = sampler.system.plan.num_steps if steps is None else steps * guided
     return Cell(sampler.decode(latents), repeated, seconds, calls)
 
@@ -159,7 +168,7 @@ def _evaluate_mixture(sampler: Sampler, config: Config, samples: int, folder: Pa
     reference = exact.sample(samples, torch.Generator().manual_seed(REFERENCE_SEEDS))
     rows, clouds = {}, []
     for name, steps in _rows(sampler, config, 40).items():
-        cell = _sample(sampler, [""], samples, SEEDS, steps)
+        cell = _sample(sampler, [Prompt("")], samples, SEEDS, steps)
         points = cell.pixels
         distance = torch.cdist(points.double(), exact.means.cpu()).min(1).values
         rows[name] = {
@@ -181,13 +190,13 @@ def _evaluate_digits(
     classifier, real, accuracy = load_classifier()
     base_steps, result = config.teacher.base_steps, {}
 
-    def base(prompts: list[str], first_seed: int, steps: int) -> Cell:
-        key = (config.teacher.model_dump_json(), config.plan.shift, config.plan.start, prompts[0], first_seed, steps)
+    def base(prompts: list[Prompt], first_seed: int, steps: int) -> Cell:
+        key = (config.teacher.model_dump_json(), config.plan.shift, config.plan.start, kind, first_seed, steps)
         if key not in cache:
             cache[key] = _sample(sampler, prompts, samples, first_seed, steps)
         return cache[key]
 
-    for kind, prompts in prompt_sets(config.teacher.num_frames).items():
+    for kind, prompts in prompt_sets(config.teacher).items():
         reference, paired = (base(prompts, first, base_steps).pixels for first in (REFERENCE_SEEDS, SEEDS))
         centre, basis = principal_components(reference.mean(4).flatten(1), min(COMPONENTS, samples - 1))
         apart, same = (_laws(pixels, read(classifier, pixels)[0], centre, basis) for pixels in (reference, paired))
@@ -206,7 +215,7 @@ def _evaluate_digits(
                 "network_calls": cell.calls,
                 "seconds_a_sample": cell.seconds,
             } | _read_prompts(cell, log_probabilities.argmax(1))
-            if config.teacher.num_frames == 1:
+            if config.teacher.sizes[0].num_frames == 1:
                 rows[name]["frechet_real"] = frechet(moments(own), (real["mean"], real["covariance"]))
             if kind == "specific":
                 rows[name]["pairwise_cosine"] = _diversity(sampler, classifier, prompts[:10], steps)
@@ -222,19 +231,18 @@ def _laws(pixels: Tensor, features: Tensor, centre: Tensor, basis: Tensor) -> tu
 
 def _read_prompts(cell: Cell, labels: Tensor) -> dict[str, float]:
     """Faithfulness to what the prompts name; where no digit is named, the spread over the classes."""
-    if not any(word in cell.prompts[0].split() for word in WORDS):
+    texts = [prompt.text.split() for prompt in cell.prompts]
+    if not any(word in texts[0] for word in WORDS):
         share = labels.bincount(minlength=10).double() / len(labels)
         return {"class_entropy": class_entropy(labels, 10), "least_class_share": float(share.min())}
-    digits = torch.tensor(
-        [next(i for i, word in enumerate(WORDS) if word in prompt.split()) for prompt in cell.prompts]
-    )
+    digits = torch.tensor([next(i for i, word in enumerate(WORDS) if word in text) for text in texts])
     scores = {"faithfulness": float((labels == digits).double().mean())}
     if cell.pixels.shape[1] > 1:
-        directions = [next(v for name, v in DIRECTIONS.items() if name in prompt.split()) for prompt in cell.prompts]
+        directions = [next(v for name, v in DIRECTIONS.items() if name in text) for text in texts]
         moved = displacement(cell.pixels)
         nearest = (moved @ torch.tensor(list(DIRECTIONS.values())).T).argmax(1)
         wanted_direction = torch.tensor([list(DIRECTIONS.values()).index(d) for d in directions])
-        fast = torch.tensor(["fast" in prompt.split() for prompt in cell.prompts])
+        fast = torch.tensor(["fast" in text for text in texts])
         speed = moved.norm(dim=1)
         scores["direction"] = float((nearest == wanted_direction).double().mean())
         if find_spec("cv2"):
@@ -243,7 +251,7 @@ def _read_prompts(cell: Cell, labels: Tensor) -> dict[str, float]:
     return scores
 
 
-def _diversity(sampler: Sampler, classifier: DigitClassifier, prompts: list[str], steps: int | None) -> float:
+def _diversity(sampler: Sampler, classifier: DigitClassifier, prompts: list[Prompt], steps: int | None) -> float:
     """The paper's Table 2: mean over prompts of the pairwise cosine of features over seeds 0-7."""
     cosines = []
     for prompt in prompts:

@@ -14,6 +14,7 @@ from phased_dmd.config import (
     Method,
     Optimiser,
     Plan,
+    Size,
     UserError,
     WanTeacher,
     apply_overrides,
@@ -53,7 +54,7 @@ def nano_t2i() -> Config:
     """The embedded teacher, text-to-image: 40 steps with guidance become 4 without, a LoRA expert a step."""
     return Config(
         recipe="nano-t2i",
-        teacher=WanTeacher(path="nano", guidance=1.5, max_tokens=16),
+        teacher=WanTeacher(path="nano", guidance=(1.5,), max_tokens=16),
         plan=Plan(steps=4, phases=4, shift=5.0, gradient="all"),
         generator=Generator(lora=Lora(rank=32, alpha=32), optimiser=Optimiser(lr=1e-3, decay="linear"), ema=0.97),
         fake=Fake(optimiser=Optimiser(lr=3e-4, decay="linear")),
@@ -64,7 +65,7 @@ def nano_t2i() -> Config:
 def nano_t2v() -> Config:
     """The same teacher, text-to-video: nine frames of a digit that moves."""
     image = nano_t2i()
-    teacher = image.teacher.model_copy(update={"num_frames": 9})
+    teacher = image.teacher.model_copy(update={"sizes": (Size(num_frames=9),)})
     changes = {"recipe": "nano-t2v", "teacher": teacher, "prompts": "nano-t2v", "iterations": 60, "batch_size": 24}
     return image.model_copy(update=changes)
 

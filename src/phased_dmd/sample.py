@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors
+from phased_dmd.conditions import fitting
 from phased_dmd.config import Config, UserError
 from phased_dmd.diffusion import check_start
 from phased_dmd.engine import device, normal
@@ -16,9 +17,11 @@ from phased_dmd.media import grid, save_clip, save_image, save_preview
 from phased_dmd.models.loader import load_model
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
 from phased_dmd.phases import Hop, PhasePlan, step_times
+from phased_dmd.prompts import Prompt
 from phased_dmd.rollouts import Rollout, rollout
 
 BATCH = 64  # samples a network call, when sampling
+Own = tuple[VelocityModel, Codec]
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class System:
     model: VelocityModel
     roles: Roles
     plan: PhasePlan
-    negative: Condition  # one row: what the teacher's guidance leads away from
+    negative: Condition  # unpadded: what the teacher's guidance leads away from
 
     def start(self, noise: Tensor) -> Tensor:
         """x at t_0: sigma(t_0) eps [b, ...]."""
@@ -54,11 +57,11 @@ class System:
         """The guided teacher, each sample on the network whose range holds its t."""
 
         def call(network: int, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            conditional = self.roles.predict(TEACHER, network, x, t, condition)
-            if self.model.guidance == 1:
+            conditional, guidance = self.roles.predict(TEACHER, network, x, t, condition), self.model.guidance[network]
+            if guidance == 1:
                 return conditional
-            negative = {name: row.expand(len(x), *row.shape[1:]) for name, row in self.negative.items()}
-            return self.model.guide(conditional, self.roles.predict(TEACHER, network, x, t, negative))
+            negative = condition | self.model.batch([self.negative] * len(x))  # a first frame stays what it is
+            return self.model.guide(conditional, self.roles.predict(TEACHER, network, x, t, negative), guidance)
 
         return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition)
 
@@ -85,16 +88,22 @@ class System:
             ).x
 
 
-def build_system(config: Config) -> tuple[System, Codec]:
-    """The teacher of a config with no experts yet, and its codec."""
-    model, codec = load_model(config.teacher, config.seed)
-    negative = codec.encode([config.teacher.negative_prompt if config.teacher.kind == "wan" else ""])
-    plan = config.phase_plan(model.switches)
+def load_teacher(config: Config, own: Own | None = None) -> Own:
+    """The teacher of a config and its codec, or the user's own of both, checked against the plan."""
+    if (config.teacher.kind == "own") != (own is not None):
+        raise UserError(f"teacher.kind: {config.teacher.kind} with{'' if own else 'out'} a model given from Python")
+    model, codec = own or load_model(config.teacher, config.seed)
     try:
-        check_start(model.prediction, model.schedule, plan.times[0])
+        check_start(model.prediction, model.schedule, config.plan.start)
+        config.phase_plan(model.switches)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return System(config, model, Roles(model), plan, negative), codec
+    return model, codec
+
+
+def build_system(config: Config, model: VelocityModel, negative: Condition) -> System:
+    """The teacher with no experts yet."""
+    return System(config, model, Roles(model), config.phase_plan(model.switches), negative)
 
 
 def add_expert(system: System, phase: int, trainable: bool) -> None:
@@ -106,55 +115,75 @@ def add_expert(system: System, phase: int, trainable: bool) -> None:
 
 
 class Sampler:
-    """The few-step generator of a run, and its teacher on the same grid."""
+    """The few-step generator of a run, and its teacher on the same grid, in one resolution bucket."""
 
-    def __init__(self, system: System, codec: Codec) -> None:
-        self.system, self.codec = system, codec
+    def __init__(self, system: System, codec: Codec, bucket: int = 0) -> None:
+        self.system, self.codec, self.bucket = system, codec, bucket
 
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], teacher_steps: int | None = None) -> Tensor:
+    def __call__(
+        self, prompts: Sequence[Prompt | str], seeds: Sequence[int], teacher_steps: int | None = None
+    ) -> Tensor:
         """Latents [n, ...] for n prompts with n seeds, on the CPU; teacher_steps: from the guided teacher instead."""
-        parts = [
-            self._batch(prompts[i : i + BATCH], seeds[i : i + BATCH], teacher_steps)
-            for i in range(0, len(seeds), BATCH)
-        ]
+        asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        known = self.encode(list(dict.fromkeys(asked)))
+        parts = []
+        for i in range(0, len(seeds), BATCH):
+            rows = [known[prompt] for prompt in asked[i : i + BATCH]]
+            parts.append(self._batch(rows, seeds[i : i + BATCH], teacher_steps))
         return torch.cat(parts)
+
+    def encode(self, prompts: Sequence[Prompt]) -> dict[Prompt, Condition]:
+        """The condition of each prompt; a UserError where a first frame is missing or does not fit."""
+        for prompt, buckets in zip(prompts, fitting(self.codec, prompts), strict=False):
+            if self.bucket not in buckets:
+                raise UserError(f"{prompt.image}: not of the shape of the samples, see teacher.sizes")
+        known = {}
+        for i in range(0, len(prompts), BATCH):
+            part = prompts[i : i + BATCH]
+            for prompt, row in zip(part, self.codec.encode_text([prompt.text for prompt in part]), strict=True):
+                image = self.codec.encode_image(prompt.image, self.bucket) if self.codec.takes_images else {}  # type: ignore[arg-type] checked by fitting
+                known[prompt] = row | image
+        return known
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [n, frames, height, width, 3] in [0, 1], or an analytic model's samples as they are."""
         return torch.cat([self.codec.decode(part).cpu() for part in latents.split(BATCH)])
 
     @torch.no_grad()
-    def preview(self, phase: int, prompts: Sequence[str]) -> Tensor:
-        """What the generator predicts of x_0 at the end of a phase, decoded: 16 prompts, or 512 points."""
-        system, shape = self.system, self.system.model.sample_shape
-        seeds = range(16 if len(shape) > 1 else 512)
-        condition = self.codec.encode([prompts[seed * len(prompts) // len(seeds)] for seed in seeds])
-        end = system.roll(
-            system.plan.path(phase), normal(shape, seeds, "sample").to(device()), condition,
-            renoise=lambda step: normal(shape, seeds, "sample renoise", step).to(device()),
-        )  # fmt: skip
+    def preview(self, phase: int, rows: Sequence[Condition]) -> Tensor:
+        """What the generator predicts of x_0 at the end of a phase, decoded, a sample a condition, seeds 0, 1, ..."""
+        system = self.system
+        noise, renoise = self._noise(range(len(rows)))
+        end = system.roll(system.plan.path(phase), noise, system.model.batch(rows), renoise=renoise)
         return self.codec.decode(end.x0).cpu()
 
     @torch.no_grad()
-    def _batch(self, prompts: Sequence[str], seeds: Sequence[int], teacher_steps: int | None) -> Tensor:
-        system, shape = self.system, self.system.model.sample_shape
-        noise = normal(shape, seeds, "sample").to(device())
-        condition = self.codec.encode(prompts)
+    def _batch(self, rows: Sequence[Condition], seeds: Sequence[int], teacher_steps: int | None) -> Tensor:
+        system, condition = self.system, self.system.model.batch(rows)
+        noise, renoise = self._noise(seeds)
         if teacher_steps is not None:
             return system.sample_teacher(noise, condition, teacher_steps).cpu()
         path = system.plan.path(system.plan.num_phases)
-        return system.roll(
-            path, noise, condition, renoise=lambda step: normal(shape, seeds, "sample renoise", step).to(device())
-        ).x.cpu()
+        return system.roll(path, noise, condition, renoise=renoise).x.cpu()
+
+    def _noise(self, seeds: Sequence[int]) -> tuple[Tensor, Callable[[int], Tensor]]:
+        """The start [n, ...], and what the renoise solver draws at a step."""
+        shape = self.system.model.sample_shapes[self.bucket]
+        return (
+            normal(shape, seeds, "sample").to(device()),
+            lambda step: normal(shape, seeds, "sample renoise", step).to(device()),
+        )
 
 
-def load(run: Path | str) -> Sampler:
-    """The sampler of a finished run folder."""
+def load(run: Path | str, own: Own | None = None) -> Sampler:
+    """The sampler of a finished run folder; own: the model and codec of a run with a teacher of the user's own."""
     folder = RunFolder(run)
     config = folder.config()
     if not folder.finished(config):
         raise UserError(f"{run}: the run is not finished; `phased-dmd distill` with the same arguments goes on with it")
-    system, codec = build_system(config)
+    model, codec = load_teacher(config, own)
+    negative = codec.encode_text([config.teacher.negative_prompt])[0]
+    system = build_system(config, model, negative)
     for phase in range(1, system.plan.num_phases + 1):
         add_expert(system, phase, trainable=False)
         system.roles.load(expert_role(phase), load_tensors(folder.expert_path(phase))[0])
@@ -162,7 +191,7 @@ def load(run: Path | str) -> Sampler:
 
 
 def write_samples(
-    sampler: Sampler, prompts: Sequence[str], seeds: int, output: Path, teacher_steps: int | None = None
+    sampler: Sampler, prompts: Sequence[Prompt], seeds: int, output: Path, teacher_steps: int | None = None
 ) -> list[Path]:
     """Every prompt with seeds 0, 1, ...: a PNG, or a WebP clip, each, and a contact sheet; returns the paths."""
     pairs = [(prompt, seed) for prompt in prompts for seed in range(seeds)]
@@ -173,7 +202,7 @@ def write_samples(
         return [output / "samples.png", output / "samples.safetensors"]
     paths = []
     for i, (prompt, seed) in enumerate(pairs):
-        stem = "".join(c if c.isalnum() else "-" for c in prompt.lower())[:60]
+        stem = "".join(c if c.isalnum() else "-" for c in prompt.text.lower())[:60]
         clip = samples.shape[1] > 1
         paths.append(output / f"{i:04d}-{stem}-seed{seed}.{'webp' if clip else 'png'}")
         if clip:

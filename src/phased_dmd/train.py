@@ -1,9 +1,13 @@
 """`distill`: the training loop of Phased DMD, its baselines and ablations, top to bottom in one function."""
 
 import time
-from collections.abc import Iterator
+import warnings
+from bisect import bisect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -11,12 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors
-from phased_dmd.config import Config
+from phased_dmd.conditions import Conditions, fitting
+from phased_dmd.config import Config, OwnTeacher, PipelineTeacher, UserError
 from phased_dmd.diffusion import renoise_times, times_like
 from phased_dmd.engine import choice, device, normal, seed_of, uniform
 from phased_dmd.experts import FAKE, expert_role
 from phased_dmd.media import save_preview
-from phased_dmd.models.protocol import Codec, Condition, rows
+from phased_dmd.models.protocol import Codec, Condition, VelocityModel
 from phased_dmd.objectives import (
     biased_target,
     distribution_matching_loss,
@@ -25,8 +30,8 @@ from phased_dmd.objectives import (
     subinterval_target,
 )
 from phased_dmd.optim import Learner
-from phased_dmd.prompts import read_prompts
-from phased_dmd.sample import Sampler, System, add_expert, build_system
+from phased_dmd.prompts import Prompt, read_prompts
+from phased_dmd.sample import Own, Sampler, System, add_expert, build_system, load_teacher
 from phased_dmd.trackers import check_trackers, open_tracker
 
 TARGETS = {"unbiased": subinterval_target, "biased": biased_target, "printed": printed_target}
@@ -39,10 +44,20 @@ class Draws:
     system: System
     key: tuple[int, ...]  # run seed, phase, iteration, sub-update
     samples: range
+    weights: Sequence[float]  # of the resolution buckets
+
+    @cached_property
+    def bucket(self) -> int:
+        """One resolution bucket for the whole batch."""
+        if len(self.weights) == 1:
+            return 0
+        u = uniform([0], *self.key, "bucket").item() * sum(self.weights)
+        return min(bisect(list(accumulate(self.weights)), u), len(self.weights) - 1)
 
     def noise(self, role: str, *more: int) -> Tensor:
         """Standard normal [b, ...]."""
-        return normal(self.system.model.sample_shape, self.samples, *self.key, role, *more).to(device())
+        shape = self.system.model.sample_shapes[self.bucket]
+        return normal(shape, self.samples, *self.key, role, *more).to(device())
 
     def exit_step(self, full: bool) -> int | None:
         """SGTS: one exit step for the whole batch, uniform over the phase; None runs the phase's steps to their end."""
@@ -61,34 +76,79 @@ class Draws:
         r = uniform(self.samples, *self.key, "t").to(device())
         return s, renoise_times(r, low, high, config.plan.shift, config.renoise.t_range, config.renoise.clamp)
 
-    def condition(self, conditions: Condition, count: int) -> Condition:
-        """The conditions of prompts drawn uniformly from the `count` there are."""
-        return rows(conditions, (uniform(self.samples, *self.key, "prompt") * count).long()) if conditions else {}
+    def condition(self, conditions: Conditions | None) -> Condition:
+        """The conditions of prompts drawn uniformly from those that the bucket allows."""
+        if conditions is None:
+            return self.system.model.batch([{}] * len(self.samples))
+        prompts = conditions.eligible(self.bucket)
+        chosen = (uniform(self.samples, *self.key, "prompt") * len(prompts)).long().tolist()
+        return self.system.model.batch([conditions.row(prompts[i], self.bucket) for i in chosen])
 
 
-def prepare(config: Config) -> tuple[System, Codec, list[str], Condition]:
-    """All that a run needs before it writes anything: networks, codec, prompts and their conditions."""
+def prepare(config: Config, own: Own | None = None, strict: bool = False) -> tuple[VelocityModel, Codec, list[Prompt]]:
+    """All that can be checked before a run writes anything: networks, codec, prompts and their first frames.
+
+    Prompts that the encoder must cut off are counted in a warning, or, if strict, refused.
+    """
     check_trackers(config.trackers)
-    prompts = read_prompts(config.prompts) if config.prompts is not None else [""]
-    system, codec = build_system(config)
-    return system, codec, prompts, codec.encode(prompts)
+    prompts = read_prompts(config.prompts) if config.prompts is not None else []
+    model, codec = load_teacher(config, own)
+    fitting(codec, prompts)
+    if cut := codec.too_long([prompt.text for prompt in prompts]):
+        message = f"prompts: {cut} of {len(prompts)} are longer than the text encoder takes, and are cut off"
+        if strict:
+            raise UserError(message)
+        warnings.warn(message, stacklevel=2)
+    for phase in range(1, config.plan.phases + 1) if config.init_experts else ():
+        initial_expert(config, model, phase)
+    return model, codec, prompts
 
 
-def distill(config: Config, output: Path | str | None = None, quiet: bool = False) -> Path:
+def initial_expert(config: Config, model: VelocityModel, phase: int) -> dict[str, Tensor]:
+    """What the run `init_experts` holds for the time a phase begins at: its expert that serves the nearest step."""
+    other = RunFolder(config.init_experts or "")
+    plan, t = other.config().phase_plan(model.switches), config.phase_plan(model.switches).begin(phase)
+    step = min(range(plan.num_steps), key=lambda step: abs(plan.times[step] - t))
+    path = other.expert_path(plan.expert(step).phase)
+    if not path.exists():
+        raise UserError(f"init_experts: {path} is not there yet")
+    return load_tensors(path)[0]
+
+
+def bucket_weights(config: Config, conditions: Conditions | None) -> list[float]:
+    """Of the resolution buckets; 0 where no prompt's first frame fits."""
+    match config.teacher:
+        case PipelineTeacher(sizes=sizes):
+            weights = [size.weight for size in sizes]
+        case OwnTeacher(weights=own):
+            weights = list(own)
+        case _:
+            weights = [1.0]
+    return [w if conditions is None or conditions.eligible(i) else 0.0 for i, w in enumerate(weights)]
+
+
+def distill(
+    config: Config, output: Path | str | None = None, quiet: bool = False, *,
+    own: Own | None = None, cache: Path | None = None, strict: bool = False,
+) -> Path:  # fmt: skip
     """Distils the config's teacher, phase by phase, into the run folder `output` (runs/<recipe>); returns the folder.
 
-    An unfinished run of the same config goes on from its last checkpoint; a finished one is left as it is. Raises
-    UserError for what the user can mend, NonFiniteError before a step that would spoil the weights.
+    An unfinished run of the same config goes on from its last checkpoint; a finished one is left as it is.
+    own: the model and codec of a teacher of the user's own. cache: a folder of encoded prompts that runs share
+    (RUN/conditions). strict: refuse prompts that would be cut off. Raises UserError for what the user can mend,
+    NonFiniteError before a step that would spoil the weights.
     """
     run = RunFolder(output or Path("runs") / config.recipe)
     run.check(config)
     if run.finished(config):
         return run.path
-    system, codec, prompts, conditions = prepare(config)
-    plan, roles, model = system.plan, system.roles, system.model
+    model, codec, prompts = prepare(config, own, strict)
+    run.open(config, [prompt.line() for prompt in prompts])
+    conditions = encode_prompts(config, codec, prompts, cache or run.path / "conditions")
+    system = build_system(config, model, conditions.negative if conditions else {})
+    plan, roles, weights = system.plan, system.roles, bucket_weights(config, conditions)
     target = TARGETS[config.objective.target]
     schedule, prediction = model.schedule, model.prediction
-    run.open(config, prompts)
     trackers = [open_tracker(name, run.path, config) for name in config.trackers]
 
     for phase in range(1, plan.num_phases + 1):
@@ -99,6 +159,8 @@ def distill(config: Config, output: Path | str | None = None, quiet: bool = Fals
             roles.load(role, load_tensors(run.expert_path(phase))[0])
             roles.freeze(role)
             continue
+        if config.init_experts:
+            roles.load(role, initial_expert(config, model, phase))
         fake_lora = config.fake.lora if config.fake.weights == "lora" else None
         roles.add(FAKE, plan.fakes(phase), fake_lora, seed=seed_of(config.seed, phase))
         expert = Learner(role, roles.parameters(role), config.generator.optimiser, config.generator.ema)
@@ -120,8 +182,8 @@ def distill(config: Config, output: Path | str | None = None, quiet: bool = Fals
 
                 # The fake learns the score of what the generator makes (Eq. 13; Eq. 4 where the phase ends at s = 0).
                 for update in range(1, config.fake.updates + 1):
-                    draws = Draws(system, (config.seed, phase, iteration, update), range(config.batch_size))
-                    condition = draws.condition(conditions, len(prompts))
+                    draws = Draws(system, (config.seed, phase, iteration, update), range(config.batch_size), weights)
+                    condition = draws.condition(conditions)
                     path = plan.path(phase, draws.exit_step(full=config.plan.fake_rollout == "full"))
                     with torch.no_grad():
                         x_s = system.roll(
@@ -144,8 +206,8 @@ def distill(config: Config, output: Path | str | None = None, quiet: bool = Fals
                     fake_losses.append(loss.item())
 
                 # The generator descends the difference of fake and teacher at the phase's end (Eq. 11; Eq. 9 at s = 0).
-                draws = Draws(system, (config.seed, phase, iteration, 0), range(config.batch_size))
-                condition = draws.condition(conditions, len(prompts))
+                draws = Draws(system, (config.seed, phase, iteration, 0), range(config.batch_size), weights)
+                condition = draws.condition(conditions)
                 path = plan.path(phase, draws.exit_step(full=False))
                 exits = gradient_steps if config.plan.gradient == "all" else (path[-1].step,)
                 with roles.active(role):
@@ -179,7 +241,7 @@ def distill(config: Config, output: Path | str | None = None, quiet: bool = Fals
                     clipped = 0
                 if count % config.sample_every == 0 or count == config.iterations:
                     with expert.averaged():
-                        preview = Sampler(system, codec).preview(phase, prompts)
+                        preview = preview_samples(system, codec, phase, conditions, weights)
                     save_preview(run.path / "samples" / f"phase-{phase}-iteration-{count:06d}.png", preview)
                 if count % config.checkpoint_every == 0:
                     state = {**expert.state(), **fake.state(), "clipped": torch.tensor(clipped)}
@@ -191,6 +253,26 @@ def distill(config: Config, output: Path | str | None = None, quiet: bool = Fals
         roles.freeze(role)
         roles.remove(FAKE)
     return run.path
+
+
+def encode_prompts(config: Config, codec: Codec, prompts: Sequence[Prompt], folder: Path) -> Conditions | None:
+    """The prompts' conditions; None for a teacher that takes no prompts."""
+    if not prompts:
+        return None
+    return Conditions(codec, prompts, config.teacher.negative_prompt, folder)
+
+
+def preview_samples(
+    system: System, codec: Codec, phase: int, conditions: Conditions | None, weights: Sequence[float]
+) -> Tensor:
+    """16 prompts spread over all there are, or 512 points, in the first bucket that is drawn."""
+    bucket = next(i for i, weight in enumerate(weights) if weight)
+    if conditions is None:
+        rows: list[Condition] = [{}] * (512 if len(system.model.sample_shapes[bucket]) == 1 else 16)
+    else:
+        prompts = conditions.eligible(bucket)
+        rows = [conditions.row(prompts[i * len(prompts) // 16], bucket) for i in range(16)]
+    return Sampler(system, codec, bucket).preview(phase, rows)
 
 
 def expert_header(config: Config, system: System, phase: int) -> dict[str, object]:

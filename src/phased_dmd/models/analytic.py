@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ def build_schedule(name: str) -> Schedule:
 class AnalyticModel:
     """`VelocityModel` of an exact mixture. Its student is an MLP first fitted to the exact prediction."""
 
-    guidance = 1.0
+    guidance: Sequence[float] = (1.0,)
     switches: Sequence[float] = ()
     lora_targets: Sequence[str] = ()
 
@@ -89,7 +90,7 @@ class AnalyticModel:
         self.schedule = build_schedule(config.schedule)
         self.prediction: Prediction = config.prediction
         self.exact = ExactMixture(means, config.std, weights, self.schedule, self.prediction)
-        self.sample_shape = (means.shape[1],)
+        self.sample_shapes: Sequence[tuple[int, ...]] = [(means.shape[1],)]
         self.students: Sequence[nn.Module] = [self._fit(config, seed).to(device())]
         self.networks: Sequence[nn.Module] = [self.exact.to(device())]
 
@@ -97,7 +98,7 @@ class AnalyticModel:
         rng = generator(seed, "fit")
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
-            student = TimeMLP(self.sample_shape[0], config.hidden, config.layers)
+            student = TimeMLP(self.sample_shapes[0][0], config.hidden, config.layers)
         optimiser = torch.optim.Adam(student.parameters(), lr=config.fit_lr)
         decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, config.fit_steps)
         for _ in range(config.fit_steps):
@@ -112,18 +113,36 @@ class AnalyticModel:
             decay.step()
         return student
 
+    def batch(self, rows: Sequence[Condition]) -> Condition:
+        return {}
+
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return network(x, t)
 
-    def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+    def guide(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
         return conditional
 
 
 class PlainCodec:
     """`Codec` of a model without prompts or pixels: samples are what they are."""
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    fingerprint = ""
+    takes_images = False
+
+    def encode_text(self, prompts: Sequence[str]) -> list[Condition]:
+        return [{} for _ in prompts]
+
+    def too_long(self, prompts: Sequence[str]) -> int:
+        return 0
+
+    def fits(self, image: Path) -> list[int]:
+        return []
+
+    def encode_image(self, image: Path, bucket: int) -> Condition:
         return {}
+
+    def free(self) -> None:
+        pass
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents

@@ -1,11 +1,11 @@
 """From a teacher's configuration to its model and codec: one line a model."""
 
-from phased_dmd.config import AnalyticTeacher, UserError, WanTeacher
+from phased_dmd.config import AnalyticTeacher, OwnTeacher, QwenImageTeacher, Teacher, UserError, WanTeacher
 from phased_dmd.engine import device
 from phased_dmd.models.protocol import Codec, VelocityModel
 
 
-def load_model(teacher: AnalyticTeacher | WanTeacher, seed: int) -> tuple[VelocityModel, Codec]:
+def load_model(teacher: Teacher, seed: int) -> tuple[VelocityModel, Codec]:
     """The frozen teacher and its codec; what the teacher's fields get wrong is a UserError."""
     try:
         match teacher:
@@ -14,8 +14,16 @@ def load_model(teacher: AnalyticTeacher | WanTeacher, seed: int) -> tuple[Veloci
 
                 return AnalyticModel(teacher, seed), PlainCodec()
             case WanTeacher():
-                from phased_dmd.models.wan import load_wan
+                from phased_dmd.models.wan import WanCodec, WanModel
 
-                return load_wan(teacher, device())
+                return WanModel(teacher, device()), WanCodec(teacher, device())
+            case QwenImageTeacher():
+                from phased_dmd.models.qwen_image import QwenImageCodec, QwenImageModel
+
+                return QwenImageModel(teacher, device()), QwenImageCodec(teacher, device())
+            case OwnTeacher():
+                raise UserError("teacher.kind: own needs a model given from Python, see docs/extending.md")
+    except UserError:
+        raise
     except (ValueError, OSError) as error:
         raise UserError(f"teacher: {' '.join(str(error).split())}") from error

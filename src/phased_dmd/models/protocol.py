@@ -1,21 +1,23 @@
 """The two extension points: `VelocityModel`, what is distilled, and `Codec`, what stands before and behind it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from phased_dmd.diffusion import Prediction, Schedule
 
-Condition = dict[str, Tensor]  # what a network is told beside x and t: tensors of one row a sample
+Condition = dict[str, Tensor]  # what a network is told beside x and t
 
 
 class VelocityModel(Protocol):
     """A teacher bank: one or more frozen networks on one schedule, all of one prediction type.
 
     networks: the teacher's, noisiest first. students: what experts and fakes start from; the very networks
-    wherever they can be trained. switches: see `PhasePlan`. sample_shape: of one sample, without the batch.
-    guidance: g of uncond + g (cond - uncond); 1 is none. lora_targets: ends of the names of the adapted modules.
+    wherever they can be trained. switches: see `PhasePlan`. sample_shapes: of one sample, without the batch, one a
+    resolution bucket. guidance: one a network, the g of uncond + g (cond - uncond); 1 is none.
+    lora_targets: ends of the names of the adapted modules.
     """
 
     networks: Sequence[nn.Module]
@@ -23,24 +25,51 @@ class VelocityModel(Protocol):
     switches: Sequence[float]
     schedule: Schedule
     prediction: Prediction
-    sample_shape: tuple[int, ...]
-    guidance: float
+    sample_shapes: Sequence[tuple[int, ...]]
+    guidance: Sequence[float]
     lora_targets: Sequence[str]
+
+    def batch(self, rows: Sequence[Condition]) -> Condition:
+        """Conditions as the codec encodes them, a dictionary a sample, as one of tensors [b, ...], padded as needed."""
+        ...
 
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The native prediction [b, ...] at x [b, ...] and t [b] in [0, 1], on the network's own time scale."""
         ...
 
-    def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+    def guide(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
         """The guided prediction [b, ...]."""
         ...
 
 
 class Codec(Protocol):
-    """Prompts to conditions, latents to pixels."""
+    """Prompts and first frames to conditions, latents to pixels.
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """One row a prompt; the empty prompt is the unconditional one."""
+    fingerprint: changes whenever the same prompt would be encoded differently; what was encoded before is then redone.
+    takes_images: whether every prompt needs a first frame.
+    """
+
+    fingerprint: str
+    takes_images: bool
+
+    def encode_text(self, prompts: Sequence[str]) -> list[Condition]:
+        """One unpadded condition a prompt, on the CPU; the empty prompt is encoded like any other."""
+        ...
+
+    def too_long(self, prompts: Sequence[str]) -> int:
+        """How many of the prompts are cut off by `encode_text`."""
+        ...
+
+    def fits(self, image: Path) -> list[int]:
+        """The resolution buckets that a picture can be the first frame of; a file that is no picture is a UserError."""
+        ...
+
+    def encode_image(self, image: Path, bucket: int) -> Condition:
+        """What a first frame adds to a prompt's condition in a resolution bucket."""
+        ...
+
+    def free(self) -> None:
+        """Lets go of the encoders; they are loaded again when next needed."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -49,5 +78,5 @@ class Codec(Protocol):
 
 
 def rows(condition: Condition, index: Tensor) -> Condition:
-    """The chosen rows of a condition."""
+    """The chosen rows of a batched condition."""
     return {name: tensor[index.to(tensor.device)] for name, tensor in condition.items()}

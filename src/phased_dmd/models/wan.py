@@ -1,101 +1,212 @@
-"""Wan's transformers, VAE and text encoder, from a diffusers `WanPipeline` folder."""
+"""Wan 2.1 and 2.2: text-to-image and -video, image-to-video, one transformer or two, from a diffusers folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import diffusers
 import torch
-import transformers
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from PIL import Image
 from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
-from phased_dmd.config import WanTeacher
+from phased_dmd.config import Size, UserError, WanTeacher
 from phased_dmd.diffusion import FlowSchedule, Prediction, Schedule
 from phased_dmd.models.protocol import Condition
+from phased_dmd.models.source import ASSETS, Source, check_sizes, check_targets, dtype_of, guidance_of
 
-NANO = Path(__file__).parents[1] / "assets" / "nano"
+NANO = ASSETS / "nano"
+ASPECT = 0.05  # by how much a first frame's aspect ratio may differ from its bucket's
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
 
 class WanModel:
-    """`VelocityModel` of a Wan text-to-video pipeline; one frame makes it text-to-image."""
+    """`VelocityModel` of Wan's transformers.
 
-    def __init__(self, config: WanTeacher, pipeline: WanPipeline) -> None:
+    Beside the text, image-to-video models are told the first frame: as more channels (`image`, Wan2.1 and 2.2), as
+    features (`image_features`, Wan2.1), or, where timesteps are expanded (TI2V-5B), as the first latent frame itself
+    (`first_frame`), whose tokens are at t = 0 and whose x0 is therefore known.
+    """
+
+    def __init__(self, config: WanTeacher, device: torch.device) -> None:
+        source = Source(config)
+        check_pipeline(source, PIPELINES)
         self.schedule: Schedule = FlowSchedule()
         self.prediction: Prediction = "flow"
-        self.guidance = config.guidance
         self.lora_targets: Sequence[str] = config.lora_targets
-        transformer, vae = pipeline.transformer, pipeline.vae
-        assert isinstance(transformer, WanTransformer3DModel) and isinstance(vae, AutoencoderKLWan)
-        self.networks: Sequence[nn.Module] = [transformer.eval().requires_grad_(False)]
+        self.max_tokens, self.device, self.dtype = config.max_tokens, device, dtype_of(config)
+        self.expands = bool(source.index.get("expand_timesteps"))
+        vae = source.config(AutoencoderKLWan, "vae")
+        parts = [name for name in ("transformer", "transformer_2") if source.has(name)]
+        shape = source.config(WanTransformer3DModel, parts[0])
+        self.patch = tuple(shape["patch_size"])
+        space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
+        check_sizes(config.sizes, (space * self.patch[1], space * self.patch[2]), time)
+        self.sample_shapes: Sequence[tuple[int, ...]] = [
+            (vae["z_dim"], (size.num_frames - 1) // time + 1, size.height // space, size.width // space)
+            for size in config.sizes
+        ]
+        if takes_first_frame(config, source) != (shape["in_channels"] > vae["z_dim"]) and not self.expands:
+            raise UserError(
+                f"teacher.first_frame: {config.path} has {shape['in_channels']} input channels, {vae['z_dim']} of them latents"
+            )
+        self.guidance: Sequence[float] = guidance_of(config, len(parts))
+        self.networks: Sequence[nn.Module] = [
+            source.load(WanTransformer3DModel, name, dtype=self.dtype).to(device) for name in parts
+        ]
         self.students: Sequence[nn.Module] = self.networks
-        self.switches: Sequence[float] = ()
-        space, time = vae.config["scale_factor_spatial"], vae.config["scale_factor_temporal"]
-        _, patch_h, patch_w = transformer.config["patch_size"]
-        for name, size, stride in (
-            ("height", config.height, space * patch_h),
-            ("width", config.width, space * patch_w),
-            ("num_frames", config.num_frames - 1, time),
-        ):
-            if size % stride:
-                nearest = stride * max(1 if name != "num_frames" else 0, round(size / stride)) + (name == "num_frames")
-                raise ValueError(
-                    f"teacher.{name}: {size + (name == 'num_frames')} does not fit the strides; nearest is {nearest}"
-                )
-        frames = (config.num_frames - 1) // time + 1
-        self.sample_shape: tuple[int, ...] = (
-            transformer.config["in_channels"],
-            frames,
-            config.height // space,
-            config.width // space,
-        )
+        self.switches: Sequence[float] = [source.index["boundary_ratio"]] if len(parts) == 2 else []
+        for network in self.networks:
+            check_targets(network, config.lora_targets)
+
+    def batch(self, rows: Sequence[Condition]) -> Condition:
+        """Wan pads the text with zeros, unmasked, to its full length."""
+        text = rows[0]["text"].new_zeros(len(rows), self.max_tokens, rows[0]["text"].shape[1])
+        for i, row in enumerate(rows):
+            text[i, : len(row["text"])] = row["text"]
+        images = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "text"}
+        return {name: tensor.to(self.device, self.dtype) for name, tensor in ({"text": text} | images).items()}
 
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        text = condition["text"]
-        return network(x.to(text.dtype), (t * 1000).to(torch.float32), text, return_dict=False)[0]
+        first, inputs = condition.get("first_frame"), x
+        timestep = (t * 1000).float()
+        if self.expands:
+            tokens = [size // patch for size, patch in zip(x.shape[2:], self.patch, strict=True)]
+            timestep = timestep[:, None, None].repeat(1, tokens[0], tokens[1] * tokens[2])
+            if first is not None:
+                inputs = torch.cat([first.to(x.dtype), x[:, :, 1:]], dim=2)
+                timestep[:, 0] = 0
+            timestep = timestep.flatten(1)
+        if "image" in condition:
+            inputs = torch.cat([inputs, condition["image"].to(x.dtype)], dim=1)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            velocity = network(
+                inputs.to(self.dtype), timestep, condition["text"], condition.get("image_features"), return_dict=False
+            )[0]
+        if first is None:
+            return velocity
+        known = (x[:, :, :1] - first) / t.reshape(-1, 1, 1, 1, 1)
+        return torch.cat([known.to(velocity.dtype), velocity[:, :, 1:]], dim=2)
 
-    def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
-        return unconditional + self.guidance * (conditional - unconditional)
+    def guide(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+        return unconditional + guidance * (conditional - unconditional)
 
 
 class WanCodec:
-    """`Codec` of the same pipeline: UMT5 embeddings [b, tokens, d], zero beyond the prompt's end; Wan's video VAE."""
+    """`Codec` through the stock pipeline's own encoding, and Wan's video VAE."""
 
-    def __init__(self, config: WanTeacher, pipeline: WanPipeline) -> None:
-        self.tokenizer, self.max_tokens = pipeline.tokenizer, config.max_tokens
-        self.encoder, self.vae = pipeline.text_encoder.eval(), pipeline.vae.eval()
+    def __init__(self, config: WanTeacher, device: torch.device) -> None:
+        self.source, self.device = Source(config), device
+        check_pipeline(self.source, PIPELINES)
+        self.sizes, self.max_tokens = config.sizes, config.max_tokens
+        self.takes_images = takes_first_frame(config, self.source)
+        parts = ["tokenizer", "text_encoder"]
+        parts += [name for name in ("image_encoder", "image_processor", "vae") if self.takes_images]
+        self.fingerprint = self.source.fingerprint(parts, config.max_tokens, [str(size) for size in config.sizes])
+        self.tokenizer = self.source.load(AutoTokenizer, "tokenizer")
+        self.vae: AutoencoderKLWan = self.source.load(AutoencoderKLWan, "vae", dtype=torch.float32).to(device)
         shape = 1, -1, 1, 1, 1
         self.mean = torch.tensor(self.vae.config["latents_mean"]).reshape(shape)
         self.std = torch.tensor(self.vae.config["latents_std"]).reshape(shape)
+        self._encoder: Any = None
+
+    @property
+    def encoder(self) -> WanImageToVideoPipeline | WanPipeline:
+        """The stock pipeline without its transformers."""
+        if self._encoder is None:
+            source = self.source
+            parts: dict[str, Any] = {
+                "tokenizer": self.tokenizer, "vae": self.vae, "transformer": None, "scheduler": None,
+                "text_encoder": source.load(UMT5EncoderModel, "text_encoder", dtype=self._text_dtype()).to(self.device),
+                "expand_timesteps": bool(source.index.get("expand_timesteps")),
+            }  # fmt: skip
+            if self.takes_images and source.has("image_encoder"):
+                parts["image_encoder"] = source.load(CLIPVisionModel, "image_encoder", dtype=torch.float32)
+                parts["image_encoder"] = parts["image_encoder"].to(self.device)
+                parts["image_processor"] = source.load(CLIPImageProcessor, "image_processor")
+            self._encoder = (WanImageToVideoPipeline if self.takes_images else WanPipeline)(**parts)
+        return self._encoder
+
+    def free(self) -> None:
+        self._encoder = None
+
+    def too_long(self, prompts: Sequence[str]) -> int:
+        tokens = self.tokenizer([prompt_clean(prompt) for prompt in prompts]).input_ids
+        return sum(len(ids) > self.max_tokens for ids in tokens)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
-        )  # fmt: skip
-        device = self.encoder.device
-        mask = tokens.attention_mask.to(device)
-        states = self.encoder(tokens.input_ids.to(device), mask).last_hidden_state
-        return {"text": states * mask[..., None]}
+    def encode_text(self, prompts: Sequence[str]) -> list[Condition]:
+        """text [tokens, d] each, without the zeros that the pipeline pads it with."""
+        text, _ = self.encoder.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.max_tokens, device=self.device
+        )
+        lengths = text.ne(0).any(2).cpu() * torch.arange(1, text.shape[1] + 1)
+        return [{"text": row[: int(length)].cpu().clone()} for row, length in zip(text, lengths.amax(1), strict=True)]
+
+    def fits(self, image: Path) -> list[int]:
+        ratio = _aspect(_open(image))
+        found = [
+            i for i, size in enumerate(self.sizes) if abs(ratio / (size.width / size.height) - 1) <= ASPECT
+        ]  # fmt: skip
+        if not found:
+            width, height = _open(image).size
+            raise UserError(
+                f"{image}: a picture of {height}x{width} is the first frame of none of the sizes "
+                f"{', '.join(map(str, self.sizes))}; it needs the same shape"
+            )
+        return found
+
+    @torch.no_grad()
+    def encode_image(self, image: Path, bucket: int) -> Condition:
+        """See `WanModel`: image [4 + z, f, h, w] and image_features [tokens, d], or first_frame [z, 1, h, w]."""
+        pipeline, picture, size = self.encoder, _open(image), self.sizes[bucket]
+        assert isinstance(pipeline, WanImageToVideoPipeline)
+        return first_frame_condition(pipeline, picture, size, self.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         latents = latents.to(self.vae.device, self.vae.dtype)
-        pixels = self.vae.decode(latents * self.std.to(latents) + self.mean.to(latents)).sample
+        pixels = self.vae.decode(latents * self.std.to(latents) + self.mean.to(latents), return_dict=False)[0]
         return pixels.float().permute(0, 2, 3, 4, 1) / 2 + 0.5
 
+    def _text_dtype(self) -> torch.dtype:
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
 
-def load_wan(config: WanTeacher, device: torch.device) -> tuple[WanModel, WanCodec]:
-    """The pipeline of a folder or hub id, or `nano`, in float32."""
-    source = NANO if config.path == "nano" else config.path
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    pipeline = WanPipeline.from_pretrained(source, dtype=torch.float32).to(device)
-    if pipeline.transformer_2 is not None:
-        raise ValueError(f"path: {config.path} has two transformers, which are not supported yet")
-    if pipeline.transformer.config["in_channels"] != pipeline.vae.config["z_dim"]:
-        raise ValueError(f"path: {config.path} takes more than latents (image-to-video?), which is not supported yet")
-    names = [name for name, _ in pipeline.transformer.named_modules()]
-    for target in config.lora_targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ValueError(f"lora_targets: {target} ends the name of no module of the transformer")
-    return WanModel(config, pipeline), WanCodec(config, pipeline)
+
+def first_frame_condition(
+    pipeline: WanImageToVideoPipeline, picture: Image.Image | Tensor, size: Size, device: torch.device
+) -> Condition:
+    """A first frame, a picture or [3, H, W] in [-1, 1], as the stock pipeline prepares it; see `WanModel`."""
+    pixels = pipeline.video_processor.preprocess(picture, height=size.height, width=size.width)
+    prepared = pipeline.prepare_latents(
+        pixels.to(device, torch.float32), 1, height=size.height, width=size.width, num_frames=size.num_frames,
+        dtype=torch.float32, device=device, latents=torch.zeros(1),
+    )  # fmt: skip
+    if pipeline.config["expand_timesteps"]:
+        return {"first_frame": prepared[1][0].cpu()}
+    condition = {"image": prepared[1][0].cpu()}
+    if pipeline.image_encoder is not None:
+        condition["image_features"] = pipeline.encode_image(picture, device)[0].cpu()
+    return condition
+
+
+def takes_first_frame(config: WanTeacher, source: Source) -> bool:
+    return source.index["_class_name"] == PIPELINES[1] if config.first_frame is None else config.first_frame
+
+
+def check_pipeline(source: Source, names: Sequence[str]) -> None:
+    """A UserError where the folder holds another pipeline."""
+    if (found := source.index.get("_class_name")) not in names:
+        raise UserError(f"teacher.path: {source.path} is a {found}, not a {' or '.join(names)}")
+
+
+def _open(image: Path) -> Image.Image:
+    try:
+        return Image.open(image).convert("RGB")
+    except OSError as error:
+        raise UserError(f"{image}: cannot be read as a picture ({error})") from error
+
+
+def _aspect(picture: Image.Image) -> float:
+    return picture.width / picture.height

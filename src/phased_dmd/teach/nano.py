@@ -160,7 +160,7 @@ def encode_captions(tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderMode
 
 @dataclass(frozen=True)
 class Clips:
-    """What a step trains on: latents [n, 16, f, 4, 4], captions, the batch size, first frames [n, 20, f, 4, 4] if any."""
+    """What a step trains on: latents [n, 16, f, 4, 4], captions, batch size; first frames [n, 20, f, 4, 4] if any."""
 
     latents: Tensor
     captions: list[str]

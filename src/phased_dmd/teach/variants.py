@@ -4,15 +4,15 @@ Each folder holds only what is its own; the rest is nano's.
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from torch import Tensor
 
-from phased_dmd.models.wan import NANO
-from phased_dmd.teach.digits import clip_batch, image_batch, load_digits
+from phased_dmd.config import Size
+from phased_dmd.models.wan import NANO, first_frame_condition
+from phased_dmd.teach.digits import NUM_FRAMES, clip_batch, image_batch, load_digits
 from phased_dmd.teach.nano import (
     Budget,
     Clips,
@@ -74,32 +74,23 @@ def teach_i2v(output: Path, data: Path, seed: int, budget: Budget, say: Callable
         scheduler=build_scheduler(),  # type: ignore[arg-type]
         transformer=transformer,
     )  # fmt: skip
-    latents, first_frames, captions = [], [], []
+    latents, first_frames, captions, size = [], [], [], Size(num_frames=NUM_FRAMES)
     for _ in range(budget.num_clips // 64):
         pixels, texts, _ = clip_batch(training, 64, rng)
         with torch.no_grad():
             latents.append(nano.vae.encode(pixels, return_dict=False)[0].mode())
-            first_frames.append(first_frame_condition(pipeline, pixels[:, :, 0], pixels.shape[2]))
+            first_frames += [
+                first_frame_condition(pipeline, first, size, torch.device("cpu"))["image"] for first in pixels[:, :, 0]
+            ]
         captions += texts
-    clips = Clips(normalise(nano.vae, torch.cat(latents)), captions, 24, torch.cat(first_frames))
+    clips = Clips(normalise(nano.vae, torch.cat(latents)), captions, 24, torch.stack(first_frames))
     train_transformer(transformer, [clips], captions_table(nano), None, budget.first_frame_steps, rng, say)
     save_own_parts(pipeline, output)
     say(f"nano-i2v: written to {output}")
 
 
-def first_frame_condition(pipeline: WanImageToVideoPipeline, images: Tensor, num_frames: int) -> Tensor:
-    """The pipeline's own condition [b, 20, f, h, w] of pictures [b, 3, H, W] in [-1, 1]: a mask and the latents."""
-    noise = images.new_zeros(1)  # the pipeline also prepares latents, which are not wanted here
-    size = {"height": images.shape[2], "width": images.shape[3], "num_frames": num_frames}
-    conditions = [
-        pipeline.prepare_latents(image[None], 1, **size, dtype=torch.float32, device=images.device, latents=noise)[1]
-        for image in images
-    ]
-    return torch.cat(conditions)
-
-
 def save_own_parts(pipeline: WanPipeline | WanImageToVideoPipeline, output: Path) -> None:
-    """The pipeline's index, scheduler and transformers, in half precision; VAE, text encoder and tokenizer are nano's."""
+    """The pipeline's index, scheduler and transformers, in half precision; the rest is nano's."""
     pipeline.save_config(output)
     pipeline.scheduler.save_pretrained(output / "scheduler")
     for name in ("transformer", "transformer_2"):

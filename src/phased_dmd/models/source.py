@@ -1,0 +1,123 @@
+"""A diffusers pipeline's folder, local or on the hub: its parts one by one, so that no more is loaded than is used."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from phased_dmd.config import PipelineTeacher, Size, UserError
+
+ASSETS = Path(__file__).parents[1] / "assets"
+SHIPPED = ("nano", "nano-moe", "nano-i2v")
+SAMPLE_BYTES = 1 << 16  # of either end of a file, in its fingerprint
+
+
+class Source:
+    """Where the parts of a teacher's pipeline come from."""
+
+    def __init__(self, teacher: PipelineTeacher) -> None:
+        self.path, self.revision = teacher.path, teacher.revision
+
+    @cached_property
+    def folder(self) -> Path:
+        """The local folder; a hub id is downloaded, or found in the hub's cache."""
+        if self.path in SHIPPED:
+            return ASSETS / self.path
+        if Path(self.path).exists():
+            return Path(self.path)
+        return Path(DiffusionPipeline.download(self.path, revision=self.revision, use_safetensors=True))
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """`model_index.json`."""
+        with quiet():
+            return DiffusionPipeline.load_config(self.folder)  # type: ignore[return-value] a dictionary unless asked for more
+
+    def has(self, name: str) -> bool:
+        return self.index.get(name, (None,))[0] is not None
+
+    def part_folder(self, name: str) -> Path:
+        """The folder of a part; the variants of nano share most of theirs with nano."""
+        own = self.folder / name
+        return own if own.exists() or self.path not in SHIPPED else ASSETS / "nano" / name
+
+    def load(self, kind: type, name: str, **options: Any) -> Any:
+        """One part by its class; weights only from safetensors."""
+        if issubclass(kind, nn.Module):
+            options["use_safetensors"] = True
+        with quiet():
+            part = kind.from_pretrained(self.part_folder(name), **options)  # type: ignore[attr-defined] every part has it
+        return part.eval().requires_grad_(False) if isinstance(part, nn.Module) else part
+
+    def config(self, kind: Any, name: str) -> dict[str, Any]:
+        """A part's configuration alone."""
+        return dict(kind.load_config(self.part_folder(name)))
+
+    def fingerprint(self, parts: Sequence[str], *more: object) -> str:
+        """A hash of the parts' files, by name, size and both ends, and of more."""
+        digest = hashlib.blake2b(repr(more).encode(), digest_size=16)
+        for part in parts:
+            for path in sorted(self.part_folder(part).glob("*")):
+                with path.open("rb") as file:
+                    size = path.stat().st_size
+                    digest.update(f"{part}/{path.name} {size}".encode() + file.read(SAMPLE_BYTES))
+                    file.seek(max(0, size - SAMPLE_BYTES))
+                    digest.update(file.read(SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' progress bars and notices."""
+    before = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.set_verbosity(before[0])
+        transformers.utils.logging.set_verbosity(before[1])
+
+
+def dtype_of(teacher: PipelineTeacher) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[teacher.dtype]
+
+
+def check_sizes(sizes: Sequence[Size], spatial: tuple[int, int], temporal: int) -> None:
+    """A UserError, with the nearest size that is valid, where one does not fit the strides in pixels and frames."""
+    for i, size in enumerate(sizes):
+        frames = 1 + temporal * round((size.num_frames - 1) / temporal)
+        height, width = (
+            stride * max(1, round(length / stride))
+            for length, stride in zip((size.height, size.width), spatial, strict=True)
+        )
+        if (frames, height, width) != (size.num_frames, size.height, size.width):
+            raise UserError(
+                f"teacher.sizes.{i}: {size} does not fit the strides {temporal}, {spatial[0]}, {spatial[1]} of frames, "
+                f"height and width; nearest is {frames}x{height}x{width}"
+            )
+
+
+def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
+    """A UserError where a LoRA target ends the name of no module."""
+    names = [name for name, _ in network.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise UserError(f"teacher.lora_targets: {target} ends the name of no module of the transformer")
+
+
+def guidance_of(teacher: PipelineTeacher, networks: int) -> tuple[float, ...]:
+    """One guidance a network."""
+    if len(teacher.guidance) not in (1, networks):
+        raise UserError(f"teacher.guidance: {len(teacher.guidance)} values for {networks} network(s)")
+    return teacher.guidance * (networks // len(teacher.guidance))
