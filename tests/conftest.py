@@ -5,13 +5,16 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's spinning threads are up to 500 times slower on a shared machine
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from phased_dmd.config import Config
 from phased_dmd.diffusion import FlowSchedule
+from phased_dmd.models.analytic import PlainCodec
+from phased_dmd.sample import Sampler, build_system, load_teacher
 
 torch.set_num_threads(1)
 
@@ -23,27 +26,36 @@ class TinyWan:
 
     schedule, prediction = FlowSchedule(), "flow"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
-    sample_shape = (16, 1, 4, 4)
+    sample_shapes = ((16, 1, 4, 4),)
 
     def __init__(self, networks: int = 1, switches: tuple[float, ...] = (), guidance: float = 1.0) -> None:
         self.networks = [wan_transformer(seed) for seed in range(networks)]
-        self.students, self.switches, self.guidance = self.networks, switches, guidance
+        self.students, self.switches, self.guidance = self.networks, switches, (guidance,) * networks
 
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         return network(x, t * 1000, condition["text"], return_dict=False)[0]
 
-    def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
-        return unconditional + self.guidance * (conditional - unconditional)
+    def guide(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+        return unconditional + guidance * (conditional - unconditional)
+
+    def batch(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {"text": torch.stack([row["text"] for row in rows])}
 
 
-class TinyCodec:
+class TinyCodec(PlainCodec):
     """`Codec` whose text embedding is noise seeded by the prompt's length; latents are decoded to grey values."""
 
-    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        return {"text": torch.stack([draw(5, TEXT_DIM, seed=len(prompt)) for prompt in prompts])}
+    def encode_text(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        return [{"text": draw(5, TEXT_DIM, seed=len(prompt))} for prompt in prompts]
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents[:, :3].permute(0, 2, 3, 4, 1).sigmoid()
+
+
+def teacher_alone(config: Config) -> Sampler:
+    """The sampler of a config's teacher, without experts."""
+    model, codec = load_teacher(config)
+    return Sampler(build_system(config, model, codec.encode_text([config.teacher.negative_prompt])[0]), codec)
 
 
 def wan_transformer(seed: int) -> nn.Module:

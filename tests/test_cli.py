@@ -70,7 +70,7 @@ def test_the_public_names_are_callable_whatever_was_imported_before() -> None:
         (["toy-1d", "--steps", "4", "--phases", "3"], "plan.phases: 4 steps cannot be split into 3 equal phases"),
         (["toy-1d", "--set", "batch_size=0"], "batch_size: "),
         (["toy-1d", "--set", "seed"], "--set: 'seed' is not of the form field=value"),
-        (["nano-t2i", "--prompts", "missing.txt"], "prompts: missing.txt is neither a readable text file nor"),
+        (["nano-t2i", "--prompts", "missing.txt"], "prompts: missing.txt is neither a readable prompt file nor"),
         (["missing.yaml"], "missing.yaml: cannot be read"),
     ],
 )

@@ -40,7 +40,7 @@ from phased_dmd.diffusion import (
 )
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.phases import renoise_range
-from phased_dmd.sample import build_system
+from phased_dmd.sample import build_system, load_teacher
 
 schedules = pytest.mark.parametrize("name", SCHEDULES)
 predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -367,14 +367,15 @@ def test_a_system_refuses_eps_prediction_from_pure_noise(schedule):
     """A config knows no schedule's numbers: it is the system that refuses, and allows what can be inverted."""
     config = build(analytic(schedule, "eps", plan={"start": 1.0}))
     with pytest.raises(UserError, match=r"^plan\.start: eps prediction cannot start at t = 1, where alpha is \d.\de"):
-        build_system(config)
+        load_teacher(config)
     for allowed, start in (
         (analytic(schedule, "eps", plan={"start": 0.98}), 0.98),
         (analytic("vp-linear", "eps"), 1.0),
         (analytic("ve", "eps"), 1.0),
         (analytic(schedule, "flow"), 1.0),
     ):
-        system, _ = build_system(build(allowed))
+        config = build(allowed)
+        system = build_system(config, load_teacher(config)[0], {})
         assert system.plan.times[0] == start and system.model.prediction == allowed["teacher"]["prediction"]
 
 

@@ -24,7 +24,7 @@ from phased_dmd.optim import MomentumFreeAdamW, check_finite
 LORA = Lora(rank=3, alpha=6)
 ONE, TWO = expert_role(1), expert_role(2)
 T = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64)
-X, PROBE = (draw(3, *TinyWan.sample_shape, seed=seed, dtype=torch.float64) for seed in (1, 2))
+X, PROBE = (draw(3, *TinyWan.sample_shapes[0], seed=seed, dtype=torch.float64) for seed in (1, 2))
 CONDITION = {"text": draw(3, 5, TEXT_DIM, seed=3, dtype=torch.float64)}
 OFF_ON = pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 FAKES = pytest.mark.parametrize("fake_lora", [None, LORA], ids=["full fake", "lora fake"])

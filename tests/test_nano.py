@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import teacher_alone
 from diffusers import WanPipeline
 from PIL import Image
 from safetensors import safe_open
@@ -19,7 +20,7 @@ from phased_dmd.models.wan import NANO
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import resolve
 from phased_dmd.report import write_report
-from phased_dmd.sample import Sampler, build_system, load
+from phased_dmd.sample import Sampler, load
 from phased_dmd.teach.digits import all_captions
 from phased_dmd.teach.nano import Budget, teach_nano
 from phased_dmd.train import distill
@@ -37,7 +38,7 @@ def stock() -> WanPipeline:
 
 @pytest.fixture(scope="module")
 def sampler() -> Sampler:
-    return Sampler(*build_system(resolve("nano-t2i", {})))
+    return teacher_alone(resolve("nano-t2i", {}))
 
 
 def test_our_teacher_is_the_stock_pipelines(stock: WanPipeline, sampler: Sampler) -> None:
@@ -45,7 +46,7 @@ def test_our_teacher_is_the_stock_pipelines(stock: WanPipeline, sampler: Sampler
     noise = normal((16, 1, 4, 4), range(2), "sample")
     theirs = stock(
         PROMPTS, height=32, width=32, num_frames=1, num_inference_steps=20, max_sequence_length=16,
-        guidance_scale=sampler.system.model.guidance, latents=noise, output_type="latent",
+        guidance_scale=sampler.system.model.guidance[0], latents=noise, output_type="latent",
     ).frames  # fmt: skip
     ours = sampler(PROMPTS, range(2), teacher_steps=20)
     assert (ours - theirs).abs().mean() < 0.01 * ours.std()
@@ -54,7 +55,9 @@ def test_our_teacher_is_the_stock_pipelines(stock: WanPipeline, sampler: Sampler
 def test_conditions_and_pixels_are_the_stock_pipelines(stock: WanPipeline, sampler: Sampler) -> None:
     with torch.no_grad():
         theirs, _ = stock.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=16)
-    assert torch.equal(sampler.codec.encode(PROMPTS)["text"], theirs)
+    rows = sampler.codec.encode_text(PROMPTS)
+    assert [len(row["text"]) for row in rows] == [4, 4], "three words and the end, nothing of the padding"
+    assert torch.equal(sampler.system.model.batch(rows)["text"], theirs)
     latents = normal((16, 3, 4, 4), range(2), "latents")
     config = stock.vae.config
     raw = latents * torch.tensor(config.latents_std).reshape(1, 16, 1, 1, 1) + torch.tensor(
@@ -75,7 +78,7 @@ def test_the_teacher_writes_the_digit_it_is_asked_for(sampler: Sampler) -> None:
 @pytest.mark.parametrize("name", ["nano-t2i", "nano-t2v"])
 def test_the_shipped_prompts_are_captions_the_teacher_knows(name: str) -> None:
     prompts = read_prompts(name)
-    assert set(prompts) <= set(all_captions())
+    assert {prompt.text for prompt in prompts} <= set(all_captions())
     assert len(set(prompts)) < len(prompts), "the weak prompt is drawn more often than a specific one"
 
 
@@ -93,7 +96,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_teacher_is_untouched_bit_for_bit_after_a_run(run: Path, sampler: Sampler) -> None:
     """With both phases' adapters injected and off, the transformer computes what a freshly loaded one does."""
     distilled = load(run)
-    fresh = Sampler(*build_system(distilled.system.config))
+    fresh = teacher_alone(distilled.system.config)
     ours, theirs = (s(PROMPTS, range(2), teacher_steps=3) for s in (distilled, fresh))
     assert torch.equal(ours, theirs)
     assert not torch.equal(distilled(PROMPTS, range(2)), fresh(PROMPTS, range(2), teacher_steps=4))
@@ -137,6 +140,6 @@ def test_the_teacher_can_be_taught_again(tmp_path: Path) -> None:
     budget = Budget(vae_steps=2, num_images=256, num_clips=64, transformer_steps=3)
     teach_nano(tmp_path, DATA, 0, budget, lambda _: None)
     config = resolve("nano-t2v", {"teacher.path": str(tmp_path)})
-    pixels = Sampler(*build_system(config))
+    pixels = teacher_alone(config)
     clips = pixels.decode(pixels(["a handwritten digit"], [0], teacher_steps=2))
     assert torch.isfinite(clips).all() and clips.std() > 0

@@ -7,11 +7,12 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import TinyCodec, TinyWan, draw
+from conftest import TinyCodec, TinyWan, draw, teacher_alone
 from torch import Tensor
 
 from phased_dmd import sample, train
@@ -47,10 +48,9 @@ def systems(monkeypatch: pytest.MonkeyPatch) -> list[System]:
     built = []
     original = train.build_system
 
-    def build(config: Config) -> Any:
-        system, codec = original(config)
-        built.append(system)
-        return system, codec
+    def build(*args: Any) -> System:
+        built.append(original(*args))
+        return built[-1]
 
     monkeypatch.setattr(train, "build_system", build)
     return built
@@ -267,10 +267,10 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     run = distill(config, tmp_path / "run", quiet=True)
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()}
 
-    def unwanted(config: Config) -> None:
+    def unwanted(*_: Any) -> None:
         raise AssertionError("a finished run needs no teacher")
 
-    monkeypatch.setattr(train, "build_system", unwanted)
+    monkeypatch.setattr(train, "load_teacher", unwanted)
     assert distill(config, run, quiet=True) == run
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()} == before
 
@@ -677,12 +677,28 @@ def test_no_two_updates_share_their_noise(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_prompts_are_drawn_uniformly_by_sample() -> None:
     """Pearson's chi-squared over 8 prompts: 24.3 is exceeded once in a thousand (7 degrees). Splits agree."""
-    system: Any = None
-    table = {"text": torch.arange(8)}
-    whole = Draws(system, (0, 1, 2, 3), range(4000)).condition(table, 8)["text"]
+    system: Any = SimpleNamespace(
+        model=SimpleNamespace(batch=lambda rows: {"text": torch.tensor([row["text"] for row in rows])})
+    )
+    table: Any = SimpleNamespace(eligible=lambda bucket: range(8), row=lambda index, bucket: {"text": index})
+
+    def drawn(key: tuple[int, ...], samples: range) -> Tensor:
+        return Draws(system, key, samples, [1.0]).condition(table)["text"]
+
+    whole = drawn((0, 1, 2, 3), range(4000))
     assert ((torch.bincount(whole, minlength=8) - 500.0) ** 2 / 500).sum() < 24.3
-    assert torch.equal(Draws(system, (0, 1, 2, 3), range(100, 200)).condition(table, 8)["text"], whole[100:200])
-    assert not torch.equal(Draws(system, (0, 1, 3, 3), range(4000)).condition(table, 8)["text"], whole)
+    assert torch.equal(drawn((0, 1, 2, 3), range(100, 200)), whole[100:200])
+    assert not torch.equal(drawn((0, 1, 3, 3), range(4000)), whole)
+
+
+def test_buckets_are_drawn_by_weight_one_a_batch() -> None:
+    """Weights 1, 0, 3: shares 1/4, 0, 3/4 of 4000 batches, within four standard deviations, whatever the samples."""
+    system: Any = None
+    keys = [(0, 1, iteration, 2) for iteration in range(4000)]
+    buckets = [Draws(system, key, range(2), [1.0, 0.0, 3.0]).bucket for key in keys]
+    shares = torch.tensor(buckets).bincount(minlength=3) / 4000
+    assert shares[1] == 0 and abs(shares[0].item() - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
+    assert buckets == [Draws(system, key, range(9, 11), [1.0, 0.0, 3.0]).bucket for key in keys]
 
 
 # ---------------------------------------------------------------- LoRA experts on Wan
@@ -757,7 +773,7 @@ def test_lora_phases_leave_teacher_and_earlier_expert_alone(
         assert all(not t.any() for state in fakes for name, t in state.items() if "lora_B" in name)
         assert not same(*fakes)
 
-    x, text = draw(2, *model.sample_shape, seed=1), draw(2, 5, 32, seed=2)
+    x, text = draw(2, *model.sample_shapes[0], seed=1), draw(2, 5, 32, seed=2)
     t = torch.tensor([0.3, 0.9])
     out = roles.predict(TEACHER, 0, x, t, {"text": text})
     assert torch.equal(out, untouched(x, t * 1000, text, return_dict=False)[0])
@@ -822,9 +838,10 @@ def test_two_networks_share_the_steps(
 def test_the_teacher_is_guided_and_routed_sample_by_sample(wan: Callable) -> None:
     """uncond + 2 (cond - uncond), on the network whose range holds the sample's t, against single calls."""
     config, model = wan(2, (0.9,))
-    system, codec = sample.build_system(config)
-    x, t = draw(4, *model.sample_shape, seed=1), torch.tensor([0.95, 0.2, 0.9, 0.899], dtype=torch.float64)
-    condition, empty = codec.encode(["one", "seven", "digit", "a one"]), codec.encode([""])
+    sampler = teacher_alone(config)
+    system, codec = sampler.system, sampler.codec
+    x, t = draw(4, *model.sample_shapes[0], seed=1), torch.tensor([0.95, 0.2, 0.9, 0.899], dtype=torch.float64)
+    condition, empty = (model.batch(codec.encode_text(texts)) for texts in (["one", "seven", "digit", "a one"], [""]))
     found = system.teacher(x, t, condition)
     for i, network in enumerate([0, 1, 0, 1]):
         one = slice(i, i + 1)

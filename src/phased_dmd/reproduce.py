@@ -27,6 +27,8 @@ STUDIES: dict[str, tuple[Method, ...]] = {
     "toy-2d": ("dmd-sgts", "phased-sgts", "phased"),
     "nano-t2i": ("dmd-sgts", "phased"),
     "nano-t2v": ("phased",),
+    "nano-moe": ("dmd-sgts", "phased-sgts"),
+    "nano-i2v": ("phased",),
 }
 MIDDLE = 0.5  # the subinterval of Fig. 2 is (.5, 1)
 

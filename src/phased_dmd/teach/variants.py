@@ -3,6 +3,8 @@
 Each folder holds only what is its own; the rest is nano's.
 """
 
+import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +13,10 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from torch import Tensor
 
 from phased_dmd.config import Size
+from phased_dmd.media import save_image, to_images
+from phased_dmd.metrics.digits import DIRECTIONS, SPEEDS, WORDS
 from phased_dmd.models.wan import NANO, first_frame_condition
-from phased_dmd.teach.digits import NUM_FRAMES, clip_batch, image_batch, load_digits
+from phased_dmd.teach.digits import NUM_FRAMES, PATH_JITTER, Digits, clip_batch, image_batch, load_digits, place
 from phased_dmd.teach.nano import (
     Budget,
     Clips,
@@ -64,10 +68,13 @@ def teach_moe(output: Path, data: Path, seed: int, budget: Budget, say: Callable
 
 
 def teach_i2v(output: Path, data: Path, seed: int, budget: Budget, say: Callable[[str], None]) -> None:
-    """`phased-dmd teach nano-i2v`: a transformer that is told a clip's first frame as Wan2.2's image-to-video is."""
+    """`phased-dmd teach nano-i2v`: a transformer that is told a clip's first frame as Wan2.2's image-to-video is.
+
+    Beside it, in prompts/, two sets with first frames: of the digits it was taught, and of held-out ones.
+    """
     torch.manual_seed(seed + 3)
     rng = torch.Generator().manual_seed(seed + 3)
-    nano, (training, _) = WanPipeline.from_pretrained(NANO, dtype=torch.float32), load_digits(data)
+    nano, (training, held_out) = WanPipeline.from_pretrained(NANO, dtype=torch.float32), load_digits(data)
     transformer = build_transformer(in_channels=36)
     pipeline = WanImageToVideoPipeline(
         tokenizer=nano.tokenizer, text_encoder=nano.text_encoder, vae=nano.vae,
@@ -86,7 +93,24 @@ def teach_i2v(output: Path, data: Path, seed: int, budget: Budget, say: Callable
     clips = Clips(normalise(nano.vae, torch.cat(latents)), captions, 24, torch.stack(first_frames))
     train_transformer(transformer, [clips], captions_table(nano), None, budget.first_frame_steps, rng, say)
     save_own_parts(pipeline, output)
+    write_first_frames(training, output / "prompts", "nano-i2v", rng)
+    write_first_frames(held_out, output / "prompts", "nano-i2v-held-out", rng)
     say(f"nano-i2v: written to {output}")
+
+
+def write_first_frames(digits: Digits, folder: Path, name: str, rng: torch.Generator) -> None:
+    """A prompt set of every digit, direction and speed, twice, with first frames of the digits given."""
+    lines = []
+    for i, (direction, speed, label) in enumerate(2 * list(itertools.product(DIRECTIONS, SPEEDS, range(10)))):
+        members = (digits.labels == label).nonzero().squeeze(1)
+        index = members[torch.randint(len(members), (1,), generator=rng)]
+        velocity = torch.tensor(DIRECTIONS[direction]) * SPEEDS[speed]
+        shift = PATH_JITTER * torch.randn(1, 1, 2, generator=rng) - velocity * (NUM_FRAMES - 1) / 2
+        picture = place(digits.pixels[index], shift)[0, :, 0].permute(1, 2, 0) / 2 + 0.5
+        save_image(to_images(picture[None])[0].convert("L"), folder / name / f"{i:03d}.png")
+        prompt = f"a handwritten {WORDS[label]} moving {direction} {speed}"
+        lines.append(json.dumps({"prompt": prompt, "image": f"{name}/{i:03d}.png"}) + "\n")
+    (folder / f"{name}.jsonl").write_text("".join(lines))
 
 
 def save_own_parts(pipeline: WanPipeline | WanImageToVideoPipeline, output: Path) -> None:
