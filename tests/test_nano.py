@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import teacher_alone
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from phased_dmd.cli import main
 from phased_dmd.engine import normal
 from phased_dmd.evaluate import evaluate
-from phased_dmd.metrics.digits import load_classifier, read
+from phased_dmd.metrics.digits import WORDS, load_classifier, read
 from phased_dmd.models.wan import NANO
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import resolve
@@ -23,6 +24,7 @@ from phased_dmd.report import write_report
 from phased_dmd.sample import Sampler, load
 from phased_dmd.teach.digits import all_captions
 from phased_dmd.teach.nano import Budget, teach_nano
+from phased_dmd.teach.variants import teach_i2v, teach_moe
 from phased_dmd.train import distill
 
 DATA = Path(__file__).parents[1] / "data" / "mnist_5k.csv.gz"
@@ -143,3 +145,49 @@ def test_the_teacher_can_be_taught_again(tmp_path: Path) -> None:
     pixels = teacher_alone(config)
     clips = pixels.decode(pixels(["a handwritten digit"], [0], teacher_steps=2))
     assert torch.isfinite(clips).all() and clips.std() > 0
+
+
+@pytest.mark.parametrize("name", ["nano-moe", "nano-i2v"])
+def test_the_variants_can_be_taught_again(name: str, tmp_path: Path) -> None:
+    """A complete folder, whose teacher samples; of nano-moe each network is trained for itself."""
+    budget = Budget(num_images=256, num_clips=64, switch_steps=(2, 2), first_frame_steps=2)
+    {"nano-moe": teach_moe, "nano-i2v": teach_i2v}[name](tmp_path, DATA, 0, budget, lambda _: None)
+    config = resolve(name, {"teacher.path": str(tmp_path)})
+    sampler = teacher_alone(config)
+    prompt = read_prompts(str(tmp_path / "prompts" / "nano-i2v.jsonl"))[0] if name == "nano-i2v" else PROMPTS[0]
+    pixels = sampler.decode(sampler([prompt], [0], teacher_steps=2))
+    assert torch.isfinite(pixels).all() and pixels.std() > 0
+    networks = sampler.system.model.networks
+    assert len(networks) == len(sampler.system.model.switches) + 1
+    if name == "nano-moe":
+        first, second = (next(network.parameters()) for network in networks)
+        assert not torch.equal(first, second)
+
+
+def test_each_network_of_nano_moe_knows_its_own_side_of_the_switch() -> None:
+    """Flow matching on the teacher's own pictures: on either side the network in charge predicts better."""
+    sampler = teacher_alone(resolve("nano-moe", {}))
+    model = sampler.system.model
+    prompts = [f"a handwritten {word}" for word in WORDS] * 6
+    x_0 = sampler(prompts, range(60), teacher_steps=10)
+    condition = model.batch(sampler.codec.encode_text(prompts))
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1))
+    for t, own in ((0.98, 0), (0.9, 0), (0.85, 1), (0.5, 1)):
+        x_t, times = (1 - t) * x_0 + t * eps, torch.full((60,), t, dtype=torch.float64)
+        with torch.no_grad():
+            errors = [(model.predict(n, x_t, times, condition) - (eps - x_0)).square().mean() for n in model.networks]
+        assert sampler.system.plan.network(t) == own and errors[own] < errors[1 - own], (t, errors)
+
+
+def test_nano_i2v_moves_the_first_frame_it_is_given() -> None:
+    """Held-out digits: a clip begins with its first frame, and shows the digit in it to the end."""
+    sampler = teacher_alone(resolve("nano-i2v", {}))
+    prompts = read_prompts("nano-i2v-held-out")[:40]
+    clips = sampler.decode(sampler(prompts, range(40), teacher_steps=10))
+    given = torch.stack([torch.tensor(np.asarray(Image.open(p.image).convert("RGB"))) / 255 for p in prompts])
+    error = (clips[:, 0] - given).square().mean((1, 2, 3))
+    others = (clips[:, 0] - given.roll(1, 0)).square().mean((1, 2, 3))
+    assert (error < others / 4).float().mean() > 0.9
+    labels = torch.tensor([next(i for i, word in enumerate(WORDS) if word in p.text.split()) for p in prompts])
+    last = read(load_classifier()[0], clips[:, -1:])[1].argmax(1)
+    assert (last == labels).float().mean() > 0.85

@@ -1,6 +1,6 @@
 """`phased-dmd teach nano-moe` and `teach nano-i2v`: new transformers around nano's VAE and text encoder.
 
-Each folder holds only what is its own; the rest is nano's.
+Of each folder the package ships only what is its own: the transformers, the scheduler and the index.
 """
 
 import itertools
@@ -63,7 +63,7 @@ def teach_moe(output: Path, data: Path, seed: int, budget: Budget, say: Callable
         scheduler=build_scheduler(),  # type: ignore[arg-type] any scheduler with flow sigmas
         transformer=networks[0], transformer_2=networks[1], boundary_ratio=SWITCH,
     )  # fmt: skip
-    save_own_parts(pipeline, output)
+    pipeline.to(dtype=torch.float16).save_pretrained(output)
     say(f"nano-moe: written to {output}")
 
 
@@ -92,7 +92,7 @@ def teach_i2v(output: Path, data: Path, seed: int, budget: Budget, say: Callable
         captions += texts
     clips = Clips(normalise(nano.vae, torch.cat(latents)), captions, 24, torch.stack(first_frames))
     train_transformer(transformer, [clips], captions_table(nano), None, budget.first_frame_steps, rng, say)
-    save_own_parts(pipeline, output)
+    pipeline.to(dtype=torch.float16).save_pretrained(output)
     write_first_frames(training, output / "prompts", "nano-i2v", rng)
     write_first_frames(held_out, output / "prompts", "nano-i2v-held-out", rng)
     say(f"nano-i2v: written to {output}")
@@ -111,12 +111,3 @@ def write_first_frames(digits: Digits, folder: Path, name: str, rng: torch.Gener
         prompt = f"a handwritten {WORDS[label]} moving {direction} {speed}"
         lines.append(json.dumps({"prompt": prompt, "image": f"{name}/{i:03d}.png"}) + "\n")
     (folder / f"{name}.jsonl").write_text("".join(lines))
-
-
-def save_own_parts(pipeline: WanPipeline | WanImageToVideoPipeline, output: Path) -> None:
-    """The pipeline's index, scheduler and transformers, in half precision; the rest is nano's."""
-    pipeline.save_config(output)
-    pipeline.scheduler.save_pretrained(output / "scheduler")
-    for name in ("transformer", "transformer_2"):
-        if (network := getattr(pipeline, name)) is not None:
-            network.to(torch.float16).save_pretrained(output / name)
