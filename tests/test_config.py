@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from phased_dmd import prompts
 from phased_dmd.config import Config, UserError, apply_overrides, build, read_file, with_method
-from phased_dmd.prompts import read_prompts
+from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.recipes import RECIPES, resolve
 
 
@@ -112,7 +112,7 @@ REFUSED = [
     ("toy-1d", {"generator.optimiser.lr": -1.0}, "generator.optimiser.lr: Input should be greater than 0"),
     ("toy-1d", {"generator.ema": 1.0}, "generator.ema: Input should be less than 1"),
     ("toy-1d", {"iterations": 2.5}, "iterations: Input should be a valid integer"),
-    ("nano-t2i", {"teacher.guidance": 0.5}, "teacher.guidance: Input should be greater than or equal to 1"),
+    ("nano-t2i", {"teacher.guidance": 0.5}, "teacher.guidance.0: Input should be greater than or equal to 1"),
 ]
 
 
@@ -172,6 +172,57 @@ def test_intervals_of_four_phases() -> None:
         low, high = ends[phase - 1], begins[phase - 1]
         assert nested.interval(nested.phase_plan(), phase) == pytest.approx((low, 1.0), abs=1e-12)
         assert disjoint.interval(disjoint.phase_plan(), phase) == pytest.approx((low, high), abs=1e-12)
+
+
+SWITCHED = [  # phases, interval, own t_range, clamp -> of each phase the t_range and the interval that holds all t
+    (2, "nested", None, True, [(0.875, 1.0), None], [(0.875, 1.0), (0.02, 1.0)]),
+    (2, "nested", None, False, [(0.875, 1.0), None], [(0.875, 1.0), (0.02, 1.0)]),
+    (1, "nested", None, True, [None], [(0.02, 1.0)]),
+    (4, "nested", None, True, [(0.875, 1.0)] * 2 + [None] * 2, [(15 / 16, 1), (0.875, 1), (5 / 8, 1), (0.02, 1)]),
+    (2, "nested", [0.02, 0.98], False, [(0.875, 0.98), (0.02, 0.98)], [(0.875, 0.98), (0.02, 0.98)]),
+    (2, "nested", [0.9, 0.98], False, [(0.9, 0.98), (0.9, 0.98)], [(0.9, 0.98), (0.9, 0.98)]),
+    (2, "disjoint", None, False, [(0.875, 1.0), None], [(0.875, 1.0), (0.02, 5 / 6)]),
+]
+
+
+@pytest.mark.parametrize(("phases", "interval", "t_range", "clamp", "bounds", "support"), SWITCHED)
+def test_a_switch_bounds_the_phases_above_it(
+    phases: int, interval: str, t_range: Any, clamp: bool, bounds: list[Any], support: list[Any]
+) -> None:
+    """Shift 5, grid 1, 15/16, 5/6, 5/8; the switch .875 lies above the end of the second step."""
+    renoise = {"interval": interval, "t_range": t_range, "clamp": clamp, "above_switch": True}
+    shape = {"plan.shift": 5.0, "plan.phases": phases, "plan.gradient": "last"}
+    config = resolve("toy-2d", {**shape, **{f"renoise.{key}": value for key, value in renoise.items()}})
+    plan = config.phase_plan((0.875,))
+    assert [config.t_range(plan, phase) for phase in range(1, phases + 1)] == bounds
+    assert [config.support(plan, phase) for phase in range(1, phases + 1)] == [pytest.approx(s) for s in support]
+    alone = config.phase_plan()  # without a switch the field does nothing
+    assert {config.t_range(alone, phase) for phase in range(1, phases + 1)} == {t_range and tuple(t_range)}
+
+
+def test_without_the_field_a_switch_bounds_nothing() -> None:
+    config = resolve("toy-2d", {"plan.shift": 5.0, "plan.phases": 2})
+    plan = config.phase_plan((0.875,))
+    assert config.t_range(plan, 1) is None and config.support(plan, 1) == (plan.end(1), 1.0)
+    fixed = resolve("toy-2d", {"plan.shift": 5.0, "plan.phases": 2, "renoise.fixed": 0.9})
+    assert [fixed.support(plan, phase) for phase in (1, 2)] == [(0.9, 0.9)] * 2
+
+
+def test_a_switch_that_leaves_no_times_is_refused_with_the_teacher() -> None:
+    """Disjoint phases at shift 7: the third begins at the switch itself, .875, and may not go below it."""
+    four = {"plan.shift": 7.0, "plan.phases": 4, "renoise.interval": "disjoint", "renoise.above_switch": True}
+    config = resolve("toy-2d", four)
+    with pytest.raises(ValueError, match=r"renoise.t_range: \(0.875, 1.0\) leaves nothing of \(0.7, 0.875\)"):
+        config.phase_plan((0.875,))
+    below = resolve("toy-2d", {"plan.shift": 5.0, "renoise.t_range": [0.02, 0.87], "plan.steps": 2, "plan.phases": 2})
+    bounded = below.model_copy(update={"renoise": below.renoise.model_copy(update={"above_switch": True})})
+    with pytest.raises(ValueError, match=r"renoise.t_range: \(0.875, 0.87\) is no interval"):
+        bounded.phase_plan((0.875,))
+
+
+def test_a_clamp_needs_a_bound() -> None:
+    with pytest.raises(UserError, match=r"^renoise.clamp: needs a renoise.t_range or renoise.above_switch$"):
+        resolve("toy-1d", {"renoise.clamp": True})
 
 
 def test_a_config_cannot_be_changed() -> None:
@@ -236,7 +287,7 @@ def test_an_unknown_recipe_is_named_with_the_nearest(name: str) -> None:
 
 
 def test_a_recipe_unlike_any_lists_all() -> None:
-    with pytest.raises(UserError, match="one of toy-1d, toy-2d, nano-t2i, nano-t2v$"):
+    with pytest.raises(UserError, match=f"one of {re.escape(', '.join(RECIPES))}$"):
         resolve("zzzzzz", {})
 
 
@@ -402,7 +453,7 @@ def test_prompts_leave_out_comments_and_blanks_and_keep_repeats(tmp_path: Path) 
     """A line that stands twice is drawn twice as often; a # inside a line is text."""
     file = tmp_path / "prompts.txt"
     file.write_text("# header\na seven\n\n   \na digit  \n#a nine\na seven\n  a one # of many\n")
-    assert read_prompts(str(file)) == ["a seven", "a digit", "a seven", "a one # of many"]
+    assert read_prompts(str(file)) == [Prompt(text) for text in ("a seven", "a digit", "a seven", "a one # of many")]
 
 
 def test_a_shipped_set_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,8 +465,8 @@ def test_a_shipped_set_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.Monk
     (here / "digits").write_text("my own seven\n")
     monkeypatch.setattr(prompts, "SHIPPED", shipped)
     monkeypatch.chdir(here)
-    assert read_prompts("digits") == ["a shipped seven"]
-    assert read_prompts("./digits") == ["my own seven"]
+    assert read_prompts("digits") == [Prompt("a shipped seven")]
+    assert read_prompts("./digits") == [Prompt("my own seven")]
 
 
 def test_missing_prompts_list_the_shipped_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,7 +478,7 @@ def test_missing_prompts_list_the_shipped_sets(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(UserError) as error:
             read_prompts(source)
         assert str(error.value) == (
-            f"prompts: {source} is neither a readable text file nor a shipped set (digits, nano-t2v)"
+            f"prompts: {source} is neither a readable prompt file nor a shipped set (digits, nano-t2v)"
         )
 
 

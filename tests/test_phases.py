@@ -104,6 +104,40 @@ def test_a_plan_that_starts_below_the_switch_uses_the_second_network_only():
     assert plan.expert(0) == Expert(1, 1)
 
 
+def test_fakes_follow_the_renoise_times_that_are_given():
+    """Phase 1 of shift 5 ends at .8333, under the switch at .875: bounded by the switch, it needs one fake."""
+    plan = PhasePlan.even(steps=4, phases=2, shift=5.0, switches=(0.875, 0.5))
+    assert plan.fakes(1) == (0, 1)
+    assert plan.fakes(1, (0.875, 1.0)) == (0,)
+    assert plan.fakes(1, (math.nextafter(0.875, 0) - 1e-9, 1.0)) == (0, 1)
+    assert plan.fakes(2, (0.02, 0.8333)) == (1, 2)  # disjoint
+    for t, network in ((0.9, 0), (0.875, 0), (math.nextafter(0.875, 0), 1), (0.5, 1), (0.1, 2)):
+        assert plan.fakes(2, (t, t)) == (network,)  # one t for all
+
+
+@pytest.mark.parametrize(
+    ("phases", "shift", "floors"),
+    [
+        pytest.param(1, 5.0, [0], id="one phase runs both networks"),
+        pytest.param(2, 5.0, [0.875, 0], id="the paper's two phases"),
+        pytest.param(4, 5.0, [0.875, 0.875, 0, 0], id="four phases, two on each network"),
+        pytest.param(4, 7.0, [0.875, 0.875, 0.875, 0], id="a step that starts at the switch is above it"),
+        pytest.param(4, 1.0, [0.875, 0, 0, 0], id="only the first step is above the switch"),
+    ],
+)
+def test_the_floor_is_the_switch_below_a_phases_last_step(phases, shift, floors):
+    plan = PhasePlan.even(steps=4, phases=phases, shift=shift, switches=(0.875,))
+    assert [plan.floor(phase) for phase in range(1, phases + 1)] == floors
+    without = PhasePlan.even(steps=4, phases=phases, shift=shift)
+    assert {without.floor(phase) for phase in range(1, phases + 1)} == {0}
+
+
+def test_the_floor_among_three_networks():
+    """Shift 5: 1 | .9375 | .8333 | .625, switches .95 and .7: the networks 0, 1, 1, 2."""
+    plan = PhasePlan.even(steps=4, phases=4, shift=5.0, switches=(0.95, 0.7))
+    assert [plan.floor(phase) for phase in (1, 2, 3, 4)] == [0.95, 0.7, 0.7, 0]
+
+
 def test_switch_and_boundary_are_two_things():
     """Moving the teacher's switch moves no boundary, and the other way round."""
     without, switched = PhasePlan.even(4, 2), PhasePlan.even(4, 2, switches=(0.875,))

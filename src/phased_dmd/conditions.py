@@ -20,61 +20,65 @@ CHUNK = 64  # prompts a file, and a call of the encoder
 class Conditions:
     """The conditions of prompts, and of the negative prompt, in a folder.
 
-    A file already there is used if its header's hash, of the encoder and of its prompts and pictures, is right; and
-    every tensor read is checked by a hash of its own.
+    A file's name holds the hash of all that its tensors were made from, the encoder, prompts and pictures: one that is
+    there is right, and runs that share the folder do not overwrite each other's. Every tensor read is checked by a hash
+    of its own.
     """
 
     def __init__(self, codec: Codec, prompts: Sequence[Prompt], negative: str, folder: Path) -> None:
         """Encodes what is not in the folder yet, and frees the encoder."""
-        self.folder, self.prompts = folder, prompts
-        self._files: dict[str, tuple[safe_open, dict[str, str]]] = {}
+        self.folder, self.num_prompts = folder, len(prompts)
         self.buckets = fitting(codec, prompts)
-        for start in range(0, len(prompts), CHUNK):
-            self._encode(codec, start, prompts[start : start + CHUNK], f"{start // CHUNK:05d}")
-        self._encode(codec, 0, [Prompt(negative)], "negative")
+        if not codec.takes_images:
+            prompts = [Prompt(prompt.text) for prompt in prompts]
+        self._files: dict[Path, tuple[safe_open, dict[str, str]]] = {}
+        self._chunks = [
+            self._encode(codec, f"{start // CHUNK:05d}", start, prompts[start : start + CHUNK])
+            for start in range(0, len(prompts), CHUNK)
+        ]
+        negative_file = self._encode(codec, "negative", 0, [Prompt(negative)])
         codec.free()
-        self.negative = self._read("negative", "0.")
+        self.negative = self._read(negative_file, "0.")
 
     def eligible(self, bucket: int) -> Sequence[int]:
         """The prompts that can be drawn in a bucket: all, or those whose first frame fits it."""
-        return (
-            [i for i, fits in enumerate(self.buckets) if bucket in fits] if self.buckets else range(len(self.prompts))
-        )
+        return [i for i, fits in enumerate(self.buckets) if bucket in fits] if self.buckets else range(self.num_prompts)
 
     def row(self, index: int, bucket: int) -> Condition:
         """One prompt's condition."""
-        chunk = f"{index // CHUNK:05d}"
-        image = self._read(chunk, f"{index}.{bucket}.") if self.buckets else {}
-        return self._read(chunk, f"{index}.") | image
+        file = self._chunks[index // CHUNK]
+        image = self._read(file, f"{index}.{bucket}.") if self.buckets else {}
+        return self._read(file, f"{index}.") | image
 
-    def _encode(self, codec: Codec, start: int, prompts: Sequence[Prompt], name: str) -> None:
-        path = self.folder / f"{name}.safetensors"
-        images = [prompt.image.read_bytes() if prompt.image else b"" for prompt in prompts]
+    def _encode(self, codec: Codec, name: str, first: int, prompts: Sequence[Prompt]) -> Path:
+        """The file of some of the prompts, the first of them number `first`; written if it is not there."""
+        images = [hashlib.blake2b(prompt.image.read_bytes() if prompt.image else b"").hexdigest() for prompt in prompts]
         key = hashlib.blake2b(codec.fingerprint.encode(), digest_size=16)
-        for part in ([prompt.text for prompt in prompts], [hashlib.blake2b(image).hexdigest() for image in images]):
-            key.update(repr(part).encode())
-        if path.exists() and _key(path) == key.hexdigest():
-            return
+        key.update(repr(([prompt.text for prompt in prompts], images)).encode())
+        path = self.folder / f"{name}-{key.hexdigest()}.safetensors"
+        if _is_whole(path):
+            return path
         tensors = {}
-        for i, row in enumerate(codec.encode_text([prompt.text for prompt in prompts]), start):
+        texts = codec.encode_text([prompt.text for prompt in prompts])
+        for i, (prompt, row) in enumerate(zip(prompts, texts, strict=True), first):
             tensors |= {f"{i}.{part}": tensor for part, tensor in row.items()}
-            if name != "negative" and (image := self.prompts[i].image):
+            if prompt.image:
                 for bucket in self.buckets[i]:
-                    row = codec.encode_image(image, bucket)
+                    row = codec.encode_image(prompt.image, bucket)
                     tensors |= {f"{i}.{bucket}.{part}": tensor for part, tensor in row.items()}
-        header = {"key": key.hexdigest(), "hashes": {name: _hash(tensor) for name, tensor in tensors.items()}}
-        save_tensors(path, tensors, header)
+        save_tensors(path, tensors, {"hashes": {name: _hash(tensor) for name, tensor in tensors.items()}})
+        return path
 
-    def _read(self, chunk: str, prefix: str) -> Condition:
-        if chunk not in self._files:
-            file = safe_open(self.folder / f"{chunk}.safetensors", "pt")
-            self._files[chunk] = file, json.loads(file.metadata()[HEADER])["hashes"]
-        file, hashes = self._files[chunk]
+    def _read(self, path: Path, prefix: str) -> Condition:
+        if path not in self._files:
+            file = safe_open(path, "pt")
+            self._files[path] = file, json.loads(file.metadata()[HEADER])["hashes"]
+        file, hashes = self._files[path]
         names = [name for name in hashes if name.startswith(prefix) and name.count(".") == prefix.count(".")]
         row = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
         for name in names:
             if _hash(row[name.removeprefix(prefix)]) != hashes[name]:
-                raise UserError(f"{self.folder / chunk}.safetensors: {name} is damaged; remove the file")
+                raise UserError(f"{path}: {name} is damaged; remove the file")
         return row
 
 
@@ -87,13 +91,13 @@ def fitting(codec: Codec, prompts: Sequence[Prompt]) -> list[list[int]]:
     return [codec.fits(prompt.image) for prompt in prompts if prompt.image]
 
 
-def _key(path: Path) -> str | None:
-    """The hash in a file's header; None if the file is no good."""
+def _is_whole(path: Path) -> bool:
+    """Whether the file is there, as long as its header says, with a hash of every tensor."""
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()[HEADER])["key"]
+            return json.loads(file.metadata()[HEADER])["hashes"].keys() == set(file.keys())
     except Exception:  # safetensors raises its own, OSError, KeyError, ValueError: all mean that it is written anew
-        return None
+        return False
 
 
 def _hash(tensor: Tensor) -> str:

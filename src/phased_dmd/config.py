@@ -133,7 +133,10 @@ class Renoise(Section):
     interval: Literal["nested", "disjoint"] = Field(default="nested", description="(s_k, t_0], or up to s_{k-1} only")
     fixed: float | None = Field(default=None, gt=0, le=1, description="one t for all draws, an ablation")
     t_range: tuple[float, float] | None = None
-    clamp: bool = Field(default=False, description="t_range piles up at its bounds instead of truncating")
+    above_switch: bool = Field(
+        default=False, description="bound t also by a teacher's switch between a phase's last step and its end"
+    )
+    clamp: bool = Field(default=False, description="these bounds pile t up at themselves instead of truncating")
     t_min: float = Field(default=0.02, ge=0, lt=1, description="the least t where s = 0")
 
 
@@ -197,14 +200,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        plan = self.phase_plan()
-        for phase in range(1, plan.num_phases + 1):
-            self.interval(plan, phase)
+        self.phase_plan()
         analytic = isinstance(self.teacher, AnalyticTeacher)
         if analytic and (self.generator.weights == "lora" or self.fake.weights == "lora"):
             raise ValueError("generator.weights, fake.weights: an analytic teacher has only 'full' students")
-        if self.renoise.clamp and self.renoise.t_range is None:
-            raise ValueError("renoise.clamp: needs a renoise.t_range")
+        if self.renoise.clamp and self.renoise.t_range is None and not self.renoise.above_switch:
+            raise ValueError("renoise.clamp: needs a renoise.t_range or renoise.above_switch")
         if analytic and self.prompts is not None:
             raise ValueError("prompts: an analytic teacher takes none")
         if isinstance(self.teacher, PipelineTeacher) and self.prompts is None:
@@ -221,19 +222,39 @@ class Config(Section):
         return "phased-sgts" if self.plan.gradient == "last" else "phased-all"
 
     def phase_plan(self, switches: Sequence[float] = ()) -> PhasePlan:
-        return PhasePlan.even(self.plan.steps, self.plan.phases, self.plan.shift, self.plan.start, switches)
+        """The plan over a teacher's switches; a phase that is left without re-noise times is a ValueError."""
+        plan = PhasePlan.even(self.plan.steps, self.plan.phases, self.plan.shift, self.plan.start, switches)
+        for phase in range(1, plan.num_phases + 1):
+            self.interval(plan, phase)
+        return plan
 
     def interval(self, plan: PhasePlan, phase: int) -> tuple[float, float]:
-        """The bounds (low, high] of the re-noise time in a phase, before t_range; nothing left is a ValueError."""
+        """(low, high], where a phase's re-noise times are drawn before `t_range`; nothing left is a ValueError."""
         s = plan.end(phase)
         low = s if s > 0 else self.renoise.t_min
         high = plan.times[0] if self.renoise.interval == "nested" else plan.begin(phase)
-        renoise_range(low, high, self.renoise.t_range, self.renoise.clamp)
+        renoise_range(low, high, self.t_range(plan, phase), self.renoise.clamp)
         if self.renoise.fixed is not None and not s < self.renoise.fixed <= plan.times[0]:
             raise ValueError(
                 f"renoise.fixed: {self.renoise.fixed:g} is outside ({s:g}, {plan.times[0]:g}] of phase {phase}"
             )
         return low, high
+
+    def t_range(self, plan: PhasePlan, phase: int) -> tuple[float, float] | None:
+        """The bounds on a phase's re-noise times: `renoise.t_range`, and with above_switch `PhasePlan.floor`."""
+        floor = plan.floor(phase) if self.renoise.above_switch else 0.0
+        if floor == 0:
+            return self.renoise.t_range
+        low, high = self.renoise.t_range or (0.0, 1.0)
+        return max(low, floor), high
+
+    def support(self, plan: PhasePlan, phase: int) -> tuple[float, float]:
+        """The least interval that holds every re-noise time of a phase: `PhasePlan.fakes` needs no more."""
+        if self.renoise.fixed is not None:
+            return self.renoise.fixed, self.renoise.fixed
+        low, high = self.interval(plan, phase)
+        least, most = self.t_range(plan, phase) or (low, high)
+        return max(low, least), min(high, most)
 
 
 KINDS: dict[Any, type[Section]] = {

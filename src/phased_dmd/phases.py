@@ -129,9 +129,15 @@ class PhasePlan:
         """All that phase trains: one expert a network that serves one of its steps."""
         return tuple(sorted({self.expert(step) for step in self.steps(phase)}))
 
-    def fakes(self, phase: int) -> tuple[int, ...]:
-        """The networks whose range meets (s_k, t_0): each needs a fake in that phase."""
-        return tuple(range(self.network(self.times[0]), self.network(self.end(phase) + 1e-12) + 1))
+    def floor(self, phase: int) -> float:
+        """The least time of the network that runs the phase's last step: a switch, or 0."""
+        return (*self.switches, 0.0)[self.network(self.times[self.steps(phase)[-1]])]
+
+    def fakes(self, phase: int, renoised: tuple[float, float] | None = None) -> tuple[int, ...]:
+        """The networks whose range meets the re-noise times, (s_k, t_0) if not given: each needs a fake then."""
+        low, high = renoised or (self.end(phase), self.times[0])
+        first = self.network(high)
+        return tuple(range(first, max(first, self.network(low + 1e-12)) + 1))
 
     def path(self, phase: int, exit_step: int | None = None) -> tuple[Hop, ...]:
         """From t_0 to the phase's end (Sec. 2.3). With an exit step (SGTS), that step jumps straight to the end."""

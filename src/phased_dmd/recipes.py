@@ -14,6 +14,8 @@ from phased_dmd.config import (
     Method,
     Optimiser,
     Plan,
+    QwenImageTeacher,
+    Renoise,
     Size,
     UserError,
     WanTeacher,
@@ -70,7 +72,109 @@ def nano_t2v() -> Config:
     return image.model_copy(update=changes)
 
 
-RECIPES = {"toy-1d": toy_1d, "toy-2d": toy_2d, "nano-t2i": nano_t2i, "nano-t2v": nano_t2v}
+# Wan2.2 in the paper: while only the noisier network's steps are distilled, t is clamped to that network's range.
+ABOVE_SWITCH = Renoise(above_switch=True, clamp=True)
+
+
+def nano_moe() -> Config:
+    """A teacher of two networks like Wan2.2's, and an expert on each: as many updates in all as nano-t2i."""
+    image = nano_t2i()
+    teacher = image.teacher.model_copy(update={"path": "nano-moe"})
+    plan = Plan(steps=4, phases=2, shift=5.0, gradient="all")
+    changes = {"recipe": "nano-moe", "teacher": teacher, "plan": plan, "renoise": ABOVE_SWITCH, "iterations": 240}
+    return image.model_copy(update=changes)
+
+
+def nano_i2v() -> Config:
+    """A teacher that is told the first of nine frames, which comes with the prompt."""
+    video = nano_t2v()
+    teacher = video.teacher.model_copy(update={"path": "nano-i2v"})
+    return video.model_copy(update={"recipe": "nano-i2v", "teacher": teacher, "prompts": "nano-i2v"})
+
+
+# The paper's systems. docs/models.md says of each figure where it comes from.
+
+PICTURE = (Size(num_frames=1, height=720, width=1280),)
+CLIPS_480P = (
+    Size(num_frames=81, height=480, width=832, weight=0.4),  # the first one: previews are made at it
+    Size(num_frames=81, height=832, width=480, weight=0.4),
+)
+CLIPS = (
+    *CLIPS_480P,
+    Size(num_frames=81, height=720, width=1280, weight=0.1),
+    Size(num_frames=81, height=1280, width=720, weight=0.1),
+)
+QWEN_SHAPES = ((1328, 1328), (1664, 928), (928, 1664), (1472, 1104), (1104, 1472), (1584, 1056), (1056, 1584))
+FIRST_FRAMES = "first-frames.jsonl"  # of the user's own, in the working folder: none are shipped at these sizes
+WAN_NEGATIVE = (  # `sample_neg_prompt` of Wan's own configuration, what its program samples with unless told
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
+    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+def paper(
+    recipe: str, teacher: WanTeacher | QwenImageTeacher, shift: float, prompts: str, renoise: Renoise | None = None
+) -> Config:
+    """What the paper sets for all of its models, in four steps and two phases with SGTS."""
+    return Config(
+        recipe=recipe,
+        teacher=teacher,
+        plan=Plan(steps=4, phases=2, shift=shift, gradient="last"),
+        renoise=renoise or Renoise(),
+        generator=Generator(weights="lora", lora=Lora(rank=64, alpha=8), optimiser=Optimiser(lr=5e-5)),
+        fake=Fake(weights="full", optimiser=Optimiser(lr=4e-7), updates=5),
+        prompts=prompts, iterations=500, batch_size=64, log_every=1, checkpoint_every=50, sample_every=50,
+    )  # fmt: skip
+
+
+def wan(path: str, sizes: tuple[Size, ...]) -> WanTeacher:
+    return WanTeacher(
+        path=path, sizes=sizes, guidance=(4.0,), negative_prompt=WAN_NEGATIVE, max_tokens=512, base_steps=40,
+        dtype="bfloat16",
+    )  # fmt: skip
+
+
+def wan21_t2i() -> Config:
+    """Wan2.1 14B, one frame of 1280 x 720."""
+    return paper("wan21-t2i", wan("Wan-AI/Wan2.1-T2V-14B-Diffusers", PICTURE), 5.0, "default-t2i")
+
+
+def wan21_t2v_small() -> Config:
+    """Wan2.1 1.3B, five seconds at 480p, the size it was made for; the paper has no such model."""
+    return paper("wan21-t2v-1.3b", wan("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", CLIPS_480P), 5.0, "default-t2v")
+
+
+def wan22_t2i() -> Config:
+    """Wan2.2's two networks of 14B, one frame of 1280 x 720."""
+    return paper("wan22-t2i", wan("Wan-AI/Wan2.2-T2V-A14B-Diffusers", PICTURE), 5.0, "default-t2i", ABOVE_SWITCH)
+
+
+def wan22_t2v() -> Config:
+    """Wan2.2's two networks of 14B, five seconds at 480p and 720p."""
+    return paper("wan22-t2v", wan("Wan-AI/Wan2.2-T2V-A14B-Diffusers", CLIPS), 5.0, "default-t2v", ABOVE_SWITCH)
+
+
+def wan22_i2v() -> Config:
+    """The same from a given first frame; prompts and pictures are the user's own."""
+    return paper("wan22-i2v", wan("Wan-AI/Wan2.2-I2V-A14B-Diffusers", CLIPS), 5.0, FIRST_FRAMES, ABOVE_SWITCH)
+
+
+def qwen_image() -> Config:
+    """Qwen-Image 20B in its seven shapes."""
+    teacher = QwenImageTeacher(
+        path="Qwen/Qwen-Image", sizes=tuple(Size(height=height, width=width) for height, width in QWEN_SHAPES),
+        guidance=(4.0,), negative_prompt=" ", max_tokens=1024, base_steps=40, dtype="bfloat16",
+    )  # fmt: skip
+    return paper("qwen-image", teacher, 3.0, "default-t2i")
+
+
+RECIPES = {
+    "toy-1d": toy_1d, "toy-2d": toy_2d,
+    "nano-t2i": nano_t2i, "nano-t2v": nano_t2v, "nano-moe": nano_moe, "nano-i2v": nano_i2v,
+    "wan21-t2i": wan21_t2i, "wan21-t2v-1.3b": wan21_t2v_small,
+    "wan22-t2i": wan22_t2i, "wan22-t2v": wan22_t2v, "wan22-i2v": wan22_i2v, "qwen-image": qwen_image,
+}  # fmt: skip
 
 
 def resolve(recipe: str, overrides: Mapping[str, Any], method: Method | None = None) -> Config:
@@ -86,6 +190,11 @@ def resolve(recipe: str, overrides: Mapping[str, Any], method: Method | None = N
         raise UserError(f"recipe: unknown recipe {recipe!r}{nearest(recipe, list(RECIPES))}")
     updates = data["iterations"] * data["plan"]["phases"]
     data = apply_overrides(data, overrides)
+    if data["prompts"] == FIRST_FRAMES and not Path(FIRST_FRAMES).is_file():
+        raise UserError(
+            "prompts: image-to-video needs a first frame with every prompt: "
+            "--prompts FILE, a jsonl, csv or parquet with the columns prompt and image"
+        )
     if method is None:
         return build(data)
     try:

@@ -74,7 +74,8 @@ class Draws:
             return s, torch.full_like(s, config.renoise.fixed)
         low, high = config.interval(self.system.plan, phase)
         r = uniform(self.samples, *self.key, "t").to(device())
-        return s, renoise_times(r, low, high, config.plan.shift, config.renoise.t_range, config.renoise.clamp)
+        t_range = config.t_range(self.system.plan, phase)
+        return s, renoise_times(r, low, high, config.plan.shift, t_range, config.renoise.clamp)
 
     def condition(self, conditions: Conditions | None) -> Condition:
         """The conditions of prompts drawn uniformly from those that the bucket allows."""
@@ -162,7 +163,7 @@ def distill(
         if config.init_experts:
             roles.load(role, initial_expert(config, model, phase))
         fake_lora = config.fake.lora if config.fake.weights == "lora" else None
-        roles.add(FAKE, plan.fakes(phase), fake_lora, seed=seed_of(config.seed, phase))
+        roles.add(FAKE, plan.fakes(phase, config.support(plan, phase)), fake_lora, seed=seed_of(config.seed, phase))
         expert = Learner(role, roles.parameters(role), config.generator.optimiser, config.generator.ema)
         fake = Learner(FAKE, roles.parameters(FAKE), config.fake.optimiser)
         done, tensors = run.load_checkpoint(phase) or (0, None)

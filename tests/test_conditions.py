@@ -1,0 +1,394 @@
+"""The cache of encoded prompts: what comes back, what is encoded again and what is not, and damage."""
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyCodec, TinyWan, draw
+from PIL import Image
+from torch import Tensor
+
+from phased_dmd import conditions, sample
+from phased_dmd.cli import main
+from phased_dmd.conditions import CHUNK, Conditions
+from phased_dmd.config import Config, Size, UserError, WanTeacher
+from phased_dmd.models.analytic import PlainCodec
+from phased_dmd.models.protocol import Condition
+from phased_dmd.models.source import Source
+from phased_dmd.models.wan import WanCodec
+from phased_dmd.prompts import Prompt
+from phased_dmd.recipes import resolve
+from phased_dmd.train import bucket_weights, distill, prepare
+
+MANY = [Prompt(f"prompt {i} {'x' * (i % 7)}") for i in range(2 * CHUNK + 5)]  # three files
+
+
+class Recorder(PlainCodec):
+    """A `Codec` whose rows are as long as their prompt, and that keeps every call; a picture fits `shapes`."""
+
+    def __init__(self, fingerprint: str = "one", takes_images: bool = False, killed_at: str | None = None) -> None:
+        self.fingerprint, self.takes_images, self.killed_at = fingerprint, takes_images, killed_at
+        self.texts: list[list[str]] = []
+        self.images: list[tuple[str, int]] = []
+        self.freed = 0
+
+    def encode_text(self, prompts: Sequence[str]) -> list[Condition]:
+        if self.killed_at in prompts:
+            raise KeyboardInterrupt
+        self.texts.append(list(prompts))
+        return [{"text": text_row(self.fingerprint, prompt), "ids": torch.arange(len(prompt))} for prompt in prompts]
+
+    def fits(self, image: Path) -> list[int]:
+        """By its name: `wide-tall.png` fits the buckets 0 and 2."""
+        return [bucket for bucket, shape in enumerate(("wide", "square", "tall")) if shape in image.stem]
+
+    def encode_image(self, image: Path, bucket: int) -> Condition:
+        self.images.append((image.name, bucket))
+        return {"image": image_row(image, bucket)}
+
+    def free(self) -> None:
+        self.freed += 1
+
+
+def text_row(fingerprint: str, prompt: str) -> Tensor:
+    return draw(len(prompt), 3, seed=sum(map(ord, fingerprint + prompt)), dtype=torch.bfloat16)
+
+
+def image_row(image: Path, bucket: int) -> Tensor:
+    return torch.tensor([*image.read_bytes(), bucket], dtype=torch.float32)
+
+
+def encoded(codec: Recorder) -> list[str]:
+    return [text for texts in codec.texts for text in texts]
+
+
+def same(a: Condition, b: Condition) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def same_rows(cache: Conditions, prompts: Sequence[Prompt], fingerprint: str = "one") -> bool:
+    expected = Recorder(fingerprint).encode_text([prompt.text for prompt in prompts])
+    return all(same(cache.row(i, 0), row) for i, row in enumerate(expected))
+
+
+# ---------------------------------------------------------------- what comes back
+
+
+def test_rows_are_the_codecs_own_bit_for_bit_in_their_own_length_and_type(tmp_path: Path) -> None:
+    prompts = [*MANY, Prompt(""), Prompt("a fox")]
+    cache = Conditions(Recorder(), prompts, "blurry", tmp_path)
+    assert same_rows(cache, prompts)
+    assert same(cache.negative, Recorder().encode_text(["blurry"])[0])
+    again = Conditions(Recorder(), prompts, "blurry", tmp_path)
+    assert same_rows(again, prompts) and same(again.negative, cache.negative)
+
+
+@pytest.fixture(scope="module")
+def nano() -> WanCodec:
+    return WanCodec(WanTeacher(path="nano", max_tokens=16), torch.device("cpu"))
+
+
+def test_nanos_rows_are_unpadded_and_the_encoder_is_let_go(nano: WanCodec, tmp_path: Path) -> None:
+    """A prompt's words and the end; the empty one is the end alone. The empty prompt is the negative one too."""
+    texts = ["a handwritten seven", "", "a handwritten digit moving right fast"]
+    cache = Conditions(nano, [Prompt(text) for text in texts], "", tmp_path)
+    assert nano._encoder is None
+    rows = [cache.row(i, 0) for i in range(3)]
+    assert [len(row["text"]) for row in rows] == [4, 1, 7]
+    assert all(same(row, own) for row, own in zip(rows, nano.encode_text(texts), strict=True))
+    torch.testing.assert_close(cache.negative["text"], rows[1]["text"], rtol=0, atol=1e-6)
+
+
+def test_a_full_cache_loads_no_encoder(nano: WanCodec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [Prompt("a handwritten seven")]
+    Conditions(nano, prompts, "", tmp_path)
+    loaded, load = [], Source.load
+
+    def spy_load(self: Source, kind: type, name: str, **options: Any) -> Any:
+        loaded.append(name)
+        return load(self, kind, name, **options)
+
+    monkeypatch.setattr(Source, "load", spy_load)
+    Conditions(WanCodec(WanTeacher(path="nano", max_tokens=16), torch.device("cpu")), prompts, "", tmp_path)
+    assert loaded == ["tokenizer", "vae"]
+    Conditions(WanCodec(WanTeacher(path="nano", max_tokens=15), torch.device("cpu")), prompts, "", tmp_path)
+    assert "text_encoder" in loaded  # cut off elsewhere, prompts may be encoded to something else
+
+
+# ---------------------------------------------------------------- what is encoded again
+
+
+@pytest.mark.parametrize("where", ["encoding", "writing"])
+def test_a_killed_encoding_goes_on_with_what_is_missing(where: str, tmp_path: Path) -> None:
+    """Killed in the second of three files: the first is not encoded again, and nothing is half-written."""
+    save, written = conditions.save_tensors, []
+
+    def killed(path: Path, *args: Any) -> None:
+        written.append(path)
+        if len(written) == 2:
+            path.with_name(f".{path.name}.partial").write_bytes(b"\0" * 100)
+            raise KeyboardInterrupt
+        save(path, *args)
+
+    first = Recorder(killed_at=MANY[CHUNK + 1].text if where == "encoding" else None)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if where == "writing":
+            patch.setattr(conditions, "save_tensors", killed)
+        Conditions(first, MANY, "", tmp_path)
+    second = Recorder()
+    cache = Conditions(second, MANY, "", tmp_path)
+    assert second.texts == [[p.text for p in MANY[CHUNK : 2 * CHUNK]], [p.text for p in MANY[2 * CHUNK :]], [""]]
+    assert same_rows(cache, MANY)
+
+
+@pytest.mark.parametrize("changed", [0, CHUNK - 1, CHUNK, len(MANY) - 1])
+def test_a_changed_prompt_is_encoded_again_with_its_file_only(changed: int, tmp_path: Path) -> None:
+    Conditions(Recorder(), MANY, "", tmp_path)
+    prompts = [*MANY[:changed], Prompt("another"), *MANY[changed + 1 :]]
+    codec = Recorder()
+    cache = Conditions(codec, prompts, "", tmp_path)
+    start = changed // CHUNK * CHUNK
+    assert codec.texts == [[prompt.text for prompt in prompts[start : start + CHUNK]]]
+    assert same_rows(cache, prompts)
+
+
+def test_a_changed_negative_prompt_is_encoded_alone(tmp_path: Path) -> None:
+    Conditions(Recorder(), MANY, "", tmp_path)
+    codec = Recorder()
+    cache = Conditions(codec, MANY, "blurry", tmp_path)
+    assert codec.texts == [["blurry"]] and same(cache.negative, Recorder().encode_text(["blurry"])[0])
+
+
+def test_another_encoder_encodes_everything_again(tmp_path: Path) -> None:
+    Conditions(Recorder("one"), MANY, "", tmp_path)
+    codec = Recorder("two")
+    cache = Conditions(codec, MANY, "", tmp_path)
+    assert encoded(codec) == [*(prompt.text for prompt in MANY), ""]
+    assert same_rows(cache, MANY, "two") and not same_rows(cache, MANY, "one")
+
+
+@pytest.mark.parametrize(("before", "after"), [(["ab", "c"], ["a", "bc"]), (["a', 'b", "c"], ["a", "b', 'c"])])
+def test_words_that_move_between_prompts_are_a_change(before: list[str], after: list[str], tmp_path: Path) -> None:
+    """The same characters in a row, cut elsewhere."""
+    Conditions(Recorder(), [Prompt(text) for text in before], "", tmp_path)
+    prompts = [Prompt(text) for text in after]
+    codec = Recorder()
+    assert same_rows(Conditions(codec, prompts, "", tmp_path), prompts) and len(codec.texts) == 1
+
+
+# ---------------------------------------------------------------- first frames
+
+
+def pictures(folder: Path, *names: str) -> list[Prompt]:
+    for name in names:
+        (folder / name).write_bytes(name.encode())
+    return [Prompt(f"what is in {name}", folder / name) for name in names]
+
+
+def test_only_first_frames_that_fit_a_bucket_are_eligible(tmp_path: Path) -> None:
+    prompts = pictures(tmp_path, "wide.png", "tall.png", "wide-tall.png")
+    codec = Recorder(takes_images=True)
+    cache = Conditions(codec, prompts, "", tmp_path / "cache")
+    assert [list(cache.eligible(bucket)) for bucket in range(3)] == [[0, 2], [], [1, 2]]
+    assert codec.images == [("wide.png", 0), ("tall.png", 2), ("wide-tall.png", 0), ("wide-tall.png", 2)]
+    for bucket in (0, 2):
+        for i in cache.eligible(bucket):
+            row = cache.row(i, bucket)
+            image = prompts[i].image
+            assert image and torch.equal(row.pop("image"), image_row(image, bucket))
+            assert same(row, Recorder().encode_text([prompts[i].text])[0])
+    sizes = tuple(Size(weight=weight) for weight in (0.5, 0.3, 0.2))
+    config = resolve("nano-i2v", {"teacher.sizes": [size.model_dump() for size in sizes]})
+    assert bucket_weights(config, cache) == [0.5, 0.0, 0.2]
+    assert bucket_weights(config, None) == [0.5, 0.3, 0.2]
+
+
+def test_without_first_frames_every_prompt_is_eligible_in_every_bucket(tmp_path: Path) -> None:
+    cache = Conditions(Recorder(), MANY, "", tmp_path)
+    assert [list(cache.eligible(bucket)) for bucket in range(3)] == [list(range(len(MANY)))] * 3
+
+
+def test_a_changed_picture_is_encoded_again_with_its_file_only(tmp_path: Path) -> None:
+    """The name stays; the bytes of one picture in the second file change."""
+    prompts = pictures(tmp_path, *(f"{i}-wide.png" for i in range(CHUNK + 2)))
+    Conditions(Recorder(takes_images=True), prompts, "", tmp_path / "cache")
+    image = prompts[CHUNK].image
+    assert image
+    image.write_bytes(b"another picture")
+    codec = Recorder(takes_images=True)
+    cache = Conditions(codec, prompts, "", tmp_path / "cache")
+    assert codec.images == [(f"{CHUNK}-wide.png", 0), (f"{CHUNK + 1}-wide.png", 0)]
+    assert torch.equal(cache.row(CHUNK, 0)["image"], image_row(image, 0))
+
+
+def test_a_missing_first_frame_is_named_before_anything_is_encoded(tmp_path: Path) -> None:
+    codec = Recorder(takes_images=True)
+    prompts = [*pictures(tmp_path, "wide.png"), Prompt("a lonely text")]
+    with pytest.raises(UserError, match="^prompts: image-to-video needs a first frame with every prompt; 'a lonely t"):
+        Conditions(codec, prompts, "", tmp_path / "cache")
+    assert codec.texts == [] and not (tmp_path / "cache").exists()
+
+
+def test_a_model_that_takes_no_first_frame_ignores_the_pictures(tmp_path: Path) -> None:
+    """Whether they are there or not: a file made for image-to-video serves text-to-video."""
+    prompts = [Prompt("a fox", tmp_path / "absent.png"), Prompt("a hen")]
+    codec = Recorder()
+    cache = Conditions(codec, prompts, "", tmp_path / "cache")
+    assert same_rows(cache, prompts) and codec.images == []
+
+
+def test_a_real_first_frame_must_have_the_shape_of_a_bucket(tmp_path: Path) -> None:
+    """32 x 48 pixels: 3:2 and half or double of it fit, and 5 % beside it; a square does not."""
+    sizes = (Size(num_frames=5, height=32, width=48), Size(num_frames=5, height=48, width=32))
+    codec = WanCodec(WanTeacher(path="nano", first_frame=True, sizes=sizes), torch.device("cpu"))
+    paths = []
+    for width, height in ((48, 32), (96, 64), (32, 48), (100, 64), (64, 64)):
+        paths.append(tmp_path / f"{width}x{height}.png")
+        Image.new("RGB", (width, height)).save(paths[-1])
+    assert [codec.fits(path) for path in paths[:4]] == [[0], [0], [1], [0]]
+    with pytest.raises(UserError, match=r"64x64.png: a picture of 64x64 is the first frame of none of the sizes"):
+        codec.fits(paths[4])
+
+
+# ---------------------------------------------------------------- damage
+
+
+def file_of(folder: Path, name: str) -> Path:
+    (path,) = folder.glob(f"{name}-*.safetensors")
+    return path
+
+
+def test_a_damaged_tensor_is_named_with_its_file(tmp_path: Path) -> None:
+    """The last byte belongs to the tensor that the file holds last; all others are still served."""
+    Conditions(Recorder(), MANY, "", tmp_path)
+    path = file_of(tmp_path, "00001")
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    codec = Recorder()
+    cache = Conditions(codec, MANY, "", tmp_path)
+    assert codec.texts == [], "the file is as long as it should be"
+    damaged = []
+    for i in range(len(MANY)):
+        try:
+            cache.row(i, 0)
+        except UserError as error:
+            damaged.append(i)
+            assert str(error).startswith(f"{path}: {i}.") and str(error).endswith("is damaged; remove the file")
+    assert len(damaged) == 1 and damaged[0] // CHUNK == 1
+    path.unlink()
+    assert same_rows(Conditions(Recorder(), MANY, "", tmp_path), MANY)
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", "half", "header"])
+def test_a_file_that_is_no_good_is_written_again(content: bytes | str, tmp_path: Path) -> None:
+    Conditions(Recorder(), MANY, "", tmp_path)
+    path = file_of(tmp_path, "00000")
+    whole = path.read_bytes()
+    foreign = {"half": whole[: len(whole) // 2], "header": whole.replace(b"hashes", b"dashes")}
+    path.write_bytes(foreign[content] if isinstance(content, str) else content)
+    codec = Recorder()
+    cache = Conditions(codec, MANY, "", tmp_path)
+    assert codec.texts == [[prompt.text for prompt in MANY[:CHUNK]]]
+    assert path.read_bytes() == whole and same_rows(cache, MANY)
+
+
+# ---------------------------------------------------------------- a folder that runs share
+
+
+def test_the_encoder_is_freed_once_all_is_encoded(tmp_path: Path) -> None:
+    codec = Recorder()
+    Conditions(codec, MANY, "", tmp_path)
+    assert codec.freed == 1 and len(codec.texts) == 4
+
+
+def test_runs_with_other_prompts_and_encoders_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """The first has read nothing yet when the others fill the same folder; then all go on from it."""
+    others = [Prompt(f"other {i}") for i in range(CHUNK)]
+    first = Conditions(Recorder("one"), MANY, "", tmp_path)
+    second = Conditions(Recorder("one"), others, "blurry", tmp_path)
+    third = Conditions(Recorder("two"), MANY, "", tmp_path)
+    assert same_rows(first, MANY) and same_rows(second, others) and same_rows(third, MANY, "two")
+    codecs = [Recorder("one"), Recorder("one"), Recorder("two")]
+    for codec, prompts, negative in zip(codecs, (MANY, others, MANY), ("", "blurry", ""), strict=True):
+        Conditions(codec, prompts, negative, tmp_path)
+    assert all(codec.texts == [] for codec in codecs)
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Config, list[str]]]:
+    """A run of one update a phase on a tiny random Wan, and the prompts that its codec will be asked to encode."""
+    (tmp_path / "prompts.txt").write_text("a seven\na handwritten digit\nseven\n")
+
+    def make(**overrides: Any) -> tuple[Config, list[str]]:
+        asked: list[str] = []
+
+        class Codec(TinyCodec):
+            def encode_text(self, prompts: Sequence[str]) -> list[Condition]:
+                asked.extend(prompts)
+                return super().encode_text(prompts)
+
+        monkeypatch.setattr(sample, "load_model", lambda teacher, seed: (TinyWan(), Codec()))
+        small = {
+            "prompts": str(tmp_path / "prompts.txt"), "iterations": 1, "batch_size": 2, "fake.updates": 1,
+            "plan.steps": 2, "plan.phases": 2, "generator.lora.rank": 2, "fake.weights": "lora",
+        }  # fmt: skip
+        return resolve("nano-t2i", {**small, **overrides}), asked
+
+    return make
+
+
+def test_two_runs_that_share_a_cache_encode_once(tiny_run: Callable, tmp_path: Path) -> None:
+    """And train on what a run with a folder of its own trains on."""
+    runs = []
+    for name, cache, expected in (("a", "shared", 4), ("b", "shared", 0), ("c", None, 4)):
+        config, asked = tiny_run()
+        runs.append(distill(config, tmp_path / name, quiet=True, cache=cache and tmp_path / cache))
+        assert len(asked) == expected
+    assert [(run / "conditions").exists() for run in runs] == [False, False, True]
+    experts = [(run / "experts" / "phase-2.safetensors").read_bytes() for run in runs]
+    assert experts[0] == experts[1] == experts[2]
+
+
+# ---------------------------------------------------------------- prompts that are too long
+
+WORDS = ["digit"] * 20  # a token each; the end is one more
+
+
+def long_prompts(folder: Path) -> str:
+    """Of 15 tokens with the end, 16, 17 and 21."""
+    (folder / "long.txt").write_text("".join(" ".join(WORDS[:count]) + "\n" for count in (14, 15, 16, 20)))
+    return str(folder / "long.txt")
+
+
+def test_prompts_that_are_cut_off_are_counted_in_a_warning(tmp_path: Path) -> None:
+    config = resolve("nano-t2i", {"prompts": long_prompts(tmp_path)})
+    message = "prompts: 2 of 4 are longer than the text encoder takes, and are cut off"
+    with pytest.warns(UserWarning, match=f"^{message}$"):
+        _, codec, prompts = prepare(config)
+    cache = Conditions(codec, prompts, "", tmp_path / "cache")
+    assert [len(cache.row(i, 0)["text"]) for i in range(4)] == [15, 16, 16, 16]
+    with pytest.raises(UserError, match=f"^{message}$"):
+        prepare(config, strict=True)
+
+
+def test_prompts_that_fit_are_no_warning(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text(" ".join(WORDS[:15]) + "\n\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        prepare(resolve("nano-t2i", {"prompts": str(tmp_path / "short.txt")}), strict=True)
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_strict_is_one_line_and_exit_2_with_nothing_written(
+    dry: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    command = ["distill", "nano-t2i", "--output", str(tmp_path / "run"), "--prompts", long_prompts(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["phased-dmd", *command, "--strict", *dry])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and not (tmp_path / "run").exists()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["phased-dmd: prompts: 2 of 4 are longer than the text encoder takes, and are cut off"]
