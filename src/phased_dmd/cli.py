@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +27,13 @@ Run = Annotated[Path, typer.Argument(help="a run folder", show_default=False)]
 
 @app.command()
 def distill(
-    recipe: Annotated[str, typer.Argument(help="toy-1d, toy-2d, nano-t2i, nano-t2v, or a YAML or JSON file")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="toy-1d, toy-2d, nano-t2i, nano-t2v, nano-moe, nano-i2v, wan21-t2i, wan21-t2v-1.3b, wan22-t2i, "
+            "wan22-t2v, wan22-i2v, qwen-image, or a YAML or JSON file"
+        ),
+    ],
     output: Annotated[
         Path | None, typer.Option(help="the run folder [default: runs/RECIPE]", show_default=False)
     ] = None,
@@ -92,14 +99,33 @@ def sample(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="samples a prompt: seeds 0, 1, ...")] = 1,
     base: Annotated[int | None, typer.Option(min=1, help="sample the teacher with that many steps instead")] = None,
+    bucket: Annotated[int, typer.Option(min=0, help="which of the run's teacher.sizes")] = 0,
+    teacher: Annotated[str | None, typer.Option(help="the base's folder, for an export of a local teacher")] = None,
 ) -> None:
     """Sample a finished run or an export: PNG pictures, or WebP clips, with a contact sheet."""
     from phased_dmd.prompts import Prompt, read_prompts
     from phased_dmd.sample import load, write_samples
 
     asked = [Prompt(text, image) for text in prompt or []] + (read_prompts(prompts) if prompts is not None else [])
-    for path in write_samples(load(run), asked or [Prompt("", image)], seeds, output, base):
+    for path in write_samples(
+        load(run, base=teacher, bucket=bucket), asked or [Prompt("", image)], seeds, output, base
+    ):
         print(path)
+
+
+@app.command()
+def export(
+    run: Run,
+    output: Annotated[Path, typer.Option(help="a new folder")],
+    format: Annotated[Literal["diffusers", "comfyui"], typer.Option(help="who will load it")] = "diffusers",
+    fused: Annotated[bool, typer.Option("--fused", help="full transformers instead of LoRA files")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="load it back, count keys, compare samples")] = False,
+) -> None:
+    """Write a finished run's experts for stock diffusers or ComfyUI."""
+    from phased_dmd.export import export as write
+
+    for line in write(run, format, output, fused, verify):
+        print(line)
 
 
 @app.command()
@@ -131,7 +157,8 @@ def report(
 @app.command()
 def reproduce(
     claim: Annotated[
-        Literal["fig2", "toy-2d", "nano-t2i", "nano-t2v"], typer.Argument(help="the figure, or the recipe to study")
+        Literal["fig2", "toy-2d", "nano-t2i", "nano-t2v", "nano-moe", "nano-i2v"],
+        typer.Argument(help="the figure, or the recipe to study"),
     ],
     budget: Annotated[Literal["quick", "full"], typer.Option(help="1 seed and 200 samples, or 3 and 1000")] = "full",
     seeds: Annotated[int | None, typer.Option(min=1, help="seeds 0, 1, ... instead of the budget's")] = None,
@@ -180,7 +207,8 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def main() -> None:
-    """Runs a command; what the user can mend is one line on stderr and exit status 2."""
+    """Runs a command; what the user can mend is one line on stderr and exit status 2, and a warning is one line too."""
+    warnings.formatwarning = lambda message, *_: f"phased-dmd: {message}\n"  # type: ignore[assignment] fewer parameters
     try:
         app(standalone_mode=False)
     except (UserError, OSError) as error:

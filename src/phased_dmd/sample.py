@@ -1,15 +1,17 @@
 """Sampling: the roles bound to a model and a plan, the teacher's own sampler, and a finished run's generator."""
 
+import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors
 from phased_dmd.conditions import fitting
-from phased_dmd.config import Config, UserError
+from phased_dmd.config import Config, UserError, build
 from phased_dmd.diffusion import check_start
 from phased_dmd.engine import device, normal
 from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role, route
@@ -21,7 +23,9 @@ from phased_dmd.prompts import Prompt
 from phased_dmd.rollouts import Rollout, rollout
 
 BATCH = 64  # samples a network call, when sampling
+EXPORT = "export.json"  # in an export's folder: the run's config, and the file of each expert
 Own = tuple[VelocityModel, Codec]
+Experts = Callable[[int], dict[str, Tensor]]  # of a phase
 
 
 @dataclass(frozen=True)
@@ -175,19 +179,78 @@ class Sampler:
         )
 
 
-def load(run: Path | str, own: Own | None = None) -> Sampler:
-    """The sampler of a finished run folder; own: the model and codec of a run with a teacher of the user's own."""
-    folder = RunFolder(run)
-    config = folder.config()
-    if not folder.finished(config):
-        raise UserError(f"{run}: the run is not finished; `phased-dmd distill` with the same arguments goes on with it")
+def load(run: Path | str, own: Own | None = None, base: str | None = None, bucket: int = 0) -> Sampler:
+    """The sampler of a finished run folder or of an export.
+
+    own: the model and codec of a run with a teacher of the user's own. base: the teacher's folder, for an export whose
+    teacher was a local one. bucket: the resolution bucket to sample in.
+    """
+    folder = Path(run)
+    config, experts = read_export(folder, base) if (folder / EXPORT).exists() else read_run(folder)
+    return assemble(config, experts, own, bucket)
+
+
+def assemble(config: Config, experts: Experts, own: Own | None = None, bucket: int = 0) -> Sampler:
+    """The sampler of a config and the experts of its phases."""
     model, codec = load_teacher(config, own)
+    if bucket >= len(model.sample_shapes):
+        raise UserError(f"--bucket: {bucket}, but there are {len(model.sample_shapes)}, counted from 0")
     negative = codec.encode_text([config.teacher.negative_prompt])[0]
     system = build_system(config, model, negative)
     for phase in range(1, system.plan.num_phases + 1):
         add_expert(system, phase, trainable=False)
-        system.roles.load(expert_role(phase), load_tensors(folder.expert_path(phase))[0])
-    return Sampler(system, codec)
+        try:
+            system.roles.load(expert_role(phase), experts(phase))
+        except KeyError as error:
+            raise UserError(f"experts: {error.args[0]}") from error
+    return Sampler(system, codec, bucket)
+
+
+def read_run(folder: Path) -> tuple[Config, Experts]:
+    """The config and the experts of a run folder; one that is not finished is a UserError."""
+    run = RunFolder(folder)
+    config = run.config()
+    if not run.finished(config):
+        raise UserError(
+            f"{folder}: the run is not finished; `phased-dmd distill` with the same arguments goes on with it"
+        )
+    return config, lambda phase: load_tensors(run.expert_path(phase))[0]
+
+
+def read_export(folder: Path, base: str | None) -> tuple[Config, Experts]:
+    """The config and the experts of an export, whatever its format: diffusers reads both."""
+    from diffusers.loaders import QwenImageLoraLoaderMixin, WanLoraLoaderMixin
+
+    try:
+        about = json.loads((folder / EXPORT).read_text())
+        named, entries, data = about["base"], about["experts"], about["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: {EXPORT} cannot be read ({error})") from error
+    if named is None and base is None:
+        raise UserError(f"{folder}: its teacher was a local folder, which `load` has to be told as base")
+    config = build(data | {"teacher": data["teacher"] | {"path": base or named}})
+    reader = WanLoraLoaderMixin if config.teacher.kind == "wan" else QwenImageLoraLoaderMixin
+
+    def read(file: str) -> dict[str, Tensor]:
+        try:
+            if (folder / file).is_dir():
+                return read_shards(folder / file)
+            tensors = reader.lora_state_dict(str(folder), weight_name=file, use_safetensors=True)
+        except Exception as error:  # safetensors raises its own, OSError, KeyError, ValueError: all mean a bad file
+            raise UserError(f"{folder / file}: not a file of an export, or damaged ({error})") from error
+        return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}  # type: ignore[union-attr] a dictionary unless asked for more
+
+    def expert(phase: int) -> dict[str, Tensor]:
+        mine = [(entry["network"], read(entry["file"])) for entry in entries if entry["phase"] == phase]
+        return {f"{network}.{name}": tensor for network, tensors in mine for name, tensor in tensors.items()}
+
+    return config, expert
+
+
+def read_shards(folder: Path) -> dict[str, Tensor]:
+    """The weights of a network that diffusers has saved, in one file or several."""
+    files = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    return {name: tensor for file in files for name, tensor in file.items()}
 
 
 def write_samples(
