@@ -221,7 +221,7 @@ def test_training_asks_the_noisier_network_alone_while_its_steps_are_distilled(
 def test_nanos_variants_are_nano_but_for_what_they_are_named_for() -> None:
     image, video, moe, i2v = (RECIPES[f"nano-{name}"]() for name in ("t2i", "t2v", "moe", "i2v"))
     assert (
-        moe.method == "phased-sgts" and moe.iterations * moe.plan.phases == image.iterations * image.plan.phases == 480
+        moe.method == "phased-all" and moe.iterations * moe.plan.phases == image.iterations * image.plan.phases == 480
     )
     changed = {"recipe": image.recipe, "teacher": image.teacher, "plan": image.plan, "renoise": image.renoise}
     assert moe.model_copy(update=changed | {"iterations": image.iterations}) == image

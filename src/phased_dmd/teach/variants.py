@@ -87,7 +87,8 @@ def teach_i2v(output: Path, data: Path, seed: int, budget: Budget, say: Callable
         with torch.no_grad():
             latents.append(nano.vae.encode(pixels, return_dict=False)[0].mode())
             first_frames += [
-                first_frame_condition(pipeline, first, size, torch.device("cpu"))["image"] for first in pixels[:, :, 0]
+                first_frame_condition(pipeline, first, size, torch.device("cpu"))["image"]
+                for first in to_images(pixels[:, :, 0].permute(0, 2, 3, 1) / 2 + 0.5)
             ]
         captions += texts
     clips = Clips(normalise(nano.vae, torch.cat(latents)), captions, 24, torch.stack(first_frames))
