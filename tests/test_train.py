@@ -301,7 +301,7 @@ def test_a_folder_with_foreign_files_is_refused(tmp_path: Path) -> None:
 def test_a_teacher_that_cannot_be_loaded_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a seven\n")
     config = resolve("nano-t2i", {"teacher.path": str(tmp_path / "absent"), "prompts": str(tmp_path / "prompts.txt")})
-    with pytest.raises(UserError, match="^teacher: "):
+    with pytest.raises(UserError, match=r"^teacher\.path: "):
         distill(config, tmp_path / "run", quiet=True)
     with pytest.raises(UserError, match="^prompts: "):
         distill(config.model_copy(update={"prompts": "absent.txt"}), tmp_path / "run", quiet=True)

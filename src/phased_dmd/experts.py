@@ -62,6 +62,8 @@ class Roles:
             base.requires_grad_(False)
             self._tuned[network] = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
             _switch(self._tuned[network], self._on[network], trainable=self._on[network] in self._trainable)
+        for parameter in self.parameters(role).values():  # a step of 1e-6 is lost in half precision
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         if trainable:
             self._trainable.add(role)
 

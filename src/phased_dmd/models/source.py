@@ -33,7 +33,12 @@ class Source:
             return ASSETS / self.path
         if Path(self.path).exists():
             return Path(self.path)
-        return Path(DiffusionPipeline.download(self.path, revision=self.revision, use_safetensors=True))
+        try:
+            return Path(DiffusionPipeline.download(self.path, revision=self.revision, use_safetensors=True))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"teacher.path: {self.path} is no folder, and cannot be had from the hub: {str(error).split('. ')[0]}"
+            ) from error
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -47,11 +52,20 @@ class Source:
     def part_folder(self, name: str) -> Path:
         """The folder of a part; the variants of nano share most of theirs with nano."""
         own = self.folder / name
-        return own if own.exists() or self.path not in SHIPPED else ASSETS / "nano" / name
+        found = own if own.exists() or self.path not in SHIPPED else ASSETS / "nano" / name
+        if not found.is_dir():
+            raise UserError(f"teacher.path: {self.folder} holds no {name}")
+        return found
+
+    def check_weights(self, name: str) -> None:
+        """A UserError where a part's weights are not in safetensors: a pickle is never opened."""
+        if not any(self.part_folder(name).glob("*.safetensors")):
+            raise UserError(f"teacher.path: {self.part_folder(name)} holds no weights in safetensors")
 
     def load(self, kind: type, name: str, **options: Any) -> Any:
         """One part by its class; weights only from safetensors."""
         if issubclass(kind, nn.Module):
+            self.check_weights(name)
             options["use_safetensors"] = True
         with quiet():
             part = kind.from_pretrained(self.part_folder(name), **options)  # type: ignore[attr-defined] every part has it
@@ -91,6 +105,17 @@ def quiet() -> Iterator[None]:
 
 def dtype_of(teacher: PipelineTeacher) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[teacher.dtype]
+
+
+def encoder_dtype(teacher: PipelineTeacher, device: torch.device) -> torch.dtype:
+    """Of the text encoder: the teacher's, but float32 on a CPU, where half precision is slow."""
+    return torch.float32 if device.type == "cpu" else dtype_of(teacher)
+
+
+def check_pipeline(source: Source, names: Sequence[str]) -> None:
+    """A UserError where the folder holds another pipeline."""
+    if (found := source.index.get("_class_name")) not in names:
+        raise UserError(f"teacher.path: {source.path} is a {found}, not a {' or '.join(names)}")
 
 
 def check_sizes(sizes: Sequence[Size], spatial: tuple[int, int], temporal: int) -> None:

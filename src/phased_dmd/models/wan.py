@@ -14,7 +14,16 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT
 from phased_dmd.config import Size, UserError, WanTeacher
 from phased_dmd.diffusion import FlowSchedule, Prediction, Schedule
 from phased_dmd.models.protocol import Condition
-from phased_dmd.models.source import ASSETS, Source, check_sizes, check_targets, dtype_of, guidance_of
+from phased_dmd.models.source import (
+    ASSETS,
+    Source,
+    check_pipeline,
+    check_sizes,
+    check_targets,
+    dtype_of,
+    encoder_dtype,
+    guidance_of,
+)
 
 NANO = ASSETS / "nano"
 ASPECT = 0.05  # by how much a first frame's aspect ratio may differ from its bucket's
@@ -38,7 +47,8 @@ class WanModel:
         self.max_tokens, self.device, self.dtype = config.max_tokens, device, dtype_of(config)
         self.expands = bool(source.index.get("expand_timesteps"))
         vae = source.config(AutoencoderKLWan, "vae")
-        parts = [name for name in ("transformer", "transformer_2") if source.has(name)]
+        switch = source.index.get("boundary_ratio")  # without one, the pipeline runs its first transformer alone
+        parts = ["transformer"] if switch is None else ["transformer", "transformer_2"]
         shape = source.config(WanTransformer3DModel, parts[0])
         self.patch = tuple(shape["patch_size"])
         space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
@@ -49,14 +59,15 @@ class WanModel:
         ]
         if takes_first_frame(config, source) != (shape["in_channels"] > vae["z_dim"]) and not self.expands:
             raise UserError(
-                f"teacher.first_frame: {config.path} has {shape['in_channels']} input channels, {vae['z_dim']} of them latents"
+                f"teacher.first_frame: {config.path} has {shape['in_channels']} input channels, "
+                f"{vae['z_dim']} of them latents"
             )
         self.guidance: Sequence[float] = guidance_of(config, len(parts))
         self.networks: Sequence[nn.Module] = [
             source.load(WanTransformer3DModel, name, dtype=self.dtype).to(device) for name in parts
         ]
         self.students: Sequence[nn.Module] = self.networks
-        self.switches: Sequence[float] = [source.index["boundary_ratio"]] if len(parts) == 2 else []
+        self.switches: Sequence[float] = [] if switch is None else [switch]
         for network in self.networks:
             check_targets(network, config.lora_targets)
 
@@ -66,7 +77,11 @@ class WanModel:
         for i, row in enumerate(rows):
             text[i, : len(row["text"])] = row["text"]
         images = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "text"}
-        return {name: tensor.to(self.device, self.dtype) for name, tensor in ({"text": text} | images).items()}
+        latents = ("image", "first_frame")  # as exact as x
+        return {
+            name: tensor.to(self.device, torch.float32 if name in latents else self.dtype)
+            for name, tensor in ({"text": text} | images).items()
+        }
 
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         first, inputs = condition.get("first_frame"), x
@@ -83,7 +98,7 @@ class WanModel:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             velocity = network(
                 inputs.to(self.dtype), timestep, condition["text"], condition.get("image_features"), return_dict=False
-            )[0]
+            )[0].to(x.dtype)
         if first is None:
             return velocity
         known = (x[:, :, :1] - first) / t.reshape(-1, 1, 1, 1, 1)
@@ -99,10 +114,12 @@ class WanCodec:
     def __init__(self, config: WanTeacher, device: torch.device) -> None:
         self.source, self.device = Source(config), device
         check_pipeline(self.source, PIPELINES)
-        self.sizes, self.max_tokens = config.sizes, config.max_tokens
+        self.sizes, self.max_tokens, self.text_dtype = config.sizes, config.max_tokens, encoder_dtype(config, device)
         self.takes_images = takes_first_frame(config, self.source)
         parts = ["tokenizer", "text_encoder"]
-        parts += [name for name in ("image_encoder", "image_processor", "vae") if self.takes_images]
+        if self.takes_images:
+            parts += [name for name in ("image_encoder", "image_processor", "vae") if self.source.has(name)]
+        self.source.check_weights("text_encoder")
         self.fingerprint = self.source.fingerprint(parts, config.max_tokens, [str(size) for size in config.sizes])
         self.tokenizer = self.source.load(AutoTokenizer, "tokenizer")
         self.vae: AutoencoderKLWan = self.source.load(AutoencoderKLWan, "vae", dtype=torch.float32).to(device)
@@ -118,7 +135,7 @@ class WanCodec:
             source = self.source
             parts: dict[str, Any] = {
                 "tokenizer": self.tokenizer, "vae": self.vae, "transformer": None, "scheduler": None,
-                "text_encoder": source.load(UMT5EncoderModel, "text_encoder", dtype=self._text_dtype()).to(self.device),
+                "text_encoder": source.load(UMT5EncoderModel, "text_encoder", dtype=self.text_dtype).to(self.device),
                 "expand_timesteps": bool(source.index.get("expand_timesteps")),
             }  # fmt: skip
             if self.takes_images and source.has("image_encoder"):
@@ -145,12 +162,11 @@ class WanCodec:
         return [{"text": row[: int(length)].cpu().clone()} for row, length in zip(text, lengths.amax(1), strict=True)]
 
     def fits(self, image: Path) -> list[int]:
-        ratio = _aspect(_open(image))
+        width, height = _size(image)
         found = [
-            i for i, size in enumerate(self.sizes) if abs(ratio / (size.width / size.height) - 1) <= ASPECT
+            i for i, size in enumerate(self.sizes) if abs(width / height / (size.width / size.height) - 1) <= ASPECT
         ]  # fmt: skip
         if not found:
-            width, height = _open(image).size
             raise UserError(
                 f"{image}: a picture of {height}x{width} is the first frame of none of the sizes "
                 f"{', '.join(map(str, self.sizes))}; it needs the same shape"
@@ -170,14 +186,11 @@ class WanCodec:
         pixels = self.vae.decode(latents * self.std.to(latents) + self.mean.to(latents), return_dict=False)[0]
         return pixels.float().permute(0, 2, 3, 4, 1) / 2 + 0.5
 
-    def _text_dtype(self) -> torch.dtype:
-        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
-
 
 def first_frame_condition(
-    pipeline: WanImageToVideoPipeline, picture: Image.Image | Tensor, size: Size, device: torch.device
+    pipeline: WanImageToVideoPipeline, picture: Image.Image, size: Size, device: torch.device
 ) -> Condition:
-    """A first frame, a picture or [3, H, W] in [-1, 1], as the stock pipeline prepares it; see `WanModel`."""
+    """A first frame as the stock pipeline prepares it, on the CPU; see `WanModel`."""
     pixels = pipeline.video_processor.preprocess(picture, height=size.height, width=size.width)
     prepared = pipeline.prepare_latents(
         pixels.to(device, torch.float32), 1, height=size.height, width=size.width, num_frames=size.num_frames,
@@ -195,12 +208,6 @@ def takes_first_frame(config: WanTeacher, source: Source) -> bool:
     return source.index["_class_name"] == PIPELINES[1] if config.first_frame is None else config.first_frame
 
 
-def check_pipeline(source: Source, names: Sequence[str]) -> None:
-    """A UserError where the folder holds another pipeline."""
-    if (found := source.index.get("_class_name")) not in names:
-        raise UserError(f"teacher.path: {source.path} is a {found}, not a {' or '.join(names)}")
-
-
 def _open(image: Path) -> Image.Image:
     try:
         return Image.open(image).convert("RGB")
@@ -208,5 +215,10 @@ def _open(image: Path) -> Image.Image:
         raise UserError(f"{image}: cannot be read as a picture ({error})") from error
 
 
-def _aspect(picture: Image.Image) -> float:
-    return picture.width / picture.height
+def _size(image: Path) -> tuple[int, int]:
+    """Width and height, from the file's head."""
+    try:
+        with Image.open(image) as picture:
+            return picture.size
+    except OSError as error:
+        raise UserError(f"{image}: cannot be read as a picture ({error})") from error
