@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from phased_dmd.config import Config
 from phased_dmd.diffusion import FlowSchedule
 from phased_dmd.models.analytic import PlainCodec
-from phased_dmd.sample import Sampler, build_system, load_teacher
+from phased_dmd.sample import Sampler
+from phased_dmd.system import build_system, load_teacher
 
 torch.set_num_threads(1)
 

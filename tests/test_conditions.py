@@ -12,17 +12,18 @@ from conftest import TinyCodec, TinyWan, draw
 from PIL import Image
 from torch import Tensor
 
-from phased_dmd import conditions, sample
+from phased_dmd import conditions, system
 from phased_dmd.cli import main
 from phased_dmd.conditions import CHUNK, Conditions
 from phased_dmd.config import Config, Size, UserError, WanTeacher
+from phased_dmd.draws import bucket_weights
 from phased_dmd.models.analytic import PlainCodec
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import Source
 from phased_dmd.models.wan import WanCodec
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
-from phased_dmd.train import bucket_weights, distill, prepare
+from phased_dmd.train import distill, prepare
 
 MANY = [Prompt(f"prompt {i} {'x' * (i % 7)}") for i in range(2 * CHUNK + 5)]  # three files
 
@@ -330,7 +331,7 @@ def tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., t
                 asked.extend(prompts)
                 return super().encode_text(prompts)
 
-        monkeypatch.setattr(sample, "load_model", lambda teacher, seed: (TinyWan(), Codec()))
+        monkeypatch.setattr(system, "load_model", lambda teacher, seed: (TinyWan(), Codec()))
         small = {
             "prompts": str(tmp_path / "prompts.txt"), "iterations": 1, "batch_size": 2, "fake.updates": 1,
             "plan.steps": 2, "plan.phases": 2, "generator.lora.rank": 2, "fake.weights": "lora",

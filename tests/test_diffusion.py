@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from scipy.integrate import quad
 
-from phased_dmd.config import UserError, build
+from phased_dmd.config import UserError
 from phased_dmd.diffusion import (
     VESchedule,
     VPSchedule,
@@ -39,8 +39,9 @@ from phased_dmd.diffusion import (
     times_like,
 )
 from phased_dmd.models.analytic import ExactMixture
+from phased_dmd.overrides import build
 from phased_dmd.phases import renoise_range
-from phased_dmd.sample import build_system, load_teacher
+from phased_dmd.system import build_system, load_teacher
 
 schedules = pytest.mark.parametrize("name", SCHEDULES)
 predictions = pytest.mark.parametrize("prediction", PREDICTIONS)

@@ -33,7 +33,8 @@ from phased_dmd.models.protocol import Codec, Condition, VelocityModel
 from phased_dmd.models.source import quiet
 from phased_dmd.optim import Learner
 from phased_dmd.prompts import Prompt
-from phased_dmd.sample import System, add_expert, build_system, write_samples
+from phased_dmd.sample import write_samples
+from phased_dmd.system import System, add_expert, build_system
 
 PROMPTS = ["a red fox in the snow", "a boat"]
 FIRST_FRAME = ("wan21_i2v", "wan22_i2v", "ti2v_5b from a frame")

@@ -13,13 +13,14 @@ import torch
 from conftest import TinyCodec, TinyWan
 from torch import Tensor
 
-from phased_dmd import cli, sample
+from phased_dmd import cli, system
 from phased_dmd.config import Method, PipelineTeacher, UserError
+from phased_dmd.draws import Draws
 from phased_dmd.experts import FAKE, TEACHER, Roles
 from phased_dmd.phases import Expert
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import FIRST_FRAMES, RECIPES, WAN_NEGATIVE, resolve
-from phased_dmd.train import Draws, distill
+from phased_dmd.train import distill
 
 PAPER = {  # hub id, shift, negative prompt, of diffusers' own encoding the most tokens, the teacher's switch
     "wan21-t2i": ("Wan-AI/Wan2.1-T2V-14B-Diffusers", 5.0, WAN_NEGATIVE, 512, None),
@@ -192,7 +193,7 @@ def test_training_asks_the_noisier_network_alone_while_its_steps_are_distilled(
         "generator.lora.rank": 2, "fake.weights": "lora", "generator.ema": None,
     }  # fmt: skip
     model = TinyWan(2, (0.875,), guidance=1.0)
-    monkeypatch.setattr(sample, "load_model", lambda teacher, seed: (model, TinyCodec()))
+    monkeypatch.setattr(system, "load_model", lambda teacher, seed: (model, TinyCodec()))
     fakes: list[tuple[int, ...]] = []
     seen: dict[int, dict[str, set[int]]] = {}
     add, predict = Roles.add, Roles.predict

@@ -19,7 +19,7 @@ from phased_dmd.diffusion import FlowSchedule
 from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role
 from phased_dmd.models.analytic import PlainCodec
 from phased_dmd.phases import PhasePlan
-from phased_dmd.sample import System, add_expert
+from phased_dmd.system import System, add_expert
 from phased_dmd.train import distill
 
 SWITCH = 0.875

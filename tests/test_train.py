@@ -15,16 +15,18 @@ import torch
 from conftest import TinyCodec, TinyWan, draw, teacher_alone
 from torch import Tensor
 
-from phased_dmd import sample, train
+from phased_dmd import sample, system, train
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.config import Config, Optimiser, UserError
+from phased_dmd.draws import Draws
 from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role
 from phased_dmd.models.loader import load_model
 from phased_dmd.optim import MomentumFreeAdamW, NonFiniteError
 from phased_dmd.phases import unshift_time
 from phased_dmd.recipes import resolve
-from phased_dmd.sample import Sampler, System
-from phased_dmd.train import Draws, Learner, distill
+from phased_dmd.sample import Sampler
+from phased_dmd.system import System
+from phased_dmd.train import Learner, distill
 
 QUICK = {
     "teacher.fit_steps": 20, "teacher.fit_batch": 64, "teacher.hidden": 16, "teacher.layers": 2, "fake.updates": 2,
@@ -717,7 +719,7 @@ def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
         if checkpointing:
             for network in model.networks:
                 network.enable_gradient_checkpointing()
-        monkeypatch.setattr(sample, "load_model", lambda teacher, seed: (model, TinyCodec()))
+        monkeypatch.setattr(system, "load_model", lambda teacher, seed: (model, TinyCodec()))
         base = {
             "prompts": str(tmp_path / "prompts.txt"), "fake.updates": 1, "generator.lora.rank": 3,
             "generator.lora.alpha": 3, "fake.lora.rank": 3, "batch_size": 3, "iterations": 2, "log_every": 1,

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from phased_dmd.config import Config, UserError, build
+from phased_dmd.config import Config, UserError
+from phased_dmd.overrides import build
 
 HEADER = "phased_dmd"  # one key, so that the header's bytes do not depend on a hash's order
 KEEP = 2  # checkpoints

@@ -1,13 +1,10 @@
 """The typed description of a run: frozen pydantic models, free of torch."""
 
-import copy
 import difflib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from phased_dmd.phases import PhasePlan, renoise_range
 
@@ -16,6 +13,11 @@ Method = Literal["dmd", "dmd-sgts", "phased", "phased-sgts"]
 
 class UserError(ValueError):
     """Something the user can mend: shown as one line, exit status 2."""
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; one of {', '.join(known)}"
 
 
 class Section(BaseModel):
@@ -87,7 +89,7 @@ class WanTeacher(PipelineTeacher):
         default=None,
         description="whether a first frame is given; by default as the pipeline's class says",
     )
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
 
 class QwenImageTeacher(PipelineTeacher):
@@ -255,82 +257,3 @@ class Config(Section):
         low, high = self.interval(plan, phase)
         least, most = self.t_range(plan, phase) or (low, high)
         return max(low, least), min(high, most)
-
-
-KINDS: dict[Any, type[Section]] = {
-    "analytic": AnalyticTeacher, "wan": WanTeacher, "qwen-image": QwenImageTeacher, "own": OwnTeacher
-}  # fmt: skip
-
-
-def with_method(method: Method, data: Mapping[str, Any]) -> dict[str, Any]:
-    """data with the plan's phases and gradient that `method` names."""
-    plan = dict(data["plan"])
-    if method in ("dmd", "dmd-sgts"):
-        plan["phases"] = 1
-    elif method == "phased":
-        plan["phases"] = plan["steps"]
-    elif not 1 < plan["phases"] < plan["steps"]:
-        fewer = [count for count in range(2, plan["steps"]) if plan["steps"] % count == 0]
-        if not fewer:
-            raise UserError(f"method: {method} needs fewer phases than steps, and {plan['steps']} steps allow none")
-        plan["phases"] = fewer[0]
-    plan["gradient"] = "all" if method in ("dmd", "phased") else "last"
-    return {**data, "plan": plan}
-
-
-def build(data: Mapping[str, Any]) -> Config:
-    """A validated Config; the first thing wrong becomes a UserError that names the field."""
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = [str(part) for part in first["loc"] if part not in KINDS]
-        where = ".".join(path) + ": " if path else ""
-        if first["type"] == "extra_forbidden":
-            known = _field_names(data, path)
-            raise UserError(f"{where}unknown field{nearest(path[-1], known)}") from None
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{where}{message}") from None
-
-
-def apply_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """data with dotted keys replaced, `{"plan.shift": 3.0}`; an unknown one is a UserError with the nearest name."""
-    result = copy.deepcopy(dict(data))
-    for key, value in overrides.items():
-        *parents, name = key.split(".")
-        node = result
-        for depth, parent in enumerate(parents):
-            if not isinstance(node.get(parent), dict):
-                raise UserError(f"{key}: unknown field{nearest(parent, _field_names(data, parents[: depth + 1]))}")
-            node = node[parent]
-        if name not in node:
-            raise UserError(f"{key}: unknown field{nearest(name, list(node))}")
-        node[name] = value
-    return result
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file of a whole Config."""
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as YAML or JSON: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: holds no mapping of fields")
-    return data
-
-
-def _field_names(data: Mapping[str, Any], path: Sequence[str]) -> list[str]:
-    model: Any = Config
-    for part in path[:-1]:
-        if part == "teacher":
-            teacher = data.get("teacher")
-            model = KINDS.get(teacher.get("kind") if isinstance(teacher, Mapping) else None, WanTeacher)
-        elif part in model.model_fields:
-            model = model.model_fields[part].annotation
-    return list(model.model_fields)
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; one of {', '.join(known)}"

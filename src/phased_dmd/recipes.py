@@ -19,12 +19,9 @@ from phased_dmd.config import (
     Size,
     UserError,
     WanTeacher,
-    apply_overrides,
-    build,
     nearest,
-    read_file,
-    with_method,
 )
+from phased_dmd.overrides import apply_overrides, build, read_file, with_method
 
 
 def toy_1d() -> Config:

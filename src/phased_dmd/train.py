@@ -2,12 +2,8 @@
 
 import time
 import warnings
-from bisect import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -16,9 +12,9 @@ from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors
 from phased_dmd.conditions import Conditions, fitting
-from phased_dmd.config import Config, OwnTeacher, PipelineTeacher, UserError
-from phased_dmd.diffusion import renoise_times, times_like
-from phased_dmd.engine import choice, device, normal, seed_of, uniform
+from phased_dmd.config import Config, UserError
+from phased_dmd.draws import Draws, bucket_weights
+from phased_dmd.engine import seed_of
 from phased_dmd.experts import FAKE, expert_role
 from phased_dmd.media import save_preview
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
@@ -31,59 +27,11 @@ from phased_dmd.objectives import (
 )
 from phased_dmd.optim import Learner
 from phased_dmd.prompts import Prompt, read_prompts
-from phased_dmd.sample import Own, Sampler, System, add_expert, build_system, load_teacher
+from phased_dmd.sample import Sampler
+from phased_dmd.system import Own, System, add_expert, build_system, load_teacher
 from phased_dmd.trackers import check_trackers, open_tracker
 
 TARGETS = {"unbiased": subinterval_target, "biased": biased_target, "printed": printed_target}
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Every random number of one update, each a function of its key and the sample's index alone."""
-
-    system: System
-    key: tuple[int, ...]  # run seed, phase, iteration, sub-update
-    samples: range
-    weights: Sequence[float]  # of the resolution buckets
-
-    @cached_property
-    def bucket(self) -> int:
-        """One resolution bucket for the whole batch."""
-        if len(self.weights) == 1:
-            return 0
-        u = uniform([0], *self.key, "bucket").item() * sum(self.weights)
-        return min(bisect(list(accumulate(self.weights)), u), len(self.weights) - 1)
-
-    def noise(self, role: str, *more: int) -> Tensor:
-        """Standard normal [b, ...]."""
-        shape = self.system.model.sample_shapes[self.bucket]
-        return normal(shape, self.samples, *self.key, role, *more).to(device())
-
-    def exit_step(self, full: bool) -> int | None:
-        """SGTS: one exit step for the whole batch, uniform over the phase; None runs the phase's steps to their end."""
-        steps = self.system.plan.steps(self.key[1])
-        if full or self.system.config.plan.gradient == "all":
-            return None
-        return steps[choice(len(steps), *self.key, "exit")]
-
-    def times(self) -> tuple[Tensor, Tensor]:
-        """(s, t): the phase's end and the re-noise times, float64 [b]."""
-        config, phase = self.system.config, self.key[1]
-        s = times_like(self.system.plan.end(phase), torch.empty(len(self.samples), device=device()))
-        if config.renoise.fixed is not None:
-            return s, torch.full_like(s, config.renoise.fixed)
-        low, high = config.interval(self.system.plan, phase)
-        r = uniform(self.samples, *self.key, "t").to(device())
-        t_range = config.t_range(self.system.plan, phase)
-        return s, renoise_times(r, low, high, config.plan.shift, t_range, config.renoise.clamp)
-
-    def condition(self, conditions: Conditions | None) -> Condition:
-        """The conditions of prompts drawn uniformly from those that the bucket allows."""
-        if conditions is None:
-            return self.system.model.batch([{}] * len(self.samples))
-        prompts = conditions.eligible(self.bucket)
-        chosen = (uniform(self.samples, *self.key, "prompt") * len(prompts)).long().tolist()
-        return self.system.model.batch([conditions.row(prompts[i], self.bucket) for i in chosen])
 
 
 def prepare(config: Config, own: Own | None = None, strict: bool = False) -> tuple[VelocityModel, Codec, list[Prompt]]:
@@ -114,18 +62,6 @@ def initial_expert(config: Config, model: VelocityModel, phase: int) -> dict[str
     if not path.exists():
         raise UserError(f"init_experts: {path} is not there yet")
     return load_tensors(path)[0]
-
-
-def bucket_weights(config: Config, conditions: Conditions | None) -> list[float]:
-    """Of the resolution buckets; 0 where no prompt's first frame fits."""
-    match config.teacher:
-        case PipelineTeacher(sizes=sizes):
-            weights = [size.weight for size in sizes]
-        case OwnTeacher(weights=own):
-            weights = list(own)
-        case _:
-            weights = [1.0]
-    return [w if conditions is None or conditions.eligible(i) else 0.0 for i, w in enumerate(weights)]
 
 
 def distill(

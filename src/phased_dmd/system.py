@@ -1,0 +1,107 @@
+"""The roles bound to a model and a plan: what training and sampling ask of the networks goes through here."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phased_dmd.config import Config, UserError
+from phased_dmd.diffusion import check_start
+from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role, route
+from phased_dmd.models.loader import load_model
+from phased_dmd.models.protocol import Codec, Condition, VelocityModel
+from phased_dmd.phases import Hop, PhasePlan, step_times
+from phased_dmd.rollouts import Rollout, rollout
+
+Own = tuple[VelocityModel, Codec]
+
+
+@dataclass(frozen=True)
+class System:
+    """A model, its roles and the phase plan: every network call of training and sampling goes through here."""
+
+    config: Config
+    model: VelocityModel
+    roles: Roles
+    plan: PhasePlan
+    negative: Condition  # unpadded: what the teacher's guidance leads away from
+
+    def start(self, noise: Tensor) -> Tensor:
+        """x at t_0: sigma(t_0) eps [b, ...]."""
+        return noise * self.model.schedule.sigma(torch.tensor(self.plan.times[:1], dtype=torch.float64)).item()
+
+    def roll(
+        self, path: Sequence[Hop], noise: Tensor, condition: Condition, gradient_steps: Collection[int] = (),
+        renoise: Callable[[int], Tensor] | None = None,
+    ) -> Rollout:  # fmt: skip
+        """The experts along a path of the plan, from noise [b, ...]."""
+
+        def predict(step: int, x: Tensor, t: Tensor) -> Tensor:
+            expert = self.plan.expert(step)
+            return self.roles.predict(expert_role(expert.phase), expert.network, x, t, condition)
+
+        model, solver = self.model, self.config.plan.solver
+        return rollout(
+            predict, self.start(noise), path, model.schedule, model.prediction, gradient_steps, solver, renoise
+        )
+
+    def teacher(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The guided teacher, each sample on the network whose range holds its t."""
+
+        def call(network: int, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            conditional, guidance = self.roles.predict(TEACHER, network, x, t, condition), self.model.guidance[network]
+            if guidance == 1:
+                return conditional
+            negative = condition | self.model.batch([self.negative] * len(x))  # a first frame stays what it is
+            return self.model.guide(conditional, self.roles.predict(TEACHER, network, x, t, negative), guidance)
+
+        return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition)
+
+    def fake(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The fake score network, without guidance."""
+
+        def call(network: int, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            return self.roles.predict(FAKE, network, x, t, condition)
+
+        return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition)
+
+    def sample_teacher(self, noise: Tensor, condition: Condition, steps: int) -> Tensor:
+        """The teacher's own deterministic sampler on `steps` steps of the plan's shifted grid: x_0 [b, ...]."""
+        times = step_times(steps, self.config.plan.shift, self.config.plan.start)
+        path = [Hop(i, times[i], times[i + 1]) for i in range(steps)]
+        model = self.model
+        with torch.no_grad():
+            return rollout(
+                lambda _step, x, t: self.teacher(x, t, condition),
+                self.start(noise),
+                path,
+                model.schedule,
+                model.prediction,
+            ).x
+
+
+def load_teacher(config: Config, own: Own | None = None) -> Own:
+    """The teacher of a config and its codec, or the user's own of both, checked against the plan."""
+    if (config.teacher.kind == "own") != (own is not None):
+        raise UserError(f"teacher.kind: {config.teacher.kind} with{'' if own else 'out'} a model given from Python")
+    model, codec = own or load_model(config.teacher, config.seed)
+    try:
+        check_start(model.prediction, model.schedule, config.plan.start)
+        config.phase_plan(model.switches)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return model, codec
+
+
+def build_system(config: Config, model: VelocityModel, negative: Condition) -> System:
+    """The teacher with no experts yet."""
+    return System(config, model, Roles(model), config.phase_plan(model.switches), negative)
+
+
+def add_expert(system: System, phase: int, trainable: bool) -> None:
+    """The phase's expert, computing what the teacher (or an analytic teacher's student) does."""
+    config = system.config.generator
+    lora = config.lora if config.weights == "lora" else None
+    networks = [expert.network for expert in system.plan.experts(phase)]
+    system.roles.add(expert_role(phase), networks, lora, seed=system.config.seed, trainable=trainable)
