@@ -109,7 +109,9 @@ class OwnTeacher(Section):
     name: str
     negative_prompt: str = ""
     base_steps: int = Field(default=40, gt=0)
-    weights: tuple[float, ...] = Field(default=(1.0,), min_length=1, description="of the model's shapes, as in a Size")
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(1.0,), min_length=1, description="of the model's sample_shapes, as in a Size"
+    )
 
 
 Teacher = AnalyticTeacher | WanTeacher | QwenImageTeacher | OwnTeacher

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phased_dmd.config import Config, UserError
+from phased_dmd.config import Config, OwnTeacher, UserError
 from phased_dmd.diffusion import check_start
 from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role, route
 from phased_dmd.models.loader import load_model
@@ -86,6 +86,10 @@ def load_teacher(config: Config, own: Own | None = None) -> Own:
     if (config.teacher.kind == "own") != (own is not None):
         raise UserError(f"teacher.kind: {config.teacher.kind} with{'' if own else 'out'} a model given from Python")
     model, codec = own or load_model(config.teacher, config.seed)
+    if isinstance(config.teacher, OwnTeacher) and len(config.teacher.weights) != len(model.sample_shapes):
+        raise UserError(
+            f"teacher.weights: {len(config.teacher.weights)} for the model's {len(model.sample_shapes)} sample_shapes"
+        )
     try:
         check_start(model.prediction, model.schedule, config.plan.start)
         config.phase_plan(model.switches)

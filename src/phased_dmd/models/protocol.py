@@ -20,14 +20,22 @@ class VelocityModel(Protocol):
     lora_targets: ends of the names of the adapted modules.
     """
 
-    networks: Sequence[nn.Module]
-    students: Sequence[nn.Module]
-    switches: Sequence[float]
-    schedule: Schedule
-    prediction: Prediction
-    sample_shapes: Sequence[tuple[int, ...]]
-    guidance: Sequence[float]
-    lora_targets: Sequence[str]
+    @property
+    def networks(self) -> Sequence[nn.Module]: ...
+    @property
+    def students(self) -> Sequence[nn.Module]: ...
+    @property
+    def switches(self) -> Sequence[float]: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def prediction(self) -> Prediction: ...
+    @property
+    def sample_shapes(self) -> Sequence[tuple[int, ...]]: ...
+    @property
+    def guidance(self) -> Sequence[float]: ...
+    @property
+    def lora_targets(self) -> Sequence[str]: ...
 
     def batch(self, rows: Sequence[Condition]) -> Condition:
         """Conditions as the codec encodes them, a dictionary a sample, as one of tensors [b, ...], padded as needed."""
@@ -49,8 +57,10 @@ class Codec(Protocol):
     takes_images: whether every prompt needs a first frame.
     """
 
-    fingerprint: str
-    takes_images: bool
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def takes_images(self) -> bool: ...
 
     def encode_text(self, prompts: Sequence[str]) -> list[Condition]:
         """One unpadded condition a prompt, on the CPU; the empty prompt is encoded like any other."""
