@@ -22,6 +22,7 @@ from phased_dmd.draws import Draws
 from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role
 from phased_dmd.models.loader import load_model
 from phased_dmd.optim import MomentumFreeAdamW, NonFiniteError
+from phased_dmd.overrides import build
 from phased_dmd.phases import unshift_time
 from phased_dmd.recipes import resolve
 from phased_dmd.sample import Sampler
@@ -291,6 +292,24 @@ def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
             distill(toy(**overrides), run, quiet=True)
         assert str(error.value) == f"--output: {run} holds another run of toy-1d, which differs in {key}"
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_model_of_ones_own_is_given_from_python_with_a_weight_for_each_of_its_shapes(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a seven\n")
+    mine = (TinyWan(), TinyCodec())
+
+    def config(*weights: float) -> Config:
+        teacher = {"kind": "own", "name": "mine", "weights": weights}
+        return build({"recipe": "mine", "teacher": teacher, "prompts": str(tmp_path / "prompts.txt")})
+
+    for asked, own, message in (
+        (config(1.0, 2.0), mine, "teacher.weights: 2 for the model's 1 sample_shapes"),
+        (config(1.0), None, "teacher.kind: own without a model given from Python"),
+        (toy(), mine, "teacher.kind: analytic with a model given from Python"),
+    ):
+        with pytest.raises(UserError, match=f"^{message}$"):
+            distill(asked, tmp_path / "run", quiet=True, own=own)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_with_foreign_files_is_refused(tmp_path: Path) -> None:
