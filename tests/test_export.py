@@ -28,7 +28,6 @@ from phased_dmd.config import UserError
 from phased_dmd.export import export
 from phased_dmd.export.subject import Subject
 from phased_dmd.export.verify import VerificationError, verify_comfyui, verify_diffusers
-from phased_dmd.models import source
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
 from phased_dmd.sample import load
@@ -42,21 +41,10 @@ Make = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder of runs, in which the package ships a teacher of two networks: nano's, and nano's with noise on it."""
+    """A folder of runs."""
     folder = tmp_path_factory.mktemp("export")
-    moe = folder / "assets" / "nano-moe"
-    shutil.copytree(source.ASSETS / "nano", moe, ignore=lambda *_: ["vae", "text_encoder", "tokenizer"])
-    shutil.copytree(moe / "transformer", moe / "transformer_2")
-    (moe.parent / "nano").symlink_to(source.ASSETS / "nano")
-    weights = moe / "transformer_2" / "diffusion_pytorch_model.safetensors"
-    changed = {name: t * (1 + 0.1 * draw(*t.shape, seed=1)) for name, t in load_file(weights).items()}
-    save_file(changed, weights, {"format": "pt"})
-    index = json.loads((moe / "model_index.json").read_text())
-    index |= {"boundary_ratio": 0.875, "transformer_2": index["transformer"]}
-    (moe / "model_index.json").write_text(json.dumps(index))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "save_preview", lambda path, samples: None)
-        patch.setattr(source, "ASSETS", moe.parent)
         yield folder
 
 
