@@ -32,7 +32,8 @@ from phased_dmd.metrics.distances import (
     pairwise_cosine,
     principal_components,
 )
-from phased_dmd.metrics.pictures import contrast, displacement, high_frequency_energy, optical_flow
+from phased_dmd.metrics.motion import optical_flow
+from phased_dmd.metrics.pictures import contrast, displacement, high_frequency_energy
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.models.source import SHIPPED
 from phased_dmd.prompts import Prompt, read_prompts

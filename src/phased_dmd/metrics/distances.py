@@ -1,10 +1,18 @@
 """Distances between sets of samples, and the spread within one."""
 
+import itertools
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from phased_dmd.config import UserError
+from phased_dmd.engine import device
+
 Moments = tuple[Tensor, Tensor]  # mean [d], covariance [d, d]
+PictureDistance = Callable[[Tensor, Tensor], float]  # of two pictures [h, w, 3] in [0, 1]
+LPIPS = "LPIPS, AlexNet"  # the name of `lpips`, to stand beside every number made with it
 
 
 def moments(features: Tensor) -> Moments:
@@ -40,6 +48,37 @@ def pairwise_cosine(features: Tensor) -> float:
     unit = features.double() / features.double().norm(dim=1, keepdim=True)
     n = len(unit)
     return float(((unit @ unit.T).sum() - n) / (n * (n - 1)))
+
+
+def pairwise_cosines(features: Tensor) -> Tensor:
+    """The mean pairwise cosine of each prompt over its seeds, [prompts], of features [prompts, seeds, d]."""
+    return torch.tensor([pairwise_cosine(of_prompt) for of_prompt in features])
+
+
+def pairwise_distance(pictures: Tensor, distance: PictureDistance) -> float:
+    """Mean distance over all pairs of pictures [n, h, w, 3]: 0 is no diversity."""
+    pairs = [distance(a, b) for a, b in itertools.combinations(pictures, 2)]
+    return sum(pairs) / len(pairs)
+
+
+def lpips() -> PictureDistance:
+    """The learned perceptual distance LPIPS of torchmetrics; a UserError where it or its weights cannot be loaded."""
+    try:
+        from torchmetrics.image.lpip import (  # type: ignore[import-not-found]
+            LearnedPerceptualImagePatchSimilarity,
+        )
+
+        metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device())
+    except (ImportError, OSError, RuntimeError) as error:  # a torchvision that does not fit torch is a RuntimeError
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"lpips: needs torchmetrics, torchvision and AlexNet's weights ({reason})") from error
+
+    @torch.no_grad()
+    def distance(a: Tensor, b: Tensor) -> float:
+        batches = (picture.to(device()).float().clamp(0, 1).permute(2, 0, 1)[None] for picture in (a, b))
+        return float(metric(*batches))
+
+    return distance
 
 
 def mode_histogram_kl(samples: Tensor, means: Tensor, weights: Tensor) -> float:

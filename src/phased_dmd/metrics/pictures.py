@@ -1,8 +1,5 @@
-"""What can be read off pixels without a network: sharpness, contrast, motion. Pixels [n, f, h, w, 3] in [0, 1]."""
+"""What can be read off pixels without a network: sharpness, contrast, colour, ink. Pixels [n, f, h, w, 3] in [0, 1]."""
 
-import itertools
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,18 +18,18 @@ def contrast(pixels: Tensor) -> float:
     return float(pixels.mean(4).flatten(2).std(2).mean())
 
 
-def optical_flow(pixels: Tensor) -> float:
-    """Mean absolute optical flow between neighbouring frames in pixels, by OpenCV's DIS; needs the extra `eval`."""
-    import cv2
+def sharpness(pixels: Tensor) -> float:
+    """Mean over frames of the variance of the grey values' Laplacian (4 neighbours, borders left out)."""
+    grey = pixels.mean(4)
+    inner = grey[..., 1:-1, 1:-1]
+    sides = grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1] + grey[..., 1:-1, :-2] + grey[..., 1:-1, 2:]
+    return float((sides - 4 * inner).flatten(2).var(2, correction=0).mean())
 
-    estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    frames = (pixels.mean(4).clamp(0, 1) * 255).round().byte().numpy()
-    norms = [
-        np.linalg.norm(estimator.calc(a, b, np.zeros((*a.shape, 2), np.float32)), axis=2).mean()
-        for clip in frames
-        for a, b in itertools.pairwise(clip)
-    ]
-    return float(np.mean(norms))
+
+def saturation(pixels: Tensor) -> float:
+    """Mean saturation of the HSV model, (max - min) / max over the channels; 0 of grey pixels, black among them."""
+    most, least = pixels.clamp(0, 1).amax(4), pixels.clamp(0, 1).amin(4)
+    return float(((most - least) / most.clamp(min=1e-6)).mean())
 
 
 def displacement(pixels: Tensor) -> Tensor:

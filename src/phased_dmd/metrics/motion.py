@@ -1,0 +1,73 @@
+"""Motion of clips [n, f, h, w, 3] in [0, 1], two frames at least: optical flow, and VBench's dynamic degree."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from phased_dmd.config import UserError
+
+Flow = Callable[[Tensor, Tensor], Tensor]  # of two frames [h, w, 3]: (right, down) in pixels, [h, w, 2]
+DIS = "OpenCV DIS"  # the name of `dis_flow`, to stand beside every number made with it
+LEAST_SIDE = 12  # pixels, of the longer side: the least that DIS takes
+FASTEST = 0.05  # share of a frame's pixels
+BASE_FPS = 8.0
+
+
+def dis_flow(first: Tensor, second: Tensor) -> Tensor:
+    """Flow [h, w, 2] between two frames [h, w, 3], by OpenCV's dense inverse search; needs the extra `eval`."""
+    if max(first.shape[:2]) < LEAST_SIDE:
+        raise UserError(f"optical flow: frames of {first.shape[0]} x {first.shape[1]} pixels; {LEAST_SIDE} at least")
+    a, b = ((frame.mean(2).clamp(0, 1) * 255).round().byte().cpu().numpy() for frame in (first, second))
+    return torch.from_numpy(_dis().calc(a, b, np.zeros((*a.shape, 2), np.float32)))
+
+
+def optical_flow(pixels: Tensor, flow: Flow = dis_flow) -> float:
+    """Mean absolute optical flow between neighbouring frames, in pixels a frame."""
+    return float(clip_flows(pixels, flow).mean())
+
+
+def clip_flows(pixels: Tensor, flow: Flow = dis_flow) -> Tensor:
+    """Mean absolute optical flow of each clip, [n] pixels a frame."""
+    return torch.tensor([[float(speed.mean()) for speed in _speeds(clip, flow)] for clip in pixels]).mean(1)
+
+
+def dynamic_degree(pixels: Tensor, fps: float, flow: Flow = dis_flow) -> float:
+    """Share of the clips that are dynamic; VBench states it in percent, with RAFT's flow."""
+    return float(dynamic_clips(pixels, fps, flow).double().mean())
+
+
+def dynamic_clips(pixels: Tensor, fps: float, flow: Flow = dis_flow) -> Tensor:
+    """Which clips are dynamic, [n] bool, by VBench's rule.
+
+    Frames are taken at about 8 a second. Between two neighbours, the speed is the mean of the fastest 5 % of the
+    pixels; it counts where it exceeds 6 pixels for a shorter side of 256 (and more for fewer than 8 frames a second).
+    A clip of m taken frames is dynamic if m/4 pairs count. Of two frames the rule asks for none; here it is one.
+    """
+    taken = pixels[:, :: max(1, round(fps / BASE_FPS))]
+    threshold = 6 * min(pixels.shape[2:4]) / 256 * max(1.0, BASE_FPS / fps)
+    enough = max(1, round(taken.shape[1] / 4))
+    counts = [sum(_fastest(speed) > threshold for speed in _speeds(clip, flow)) for clip in taken]
+    return torch.tensor(counts) >= enough
+
+
+def _speeds(clip: Tensor, flow: Flow) -> Iterator[Tensor]:
+    """Lengths of the flow between neighbouring frames of a clip [f, h, w, 3], each [h, w]."""
+    return (flow(first, second).norm(dim=2) for first, second in itertools.pairwise(clip))
+
+
+def _fastest(speed: Tensor) -> float:
+    return float(speed.flatten().double().topk(max(1, int(FASTEST * speed.numel()))).values.mean())
+
+
+@cache
+def _dis() -> Any:
+    try:
+        import cv2
+    except ImportError as error:
+        raise UserError("optical flow: OpenCV is not installed; pip install 'phased-dmd[eval]'") from error
+    return cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
