@@ -13,7 +13,8 @@ import typer
 import yaml
 from typer.exceptions import TyperException
 
-from phased_dmd.config import UserError
+from phased_dmd.config import UserError, nearest
+from phased_dmd.reproduce.claims import NAMES
 
 app = typer.Typer(
     add_completion=False,
@@ -157,22 +158,28 @@ def report(
 
 @app.command()
 def reproduce(
-    claim: Annotated[
-        Literal["fig2", "toy-2d", "nano-t2i", "nano-t2v", "nano-moe", "nano-i2v"],
-        typer.Argument(help="the figure, or the recipe to study"),
-    ],
-    budget: Annotated[Literal["quick", "full"], typer.Option(help="1 seed and 200 samples, or 3 and 1000")] = "full",
+    claim: Annotated[str, typer.Argument(help=f"{', '.join(NAMES)}, or all", show_default=False)],
+    budget: Annotated[
+        Literal["quick", "full"], typer.Option(help="1 seed and few updates and samples, no verdict; or all there is")
+    ] = "full",
     seeds: Annotated[int | None, typer.Option(min=1, help="seeds 0, 1, ... instead of the budget's")] = None,
     samples: Annotated[int | None, typer.Option(min=64, help="a cell, instead of the budget's")] = None,
     runs: Annotated[Path, typer.Option(help="the runs; what is there is not done again")] = Path("runs/reproduce"),
-    output: Annotated[Path, typer.Option(help="where the results go")] = Path("docs/results"),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="where the results go [default: docs/results, or RUNS/quick for quick ones]", show_default=False
+        ),
+    ] = None,
 ) -> None:
-    """Repeat a committed result: all its runs, then a table, with a JSON beside it."""
-    from phased_dmd.reproduce import fig2, study
+    """Decide a claim of the paper, or repeat a study: all runs, then a table with a JSON beside it."""
+    if claim != "all" and claim not in NAMES:
+        raise UserError(f"claim: unknown claim {claim!r}{nearest(claim, [*NAMES, 'all'])}")
+    from phased_dmd.reproduce.run import reproduce as run
 
-    chosen = range(seeds or {"quick": 1, "full": 3}[budget])
-    count = samples or {"quick": 200, "full": 1000}[budget]
-    print(fig2(chosen, output) if claim == "fig2" else study(claim, chosen, count, runs, output))
+    results = output or (runs / "quick" if budget == "quick" else Path("docs/results"))
+    for name in NAMES if claim == "all" else [claim]:
+        print(run(name, budget, seeds, samples, runs, results))
 
 
 @app.command()

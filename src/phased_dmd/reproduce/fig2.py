@@ -1,99 +1,22 @@
-"""`reproduce`: studies with several seeds, each a command, and their results as a table with a JSON beside it."""
+"""The paper's Fig. 2 and Appendix D: a 1-D score model trained within a subinterval."""
 
 import json
-import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from scipy.stats import t as student_t
 from torch import Tensor
 
 from phased_dmd.checkpoint import write_atomically
-from phased_dmd.config import Method
 from phased_dmd.diffusion import FlowSchedule, renoise_times, times_like
 from phased_dmd.engine import generator
-from phased_dmd.evaluate import HEADINGS, evaluate, tables
 from phased_dmd.models.analytic import ExactMixture, TimeMLP
 from phased_dmd.objectives import Target, biased_target, score_matching_loss, subinterval_target
 from phased_dmd.phases import Hop
-from phased_dmd.recipes import resolve
+from phased_dmd.reproduce.intervals import interval
 from phased_dmd.rollouts import rollout
-from phased_dmd.train import distill
 
-STUDIES: dict[str, tuple[Method | None, ...]] = {  # None: the recipe's own
-    "toy-2d": ("dmd-sgts", "phased-sgts", "phased"),
-    "nano-t2i": ("dmd-sgts", "phased"),
-    "nano-t2v": ("phased",),
-    "nano-moe": ("dmd-sgts", "phased-sgts", None),
-    "nano-i2v": (None,),
-}
 MIDDLE = 0.5  # the subinterval of Fig. 2 is (.5, 1)
-
-
-def study(recipe: str, seeds: Sequence[int], samples: int, runs: Path, results: Path) -> Path:
-    """Distils a recipe by each of its methods with each seed, evaluates all, and writes results/RECIPE.md and .json.
-
-    What is already distilled and evaluated in `runs` is not done again.
-    """
-    folders = []
-    for method in STUDIES[recipe]:
-        for seed in seeds:
-            config = resolve(recipe, {"seed": seed}, method)
-            folders.append(distill(config, runs / f"{recipe}-{config.method}-{seed}"))
-    evaluations = evaluate(folders, samples)
-    cells: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for evaluation in evaluations.values():
-        for kind, rows in tables(evaluation).items():
-            for row, values in rows.items():
-                if row.startswith("base") and (kind, row) in cells:
-                    continue  # the same samples as another run's
-                for measure, value in values.items():
-                    cells.setdefault((kind, row), {}).setdefault(measure, []).append(value)
-    command = f"phased-dmd reproduce {recipe} --seeds {len(seeds)} --samples {samples}"
-    summary = {
-        kind: {row: {m: interval(v) for m, v in values.items()} for (k, row), values in cells.items() if k == kind}
-        for kind in dict.fromkeys(kind for kind, _ in cells)
-    }
-    body = {
-        "command": command,
-        "seeds": list(seeds),
-        "samples": samples,
-        "summary": summary,
-        "runs": list(evaluations.values()),
-    }
-    write_atomically(results / f"{recipe}.json", (json.dumps(body, indent=1) + "\n").encode())
-    path = results / f"{recipe}.md"
-    write_atomically(path, _markdown(recipe, command, len(seeds), samples, summary).encode())
-    return path
-
-
-def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and the half width of its 95 % interval by Student's t; none from one value."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return {"mean": mean, "half_width": None, "values": list(values)}
-    spread = statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "half_width": float(student_t.ppf(0.975, len(values) - 1)) * spread, "values": list(values)}
-
-
-def _markdown(recipe: str, command: str, seeds: int, samples: int, summary: dict[str, Any]) -> str:
-    parts = [
-        f"# {recipe}",
-        f"`{command}`: {seeds} seeds, {samples} samples a cell; mean ± half width of the 95 % interval over seeds.",
-    ]
-    for kind, rows in summary.items():
-        measures = list(next(iter(rows.values())))
-        lines = [f"| {kind} | {' | '.join(HEADINGS[m][0] for m in measures)} |", "|" + "---|" * (len(measures) + 1)]
-        for row, values in rows.items():
-            shown = [
-                f"{v['mean']:.3g}" + (f" ± {v['half_width']:.2g}" if v["half_width"] else "") for v in values.values()
-            ]
-            lines.append(f"| {row} | {' | '.join(shown)} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
 
 
 def fig2(seeds: Sequence[int], results: Path, steps: int = 4000, hidden: int = 128) -> Path:
