@@ -5,12 +5,14 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's spinning threads are up to 500 times slower on a shared machine
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from phased_dmd.checkpoint import RunFolder
 from phased_dmd.config import Config
 from phased_dmd.diffusion import FlowSchedule
 from phased_dmd.models.analytic import PlainCodec
@@ -57,6 +59,21 @@ def teacher_alone(config: Config) -> Sampler:
     """The sampler of a config's teacher, without experts."""
     model, codec = load_teacher(config)
     return Sampler(build_system(config, model, codec.encode_text([config.teacher.negative_prompt])[0]), codec)
+
+
+@contextmanager
+def killed_after(phase: int, iteration: int) -> Iterator[None]:
+    """Around a run that is killed right after it has saved a checkpoint."""
+    save = RunFolder.save_checkpoint
+
+    def killed(self: RunFolder, at: int, done: int, tensors: dict[str, Tensor]) -> None:
+        save(self, at, done, tensors)
+        if (at, done) == (phase, iteration):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "save_checkpoint", killed)
+        yield
 
 
 def wan_transformer(seed: int) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import draw
+from conftest import draw, killed_after
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from PIL import Image
 from pipelines import NAMES, build, teacher
@@ -28,6 +28,7 @@ from phased_dmd.conditions import fitting
 from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, PipelineTeacher, Plan, Size, UserError
 from phased_dmd.diffusion import predicted_x0
 from phased_dmd.experts import FAKE
+from phased_dmd.export import export
 from phased_dmd.models.loader import load_model
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
 from phased_dmd.models.source import quiet
@@ -322,7 +323,7 @@ def experts(run: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_distilled_resumed_to_the_byte_and_sampled(
+def test_it_is_distilled_resumed_to_the_byte_sampled_exported_and_verified(
     case: str, folders: Callable[[str], Path], tinies: Callable[[str], Tiny], tmp_path: Path
 ) -> None:
     tiny = tinies(case)
@@ -330,15 +331,7 @@ def test_it_is_distilled_resumed_to_the_byte_and_sampled(
     section = teacher_of(case, folders, sizes=[size.model_dump()])
     config = config_of(section, prompts_file(tmp_path, tiny.codec, tiny.picture))
     whole = phased_dmd.distill(config, tmp_path / "whole", quiet=True)
-    save = RunFolder.save_checkpoint
-
-    def killed(self: RunFolder, phase: int, iteration: int, tensors: dict[str, Tensor]) -> None:
-        save(self, phase, iteration, tensors)
-        if (phase, iteration) == (2, 1):
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RunFolder, "save_checkpoint", killed)
+    with killed_after(2, 1):
         phased_dmd.distill(config, tmp_path / "run", quiet=True)
     run = phased_dmd.distill(config, tmp_path / "run", quiet=True)
     assert experts(run) == experts(whole) and len(experts(run)) == 2
@@ -358,6 +351,11 @@ def test_it_is_distilled_resumed_to_the_byte_and_sampled(
         assert picture.size == (factor * size.width, factor * size.height)
         first = np.asarray(picture.convert("RGB"))[::factor, ::factor] / 255
         assert np.abs(first - pixels[0].numpy()).max() < 0.51 / 255
+
+    lines = export(run, "diffusers", tmp_path / "export", verify=True)
+    files = [path.name for path in (tmp_path / "export").glob("*.safetensors")]
+    assert len(files) == 2 and all(any(line.startswith(f"{file}: all ") for line in lines) for file in files)
+    assert lines[-1].startswith("verified: samples at 1, 0.9375, 0.833333, 0.625 ")
 
 
 def assert_trained(case: str, expert: dict[str, Tensor], networks: int, phase: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyCodec, TinyWan, draw, teacher_alone
+from conftest import TinyCodec, TinyWan, draw, killed_after, teacher_alone
 from torch import Tensor
 
 from phased_dmd import sample, system, train
@@ -816,15 +816,7 @@ def test_activation_checkpointing_changes_nothing(fake: str, wan: Callable, tmp_
 def test_a_lora_run_resumes_byte_identically(fake: str, wan: Callable, tmp_path: Path) -> None:
     config, _ = wan(fake__weights=fake)
     whole = files(distill(config, tmp_path / "whole", quiet=True))
-    save = RunFolder.save_checkpoint
-
-    def killed(self: RunFolder, phase: int, iteration: int, tensors: dict[str, Tensor]) -> None:
-        save(self, phase, iteration, tensors)
-        if (phase, iteration) == (2, 1):
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RunFolder, "save_checkpoint", killed)
+    with killed_after(2, 1):
         distill(config, tmp_path / "run", quiet=True)
     wan(fake__weights=fake)  # a new process builds a new teacher
     distill(config, tmp_path / "run", quiet=True)

@@ -3,26 +3,22 @@
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
 from phased_dmd.config import (
-    AnalyticTeacher,
     Config,
     Method,
-    OwnTeacher,
-    QwenImageTeacher,
     Section,
+    Teacher,
     UserError,
     WanTeacher,
     nearest,
 )
 
-KINDS: dict[Any, type[Section]] = {
-    "analytic": AnalyticTeacher, "wan": WanTeacher, "qwen-image": QwenImageTeacher, "own": OwnTeacher
-}  # fmt: skip
+KINDS: dict[Any, type[Section]] = {kind.model_fields["kind"].default: kind for kind in get_args(Teacher)}
 
 
 def with_method(method: Method, data: Mapping[str, Any]) -> dict[str, Any]:
