@@ -83,8 +83,8 @@ class Subject:
 
     @cached_property
     def networks(self) -> list[str]:
-        """The parts of the teacher's pipeline that hold its networks, noisiest first."""
-        return [part for part in PARTS if self.source.has(part)]
+        """The parts of the teacher's pipeline that hold its networks, noisiest first; without a switch, the first."""
+        return list(PARTS[: 1 if self.source.index.get("boundary_ratio") is None else 2])
 
     @property
     def base_is_shipped(self) -> bool:
