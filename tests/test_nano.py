@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from phased_dmd.cli import main
 from phased_dmd.engine import normal
-from phased_dmd.evaluate import evaluate
+from phased_dmd.evaluate import Protocol, evaluate
 from phased_dmd.metrics.digits import WORDS, load_classifier, read
 from phased_dmd.models.wan import NANO
-from phased_dmd.prompts import read_prompts
+from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.recipes import resolve
 from phased_dmd.report import write_report
 from phased_dmd.sample import Sampler, load
@@ -124,18 +124,20 @@ def test_clips_are_sampled_evaluated_and_reported(
     arguments = ["sample", str(run), "--prompt", prompt, "--seeds", "2", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["phased-dmd", *arguments])
     main()
-    clip, _, sheet = (Path(line) for line in capsys.readouterr().out.split())
+    clip, _, manifest, sheet = (Path(line) for line in capsys.readouterr().out.split())
     with Image.open(clip) as image:
         assert image.n_frames == 9
     with Image.open(sheet) as image:
         assert image.size == (9 * 32, 2 * 32)
+    assert read_prompts(str(manifest))[0] == Prompt(prompt, clip)
 
-    result = evaluate([run], samples=16)[str(run)]
-    rows = result["sets"]["specific"]
-    base, student = rows["base, 6 steps"], rows["phased-all, 4 steps"]
+    result = evaluate([run], Protocol(samples=16))[str(run)]
+    rows = result["sets"]["specific"]["rows"]
+    base, student = ({name: figure["value"] for name, figure in rows[row].items()} for row in list(rows)[::2])
     assert (base["network_calls"], student["network_calls"]) == (12, 4)
     assert base["direction"] > 0.9 and base["pixels_moved_fast"] > base["pixels_moved_slowly"] + 2
-    page = write_report(run, tmp_path / "report.html").read_text()
+    assert base["optical_flow"] > 0 and base["frechet_video"] > 0 == base["frechet_video_paired"]
+    page = write_report([run], tmp_path / "report.html").read_text()
     assert page.count("data:image/webp") == 6 and f"{student['faithfulness']:.3g}" in page
 
 

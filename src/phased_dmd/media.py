@@ -4,11 +4,16 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from torch import Tensor
 from torch.nn import functional as F
 
+from phased_dmd.config import UserError
+
+PICTURES, VIDEOS = (".png", ".jpg", ".jpeg", ".webp", ".gif"), (".mp4", ".mov", ".avi", ".mkv", ".webm")
+MEDIA = PICTURES + VIDEOS
 CLIP_SIZE = 128  # pixels a side, at least, of a written clip
 FPS = 8
 
@@ -66,3 +71,28 @@ def save_preview(path: Path, samples: Tensor) -> None:
         save_image(grid(samples), path)
     else:
         save_points(path, [(path.stem, samples[:, :2])])
+
+
+def read_media(path: Path) -> Tensor:
+    """A picture, animation or video as [f, h, w, 3] in [0, 1]; a UserError where it cannot be read."""
+    if path.suffix.lower() in VIDEOS:
+        return _read_video(path)
+    try:
+        with Image.open(path) as file:
+            frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(file)]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a picture ({error})") from error
+    return torch.from_numpy(np.stack(frames)).float() / 255
+
+
+def _read_video(path: Path) -> Tensor:
+    try:
+        import cv2
+    except ImportError as error:
+        raise UserError(f"{path}: a video needs OpenCV; pip install 'phased-dmd[eval]'") from error
+    capture, frames = cv2.VideoCapture(str(path)), []
+    while (read := capture.read())[0]:
+        frames.append(read[1][..., ::-1])
+    if not frames:
+        raise UserError(f"{path}: cannot be read as a video")
+    return torch.from_numpy(np.stack(frames)).float() / 255

@@ -1,6 +1,7 @@
 """Sampling: a run's or an export's generator, and the teacher on the same grid."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors
+from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors, write_atomically
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config, UserError
 from phased_dmd.engine import device, normal
@@ -19,7 +20,8 @@ from phased_dmd.overrides import build
 from phased_dmd.prompts import Prompt
 from phased_dmd.system import Own, System, add_expert, build_system, load_teacher
 
-BATCH = 64  # samples a network call, when sampling
+BATCH, BATCH_NUMBERS = 64, 2**18  # samples a network call when sampling, and the most numbers that they hold
+MANIFEST = "samples.jsonl"  # beside written samples: the prompt, seed and file of each
 EXPORT = "export.json"  # in an export's folder: the run's config, and the file of each expert
 Experts = Callable[[int], dict[str, Tensor]]  # of a phase
 
@@ -37,9 +39,10 @@ class Sampler:
         asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         known = self.encode(list(dict.fromkeys(asked)))
         parts = []
-        for i in range(0, len(seeds), BATCH):
-            rows = [known[prompt] for prompt in asked[i : i + BATCH]]
-            parts.append(self._batch(rows, seeds[i : i + BATCH], teacher_steps))
+        size = batch_size(self.system.model.sample_shapes[self.bucket])
+        for i in range(0, len(seeds), size):
+            rows = [known[prompt] for prompt in asked[i : i + size]]
+            parts.append(self._batch(rows, seeds[i : i + size], teacher_steps))
         return torch.cat(parts)
 
     def encode(self, prompts: Sequence[Prompt]) -> dict[Prompt, Condition]:
@@ -57,7 +60,7 @@ class Sampler:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [n, frames, height, width, 3] in [0, 1], or an analytic model's samples as they are."""
-        return torch.cat([self.codec.decode(part).cpu() for part in latents.split(BATCH)])
+        return torch.cat([self.codec.decode(part).cpu() for part in latents.split(batch_size(latents.shape[1:]))])
 
     @torch.no_grad()
     def preview(self, phase: int, rows: Sequence[Condition]) -> Tensor:
@@ -85,6 +88,11 @@ class Sampler:
         )
 
 
+def batch_size(shape: Sequence[int]) -> int:
+    """How many samples of a shape go through a network at once: one of a large model, many of nano."""
+    return max(1, min(BATCH, BATCH_NUMBERS // math.prod(shape)))
+
+
 def load(run: Path | str, own: Own | None = None, base: str | None = None, bucket: int = 0) -> Sampler:
     """The sampler of a finished run folder or of an export.
 
@@ -98,7 +106,7 @@ def load(run: Path | str, own: Own | None = None, base: str | None = None, bucke
 
 def assemble(config: Config, experts: Experts, own: Own | None = None, bucket: int = 0) -> Sampler:
     """The sampler of a config and the experts of its phases."""
-    model, codec = load_teacher(config, own)
+    model, codec = load_teacher(config, own, fit=False)
     if bucket >= len(model.sample_shapes):
         raise UserError(f"--bucket: {bucket}, but there are {len(model.sample_shapes)}, counted from 0")
     negative = codec.encode_text([config.teacher.negative_prompt])[0]
@@ -162,7 +170,10 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
 def write_samples(
     sampler: Sampler, prompts: Sequence[Prompt], seeds: int, output: Path, teacher_steps: int | None = None
 ) -> list[Path]:
-    """Every prompt with seeds 0, 1, ...: a PNG, or a WebP clip, each, and a contact sheet; returns the paths."""
+    """Every prompt with seeds 0, 1, ...: a PNG, or a WebP clip, each, and a contact sheet; returns the paths.
+
+    samples.jsonl says which is which; of pictures it is a prompt file of first frames, too, see `read_prompts`.
+    """
     pairs = [(prompt, seed) for prompt in prompts for seed in range(seeds)]
     samples = sampler.decode(sampler([p for p, _ in pairs], [s for _, s in pairs], teacher_steps))
     if samples.ndim != 5:
@@ -178,5 +189,7 @@ def write_samples(
             save_clip(samples[i], paths[-1])
         else:
             save_image(grid(samples[i : i + 1]), paths[-1])
+    rows = [{"prompt": p.text, "seed": s, "image": path.name} for (p, s), path in zip(pairs, paths, strict=True)]
+    write_atomically(output / MANIFEST, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode())
     save_preview(output / "contact-sheet.png", samples)
-    return [*paths, output / "contact-sheet.png"]
+    return [*paths, output / MANIFEST, output / "contact-sheet.png"]

@@ -81,11 +81,11 @@ class System:
             ).x
 
 
-def load_teacher(config: Config, own: Own | None = None) -> Own:
-    """The teacher of a config and its codec, or the user's own of both, checked against the plan."""
+def load_teacher(config: Config, own: Own | None = None, fit: bool = True) -> Own:
+    """The teacher of a config and its codec, or the user's own of both, checked against the plan; fit: see `load_model`."""
     if (config.teacher.kind == "own") != (own is not None):
         raise UserError(f"teacher.kind: {config.teacher.kind} with{'' if own else 'out'} a model given from Python")
-    model, codec = own or load_model(config.teacher, config.seed)
+    model, codec = own or load_model(config.teacher, config.seed, fit)
     if isinstance(config.teacher, OwnTeacher) and len(config.teacher.weights) != len(model.sample_shapes):
         raise UserError(
             f"teacher.weights: {len(config.teacher.weights)} for the model's {len(model.sample_shapes)} sample_shapes"

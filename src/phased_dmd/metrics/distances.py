@@ -10,6 +10,7 @@ from torch import Tensor
 from phased_dmd.config import UserError
 from phased_dmd.engine import device
 
+ROUNDING = 1e-12  # of a difference of traces, in units of their sum
 Moments = tuple[Tensor, Tensor]  # mean [d], covariance [d, d]
 PictureDistance = Callable[[Tensor, Tensor], float]  # of two pictures [h, w, 3] in [0, 1]
 LPIPS = "LPIPS, AlexNet"  # the name of `lpips`, to stand beside every number made with it
@@ -26,8 +27,9 @@ def frechet(a: Moments, b: Moments) -> float:
     values, vectors = np.linalg.eigh(cov_a)
     root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     middle = np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(min=0)
-    apart = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(middle).sum()
-    return max(0.0, float(apart))
+    spread = np.trace(cov_a) + np.trace(cov_b)
+    apart = ((mean_a - mean_b) ** 2).sum() + spread - 2 * np.sqrt(middle).sum()
+    return float(apart) if apart > ROUNDING * spread else 0.0
 
 
 def principal_components(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:

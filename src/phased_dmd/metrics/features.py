@@ -118,7 +118,7 @@ def _transformers(source: str) -> FeatureNet:
         raise UserError(f"{where} is no {DIGITS}, {EFFICIENTNET}, hub id or folder that loads ({reason})") from error
     if report["missing_keys"]:
         raise UserError(f"{where} lacks weights of its {type(model).__name__}, {min(report['missing_keys'])} for one")
-    _check_settings(settings, where)
+    check_settings(settings, where)
     model.eval().to(device())
 
     def network(pictures: Tensor) -> Tensor:
@@ -127,11 +127,15 @@ def _transformers(source: str) -> FeatureNet:
             raise UserError(f"{where} is a {type(model).__name__}, which has no pooled features")
         return outputs["pooler_output"].flatten(1)
 
-    folder = Path(source)
-    return FeatureNet(f"{folder.resolve().name if folder.is_dir() else source}, {model.config.model_type}", network)
+    return FeatureNet(f"{name_of(source)}, {model.config.model_type}", network)
 
 
-def _check_settings(settings: dict[str, Any], where: str) -> None:
+def name_of(source: str) -> str:
+    """A hub id, or the name of a local folder without the way to it."""
+    return Path(source).resolve().name if Path(source).is_dir() else source
+
+
+def check_settings(settings: dict[str, Any], where: str) -> None:
     """A UserError for a preprocessor that does what `preprocess` does not."""
     try:
         usual = settings.get("do_rescale", True) and math.isclose(settings.get("rescale_factor", 1 / 255), 1 / 255)

@@ -1,6 +1,7 @@
 """Motion of clips [n, f, h, w, 3] in [0, 1], two frames at least: optical flow, and VBench's dynamic degree."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -8,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from phased_dmd.config import UserError
+from phased_dmd.engine import device
 
 Flow = Callable[[Tensor, Tensor], Tensor]  # of two frames [h, w, 3]: (right, down) in pixels, [h, w, 2]
-DIS = "OpenCV DIS"  # the name of `dis_flow`, to stand beside every number made with it
+DIS, RAFT = "OpenCV DIS", "RAFT, torchvision"  # names of flows, to stand beside every number made with them
 LEAST_SIDE = 12  # pixels, of the longer side: the least that DIS takes
 FASTEST = 0.05  # share of a frame's pixels
 BASE_FPS = 8.0
@@ -62,6 +65,38 @@ def _speeds(clip: Tensor, flow: Flow) -> Iterator[Tensor]:
 
 def _fastest(speed: Tensor) -> float:
     return float(speed.flatten().double().topk(max(1, int(FASTEST * speed.numel()))).values.mean())
+
+
+def load_flow(name: str) -> tuple[Flow, str]:
+    """The flow `dis` or `raft` and the name that stands beside every number made with it; a UserError for others."""
+    if name == "dis":
+        return dis_flow, DIS
+    if name == "raft":
+        return _raft(), RAFT
+    raise UserError(f"flow: {name!r} is neither dis nor raft")
+
+
+def _raft() -> Flow:
+    """RAFT as torchvision has it, trained on C_T_SKHT_V2; frames are enlarged where a side is below 128 pixels."""
+    try:
+        from torchvision.models.optical_flow import Raft_Large_Weights, raft_large  # type: ignore[import-not-found]
+
+        network = raft_large(weights=Raft_Large_Weights.C_T_SKHT_V2).eval().to(device())
+    except (ImportError, OSError, RuntimeError) as error:  # a torchvision that does not fit torch is a RuntimeError
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"flow: raft needs torchvision and its weights ({reason})") from error
+
+    @torch.no_grad()
+    def flow(first: Tensor, second: Tensor) -> Tensor:
+        height, width = first.shape[:2]
+        size = [8 * max(16, math.ceil(side / 8)) for side in (height, width)]  # its stride, and the least it takes
+        pair = torch.stack([first, second]).to(device()).permute(0, 3, 1, 2).clamp(0, 1)
+        a, b = (F.interpolate(pair, size, mode="bilinear") * 2 - 1).split(1)
+        found = F.interpolate(network(a, b)[-1], (height, width), mode="bilinear")[0]
+        scale = torch.tensor([width / size[1], height / size[0]], device=found.device)
+        return (found * scale[:, None, None]).permute(1, 2, 0).cpu()
+
+    return flow
 
 
 @cache

@@ -78,30 +78,30 @@ def build_schedule(name: str) -> Schedule:
 
 
 class AnalyticModel:
-    """`VelocityModel` of an exact mixture. Its student is an MLP first fitted to the exact prediction."""
+    """`VelocityModel` of an exact mixture. Its student is an MLP, fitted to the exact prediction if `fit`."""
 
     guidance: Sequence[float] = (1.0,)
     switches: Sequence[float] = ()
     lora_targets: Sequence[str] = ()
 
-    def __init__(self, config: AnalyticTeacher, seed: int) -> None:
+    def __init__(self, config: AnalyticTeacher, seed: int, fit: bool = True) -> None:
         means = torch.tensor(config.means, dtype=torch.float64)
         weights = torch.tensor(config.weights, dtype=torch.float64) if config.weights else torch.ones(len(means))
         self.schedule = build_schedule(config.schedule)
         self.prediction: Prediction = config.prediction
         self.exact = ExactMixture(means, config.std, weights, self.schedule, self.prediction)
         self.sample_shapes: Sequence[tuple[int, ...]] = [(means.shape[1],)]
-        self.students: Sequence[nn.Module] = [self._fit(config, seed).to(device())]
+        self.students: Sequence[nn.Module] = [self._student(config, seed, fit).to(device())]
         self.networks: Sequence[nn.Module] = [self.exact.to(device())]
 
-    def _fit(self, config: AnalyticTeacher, seed: int) -> nn.Module:
+    def _student(self, config: AnalyticTeacher, seed: int, fit: bool) -> nn.Module:
         rng = generator(seed, "fit")
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
             student = TimeMLP(self.sample_shapes[0][0], config.hidden, config.layers)
         optimiser = torch.optim.Adam(student.parameters(), lr=config.fit_lr)
         decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, config.fit_steps)
-        for _ in range(config.fit_steps):
+        for _ in range(config.fit_steps if fit else 0):
             x_0 = self.exact.sample(config.fit_batch, rng)
             t = renoise_times(torch.rand(config.fit_batch, generator=rng), 0.01, 0.999, 1.0)
             eps = torch.randn(x_0.shape, generator=rng)

@@ -5,14 +5,17 @@ from phased_dmd.engine import device
 from phased_dmd.models.protocol import Codec, VelocityModel
 
 
-def load_model(teacher: Teacher, seed: int) -> tuple[VelocityModel, Codec]:
-    """The frozen teacher and its codec; what the teacher's fields get wrong is a UserError."""
+def load_model(teacher: Teacher, seed: int, fit: bool = True) -> tuple[VelocityModel, Codec]:
+    """The frozen teacher and its codec; what the teacher's fields get wrong is a UserError.
+
+    fit: fit the student of an analytic teacher, which experts start from; those of a finished run replace it.
+    """
     try:
         match teacher:
             case AnalyticTeacher():
                 from phased_dmd.models.analytic import AnalyticModel, PlainCodec
 
-                return AnalyticModel(teacher, seed), PlainCodec()
+                return AnalyticModel(teacher, seed, fit), PlainCodec()
             case WanTeacher():
                 from phased_dmd.models.wan import WanCodec, WanModel
 

@@ -1,0 +1,103 @@
+"""What is read off each sample, and the networks that read it: samples are seen a batch at a time and let go."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phased_dmd.config import Config, UserError
+from phased_dmd.evaluate.protocol import FPS, NANO_FPS, Protocol, SampleSet, is_nano
+from phased_dmd.evaluate.samples import Row
+from phased_dmd.metrics.alignment import Alignment, load_alignment
+from phased_dmd.metrics.digits import DigitClassifier, load_classifier, read
+from phased_dmd.metrics.distances import LPIPS, Moments, PictureDistance, lpips
+from phased_dmd.metrics.features import DIGITS, EFFICIENTNET, FeatureNet, load_features
+from phased_dmd.metrics.motion import Flow, clip_flows, dynamic_clips, load_flow
+from phased_dmd.metrics.pictures import contrast, displacement, high_frequency_energy, saturation, sharpness
+
+Readings = dict[str, Tensor]  # each [n, ...], a row a sample
+DRIFT = {
+    "high_frequency_energy": high_frequency_energy,
+    "contrast": contrast,
+    "sharpness": sharpness,
+    "saturation": saturation,
+}
+MOST_SEEDS = 16  # a prompt, that pairs of pictures are compared among
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """The networks of an evaluation. Where digits are read, `real` holds the moments of real ones in their features."""
+
+    features: FeatureNet
+    flow: Flow
+    flow_name: str
+    fps: float
+    perceptual: PictureDistance | None
+    alignment: Alignment | None
+    reader: DigitClassifier | None
+    real: Moments | None
+    accuracy: float | None
+
+    def nets(self) -> dict[str, str]:
+        """Names, to stand beside the numbers."""
+        names = {"features": self.features.name, "flow": self.flow_name}
+        if self.perceptual:
+            names["perceptual"] = LPIPS
+        if self.alignment:
+            names["alignment"] = self.alignment.name
+        if self.accuracy is not None:
+            names["reader"] = f"{DIGITS}, {100 * self.accuracy:.1f} % of held-out real digits read right"
+        return names
+
+    @torch.no_grad()
+    def read(self, row: Row, sample_set: SampleSet) -> Readings:
+        """Readings of all samples of a row, a batch after the other; with a perceptual distance a prompt at a time."""
+        parts = []
+        for batch in self._batches(row, sample_set):
+            pixels = row.pixels(batch)
+            if pixels.ndim != 5:
+                raise UserError(f"the codec decodes to {pixels.ndim} dimensions; pictures and clips have 5")
+            parts.append(self._batch(pixels, [sample_set.prompts[i].text for i in batch]))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _batches(self, row: Row, sample_set: SampleSet) -> list[range]:
+        ids = sample_set.prompt_ids
+        counts = ids.unique_consecutive(return_counts=True)[1]
+        if self.perceptual and len(counts) == int(ids.max()) + 1 and 1 < int(counts.max()) <= MOST_SEEDS:
+            ends = counts.cumsum(0).tolist()
+            return [range(end - count, end) for end, count in zip(ends, counts.tolist(), strict=True)]
+        return [range(i, min(i + row.size, len(ids))) for i in range(0, len(ids), row.size)]
+
+    def _batch(self, pixels: Tensor, texts: Sequence[str]) -> Readings:
+        n, f = pixels.shape[:2]
+        features = self.features(pixels.flatten(0, 1)).unflatten(0, (n, f))
+        found = {"features": features}
+        found |= {name: torch.tensor([measure(one[None]) for one in pixels]) for name, measure in DRIFT.items()}
+        if f > 1:
+            found["optical_flow"] = clip_flows(pixels, self.flow)
+            found["dynamic_degree"] = dynamic_clips(pixels, self.fps, self.flow).double()
+        if self.perceptual and f == 1 and len(set(texts)) == 1:
+            distances = [[self.perceptual(a[0], b[0]) if a is not b else 0.0 for b in pixels] for a in pixels]
+            found["perceptual"] = torch.nn.functional.pad(torch.tensor(distances), (0, MOST_SEEDS - n))
+        if self.alignment:
+            found["alignment"] = self.alignment(pixels, texts)
+        if self.reader:
+            found["digit"] = read(self.reader, pixels)[1].argmax(1)
+            found["displacement"] = displacement(pixels)
+            found["grey"] = pixels.mean(4).flatten(1)
+        return found
+
+
+def instruments(protocol: Protocol, config: Config | None) -> Instruments:
+    """The instruments that a protocol names, or the defaults for a teacher; config None: for folders of samples."""
+    nano = config is not None and is_nano(config)
+    features = load_features(protocol.features or (DIGITS if nano else EFFICIENTNET))
+    flow, flow_name = load_flow(protocol.flow)
+    reader, real, accuracy = load_classifier() if nano else (None, None, None)
+    moments = (real["mean"], real["covariance"]) if real and features.name == DIGITS else None
+    perceptual = lpips() if protocol.perceptual else None
+    alignment = load_alignment(protocol.alignment) if protocol.alignment else None
+    fps = protocol.fps or (NANO_FPS if nano else FPS)
+    return Instruments(features, flow, flow_name, fps, perceptual, alignment, reader, moments, accuracy)

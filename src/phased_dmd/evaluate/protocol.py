@@ -1,0 +1,140 @@
+"""What is sampled for an evaluation, with which seeds, and how the samples are grouped for its intervals."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import torch
+from torch import Tensor
+
+from phased_dmd.config import AnalyticTeacher, Config, PipelineTeacher, Size, UserError, WanTeacher
+from phased_dmd.metrics.digits import DIRECTIONS, SPEEDS, WORDS
+from phased_dmd.models.source import SHIPPED
+from phased_dmd.prompts import Prompt, read_prompts
+
+PICTURE_SEEDS, CLIP_SEEDS = tuple(range(8)), (42,)  # a prompt, Sec. 3.1 and 3.2
+BLOCKS = 10  # of samples, where a prompt has fewer than three seeds
+NANO_FPS, FPS = 8.0, 16.0  # of nano's clips, and of Wan's
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What an evaluation is asked for. None: what the teacher's kind asks for, see `sample_sets`.
+
+    samples: of a set for the embedded teachers and analytic ones. prompts: a shipped set's name or a file; then every
+    prompt gets each of `seeds`. features: see `load_features`. perceptual: measure LPIPS too. alignment: a CLIP model
+    of transformers, hub id or folder. flow: `dis`, or `raft`. fps: of the clips, for the dynamic degree.
+    bucket: which of the teacher's sizes.
+    """
+
+    samples: int = 1000
+    prompts: str | None = None
+    seeds: tuple[int, ...] | None = None
+    features: str | None = None
+    perceptual: bool = False
+    alignment: str | None = None
+    flow: str = "dis"
+    fps: float | None = None
+    bucket: int = 0
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """Prompts, one a sample, with their seeds; `groups` [n] are left out one after the other for the intervals.
+
+    floor: whether the base is sampled with other seeds too, which shows how far apart two sets of one law are.
+    """
+
+    name: str
+    about: str
+    prompts: Sequence[Prompt]
+    seeds: Sequence[int]
+    groups: Tensor
+    floor: bool = False
+
+    @property
+    def prompt_ids(self) -> Tensor:
+        """[n], equal for equal prompts."""
+        number = {prompt: i for i, prompt in enumerate(dict.fromkeys(self.prompts))}
+        return torch.tensor([number[prompt] for prompt in self.prompts])
+
+    def shown(self, clips: bool) -> list[int]:
+        """The samples that are kept as pictures: 6 clips, 4 seeds of 5 prompts, or the first 20."""
+        n = len(self.prompts)
+        if clips:
+            return [i * n // 6 for i in range(6)] if n > 6 else list(range(n))
+        each = int((self.prompt_ids == 0).sum())
+        if self.floor or each < 4:
+            return list(range(min(n, 20)))
+        return [i for start in range(0, min(n, 5 * each), each) for i in range(start, start + 4)]
+
+
+def sample_sets(config: Config, protocol: Protocol, takes_images: bool) -> list[SampleSet]:
+    """The sets of an evaluation, in the paper's protocol where the teacher is no toy.
+
+    Text-to-image: 21 prompts with seeds 0 to 7 (Sec. 3.1); text-to-video: 220 prompts with seed 42 (Sec. 3.2), and
+    image-to-video as many, which need the user's pictures. The embedded teachers: `weak` leaves the digit open,
+    `specific` names all there is to name, each with seeds 0, 1, ...; image-to-video has specific ones only, on held-out
+    digits. Analytic teachers: samples without a prompt.
+    """
+    sizes = config.teacher.sizes if isinstance(config.teacher, PipelineTeacher) else (Size(),)
+    frames = sizes[protocol.bucket].num_frames
+    if protocol.prompts is not None:
+        return [_paired("prompts", protocol.prompts, protocol.seeds or (PICTURE_SEEDS if frames == 1 else CLIP_SEEDS))]
+    if isinstance(config.teacher, AnalyticTeacher):
+        return [_many("mixture", [Prompt("")], protocol.samples)]
+    if config.prompts is None:
+        return [_many("samples", [Prompt("")], protocol.samples)]
+    if is_nano(config):
+        return [_many(name, prompts, protocol.samples) for name, prompts in _nano_prompts(config, frames).items()]
+    if takes_images:
+        raise UserError(
+            "--prompts: image-to-video is evaluated on pictures of your own: a jsonl, csv or parquet with the columns "
+            "prompt and image (the paper: 220); `phased-dmd sample` writes one, samples.jsonl, beside what it samples"
+        )
+    if frames == 1:
+        return [_paired("paper", "paper-t2i", protocol.seeds or PICTURE_SEEDS)]
+    return [_paired("paper", "paper-t2v", protocol.seeds or CLIP_SEEDS)]
+
+
+def is_nano(config: Config) -> bool:
+    """Whether digits can be read from what the teacher makes."""
+    match config.teacher:
+        case WanTeacher(path=name, sizes=(Size(height=32, width=32), *_)):
+            return name in SHIPPED
+    return False
+
+
+def blocks(count: int) -> Tensor:
+    """Groups [count] of neighbouring samples, as many as there are BLOCKS or samples."""
+    return torch.arange(count) * min(count, BLOCKS) // count
+
+
+def _paired(name: str, source: str, seeds: Sequence[int]) -> SampleSet:
+    """Every prompt with every seed; left out are the seeds, one by one, or blocks of prompts where seeds are few."""
+    prompts = read_prompts(source)
+    groups = torch.arange(len(seeds)).repeat(len(prompts)) if len(seeds) > 2 else blocks(len(prompts) * len(seeds))
+    numbers = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    about = f"{len(prompts)} prompts ({source}), {numbers}"
+    return SampleSet(name, about, [p for p in prompts for _ in seeds], list(seeds) * len(prompts), groups)
+
+
+def _many(name: str, prompts: Sequence[Prompt], count: int) -> SampleSet:
+    """Samples that go round the prompts, each with a seed of its own."""
+    about = f"{count} samples"
+    if prompts != [Prompt("")]:
+        about += f" of {len(prompts)} prompts" if len(prompts) > 1 else f" of {prompts[0].text!r}"
+    return SampleSet(name, about, list(islice(cycle(prompts), count)), range(count), blocks(count), floor=True)
+
+
+def _nano_prompts(config: Config, frames: int) -> dict[str, list[Prompt]]:
+    assert isinstance(config.teacher, WanTeacher)
+    if config.teacher.path == "nano-i2v":
+        return {"specific": read_prompts("nano-i2v-held-out")}
+    if frames == 1:
+        weak, specific = ["a handwritten digit"], [f"a handwritten {word}" for word in WORDS]
+    else:
+        moves = [f"{direction} {speed}" for direction in DIRECTIONS for speed in SPEEDS]
+        weak = ["a handwritten digit moving"]
+        specific = [f"a handwritten {word} moving {move}" for move in moves for word in WORDS]
+    return {"weak": [Prompt(text) for text in weak], "specific": [Prompt(text) for text in specific]}

@@ -1,0 +1,59 @@
+"""How well pictures fit their prompts: the cosine of a CLIP model's two embeddings."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from phased_dmd.config import UserError
+from phased_dmd.engine import device
+from phased_dmd.metrics.features import check_settings, name_of, preprocess
+from phased_dmd.models.source import quiet
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The cosine of samples and prompts, and the model's name, to stand beside every number made with it."""
+
+    name: str
+    embed_pictures: Callable[[Tensor], Tensor]  # [b, 3, h, w] in [0, 1] on the device to [b, d]
+    embed_texts: Callable[[Sequence[str]], Tensor]
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
+        """[n] on the CPU, of samples [n, f, h, w, 3] in [0, 1] and their prompts; of clips the mean over frames."""
+        frames = [self.embed_pictures(one.to(device()).permute(0, 3, 1, 2).clamp(0, 1)) for one in pixels]
+        pictures = torch.stack([normalize(f.float(), dim=1).mean(0) for f in frames])
+        return (pictures * normalize(self.embed_texts(texts).float(), dim=1)).sum(1).cpu()
+
+
+def load_alignment(source: str) -> Alignment:
+    """A CLIP model of transformers by its hub id or local folder; a UserError says what is missing."""
+    from safetensors import SafetensorError
+    from transformers import AutoTokenizer, CLIPModel, ImageProcessingMixin
+
+    where = f"alignment: {source}"
+    try:
+        with quiet():
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model, report = CLIPModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)  # type: ignore[misc] a pair when asked
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0].split(". ")[0]
+        raise UserError(f"{where} is no hub id or folder of a CLIP model that loads ({reason})") from error
+    if report["missing_keys"]:
+        raise UserError(f"{where} lacks weights, {min(report['missing_keys'])} for one")
+    check_settings(settings, where)
+    model.eval().to(device())
+
+    def embed_texts(texts: Sequence[str]) -> Tensor:
+        tokens = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(device())
+        return model.get_text_features(**tokens).pooler_output
+
+    return Alignment(
+        f"{name_of(source)}, clip",
+        lambda pictures: model.get_image_features(pixel_values=preprocess(pictures, settings)).pooler_output,
+        embed_texts,
+    )
