@@ -22,8 +22,9 @@ from phased_dmd.evaluate.mixtures import mixture_statistics
 from phased_dmd.evaluate.protocol import SampleSet, blocks, sample_sets
 from phased_dmd.evaluate.samples import Base, weights_hash
 from phased_dmd.export import export
-from phased_dmd.media import save_clip, save_image, to_images
-from phased_dmd.metrics.distances import energy_distance
+from phased_dmd.media import read_media, save_clip, save_image, to_images
+from phased_dmd.metrics.distances import energy_distance, frechet, moments
+from phased_dmd.metrics.features import load_features
 from phased_dmd.metrics.intervals import interval, leave_one_out, spread
 from phased_dmd.models.analytic import AnalyticModel
 from phased_dmd.prompts import Prompt
@@ -288,10 +289,26 @@ def test_folders_that_do_not_match_are_one_line(tmp_path: Path) -> None:
         assert not (tmp_path / subject / "evaluation.json").exists()
 
 
+def test_the_distance_to_real_pictures_is_that_to_a_folder_of_them(tmp_path: Path) -> None:
+    """Pictures of another size than the samples', compared in the features of one net."""
+    net = dino(tmp_path / "dino", 3)
+    for folder, side, seed in (("base", 32, 0), ("real", 64, 10)):
+        (tmp_path / folder).mkdir()
+        for i in range(5):
+            save_image(to_images(draw(1, side, side, 3, seed=seed + i).sigmoid())[0], tmp_path / folder / f"{i}.png")
+    protocol = Protocol(features=str(tmp_path / "dino"), real=str(tmp_path / "real"))
+    found = evaluate([tmp_path / "base"], protocol, base=tmp_path / "base")[str(tmp_path / "base")]
+    features = load_features(str(tmp_path / "dino"))
+    laws = [
+        moments(features(torch.cat([read_media(tmp_path / folder / f"{i}.png") for i in range(5)])))
+        for folder in ("base", "real")
+    ]
+    row = found["sets"]["samples"]["rows"]["samples"]
+    assert not net.training and row["frechet_real"]["value"] == pytest.approx(frechet(*laws), rel=1e-4)
+
+
 def test_a_video_file_is_read_as_its_frames(tmp_path: Path) -> None:
     import cv2
-
-    from phased_dmd.media import read_media
 
     writer = cv2.VideoWriter(str(tmp_path / "v.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 8, (64, 48))
     for value in (40, 120, 200):

@@ -31,7 +31,7 @@ from phased_dmd.metrics.distances import (
     principal_components,
 )
 from phased_dmd.metrics.features import IMAGENET, load_features, preprocess
-from phased_dmd.metrics.motion import clip_flows, dynamic_clips, dynamic_degree, optical_flow
+from phased_dmd.metrics.motion import clip_flows, dynamic_clips, dynamic_degree, load_flow, optical_flow
 from phased_dmd.metrics.pictures import contrast, displacement, high_frequency_energy, saturation, sharpness
 from phased_dmd.prompts import SHIPPED, read_prompts
 
@@ -225,6 +225,36 @@ def test_optical_flow_is_the_length_of_the_flow_for_each_clip() -> None:
 def test_optical_flow_of_frames_that_dis_cannot_take_is_one_line() -> None:
     with pytest.raises(UserError, match="^optical flow: frames of 8 x 8 pixels; 12 at least$"):
         optical_flow(torch.zeros(1, 2, 8, 8, 3))
+
+
+def test_raft_is_handed_frames_of_the_size_and_range_it_takes_and_its_flow_is_in_pixels_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A network that says 8 right and 4 down, of frames of 64 x 100 that it sees as 128 x 128."""
+
+    class Network(torch.nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> list[Tensor]:
+            assert a.shape == b.shape == (1, 3, 128, 128) and (a.min(), b.max()) == (-1, 1)
+            return [torch.zeros(1, 2, 128, 128), torch.tensor([8.0, 4.0])[:, None, None].expand(1, 2, 128, 128)]
+
+    module = ModuleType("torchvision.models.optical_flow")
+    module.raft_large = lambda weights: Network()  # type: ignore[attr-defined]
+    module.Raft_Large_Weights = type("W", (), {"C_T_SKHT_V2": None})  # type: ignore[attr-defined]
+    for name in ("torchvision", "torchvision.models"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "torchvision.models.optical_flow", module)
+    flow, name = load_flow("raft")
+    found = flow(torch.zeros(64, 100, 3), torch.ones(64, 100, 3))
+    assert name == "RAFT, torchvision" and found.shape == (64, 100, 2)
+    assert found[10, 10].tolist() == pytest.approx([8 * 100 / 128, 4 * 64 / 128])
+
+
+def test_a_flow_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(UserError, match="^flow: raft needs torchvision and its weights"):
+        load_flow("raft")
+    with pytest.raises(UserError, match="^flow: 'unimatch' is neither dis nor raft$"):
+        load_flow("unimatch")
 
 
 def test_optical_flow_without_opencv_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from phased_dmd.config import Config, UserError
 from phased_dmd.evaluate.protocol import FPS, NANO_FPS, Protocol, SampleSet, is_nano
-from phased_dmd.evaluate.samples import Row
+from phased_dmd.evaluate.samples import Row, SampleFolder
+from phased_dmd.media import read_media
 from phased_dmd.metrics.alignment import Alignment, load_alignment
 from phased_dmd.metrics.digits import DigitClassifier, load_classifier, read
-from phased_dmd.metrics.distances import LPIPS, Moments, PictureDistance, lpips
+from phased_dmd.metrics.distances import LPIPS, Moments, PictureDistance, lpips, moments
 from phased_dmd.metrics.features import DIGITS, EFFICIENTNET, FeatureNet, load_features
 from phased_dmd.metrics.motion import Flow, clip_flows, dynamic_clips, load_flow
 from phased_dmd.metrics.pictures import contrast, displacement, high_frequency_energy, saturation, sharpness
@@ -28,7 +30,7 @@ MOST_SEEDS = 16  # a prompt, that pairs of pictures are compared among
 
 @dataclass(frozen=True)
 class Instruments:
-    """The networks of an evaluation. Where digits are read, `real` holds the moments of real ones in their features."""
+    """The networks of an evaluation; `real` holds the moments of real pictures' features, where there are any."""
 
     features: FeatureNet
     flow: Flow
@@ -96,8 +98,11 @@ def instruments(protocol: Protocol, config: Config | None) -> Instruments:
     features = load_features(protocol.features or (DIGITS if nano else EFFICIENTNET))
     flow, flow_name = load_flow(protocol.flow)
     reader, real, accuracy = load_classifier() if nano else (None, None, None)
-    moments = (real["mean"], real["covariance"]) if real and features.name == DIGITS else None
+    of_real = (real["mean"], real["covariance"]) if real and features.name == DIGITS else None
+    if protocol.real is not None:
+        files = SampleFolder(Path(protocol.real)).files.values()
+        of_real = moments(torch.cat([features(read_media(file)) for file in files]))
     perceptual = lpips() if protocol.perceptual else None
     alignment = load_alignment(protocol.alignment) if protocol.alignment else None
     fps = protocol.fps or (NANO_FPS if nano else FPS)
-    return Instruments(features, flow, flow_name, fps, perceptual, alignment, reader, moments, accuracy)
+    return Instruments(features, flow, flow_name, fps, perceptual, alignment, reader, of_real, accuracy)

@@ -23,8 +23,8 @@ class Protocol:
 
     samples: of a set for the embedded teachers and analytic ones. prompts: a shipped set's name or a file; then every
     prompt gets each of `seeds`. features: see `load_features`. perceptual: measure LPIPS too. alignment: a CLIP model
-    of transformers, hub id or folder. flow: `dis`, or `raft`. fps: of the clips, for the dynamic degree.
-    bucket: which of the teacher's sizes.
+    of transformers, hub id or folder. real: a folder of real pictures or clips. flow: `dis`, or `raft`. fps: of the
+    clips, for the dynamic degree. bucket: which of the teacher's sizes.
     """
 
     samples: int = 1000
@@ -33,6 +33,7 @@ class Protocol:
     features: str | None = None
     perceptual: bool = False
     alignment: str | None = None
+    real: str | None = None
     flow: str = "dis"
     fps: float | None = None
     bucket: int = 0

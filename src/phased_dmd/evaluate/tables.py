@@ -13,7 +13,7 @@ HEADINGS = {  # of a measure: title, how to read it
     "frechet_features_paired": ("Fréchet, features, paired", "to the base's many-step samples of the same seeds"),
     "frechet_video_paired": ("Fréchet, clips, paired", "to the base's many-step samples of the same seeds"),
     "frechet_pca_paired": ("Fréchet, pixels, paired", "to the base's many-step samples of the same seeds"),
-    "frechet_real": ("Fréchet to real digits", "held-out pictures"),
+    "frechet_real": ("Fréchet to real data", "of frames; for nano to held-out digits"),
     "high_frequency_energy": ("high-frequency energy", "mean power above half the Nyquist frequency"),
     "contrast": ("contrast", "standard deviation of grey values"),
     "sharpness": ("sharpness", "variance of the Laplacian"),
