@@ -11,10 +11,10 @@ space := $(subst ,, )
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check reproduce clean
+.PHONY: help demo test check check-report reproduce clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.stamp-run ## Distil the embedded teacher in runs/demo, evaluate it, write runs/demo/report.html
 	$(BIN)/phased-dmd distill nano-t2i --output runs/demo
@@ -30,6 +30,9 @@ check: .venv/.stamp-dev ## Lint, formatting, types, and the order of the layers
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+check-report: .venv/.stamp-dev ## Check report pages of tiny runs in a headless Chromium, the system's
+	$(BIN)/python scripts/check_report.py
 
 reproduce: .venv/.stamp-dev ## Make the committed results again
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/reproduce.sh

@@ -107,8 +107,8 @@ def test_distil_evaluate_report_sample_and_again(
     assert "already evaluated" in capsys.readouterr().out
     assert run("report", str(folder), monkeypatch=monkeypatch) == 0
     page = (folder / "report.html").read_text()
-    assert "data:image/png;base64," in page
-    assert 'src="http' not in page and "href=" not in page, "the page must be self-contained"
+    assert ";base64," in page
+    assert 'src="http' not in page and 'href="http' not in page, "the page must be self-contained"
 
     assert run("sample", str(folder), "--output", str(tmp_path / "s"), "--seeds", "5", monkeypatch=monkeypatch) == 0
     assert (tmp_path / "s" / "samples.png").stat().st_size > 1000

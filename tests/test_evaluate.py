@@ -22,7 +22,7 @@ from phased_dmd.evaluate.mixtures import mixture_statistics
 from phased_dmd.evaluate.protocol import SampleSet, blocks, sample_sets
 from phased_dmd.evaluate.samples import Base, weights_hash
 from phased_dmd.export import export
-from phased_dmd.media import read_media, save_clip, save_image, to_images
+from phased_dmd.media import grid, read_media, save_clip, save_image, to_images
 from phased_dmd.metrics.distances import energy_distance, frechet, moments
 from phased_dmd.metrics.features import load_features
 from phased_dmd.metrics.intervals import interval, leave_one_out, spread
@@ -386,3 +386,11 @@ def test_fit_to_the_prompt_is_the_cosine_of_the_stock_models_embeddings(tmp_path
     assert torch.allclose(found(pixels, texts), known, atol=1e-5)
     with pytest.raises(UserError, match="no hub id or folder of a CLIP model"):
         load_alignment(str(tmp_path))
+
+
+def test_pictures_higher_than_a_strip_are_shrunk_in_it_and_small_ones_kept() -> None:
+    clip = torch.rand(1, 5, 64, 96, 3)
+    assert grid(clip).size == (5 * 96, 64) == grid(clip, most=64).size
+    assert grid(clip, most=32).size == (5 * 48, 32)
+    half = grid(torch.full((1, 2, 64, 96, 3), 0.5), most=32)
+    assert half.getextrema() == ((128, 128),) * 3

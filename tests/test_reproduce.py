@@ -4,32 +4,64 @@ import json
 import math
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from phased_dmd import cli, train
-from phased_dmd.config import AnalyticTeacher, Config, Fake, Generator, Optimiser, Plan
+from phased_dmd.checkpoint import RunFolder
+from phased_dmd.config import AnalyticTeacher, Config, Fake, Generator, Optimiser, Plan, UserError
 from phased_dmd.diffusion import FlowSchedule
 from phased_dmd.evaluate import HEADINGS
+from phased_dmd.experts import expert_role
+from phased_dmd.metrics.intervals import interval
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.objectives import biased_target, subinterval_target
 from phased_dmd.recipes import RECIPES, nano_t2i
-from phased_dmd.reproduce import study
-from phased_dmd.reproduce.claims import CLAIMS, FULL, MODES, QUICK, STUDIES, Budget, Claim
-from phased_dmd.reproduce.decide import decide
-from phased_dmd.reproduce.fig2 import fig2, fit_subinterval, trajectories
-from phased_dmd.reproduce.intervals import interval, judge, ratio
+from phased_dmd.reproduce import workers
+from phased_dmd.reproduce.claim import (
+    BOUNDED,
+    DMD,
+    DMD_SGTS,
+    DMD_SGTS_WIDE,
+    FULL,
+    MODES,
+    ONE_STEP,
+    PHASED,
+    PHASED_SGTS,
+    QUICK,
+    Budget,
+    Claim,
+    Measure,
+    Trial,
+    Variant,
+)  # fmt: skip
+from phased_dmd.reproduce.claims import CLAIMS, NAMES, SHORT, STUDIES, collapse_trial
+from phased_dmd.reproduce.decide import compared, decide
+from phased_dmd.reproduce.fig2 import BIASED, UNBIASED, fig2, fit_subinterval, judge_trajectories, trajectories
+from phased_dmd.reproduce.fig2 import FULL as FULL_INTERVAL
+from phased_dmd.reproduce.fig5 import change
+from phased_dmd.reproduce.intervals import compare, difference, judge, ratio, shown
 from phased_dmd.reproduce.memory import SavedBytes, judge_memory, memory
-from phased_dmd.reproduce.study import prepared, table
+from phased_dmd.reproduce.page import beside_paper, write_index
+from phased_dmd.reproduce.run import reproduce
+from phased_dmd.reproduce.study import Study, planned, prepared, summarise, table
+from phased_dmd.reproduce.workers import Run, Workers, inherit
+from phased_dmd.system import add_expert, build_system, load_teacher
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
+ABOUT = {"command": "COMMAND", "date": "2026-01-01", "budget": "full"}
+T2, T4 = 4.302653, 12.706205  # Student's t at 97.5 %, of two degrees of freedom and of one
+TRIALS = [(name, recipe) for name, claim in CLAIMS.items() for recipe in claim.trials]
 
 
-def tiny() -> Config:
+def tiny(iterations: int = 2) -> Config:
     """Four phases of two updates on three points."""
     return Config(
         recipe="toy-2d",
@@ -37,7 +69,7 @@ def tiny() -> Config:
         plan=Plan(steps=4, phases=4, shift=2.0, gradient="all"),
         generator=Generator(weights="full", optimiser=Optimiser(lr=3e-2)),
         fake=Fake(optimiser=Optimiser(lr=1e-3), updates=1),
-        iterations=2, batch_size=8,
+        iterations=iterations, batch_size=8,
     )  # fmt: skip
 
 
@@ -45,76 +77,149 @@ def tiny() -> Config:
 def claim(monkeypatch: pytest.MonkeyPatch) -> Claim:
     """fig8 on the tiny recipe alone."""
     monkeypatch.setitem(RECIPES, "toy-2d", tiny)
-    return replace(CLAIMS["fig8"], recipes={"toy-2d": MODES})
+    return replace(CLAIMS["fig8"], trials={"toy-2d": CLAIMS["fig8"].trials["toy-2d"]})
 
 
 @pytest.fixture
 def distilled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The run folders that are distilled, by name, as it happens."""
-    names, real = [], study.distill
+    names, real = [], workers.distill
 
-    def spy(config: Config, output: Path) -> Path:
+    def spy(config: Config, output: Path, quiet: bool) -> Path:
         names.append(output.name)
         return real(config, output, quiet=True)
 
-    monkeypatch.setattr(study, "distill", spy)
+    monkeypatch.setattr(workers, "distill", spy)
     monkeypatch.setattr(train, "save_preview", lambda *_: None)  # half of the time
     return names
 
 
-@pytest.mark.parametrize("name", CLAIMS)
-def test_a_claims_variants_have_one_teacher_and_equally_many_updates(name: str) -> None:
-    found = CLAIMS[name]
-    for recipe, (_, measure) in found.recipes.items():
-        configs = {
-            label: prepared(recipe, variant, 3, FULL[recipe], Path())[0] for label, variant in found.variants.items()
-        }
-        assert measure in HEADINGS
-        assert {config.seed for config in configs.values()} == {3}
-        assert len({config.teacher.model_dump_json() for config in configs.values()}) == 1
-        assert len({config.iterations * config.plan.phases for config in configs.values()}) == 1
-        assert all(configs[better] != configs[worse] for better, worse in found.pairs)
-        folders = {prepared(recipe, variant, 3, FULL[recipe], Path())[1] for variant in found.variants.values()}
-        assert len(folders) == len(configs)
+def settle(
+    claim: Claim, budget: Budget, runs: Path, results: Path, about: Mapping[str, Any] = ABOUT
+) -> tuple[str, dict[str, Any]]:
+    """A claim's runs on the tiny recipe and its results: the page and the JSON."""
+    with Workers(1, lambda _: None) as alone:
+        asked = list(planned("toy-2d", claim.trials["toy-2d"].variants, budget, runs).values())
+        alone.distil(asked)
+        alone.evaluate(asked)
+    path = decide("claim", claim, {"toy-2d": budget}, runs, results, about)
+    return path.read_text(), json.loads(path.with_suffix(".json").read_text())
+
+
+def updates(recipe: str, variant: Variant, budget: Budget) -> float:
+    """Generator updates of all phases together."""
+    config, _ = prepared(recipe, variant, 0, budget, Path())
+    whole, _ = prepared(recipe, replace(variant, last=1.0), 0, budget, Path())
+    return config.iterations + whole.iterations * (config.plan.phases - 1)
+
+
+@pytest.mark.parametrize("budgets", [FULL, QUICK], ids=["full", "quick"])
+@pytest.mark.parametrize(("name", "recipe"), TRIALS)
+def test_a_claims_variants_have_one_teacher_and_equally_many_updates(
+    name: str, recipe: str, budgets: Mapping[str, Budget]
+) -> None:
+    """Where a claim is about the updates, exactly the factor that its label tells."""
+    trial, budget = CLAIMS[name].trials[recipe], budgets[recipe]
+    runs = {label: prepared(recipe, variant, 3, budget, Path()) for label, variant in trial.variants.items()}
+    configs = {label: config for label, (config, _) in runs.items()}
+    whole = RECIPES[recipe]()
+    total = budget.updates * whole.iterations * whole.plan.phases
+    for label, variant in trial.variants.items():
+        if variant.last == 1:
+            assert updates(recipe, variant, budget) == pytest.approx(total * variant.updates, abs=1e-9), label
+    assert {config.seed for config in configs.values()} == {3}
+    assert len({config.teacher.model_dump_json() for config in configs.values()}) == 1
+    assert all(configs[better] != configs[worse] for better, worse in trial.pairs)
+    assert len({folder for _, folder in runs.values()}) == len(runs)
+    assert all(measure.name in HEADINGS or measure.table == "change" for measure in trial.measures)
+
+
+def test_only_collapse_and_fig5_are_about_the_updates() -> None:
+    variants = [(name, v) for name, recipe in TRIALS for v in CLAIMS[name].trials[recipe].variants.values()]
+    odd = {name for name, variant in variants if (variant.updates, variant.last) != (1, 1)}
+    assert odd == {"collapse", "fig5"}
+    mine = CLAIMS["fig5"].trials["nano-t2i"].variants
+    for method in ("Phased+SGTS", "DMD+SGTS"):
+        assert updates("nano-t2i", mine[method], FULL["nano-t2i"]) == 240
+        assert updates("nano-t2i", mine[f"{method}, short"], FULL["nano-t2i"]) == 120 + 120 * SHORT == 135
+
+
+def test_the_control_of_doubled_rank_and_the_two_networks_have_equally_many_parameters() -> None:
+    """One adapter of rank 64 is as large as two of rank 32; on nano-moe every method trains one on each network."""
+
+    def parameters(recipe: str, variant: Variant) -> int:
+        config, _ = prepared(recipe, variant, 0, FULL[recipe], Path())
+        model, codec = load_teacher(config)
+        system = build_system(config, model, codec.encode_text([""])[0])
+        for phase in range(1, system.plan.num_phases + 1):
+            add_expert(system, phase, trainable=True)
+        experts = [system.roles.parameters(expert_role(phase)) for phase in range(1, system.plan.num_phases + 1)]
+        return sum(p.numel() for expert in experts for p in expert.values())
+
+    narrow = parameters("nano-t2i", DMD_SGTS)
+    assert parameters("nano-t2i", DMD_SGTS_WIDE) == parameters("nano-t2i", PHASED_SGTS) == 2 * narrow
+    assert parameters("nano-moe", DMD_SGTS) == parameters("nano-moe", PHASED_SGTS)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "variant", "folder"),
+    [
+        ("nano-t2i", DMD, "nano-t2i-dmd-iterations=240-0"),
+        ("nano-t2i", ONE_STEP, "nano-t2i-dmd-plan.steps=1-iterations=240-0"),
+        (
+            "nano-t2i",
+            DMD_SGTS_WIDE,
+            "nano-t2i-dmd-sgts-generator.lora.rank=64-generator.lora.alpha=64-iterations=240-0",
+        ),
+        ("nano-t2i", PHASED, "nano-t2i-phased-iterations=60-0"),
+        ("nano-t2i", replace(DMD_SGTS, updates=2), "nano-t2i-dmd-sgts-0"),
+        ("nano-t2i", replace(PHASED_SGTS, last=SHORT), "nano-t2i-phased-sgts-iterations=120-last=15-0"),
+        ("toy-2d", ONE_STEP, "toy-2d-dmd-plan.steps=1-0"),
+    ],
+)
+def test_a_run_folder_is_named_by_all_that_sets_it_apart(recipe: str, variant: Variant, folder: str) -> None:
+    assert prepared(recipe, variant, 0, FULL[recipe], Path())[1] == Path(folder)
 
 
 @pytest.mark.parametrize("recipe", STUDIES)
-def test_a_studys_labels_are_its_methods_and_its_folders_those_of_earlier_runs(recipe: str) -> None:
+def test_a_studys_labels_are_its_methods_and_its_folders_those_of_whole_runs(recipe: str) -> None:
     for label, variant in STUDIES[recipe].items():
-        config, folder = prepared(recipe, variant, 2, FULL[recipe], Path())
+        config, folder = prepared(recipe, variant, 2, replace(FULL[recipe], updates=1.0), Path())
         assert (config.method, folder) == (label, Path(f"{recipe}-{label}-2"))
-
-
-def test_a_quick_run_makes_a_share_of_the_updates_in_a_folder_of_its_own() -> None:
-    whole, folder = prepared("nano-t2i", CLAIMS["fig8"].variants["nested"], 0, FULL["nano-t2i"], Path())
-    part, other = prepared("nano-t2i", CLAIMS["fig8"].variants["nested"], 0, QUICK["nano-t2i"], Path())
-    assert part.iterations == QUICK["nano-t2i"].updates * whole.iterations == 24
-    assert folder != other
+        assert config.iterations * config.plan.phases == RECIPES[recipe]().iterations * RECIPES[recipe]().plan.phases
 
 
 def test_a_claims_files_agree_and_a_second_call_makes_only_what_is_missing(
     claim: Claim, distilled: list[str], tmp_path: Path
 ) -> None:
-    """The ratio recomputed from the file of each run; one file and its run folder lost, only that run is made again."""
+    """The ratio recomputed from the file of each run; a run folder lost, only that run is made again, the same."""
 
-    def run() -> tuple[str, dict]:
-        path = decide("fig8", claim, {"toy-2d": Budget(2, 64)}, tmp_path / "runs", tmp_path / "results", "COMMAND")
-        return path.read_text(), json.loads(path.with_suffix(".json").read_text())
+    def run() -> tuple[str, dict[str, Any]]:
+        return settle(claim, Budget(2, 64), tmp_path / "runs", tmp_path / "results")
 
     text, body = run()
     assert len(distilled) == 4
-    folder, labels = tmp_path / "results" / "fig8", ("nested", "disjoint")
-    files = [[folder / f"toy-2d-{label}-{seed}.json" for seed in (0, 1)] for label in labels]
-    kl = [[json.loads(file.read_text())["rows"]["phased, 4 steps"][MODES[1]] for file in row] for row in files]
+    folder, labels = tmp_path / "results" / "claim", ("nested", "disjoint")
+    files = [[json.loads((folder / f"toy-2d-{label}-{seed}.json").read_text()) for seed in (0, 1)] for label in labels]
+    kl = [[one["sets"]["mixture"]["rows"]["phased, 4 steps"][MODES.name]["value"] for one in row] for row in files]
     expected = math.sqrt(kl[1][0] * kl[1][1] / kl[0][0] / kl[0][1])
     (comparison,) = body["comparisons"]
-    assert comparison["ratio"] == pytest.approx(expected, rel=1e-12)
+    assert comparison["value"] == pytest.approx(expected, rel=1e-12)
     assert body["verdict"] == ("holds" if comparison["low"] > 1 else "does not hold")
-    assert f"Verdict: **{body['verdict']}**" in text and "`COMMAND`" in text
+    assert f"Verdict: **{body['verdict']}**" in text and "`COMMAND`, 2026-01-01, full budget" in text
     assert f"| disjoint / nested | {expected:.3g} |" in text
+    assert f"{kl[0][0] / 2 + kl[0][1] / 2:.3g} ±" in text
+    assert [one["subject"] for one in files[1]] == [
+        f"toy-2d-phased-renoise.interval=disjoint-{seed}" for seed in (0, 1)
+    ]
+    tensors = RunFolder(tmp_path / "runs" / "toy-2d-phased-0")
+    assert files[0][0]["trainable_parameters"] == sum(
+        tensor.numel() for phase in range(1, 5) for tensor in train.load_tensors(tensors.expert_path(phase))[0].values()
+    )
+    with Image.open(tmp_path / "results" / "claim.png") as picture:
+        assert picture.width >= 900
 
     assert run() == (text, body) and len(distilled) == 4
-    files[1][0].unlink()
     (tmp_path / "runs" / "toy-2d-phased-renoise.interval=disjoint-0").rename(tmp_path / "lost")
     again = run()[1]["comparisons"]
     assert distilled[4:] == ["toy-2d-phased-renoise.interval=disjoint-0"]
@@ -124,47 +229,132 @@ def test_a_claims_files_agree_and_a_second_call_makes_only_what_is_missing(
 def test_more_samples_are_evaluated_again_on_the_same_runs(claim: Claim, distilled: list[str], tmp_path: Path) -> None:
     numbers = []
     for samples in (64, 128):
-        path = decide("fig8", claim, {"toy-2d": Budget(1, samples)}, tmp_path / "runs", tmp_path, "COMMAND")
-        body = json.loads(path.with_suffix(".json").read_text())
-        assert [run["samples"] for run in body["recipes"]["toy-2d"]["runs"]] == [samples] * 2
-        assert body["verdict"] is None and "No verdict" in path.read_text()
-        numbers.append(body["comparisons"][0]["ratio"])
+        text, body = settle(claim, Budget(1, samples), tmp_path / "runs", tmp_path)
+        assert f"1 seed, {samples} samples a cell, 8 generator updates in all" in text
+        assert body["verdict"] is None and "No verdict" in text and "none of one seed" in text
+        numbers.append(body["comparisons"][0]["value"])
     assert numbers[0] != numbers[1]
-    assert len({*distilled}) == 2
+    assert len(distilled) == 2
 
 
-def test_the_files_of_another_recipe_are_not_taken_for_this_one(
+def test_a_quick_budget_gets_no_verdict(claim: Claim, distilled: list[str], tmp_path: Path) -> None:
+    text, body = settle(claim, Budget(2, 64, 0.5), tmp_path / "runs", tmp_path, {**ABOUT, "budget": "quick"})
+    assert body["comparisons"][0]["low"] is not None and body["verdict"] is None
+    assert "4 generator updates in all (0.5 of the recipe's)" in text and "No verdict" in text
+
+
+def test_curves_over_the_updates_and_their_variants(
     claim: Claim, distilled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number, iterations in enumerate((1, 2)):
-        monkeypatch.setitem(RECIPES, "toy-2d", lambda count=iterations: tiny().model_copy(update={"iterations": count}))
-        decide("fig8", claim, {"toy-2d": Budget(1, 64)}, tmp_path / f"runs-{number}", tmp_path, "COMMAND")
-    assert len(distilled) == 4
-    body = json.loads((tmp_path / "fig8.json").read_text())
-    assert {run["config"]["iterations"] for run in body["recipes"]["toy-2d"]["runs"]} == {2}
+    """A claim about the updates: each run makes the share that its label tells, and the figure is drawn."""
+    monkeypatch.setitem(RECIPES, "toy-2d", lambda: tiny(4))
+    about = replace(claim, trials={"toy-2d": collapse_trial((MODES,), (0.25, 1))}, curves=True)
+    text, body = settle(about, Budget(1, 64), tmp_path / "runs", tmp_path)
+    found = {label: facts["updates"] for label, facts in body["recipes"]["toy-2d"]["variants"].items()}
+    assert found == {"DMD+SGTS, x 0.25": 4, "DMD+SGTS, x 1": 16, "Phased, x 0.25": 4, "Phased, x 1": 16}
+    assert [c["what"] for c in body["comparisons"]] == [
+        "DMD+SGTS, x 1 / DMD+SGTS, x 0.25", "DMD+SGTS, x 1 / Phased, x 1"
+    ]  # fmt: skip
+    assert (tmp_path / "claim.png").stat().st_size > 10_000
 
 
-def test_a_share_of_the_updates_gets_no_verdict(claim: Claim, distilled: list[str], tmp_path: Path) -> None:
-    path = decide("fig8", claim, {"toy-2d": Budget(2, 64, 0.5)}, tmp_path / "runs", tmp_path, "COMMAND")
-    body = json.loads(path.with_suffix(".json").read_text())
-    assert body["comparisons"][0]["low"] is not None and body["verdict"] is None
-    assert "0.5 of the recipe's generator updates" in path.read_text()
-    assert {run["config"]["iterations"] for run in body["recipes"]["toy-2d"]["runs"]} == {1}
+def test_two_workers_make_the_very_runs_that_one_makes(claim: Claim, tmp_path: Path) -> None:
+    """Experts bit for bit, and every figure but the seconds; and one's failure is told as it is."""
+    bodies = []
+    for jobs in (1, 2):
+        told: list[str] = []
+        asked = list(planned("toy-2d", claim.trials["toy-2d"].variants, Budget(2, 64), tmp_path / str(jobs)).values())
+        with Workers(jobs, told.append) as many:
+            many.distil(asked)
+            many.evaluate(asked)
+            if jobs == 2:
+                (tmp_path / "taken").write_text("not a run")
+                with pytest.raises(UserError, match="taken exists and is not a run folder"):
+                    many.distil([replace(asked[0], folder=tmp_path / "taken")])
+        assert sum("distilled" in line for line in told) == 4
+        experts = [path.read_bytes() for run in asked for path in sorted((run.folder / "experts").iterdir())]
+        rows = [json.loads((run.folder / "evaluation.json").read_text())["sets"]["mixture"]["rows"] for run in asked]
+        for row in (row for rows_of_run in rows for row in rows_of_run.values()):
+            row.pop("seconds_a_sample")
+        bodies.append((experts, rows))
+    assert len(bodies[0][0]) == 16
+    assert bodies[0] == bodies[1]
+
+
+def test_the_short_run_of_fig5_shares_the_first_expert_bit_for_bit(
+    claim: Claim, distilled: list[str], tmp_path: Path
+) -> None:
+    """It trains the last phase alone, with fewer iterations, whatever the order in which the runs are asked for."""
+    variants = {"short": replace(PHASED_SGTS, last=0.5), "long": PHASED_SGTS}
+    asked = list(planned("toy-2d", variants, Budget(1, 64), tmp_path).values())
+    with Workers(1, lambda _: None) as alone:
+        alone.distil(asked)
+    short, long = (RunFolder(run.folder) for run in asked)
+    assert short.expert_path(1).read_bytes() == long.expert_path(1).read_bytes()
+    assert short.expert_path(2).read_bytes() != long.expert_path(2).read_bytes()
+    assert [(row["phase"], row["iteration"]) for row in short.metrics()] == [(2, 2)]
+    assert [(row["phase"], row["iteration"]) for row in long.metrics()] == [(1, 4), (2, 4)]
+    assert distilled == [long.path.name, short.path.name]
+
+
+def test_an_heirs_folder_that_was_begun_goes_on(claim: Claim, distilled: list[str], tmp_path: Path) -> None:
+    """A kill between the inheritance and the end: the same command finishes the run."""
+    variants = {"long": PHASED_SGTS, "short": replace(PHASED_SGTS, last=0.5)}
+    asked = planned("toy-2d", variants, Budget(1, 64), tmp_path)
+    with Workers(1, lambda _: None) as alone:
+        alone.distil([asked["long", 0]])
+        inherit(asked["short", 0])
+        before = RunFolder(asked["short", 0].folder).expert_path(1).read_bytes()
+        alone.distil(list(asked.values()))
+    assert RunFolder(asked["short", 0].folder).finished(asked["short", 0].config)
+    assert RunFolder(asked["short", 0].folder).expert_path(1).read_bytes() == before
+
+
+def test_the_change_of_structure_and_detail_is_that_of_their_waves() -> None:
+    """Waves of 2 and 12 cycles in 32 pixels, and a mean: halved, off by a tenth, and moved."""
+    ramp = torch.arange(32, dtype=torch.float64) / 32
+
+    def waves(low: float, high: float, mean: float) -> torch.Tensor:
+        grey = mean + low * (2 * math.pi * 2 * ramp).cos() + high * (2 * math.pi * 12 * ramp).cos()
+        return grey.expand(3, 1, 32, 32)[..., None].expand(3, 1, 32, 32, 3).float()
+
+    found = change(waves(0.1, 0.11, 0.6), waves(0.2, 0.1, 0.5))
+    assert found["structure"] == pytest.approx(0.25, rel=1e-4)
+    assert found["detail"] == pytest.approx(0.01, rel=1e-3)
+    assert change(waves(0.2, 0.1, 0.5), waves(0.2, 0.1, 0.5)) == {"structure": 0, "detail": 0, "agreement": 1}
 
 
 def test_the_command_writes_a_quick_study_beside_its_runs(
     claim: Claim, distilled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(RECIPES, "toy-2d", lambda: tiny(5))
     command = ["phased-dmd", "reproduce", "toy-2d", "--budget", "quick", "--samples", "64"]
-    monkeypatch.setattr(sys, "argv", [*command, "--runs", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", [*command, "--runs", str(tmp_path), "--jobs", "1"])
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which the command replaces
     cli.main()
     text = (tmp_path / "quick" / "toy-2d.md").read_text()
-    assert f"`{' '.join(command)}`: 1 seeds, 64 samples a cell" in text
-    assert [line.split(",")[0] for line in text.splitlines() if "4 steps" in line] == [
-        "| base", "| dmd-sgts", "| phased-sgts", "| phased"
+    assert f"`{' '.join(command)}`" in text and "1 seed, 64 samples a cell, 4 generator updates" in text
+    rows = [line.split(" |")[0] for line in text.splitlines() if line.startswith("|")]
+    assert rows == ["| mixture", "|---|---|---|---|---|---|", "| base, 40 steps", "| base, 4 steps", "| dmd-sgts",
+                    "| phased-sgts", "| phased"]  # fmt: skip
+    assert distilled == [
+        "toy-2d-dmd-sgts-iterations=4-0", "toy-2d-phased-sgts-iterations=2-0", "toy-2d-phased-iterations=1-0"
     ]  # fmt: skip
-    assert distilled == [f"toy-2d-{method}-0" for method in ("dmd-sgts", "phased-sgts", "phased")]
+    assert "[toy-2d](toy-2d.md)" in (tmp_path / "quick" / "README.md").read_text()
+
+
+def test_all_at_a_quick_budget_is_every_claim_and_no_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each run once, though claims share them."""
+    asked: list[Run] = []
+    monkeypatch.setattr(Workers, "distil", lambda _, runs: asked.extend(workers.unique(runs)))
+    monkeypatch.setattr(Workers, "evaluate", lambda _, runs: None)
+    for module in ("memory", "fig2", "decide"):
+        monkeypatch.setattr(f"phased_dmd.reproduce.run.{module}", lambda *_, module=module: Path(module))
+    paths = reproduce("all", "quick", None, None, 1, tmp_path, tmp_path / "results", lambda _: None)
+    assert paths == [Path("fig2"), Path("memory"), *[Path("decide")] * len(CLAIMS)]
+    assert set(NAMES) == {"fig2", "memory", *CLAIMS, *STUDIES}
+    counts = {recipe: sum(run.config.recipe == recipe for run in asked) for recipe in QUICK}
+    assert counts == {"toy-2d": 18, "nano-t2i": 24, "nano-moe": 4, "nano-t2v": 5, "nano-i2v": 5}
 
 
 def test_an_unknown_claim_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,49 +366,173 @@ def test_an_unknown_claim_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().err == "phased-dmd: claim: unknown claim 'fig88'; did you mean fig8?\n"
 
 
-@pytest.mark.parametrize("recipe", ["toy-2d", "nano-t2i"])
+@pytest.mark.parametrize(
+    "recipe", [name for name in STUDIES if "summary" in json.loads((RESULTS / f"{name}.json").read_text())]
+)
 def test_the_committed_tables_are_those_of_their_numbers(recipe: str) -> None:
-    summary = json.loads((RESULTS / f"{recipe}.json").read_text())["summary"]
+    body = json.loads((RESULTS / f"{recipe}.json").read_text())
     text = (RESULTS / f"{recipe}.md").read_text()
-    for kind, rows in summary.items():
-        assert table(kind, rows) in text
-        for measures in rows.values():
-            for stored in measures.values():
-                again = interval(stored["values"])
-                assert again["mean"] == pytest.approx(stored["mean"])
-                assert again["half_width"] == pytest.approx(stored["half_width"])
+    for kind, rows in body["summary"].items():
+        assert table(kind, rows, nets=body.get("nets")) in text
+        for stored in (cell for measures in rows.values() for cell in measures.values() if len(cell["values"]) > 1):
+            again = interval(stored["values"])
+            assert again["mean"] == pytest.approx(stored["mean"])
+            assert again["half_width"] == pytest.approx(stored["half_width"])
+
+
+@pytest.mark.parametrize("name", [name for name in CLAIMS if (RESULTS / f"{name}.json").exists()])
+def test_a_committed_verdict_is_that_of_the_files_of_its_runs(name: str) -> None:
+    """Every comparison again, from results/NAME/RECIPE-VARIANT-SEED.json."""
+    body = json.loads((RESULTS / f"{name}.json").read_text())
+    again = []
+    for recipe, trial in CLAIMS[name].trials.items():
+        files = [json.loads(path.read_text()) for path in sorted((RESULTS / name).glob(f"{recipe}-*.json"))]
+        summary = summarise({(file["variant"], file["seed"]): file for file in files})
+        measured = replace(trial, measures=tuple(m for m in trial.measures if m.table != "change"))
+        again += compared(recipe, measured, summary)
+    stored = [comparison for comparison in body["comparisons"] if comparison["table"] != "change"]
+    assert [c["value"] for c in again] == pytest.approx([c["value"] for c in stored])
+    assert judge(body["comparisons"]) == body["verdict"]
+
+
+def figure(value: float, gap: float) -> dict[str, float | None]:
+    return {"value": value, "half_width": 0.5, "gap": gap, "gap_half_width": 0.6}
+
+
+def evaluation(seed: int, value: float) -> dict[str, Any]:
+    """By the schema of `evaluation.json`: a base of 2, and a generator."""
+    rows = {
+        "base, 40 steps": {"optical_flow": figure(2.0, 0.0)},
+        f"base, {1 + 3 * seed} steps": {"optical_flow": figure(1.0, -1.0)},
+        "dmd, 4 steps": {"optical_flow": figure(value, value - 2)},
+    }
+    return {"seed": seed, "nets": {"flow": "DIS"}, "sets": {"specific": {"base": "base, 40 steps", "rows": rows}}}
+
+
+def test_a_summary_has_the_bases_once_and_a_cell_a_label_over_the_seeds() -> None:
+    values = {"slow": (1.0, 1.5), "fast": (2.5, 2.25)}
+    summary = summarise({(label, s): evaluation(s, v) for label, both in values.items() for s, v in enumerate(both)})
+    rows = summary["specific"]
+    assert [*rows] == ["base, 40 steps", "base, 4 steps", "base, 1 steps", "slow", "fast"]
+    assert rows["base, 40 steps"]["optical_flow"] == {"mean": 2, "half_width": 0.5, "values": [2], "gaps": [0]}
+    slow = rows["slow"]["optical_flow"]
+    assert (slow["mean"], slow["gaps"]) == (1.25, [-1, -0.5])
+    assert slow["half_width"] == pytest.approx(T4 * math.sqrt(0.125) / math.sqrt(2), rel=1e-6)
+    trial = Trial((Measure("specific", "optical_flow", "higher"), Measure("specific", "optical_flow", "closer")), {},
+                  (("fast", "slow"),))  # fmt: skip
+    higher, closer = compared("nano-t2v", trial, summary)
+    assert higher["values"] == pytest.approx([2.5, 1.5]) and higher["what"] == "fast / slow"
+    assert closer["values"] == pytest.approx([2, 2]) and closer["what"] == "gap of slow / gap of fast"
+
+
+def test_ours_stand_beside_the_papers_by_label() -> None:
+    values = {("DMD+SGTS", 0): evaluation(0, 1.0), ("Phased", 0): evaluation(0, 3.0)}
+    trial = Trial((Measure("specific", "optical_flow", "higher"),), {"DMD+SGTS": DMD_SGTS, "Phased": PHASED}, ())
+    made = Claim("", "", "", {"nano-t2v": trial}, paper={"": ("flow",), "base": ("10.26",), "DMD+SGTS": ("3.23",)})
+    found = {"nano-t2v": Study("nano-t2v", Budget(1, 64), {}, values, summarise(values), {})}
+    assert beside_paper(made, found).splitlines() == [
+        "| | nano-t2v: optical flow, specific ↑ | paper, flow |",
+        "|---|---|---|",
+        "| base | 2 ± 0.5 | 10.26 |",
+        "| DMD+SGTS | 1 | 3.23 |",
+        "| Phased | 3 | - |",
+    ]
+
+
+def test_the_index_has_a_line_a_claim_that_is_there(tmp_path: Path) -> None:
+    body = {"says": "Better.", "verdict": "holds", "decides": "ratio 2 (1.5 to 3)"}
+    (tmp_path / "b.json").write_text(json.dumps(body))
+    (tmp_path / "a.json").write_text(json.dumps({**body, "verdict": None}))
+    (tmp_path / "s.json").write_text("{}")
+    lines = write_index(tmp_path, ("b", "missing", "a"), ("s", "t")).read_text().splitlines()
+    assert lines[4:] == [
+        "| claim | what is claimed | verdict | what decides |",
+        "|---|---|---|---|",
+        "| [b](b.md) | Better. | holds | ratio 2 (1.5 to 3) |",
+        "| [a](a.md) | Better. | none | ratio 2 (1.5 to 3) |",
+        "",
+        "Methods side by side, with all updates of their recipes, no verdict: [s](s.md).",
+    ]
 
 
 def test_the_interval_is_students() -> None:
     """Three values: the quantile of two degrees of freedom is 4.3027."""
     result = interval([1.0, 2.0, 3.0])
     assert result["mean"] == 2
-    assert result["half_width"] == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert result["half_width"] == pytest.approx(T2 / math.sqrt(3), rel=1e-6)
     assert interval([1.0])["half_width"] is None
 
 
 def test_the_ratio_is_of_logarithms_seed_by_seed() -> None:
     """Ratios 2, 4, 8: mean 4, and the interval is Student's of 1, 2, 3 as powers of two, whatever the seeds' scale."""
     result = ratio([2.0, 40.0, 0.8], [1.0, 10.0, 0.1])
-    half = 4.302653 / math.sqrt(3)
+    half = T2 / math.sqrt(3)
     assert result["values"] == pytest.approx([2, 4, 8])
-    assert (result["ratio"], result["low"], result["high"]) == pytest.approx((4, 2 ** (2 - half), 2 ** (2 + half)))
+    assert (result["value"], result["low"], result["high"]) == pytest.approx((4, 2 ** (2 - half), 2 ** (2 + half)))
     one = ratio([3.0], [2.0])
-    assert one["ratio"] == pytest.approx(1.5) and one["low"] is None and one["high"] is None
+    assert one["value"] == pytest.approx(1.5) and one["low"] is None and one["high"] is None
+
+
+def test_the_difference_is_seed_by_seed_and_takes_zeros() -> None:
+    result = difference([0.5, 0.7, 0.9], [0.4, 0.5, 0.6])
+    half = T2 * 0.1 / math.sqrt(3)
+    assert (result["value"], result["low"], result["high"]) == pytest.approx((0.2, 0.2 - half, 0.2 + half))
+    assert difference([0.0, 0.0], [0.0, 0.0])["low"] == 0
+    assert ratio([0.0, 1.0], [1.0, 0.0])["value"] == pytest.approx(1), "a zero is no error"
 
 
 @pytest.mark.parametrize(
-    ("lows", "verdict"),
+    ("measure", "scale", "values"),
     [
-        ([1.2, 3.0], "holds"),
-        ([1.2, 0.9], "holds partly"),
-        ([1.0, 0.3], "does not hold"),
-        ([1.2, None], None),
+        (Measure("", "frechet_features"), "ratio", [4, 1 / 2]),
+        (Measure("", "optical_flow", "higher"), "ratio", [1 / 4, 2]),
+        (Measure("", "optical_flow", "closer"), "ratio", [3, 1 / 3]),
+        (Measure("", "pairwise_cosine"), "difference", [3, -1]),
+        (Measure("", "class_entropy", "higher"), "difference", [-3, 1]),
+        (Measure("", "pairwise_cosine", "closer"), "difference", [2, -2]),
+    ],
+)
+def test_what_is_compared_follows_the_measures_direction(measure: Measure, scale: str, values: list[float]) -> None:
+    """Above the neutral value where the first cell is better. Of the base's 2, the gaps are 1 and 3, 3 and 1."""
+    better = {"values": [1.0, 2.0], "gaps": [-1.0, 3.0]}
+    worse = {"values": [4.0, 1.0], "gaps": [3.0, -1.0]}
+    found = compare(measure, better, worse)
+    assert (found["scale"], found["values"]) == (scale, pytest.approx(values))
+    assert measure.bounded == (measure.name in BOUNDED)
+
+
+def comparison(low: float | None, high: float | None = 9.0, scale: str = "ratio") -> dict[str, Any]:
+    return {"low": low, "high": high, "scale": scale}
+
+
+@pytest.mark.parametrize(
+    ("comparisons", "verdict"),
+    [
+        ([comparison(1.2), comparison(3.0)], "holds"),
+        ([comparison(1.2), comparison(0.1, scale="difference")], "holds"),
+        ([comparison(1.2), comparison(0.9)], "holds partly"),
+        ([comparison(1.2), comparison(-0.1, scale="difference")], "holds partly"),
+        ([comparison(1.0), comparison(0.3)], "does not hold"),
+        ([comparison(1.2), comparison(None, None)], None),
         ([], None),
     ],
 )
-def test_the_verdict_counts_intervals_above_one(lows: list[float | None], verdict: str | None) -> None:
-    assert judge([{"low": low} for low in lows]) == verdict
+def test_the_verdict_counts_intervals_above_the_neutral_value(comparisons: list[dict], verdict: str | None) -> None:
+    assert judge(comparisons) == verdict
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (comparison(1.1, 1.2), "as claimed"),
+        (comparison(0.5, 0.9), "the reverse"),
+        (comparison(0.5, 1.9), "nothing"),
+        (comparison(-0.5, -0.1, "difference"), "the reverse"),
+        (comparison(None, None), None),
+    ],
+)
+def test_an_interval_shows_the_claim_its_reverse_or_nothing(found: dict[str, Any], text: str | None) -> None:
+    assert shown(found) == text
 
 
 def test_saved_bytes_are_storages_without_weights() -> None:
@@ -237,7 +551,7 @@ def test_saved_bytes_are_storages_without_weights() -> None:
 
 def test_plain_dmd_saves_four_steps_and_a_phase_saves_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(RECIPES, "nano-t2i", lambda: nano_t2i().model_copy(update={"batch_size": 2}))
-    path = memory(tmp_path, (1, 4))
+    path = memory(tmp_path, ABOUT, (1, 4))
     body = json.loads(path.with_suffix(".json").read_text())
     one = body["plain"]["1"]
     assert body["plain"]["4"] == pytest.approx(4 * one, rel=0.1)
@@ -273,7 +587,16 @@ def test_only_the_unbiased_objective_keeps_the_trajectories() -> None:
     assert biased > 5 * unbiased
 
 
+def test_the_verdict_on_fig2_asks_for_the_biased_to_differ_and_the_unbiased_not_to() -> None:
+    alike = {FULL_INTERVAL: [1.0, 1.1], UNBIASED: [1.1, 1.2], BIASED: [20.0, 22.0]}
+    assert judge(judge_trajectories(alike)) == "holds"
+    assert judge(judge_trajectories({**alike, UNBIASED: [3.0, 3.3]})) == "holds partly"
+    assert judge(judge_trajectories({**alike, BIASED: [1.0, 1.1]})) == "holds partly"
+
+
 def test_fig2_writes_its_table_and_picture(tmp_path: Path) -> None:
-    text = fig2([0], tmp_path, steps=5, hidden=8).read_text()
-    assert "subinterval, biased" in text and "phased-dmd reproduce fig2" in text
+    text = fig2([0], tmp_path, ABOUT, steps=5, hidden=8).read_text()
+    assert "subinterval, biased" in text and "`COMMAND`" in text and "No verdict" in text
     assert (tmp_path / "fig2.png").stat().st_size > 10_000
+    body, one = (json.loads((tmp_path / name).read_text()) for name in ("fig2.json", "fig2/subinterval-biased-0.json"))
+    assert body["summary"][BIASED]["values"] == [one["deviation"]]

@@ -132,38 +132,87 @@ def export(
 
 @app.command()
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(help="run folders; those of one teacher share the base's samples")],
-    samples: Annotated[int, typer.Option(min=64, help="a cell")] = 1000,
+    subjects: Annotated[list[Path], typer.Argument(help="runs, exports, or folders of samples", show_default=False)],
+    samples: Annotated[int, typer.Option(min=64, help="a set, for the embedded teachers and the toys")] = 1000,
+    prompts: Annotated[
+        str | None, typer.Option(help="a shipped set's name or a file, instead of the protocol's", show_default=False)
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="of every prompt, 0-7 or 42 [default: as in the paper]", show_default=False)
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, efficientnet-lite0, or the hub id or folder of a vision model of transformers (DINOv3)",
+            show_default=False,
+        ),
+    ] = None,
+    perceptual: Annotated[bool, typer.Option("--perceptual", help="measure LPIPS too; needs torchvision")] = False,
+    alignment: Annotated[
+        str | None, typer.Option(help="a CLIP model's hub id or folder: how samples fit prompts", show_default=False)
+    ] = None,
+    real: Annotated[Path | None, typer.Option(help="a folder of real pictures or clips", show_default=False)] = None,
+    flow: Annotated[Literal["dis", "raft"], typer.Option(help="optical flow: OpenCV's, or torchvision's RAFT")] = "dis",
+    fps: Annotated[float | None, typer.Option(help="of clips [default: 16; nano 8]", show_default=False)] = None,
+    bucket: Annotated[int, typer.Option(min=0, help="which of the teacher's sizes")] = 0,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="the other folder of samples, or the teacher of a local one's export", show_default=False),
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="where the base's samples are kept [default: base, beside the subject]")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="another folder than the subject's own", show_default=False)
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="even if evaluated before")] = False,
 ) -> None:
-    """Measure runs against their base; writes evaluation.json into each."""
+    """Measure runs, exports or folders of samples against their base; writes evaluation.json into each."""
+    from phased_dmd.evaluate import Protocol, table
     from phased_dmd.evaluate import evaluate as measure
-    from phased_dmd.evaluate import table
 
-    files = [run / "evaluation.json" for run in runs]
+    protocol = Protocol(
+        samples=samples, prompts=prompts, seeds=None if seeds is None else _seeds(seeds), features=features,
+        perceptual=perceptual, alignment=alignment, real=None if real is None else str(real), flow=flow, fps=fps,
+        bucket=bucket,
+    )  # fmt: skip
+    files = [(output or subject) / "evaluation.json" for subject in subjects]
     before = [file.stat().st_mtime_ns if file.exists() else None for file in files]
-    for file, stamp, (run, result) in zip(files, before, measure(runs, samples, again).items(), strict=True):
-        print(f"{run}{': already evaluated' if file.stat().st_mtime_ns == stamp else ''}\n{table(result)}")
+    found = measure(subjects, protocol, again, base=base, cache=cache, output=output)
+    for file, stamp, (subject, result) in zip(files, before, found.items(), strict=True):
+        print(f"{subject}{': already evaluated' if file.stat().st_mtime_ns == stamp else ''}\n{table(result)}")
 
 
 @app.command()
 def report(
-    run: Run, output: Annotated[Path | None, typer.Option(help="[default: RUN/report.html]", show_default=False)] = None
+    runs: Annotated[list[Path], typer.Argument(help="run folders of one teacher", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option(help="an HTML file [default, of one run: RUN/report.html]", show_default=False)
+    ] = None,
 ) -> None:
-    """Write one self-contained page of a finished and evaluated run."""
+    """Write one self-contained page that compares finished and evaluated runs."""
+    if output is None and len(runs) > 1:
+        raise UserError("--output: a page of several runs needs one, an HTML file")
     from phased_dmd.report import write_report
 
-    print(write_report(run, output or run / "report.html"))
+    print(write_report(runs, output or runs[0] / "report.html"))
 
 
 @app.command()
 def reproduce(
     claim: Annotated[str, typer.Argument(help=f"{', '.join(NAMES)}, or all", show_default=False)],
     budget: Annotated[
-        Literal["quick", "full"], typer.Option(help="1 seed and few updates and samples, no verdict; or all there is")
+        Literal["quick", "full"],
+        typer.Option(help="one seed, few updates and samples, no verdict; or what a verdict takes"),
     ] = "full",
     seeds: Annotated[int | None, typer.Option(min=1, help="seeds 0, 1, ... instead of the budget's")] = None,
     samples: Annotated[int | None, typer.Option(min=64, help="a cell, instead of the budget's")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="runs at a time [default: the number of CPU cores, or 1 with a GPU]", show_default=False
+        ),
+    ] = None,
     runs: Annotated[Path, typer.Option(help="the runs; what is there is not done again")] = Path("runs/reproduce"),
     output: Annotated[
         Path | None,
@@ -172,14 +221,14 @@ def reproduce(
         ),
     ] = None,
 ) -> None:
-    """Decide a claim of the paper, or repeat a study: all runs, then a table with a JSON beside it."""
+    """Decide a claim of the paper, or repeat a study: all runs, then tables, figures and a verdict."""
     if claim != "all" and claim not in NAMES:
         raise UserError(f"claim: unknown claim {claim!r}{nearest(claim, [*NAMES, 'all'])}")
     from phased_dmd.reproduce.run import reproduce as run
 
     results = output or (runs / "quick" if budget == "quick" else Path("docs/results"))
-    for name in NAMES if claim == "all" else [claim]:
-        print(run(name, budget, seeds, samples, runs, results))
+    for path in run(claim, budget, seeds, samples, jobs, runs, results, print):
+        print(path)
 
 
 @app.command()
@@ -202,6 +251,19 @@ def teach(
 
     lessons = {"nano": teach_nano, "nano-moe": teach_moe, "nano-i2v": teach_i2v, "digits": teach_digits}
     lessons[what](output, data, seed, Budget(), print)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """The numbers of `0-7`, `42` or `1,5,9`."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UserError(f"--seeds: {text!r} is not of the form 0-7, 42 or 1,5,9")
+        found += range(int(first), int(last or first) + 1)
+    if len(set(found)) != len(found) or not found:
+        raise UserError(f"--seeds: {text!r} names no seed, or one twice")
+    return tuple(found)
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -16,6 +16,7 @@ PICTURES, VIDEOS = (".png", ".jpg", ".jpeg", ".webp", ".gif"), (".mp4", ".mov", 
 MEDIA = PICTURES + VIDEOS
 CLIP_SIZE = 128  # pixels a side, at least, of a written clip
 FPS = 8
+MARGIN = 0.6  # about the points that axes are laid around
 
 
 def to_images(frames: Tensor) -> list[Image.Image]:
@@ -23,11 +24,17 @@ def to_images(frames: Tensor) -> list[Image.Image]:
     return [Image.fromarray(frame) for frame in (frames.clamp(0, 1) * 255).round().byte().numpy()]
 
 
-def grid(pixels: Tensor, columns: int | None = None) -> Image.Image:
-    """Still pictures [n, 1, h, w, 3] side by side; of clips [n, f, h, w, 3] a contact sheet, a clip a row."""
+def grid(pixels: Tensor, columns: int | None = None, most: int | None = None) -> Image.Image:
+    """Still pictures [n, 1, h, w, 3] side by side; of clips [n, f, h, w, 3] a contact sheet, a clip a row.
+
+    most: pixels of a picture's height; higher ones are shrunk.
+    """
     n, f, h, w, _ = pixels.shape
     columns = columns or (f if f > 1 else math.ceil(math.sqrt(n)))
     cells = pixels.flatten(0, 1)
+    if most is not None and h > most:
+        h, w = most, max(1, round(w * most / h))
+        cells = F.interpolate(cells.permute(0, 3, 1, 2), (h, w), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
     lines = -(-len(cells) // columns)
     cells = torch.cat([cells, torch.zeros(lines * columns - len(cells), h, w, 3)])
     sheet = cells.reshape(lines, columns, h, w, 3).transpose(1, 2).reshape(1, lines * h, columns * w, 3)
@@ -48,8 +55,11 @@ def save_clip(frames: Tensor, path: Path) -> None:
     first.save(path, save_all=True, append_images=rest, duration=1000 // FPS, loop=0, lossless=True)
 
 
-def save_points(path: Path, clouds: Sequence[tuple[str, Tensor]]) -> None:
-    """Named clouds of samples [n, 1] or [n, 2], one panel each: histograms, or scatter plots."""
+def save_points(path: Path, clouds: Sequence[tuple[str, Tensor]], about: Tensor | None = None) -> None:
+    """Named clouds of samples [n, 1] or [n, 2], one panel each: histograms, or scatter plots.
+
+    about: [m, 1] or [m, 2], what every picture's axes are laid around; None: the samples themselves.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure((3.2 * len(clouds), 3.2), layout="constrained")
@@ -60,6 +70,11 @@ def save_points(path: Path, clouds: Sequence[tuple[str, Tensor]]) -> None:
         else:
             panel.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=2, alpha=0.4)
             panel.set_aspect("equal")
+        if about is not None:
+            low, high = about.min(0).values - MARGIN, about.max(0).values + MARGIN
+            panel.set_xlim(low[0].item(), high[0].item())
+            if about.shape[1] > 1:
+                panel.set_ylim(low[1].item(), high[1].item())
         panel.set_title(name, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

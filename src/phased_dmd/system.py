@@ -82,7 +82,10 @@ class System:
 
 
 def load_teacher(config: Config, own: Own | None = None, fit: bool = True) -> Own:
-    """The teacher of a config and its codec, or the user's own of both, checked against the plan; fit: see `load_model`."""
+    """The teacher of a config and its codec, or the user's own of both, checked against the plan.
+
+    fit: see `load_model`.
+    """
     if (config.teacher.kind == "own") != (own is not None):
         raise UserError(f"teacher.kind: {config.teacher.kind} with{'' if own else 'out'} a model given from Python")
     model, codec = own or load_model(config.teacher, config.seed, fit)

@@ -14,6 +14,8 @@ from phased_dmd.evaluate.samples import Row
 from phased_dmd.media import grid, save_clip, save_image, save_points
 from phased_dmd.models.analytic import ExactMixture
 
+STRIP = 96  # pixels, at most, of the height of a clip's frames side by side
+
 
 def compare(
     rows: Mapping[str, Row], chosen: SampleSet, floor: Row | None, tools: Instruments, folder: Path,
@@ -46,7 +48,7 @@ def compare_with_mixture(rows: Mapping[str, Row], chosen: SampleSet, exact: Exac
     points = {name: row.pixels(range(len(chosen.seeds))) for name, row in rows.items()}
     found = figures({n: mixture_statistics(p, exact) for n, p in points.items()}, next(iter(rows)), chosen.groups)
     for name, cloud in points.items():
-        save_points(folder / chosen.name / slug(name) / "points.png", [(name, cloud[:, :2])])
+        save_points(folder / chosen.name / slug(name) / "points.png", [(name, cloud[:, :2])], exact.means[:, :2].cpu())
     return described(chosen, rows, found)
 
 
@@ -75,6 +77,6 @@ def save_shown(row: Row, chosen: SampleSet, clips: bool, folder: Path) -> None:
         pixels = row.pixels([i])
         if clips:
             save_clip(pixels[0], folder / f"{place:02d}.webp")
-            save_image(grid(pixels), folder / f"{place:02d}-frames.png")
+            save_image(grid(pixels, most=STRIP), folder / f"{place:02d}-frames.png")
         else:
             save_image(grid(pixels), folder / f"{place:02d}.png")

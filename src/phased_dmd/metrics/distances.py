@@ -42,7 +42,7 @@ def principal_components(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def class_entropy(labels: Tensor, classes: int) -> float:
     """Entropy in nats of the histogram of labels [n]; at most log(classes)."""
     share = labels.bincount(minlength=classes).double() / len(labels)
-    return float(-torch.special.xlogy(share, share).sum())
+    return float(torch.special.entr(share).sum())
 
 
 def pairwise_cosine(features: Tensor) -> float:

@@ -1,156 +1,145 @@
 """The claims that runs decide, as data: free of torch, so that the command can list them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
 
-from phased_dmd.config import Method
+from phased_dmd.reproduce.ablations import ABLATIONS
+from phased_dmd.reproduce.claim import (
+    DMD,
+    DMD_SGTS,
+    DMD_SGTS_WIDE,
+    MODES,
+    ONE_STEP,
+    PHASED,
+    PHASED_SGTS,
+    Claim,
+    Measure,
+    Trial,
+    Variant,
+    trials,
+)
 
-
-@dataclass(frozen=True)
-class Variant:
-    """What is laid over a recipe: dotted overrides and a method, which keeps the generator updates in all."""
-
-    method: Method | None = None  # None: the recipe's own
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Variants of recipes with equal teacher, seeds and generator updates in all, and what is said of them.
-
-    source, says: of the paper, or of this project's own notes where the paper has none. shown: the evidence given
-    there. recipes: the measure that decides, {recipe: (table, measure)}. pairs: (better, worse) by label: the measure
-    is claimed to be lower for the first.
-    """
-
-    source: str
-    says: str
-    shown: str
-    recipes: Mapping[str, tuple[str, str]]
-    variants: Mapping[str, Variant]
-    pairs: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much of everything: seeds 0, 1, ..., samples a cell, and the share of a recipe's generator updates."""
-
-    seeds: int
-    samples: int
-    updates: float = 1.0
-
-
-FULL = {
-    "toy-2d": Budget(5, 4000), "nano-t2i": Budget(3, 1000), "nano-moe": Budget(3, 1000),
-    "nano-t2v": Budget(3, 160), "nano-i2v": Budget(3, 160),
+METHODS = {
+    "one-step DMD": ONE_STEP, "DMD": DMD, "DMD+SGTS": DMD_SGTS, "Phased+SGTS": PHASED_SGTS, "Phased": PHASED,
 }  # fmt: skip
-QUICK = {
-    "toy-2d": Budget(1, 1000), "nano-t2i": Budget(1, 200, 0.2), "nano-moe": Budget(1, 200, 0.2),
-    "nano-t2v": Budget(1, 64, 0.2), "nano-i2v": Budget(1, 64, 0.2),
-}  # fmt: skip
+OVER_BASELINES = (
+    ("Phased+SGTS", "DMD+SGTS"), ("Phased", "DMD+SGTS"), ("Phased+SGTS", "DMD"), ("Phased", "DMD"),
+    ("DMD", "DMD+SGTS"),
+)  # fmt: skip
+DIVERSITY = (
+    Measure("weak", "pairwise_cosine"),
+    Measure("weak", "class_entropy", "higher"),
+    Measure("specific", "pairwise_cosine", "closer"),
+)
+MOTION = (
+    Measure("specific", "optical_flow", "higher"),
+    Measure("specific", "dynamic_degree", "higher"),
+    Measure("specific", "optical_flow", "closer"),
+)
+WIDE = "DMD+SGTS, rank 64"  # the parameters of two experts of rank 32
+TWO_NETWORKS = {"DMD+SGTS": DMD_SGTS, "Phased+SGTS": PHASED_SGTS, "Phased-all": Variant()}
 
-MODES = ("mixture", "mode_histogram_kl")
-FRECHET = ("weak", "frechet_features")
-BOTH = {"toy-2d": MODES, "nano-t2i": FRECHET}
+TABLE2 = Claim(
+    source="Table 2, Sec. 3.1",
+    says="Phased DMD preserves the base's generative diversity better than vanilla DMD and DMD with SGTS; SGTS has "
+    "slightly lower diversity than vanilla DMD.",
+    shown="Figures of DINOv3 and LPIPS on 21 prompts, 8 seeds each, of one run a method.",
+    how="Weak: the prompt that leaves the digit open, where a generator may lose digits; specific: ten prompts that "
+    "name it, where errors too look like diversity, so that closer to the base is better. Two controls give DMD+SGTS "
+    "the parameters of two experts: rank 64 where the others have 32, and nano-moe, whose two networks give both "
+    "methods two experts, the paper's own argument with Wan2.2.",
+    trials={
+        "toy-2d": Trial((MODES,), METHODS, OVER_BASELINES),
+        "nano-t2i": Trial(
+            DIVERSITY,
+            METHODS | {WIDE: DMD_SGTS_WIDE},
+            (*OVER_BASELINES, ("Phased+SGTS", WIDE)),
+        ),
+        "nano-moe": Trial(DIVERSITY, TWO_NETWORKS, (("Phased+SGTS", "DMD+SGTS"), ("Phased-all", "DMD+SGTS"))),
+    },
+    paper={
+        "": ("Wan2.1: DINOv3 ↓, LPIPS ↑", "Wan2.2, two networks", "Qwen-Image"),
+        "base": (".708, .607", ".732, .531", ".907, .483"),
+        "DMD": (".825, .522", "-", "-"),
+        "DMD+SGTS": (".826, .521", ".828, .447", ".941, .309"),
+        "Phased+SGTS": (".782, .544", ".768, .481", ".958, .322"),
+    },
+)
 
-PHASED = Variant("phased")
-PHASED_SGTS = Variant("phased-sgts")
-DMD_SGTS = Variant("dmd-sgts")
-FAKE_LORA = {  # as much room, and as large steps, as the generator's own adapter has in the recipe
-    "fake.weights": "lora",
-    "fake.lora.rank": 32,
-    "fake.lora.alpha": 32,
-    "fake.optimiser.lr": 1e-3,
-}
+TABLE3 = Claim(
+    source="Table 3, Appendix E.1",
+    says="Phased DMD produces significantly stronger motion than DMD with SGTS, and so preserves the base's.",
+    shown="Figures of optical flow and VBench's dynamic degree on 220 prompts, seed 42, of one run a method.",
+    how="Clips of nine frames of a digit that moves as its prompt says. Optical flow is in pixels of 32 a side; the "
+    "dynamic degree scales VBench's threshold to them.",
+    trials=trials(
+        METHODS, (("Phased+SGTS", "DMD+SGTS"), ("Phased", "DMD+SGTS")),
+        {"nano-t2v": MOTION, "nano-i2v": MOTION},
+    ),
+    paper={
+        "": ("Wan2.2 T2V: flow ↑, dynamic degree in % ↑", "Wan2.2 I2V"),
+        "base": ("10.26, 79.55", "9.32, 82.27"),
+        "DMD+SGTS": ("3.23, 65.45", "7.87, 80.00"),
+        "Phased+SGTS": ("9.30, 82.27", "9.84, 83.64"),
+        "Phased": ("9.43, 83.18", "-"),
+    },
+)  # fmt: skip
 
-CLAIMS = {
-    "fig8": Claim(
-        source="Fig. 8, Appendix E.2",
-        says="Nested re-noise intervals (t_k, 1) give better samples than disjoint ones (t_k, t_{k-1}).",
-        shown="Frames of Wan2.2 text-to-video: low contrast and degraded faces with disjoint intervals. No figures.",
-        recipes=BOTH,
-        variants={"nested": PHASED, "disjoint": Variant("phased", {"renoise.interval": "disjoint"})},
-        pairs=(("nested", "disjoint"),),
-    ),
-    "tdm": Claim(
-        source="Sec. 4, Appendix B",
-        says="TDM's disjoint intervals, with x_s in the place of x_0 in the fake's objective, are incorrect.",
-        shown="By argument, and by Fig. 8 for the intervals alone. No figures.",
-        recipes=BOTH,
-        variants={
-            "Phased DMD": PHASED,
-            "disjoint and biased": Variant("phased", {"renoise.interval": "disjoint", "objective.target": "biased"}),
-        },
-        pairs=(("Phased DMD", "disjoint and biased"),),
-    ),
-    "fig9": Claim(
-        source="Fig. 9, Appendix E.2",
-        says="Plain DMD with t fixed at .357 fails to converge; at .882 it gives correct results.",
-        shown="Pictures of Wan2.1 text-to-image. No figures.",
-        recipes=BOTH,
-        variants={
-            "all t": Variant("dmd"),
-            "t = .882": Variant("dmd", {"renoise.fixed": 0.882}),
-            "t = .357": Variant("dmd", {"renoise.fixed": 0.357}),
-        },
-        pairs=(("t = .882", "t = .357"),),
-    ),
-    "biased": Claim(
-        source="Sec. 2.3.2, Appendix D",
-        says="The fake must be trained by the unbiased objective within a subinterval, Eq. 13.",
-        shown="Trajectories of a 1-D score model, Fig. 2, without distillation. No figures.",
-        recipes=BOTH,
-        variants={"unbiased": PHASED, "biased": Variant("phased", {"objective.target": "biased"})},
-        pairs=(("unbiased", "biased"),),
-    ),
-    "eq13": Claim(
-        source="Eq. 13, not a claim of the paper",
-        says="As printed the equation lost a bracket, which turns the sign of x_s; corrected it gives better samples.",
-        shown="None; Eq. 12 beside it has the bracket.",
-        recipes=BOTH,
-        variants={"corrected": PHASED, "as printed": Variant("phased", {"objective.target": "printed"})},
-        pairs=(("corrected", "as printed"),),
-    ),
-    "clamp": Claim(
-        source="Appendix C, of Wan2.2; not a claim of the paper",
-        says="Where a switch bounds t, truncated draws give better samples than clamped ones, which pile up at it.",
-        shown="None: the paper clamps, and compares with nothing.",
-        recipes={"nano-moe": FRECHET},
-        variants={"truncated": Variant(None, {"renoise.clamp": False}), "clamped": Variant()},
-        pairs=(("truncated", "clamped"),),
-    ),
-    "sgts-fake": Claim(
-        source="Sec. 2.2, SGTS; not a claim of the paper",
-        says="The fake must learn from the same truncated rollouts as the generator: full ones bias its gradient.",
-        shown="None: the paper does not say which it uses.",
-        recipes=BOTH,
-        variants={"same": PHASED_SGTS, "full": Variant("phased-sgts", {"plan.fake_rollout": "full"})},
-        pairs=(("same", "full"),),
-    ),
-    "weighting": Claim(
-        source="Eq. 11; not a claim of the paper",
-        says="The normalised weighting gives better samples than Eq. 11's own and than that of public code.",
-        shown="None: the paper has Eq. 11 only.",
-        recipes=BOTH,
-        variants={
-            "normalised": PHASED,
-            "paper": Variant("phased", {"objective.weighting": "paper"}),
-            "public": Variant("phased", {"objective.weighting": "public"}),
-        },
-        pairs=(("normalised", "paper"), ("normalised", "public")),
-    ),
-    "fake-lora": Claim(
-        source="Appendix C; not a claim of the paper",
-        says="A fake trained in full, as the paper's, gives better samples than one of LoRA alone.",
-        shown="None: the paper compares with nothing.",
-        recipes={"nano-t2i": FRECHET},
-        variants={"full": PHASED, "lora": Variant("phased", FAKE_LORA)},
-        pairs=(("full", "lora"),),
-    ),
-}
 
-STUDIES = {  # of a recipe by its methods: tables without a verdict
+def collapse_trial(measures: tuple[Measure, ...], factors: tuple[float, ...]) -> Trial:
+    """DMD+SGTS and Phased DMD at several factors on the updates, the last of which is the most."""
+    methods = {"DMD+SGTS": DMD_SGTS, "Phased": PHASED}
+    variants = {f"{m}, x {f:g}": replace(variant, updates=f) for m, variant in methods.items() for f in factors}
+    least, most = factors[0], factors[-1]
+    pairs = (
+        (f"DMD+SGTS, x {least:g}", f"DMD+SGTS, x {most:g}"),
+        (f"Phased, x {most:g}", f"DMD+SGTS, x {most:g}"),
+    )
+    return Trial(measures, variants, pairs)
+
+
+COLLAPSE = Claim(
+    source="Sec. 3.3",
+    says="Under DMD diversity declines as training goes on; frozen experts of the low-SNR phases protect it.",
+    shown="By argument: reverse KL seeks modes. No figures.",
+    how="Runs of their own at each number of updates, whose learning rate falls to zero at their end; x 1 is the "
+    "budget of the other claims.",
+    trials={
+        "nano-t2i": collapse_trial(
+            (Measure("weak", "class_entropy", "higher"), Measure("weak", "pairwise_cosine")), (0.25, 0.5, 1, 2)
+        ),
+        "toy-2d": collapse_trial((MODES,), (0.25, 0.5, 1)),
+    },
+    curves=True,
+)
+
+SHORT = 1 / 8  # of the last phase's iterations
+FIG5 = Claim(
+    source="Fig. 5, Sec. 3.3",
+    says="Longer training of the last expert, on a frozen first one, changes lighting and texture and leaves the "
+    "structure unchanged.",
+    shown="Pictures of Wan2.1 text-to-image after 100 and 400 iterations of the high-SNR expert. No figures.",
+    how="From short training of the last phase, an eighth of its iterations, to long training, on one frozen first "
+    "expert: 500 samples of the weak prompt with equal noise. A change is the energy of the difference of the grey "
+    "pictures over that of the long training's, of structure below a quarter of the Nyquist frequency without the mean "
+    "(lighting counts to the detail), of detail above half of it. The control, DMD+SGTS, is trained for as many "
+    "updates in all as the short and the long one.",
+    trials={
+        "nano-t2i": Trial(
+            (Measure("change", "structure"),),
+            {
+                "Phased+SGTS, short": replace(PHASED_SGTS, last=SHORT),
+                "Phased+SGTS": PHASED_SGTS,
+                "DMD+SGTS, short": replace(DMD_SGTS, updates=(1 + SHORT) / 2),
+                "DMD+SGTS": DMD_SGTS,
+            },
+            (("Phased+SGTS", "DMD+SGTS"),),
+        )
+    },
+)
+
+CLAIMS = {"table2": TABLE2, "table3": TABLE3, "fig5": FIG5, "collapse": COLLAPSE, **ABLATIONS}
+
+STUDIES = {  # of a recipe by its methods, with all of its updates: tables without a verdict
     "toy-2d": {"dmd-sgts": DMD_SGTS, "phased-sgts": PHASED_SGTS, "phased": PHASED},
     "nano-t2i": {"dmd-sgts": DMD_SGTS, "phased": PHASED},
     "nano-t2v": {"phased": PHASED},
@@ -158,4 +147,5 @@ STUDIES = {  # of a recipe by its methods: tables without a verdict
     "nano-i2v": {"phased": Variant()},
 }
 
-NAMES = ("fig2", "memory", *CLAIMS, *STUDIES)
+ALONE = ("fig2", "memory")  # claims that no distillation decides
+NAMES = (*ALONE, *CLAIMS, *STUDIES)

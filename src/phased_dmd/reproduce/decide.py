@@ -1,70 +1,66 @@
 """A claim's verdict: its recipes' variants compared seed by seed, with the interval that decides."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from phased_dmd.checkpoint import write_atomically
-from phased_dmd.evaluate import HEADINGS
-from phased_dmd.reproduce.claims import Budget, Claim
-from phased_dmd.reproduce.intervals import judge, ratio
-from phased_dmd.reproduce.study import markdown, run_variants, sizes
+from phased_dmd.reproduce.claim import Budget, Claim, Measure, Trial
+from phased_dmd.reproduce.fig5 import changes
+from phased_dmd.reproduce.figure import draw
+from phased_dmd.reproduce.intervals import compare, judge
+from phased_dmd.reproduce.page import claim_page, decisive
+from phased_dmd.reproduce.study import Summary, collect, planned
 
 
-def decide(name: str, claim: Claim, budgets: Mapping[str, Budget], runs: Path, results: Path, command: str) -> Path:
-    """Writes results/NAME.md and .json, and into results/NAME/ a file a run.
+def decide(
+    name: str, claim: Claim, budgets: Mapping[str, Budget], runs: Path, results: Path, about: Mapping[str, Any]
+) -> Path:
+    """Writes results/NAME.md, .json and .png, and into results/NAME/ a file a run, from runs that are finished.
 
-    One seed, or less than all of a recipe's updates, gets no verdict.
+    about: `command`, `date` and `budget`. One seed, or another budget than the full one, gets no verdict.
     """
-    studies = {
-        recipe: run_variants(recipe, claim.variants, budgets[recipe], runs, results / name) for recipe in claim.recipes
-    }
-    comparisons = compare(claim, studies)
-    verdict = judge(comparisons) if all(budgets[recipe].updates == 1 for recipe in studies) else None
-    body = {"command": command, "recipes": studies, "comparisons": comparisons, "verdict": verdict}
+    studies = {}
+    for recipe, trial in claim.trials.items():
+        asked = planned(recipe, trial.variants, budgets[recipe], runs)
+        studies[recipe] = collect(recipe, asked, budgets[recipe], results / name)
+    extra = changes(studies["nano-t2i"], results / name) if name == "fig5" else []
+    comparisons = [
+        *extra, *(c for recipe, trial in claim.trials.items() for c in compared(recipe, trial, studies[recipe].summary))
+    ]  # fmt: skip
+    verdict = judge(comparisons) if about["budget"] == "full" else None
+    body = {
+        "claim": name, "says": claim.says, "source": claim.source, **about, "verdict": verdict,
+        "decides": decisive(comparisons), "comparisons": comparisons,
+        "recipes": {recipe: found.body() for recipe, found in studies.items()},
+    }  # fmt: skip
     write_atomically(results / f"{name}.json", (json.dumps(body, indent=1) + "\n").encode())
-    parts = [f"# {name}", f"{claim.source}: {claim.says}", f"The evidence there: {claim.shown}"]
-    parts.append(
-        f"`{command}`: mean ± half width of the 95 % interval over seeds. Equal in all rows but the base's: teacher, "
-        "seeds, generator updates in all."
-    )
-    for recipe, found in studies.items():
-        parts += [f"{recipe}: {sizes(found)}.", *markdown(found)]
-    parts += [
-        "What decides, worse over better: geometric mean of the ratios of equal seeds, and its 95 % interval by "
-        "Student's t on their logarithms.",
-        comparison_table(comparisons),
-        verdict_line(verdict),
-    ]
-    write_atomically(results / f"{name}.md", ("\n\n".join(parts) + "\n").encode())
+    draw(results / f"{name}.png", claim, studies)
+    write_atomically(results / f"{name}.md", claim_page(name, claim, studies, comparisons, verdict, about).encode())
     return results / f"{name}.md"
 
 
-def compare(claim: Claim, studies: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each recipe and pair, how many times larger the deciding measure is for the one that is claimed worse."""
-    found = []
-    for recipe, (kind, measure) in claim.recipes.items():
-        rows = {row.rpartition(", ")[0]: values for row, values in studies[recipe]["summary"][kind].items()}
-        for better, worse in claim.pairs:
-            pair = {"recipe": recipe, "table": kind, "measure": measure, "better": better, "worse": worse}
-            found.append(pair | ratio(rows[worse][measure]["values"], rows[better][measure]["values"]))
-    return found
+def compared(recipe: str, trial: Trial, summary: Summary) -> list[dict[str, Any]]:
+    """Of each pair and measure, how far they lie apart, as `compare` says."""
+    result = []
+    for better, worse in trial.pairs:
+        for measure in trial.measures:
+            rows = summary[measure.table]
+            cells = (rows[better][measure.name], rows[worse][measure.name])
+            comparison = compare(measure, *cells)
+            result.append(
+                {
+                    "recipe": recipe, "table": measure.table, "measure": measure.name, "direction": measure.direction,
+                    "better": better, "worse": worse, "what": in_words(measure, better, worse), **comparison,
+                }
+            )  # fmt: skip
+    return result
 
 
-def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| recipe | measure | worse / better | ratio | 95 % interval |", "|---|---|---|---|---|"]
-    for c in comparisons:
-        span = "none of one seed" if c["low"] is None else f"{c['low']:.3g} to {c['high']:.3g}"
-        measure = f"{HEADINGS[c['measure']][0]}, {c['table']}"
-        lines.append(f"| {c['recipe']} | {measure} | {c['worse']} / {c['better']} | {c['ratio']:.3g} | {span} |")
-    return "\n".join(lines)
-
-
-def verdict_line(verdict: str | None) -> str:
-    if verdict is None:
-        return "No verdict: that takes several seeds, and all of the recipes' updates."
-    return (
-        f"Verdict: **{verdict}**. A claim holds where every interval lies above 1, and does not hold where none does; "
-        "an interval that contains 1 shows nothing."
-    )
+def in_words(measure: Measure, better: str, worse: str) -> str:
+    """What is divided by what, or subtracted from what."""
+    if measure.direction == "closer":
+        better, worse = f"gap of {better}", f"gap of {worse}"
+    larger, smaller = (better, worse) if measure.direction == "higher" else (worse, better)
+    return f"{larger} {'-' if measure.bounded else '/'} {smaller}"

@@ -1,40 +1,71 @@
-"""Means, ratios and their intervals over seeds."""
+"""Comparisons of variants over seeds, and the verdict."""
 
 import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scipy.stats import t as student_t
+from phased_dmd.metrics.intervals import interval
+from phased_dmd.reproduce.claim import Measure
+
+NEUTRAL = {"ratio": 1.0, "difference": 0.0}  # neither is better
+LEAST = 1e-12  # in the place of a zero, of which there is no logarithm
 
 
-def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and the half width of its 95 % interval by Student's t; none from one value."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return {"mean": mean, "half_width": None, "values": list(values)}
-    spread = statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "half_width": float(student_t.ppf(0.975, len(values) - 1)) * spread, "values": list(values)}
+def ratio(larger: Sequence[float], smaller: Sequence[float]) -> dict[str, Any]:
+    """larger / smaller of the same seeds: geometric mean, and its 95 % interval by the logarithms; none of one seed.
 
-
-def ratio(worse: Sequence[float], better: Sequence[float]) -> dict[str, Any]:
-    """worse / better of the same seeds: geometric mean and 95 % interval, of the logarithms; low and high of one: None.
-
-    Positive values only: distances and divergences vary by factors, and their plain differences are far from normal.
+    For distances and divergences: they vary by factors, and their plain differences are far from normal.
     """
-    logs = interval([math.log(w / b) for w, b in zip(worse, better, strict=True)])
-    mean, half = logs["mean"], logs["half_width"]
-    low, high = (None, None) if half is None else (math.exp(mean - half), math.exp(mean + half))
-    return {"ratio": math.exp(mean), "low": low, "high": high, "values": [math.exp(v) for v in logs["values"]]}
+    logs = [math.log(max(a, LEAST) / max(b, LEAST)) for a, b in zip(larger, smaller, strict=True)]
+    mean, low, high = _ends(logs)
+    low, high = (None, None) if low is None or high is None else (math.exp(low), math.exp(high))
+    return {
+        "scale": "ratio", "value": math.exp(mean), "low": low, "high": high, "values": [math.exp(v) for v in logs]
+    }  # fmt: skip
 
 
-def judge(comparisons: Sequence[dict[str, Any]]) -> str | None:
-    """The verdict on ratios that are claimed to be above 1; None where one of them has no interval.
+def difference(larger: Sequence[float], smaller: Sequence[float]) -> dict[str, Any]:
+    """larger - smaller of the same seeds: mean and 95 % interval; for shares and bounded scores, which may be 0."""
+    values = [a - b for a, b in zip(larger, smaller, strict=True)]
+    mean, low, high = _ends(values)
+    return {"scale": "difference", "value": mean, "low": low, "high": high, "values": values}
 
-    It holds where every interval lies above 1, and does not hold where none does: one that contains 1 shows nothing.
+
+def _ends(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean and both ends of its 95 % interval."""
+    found = interval(values)
+    mean, half = found["mean"], found["half_width"]
+    return (mean, None, None) if half is None else (mean, mean - half, mean + half)
+
+
+def compare(measure: Measure, better: Mapping[str, Any], worse: Mapping[str, Any]) -> dict[str, Any]:
+    """How far the measure, as claimed, sets the better cell apart from the worse one: above NEUTRAL if it does.
+
+    better, worse: cells of a summary, with the `values` by seed and their signed `gaps` to the base.
     """
-    lows = [comparison["low"] for comparison in comparisons]
-    if not lows or None in lows:
+    if measure.direction == "closer":
+        good, bad = ([abs(gap) for gap in cell["gaps"]] for cell in (better, worse))
+    else:
+        good, bad = better["values"], worse["values"]
+    larger, smaller = (good, bad) if measure.direction == "higher" else (bad, good)
+    return (difference if measure.bounded else ratio)(larger, smaller)
+
+
+def shown(comparison: Mapping[str, Any]) -> str | None:
+    """What the interval shows: as claimed, the reverse, or nothing; None of one seed."""
+    low, high, neutral = comparison["low"], comparison["high"], NEUTRAL[comparison["scale"]]
+    if low is None:
         return None
-    shown = sum(low > 1 for low in lows)
-    return "holds" if shown == len(lows) else "holds partly" if shown else "does not hold"
+    return "as claimed" if low > neutral else "the reverse" if high < neutral else "nothing"
+
+
+def judge(comparisons: Sequence[Mapping[str, Any]]) -> str | None:
+    """The verdict on comparisons that are claimed to lie above NEUTRAL; None where one of them has no interval.
+
+    It holds where every interval does, and does not hold where none does: one that contains it shows nothing.
+    """
+    found = [shown(comparison) for comparison in comparisons]
+    if not found or None in found:
+        return None
+    count = found.count("as claimed")
+    return "holds" if count == len(found) else "holds partly" if count else "does not hold"

@@ -1,114 +1,197 @@
 """A recipe's variants over seeds: their runs, what they measure, and that as tables."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from phased_dmd.checkpoint import write_atomically
-from phased_dmd.config import Config
-from phased_dmd.evaluate import HEADINGS, evaluate, tables
-from phased_dmd.recipes import resolve
-from phased_dmd.reproduce.claims import Budget, Variant
-from phased_dmd.reproduce.intervals import interval
-from phased_dmd.train import distill
+from safetensors import safe_open
 
-Rows = Mapping[str, Mapping[str, dict[str, Any]]]  # of a table: row, measure, its `interval`
+from phased_dmd.checkpoint import RunFolder, write_atomically
+from phased_dmd.config import Config
+from phased_dmd.evaluate import Protocol, evaluate, tables
+from phased_dmd.evaluate import title as evaluated_title
+from phased_dmd.metrics.intervals import interval
+from phased_dmd.recipes import resolve
+from phased_dmd.reproduce.claim import Budget, Variant
+from phased_dmd.reproduce.workers import Run
+
+Rows = Mapping[str, Mapping[str, dict[str, Any]]]  # of a table: row, measure, its cell
+Summary = dict[str, dict[str, dict[str, dict[str, Any]]]]  # table, row, measure, its cell
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the variants of a recipe measure: runs and evaluations by (label, seed).
+
+    summary: {table: {row: {measure: cell}}}, a cell being an `interval` over seeds with the signed `gaps` to the base;
+    a base's row has the interval of its samples. facts: {label: what sets its runs apart in size}.
+    """
+
+    recipe: str
+    budget: Budget
+    runs: Mapping[tuple[str, int], Run]
+    evaluations: Mapping[tuple[str, int], dict[str, Any]]
+    summary: Summary
+    facts: Mapping[str, dict[str, int]]
+
+    @property
+    def nets(self) -> dict[str, str]:
+        """The networks that measured, by name."""
+        return next(iter(self.evaluations.values()))["nets"]
+
+    def body(self) -> dict[str, Any]:
+        """As it stands in a claim's JSON."""
+        seeds = sorted({seed for _, seed in self.runs})
+        return {
+            "seeds": seeds, "samples": self.budget.samples, "updates": self.budget.updates, "nets": self.nets,
+            "variants": self.facts, "summary": self.summary,
+        }  # fmt: skip
 
 
 def study(
-    recipe: str, variants: Mapping[str, Variant], budget: Budget, runs: Path, results: Path, command: str
+    recipe: str, variants: Mapping[str, Variant], budget: Budget, runs: Path, results: Path, about: Mapping[str, Any]
 ) -> Path:
     """Writes results/RECIPE.md and .json: a recipe's variants side by side, without a verdict."""
-    found = run_variants(recipe, variants, budget, runs, results / recipe)
-    write_atomically(results / f"{recipe}.json", (json.dumps({"command": command, **found}, indent=1) + "\n").encode())
+    found = collect(recipe, planned(recipe, variants, budget, runs), budget, results / recipe)
+    body = {**about, **found.body()}
+    write_atomically(results / f"{recipe}.json", (json.dumps(body, indent=1) + "\n").encode())
     path = results / f"{recipe}.md"
-    lead = f"`{command}`: {sizes(found)}; mean ± half width of the 95 % interval over seeds."
-    write_atomically(path, ("\n\n".join([f"# {recipe}", lead, *markdown(found)]) + "\n").encode())
+    lead = f"`{about['command']}`, {about['date']}: {sizes(found)}; mean ± half width of the 95 % interval over seeds, "
+    lead += "in the base's rows over samples."
+    shown = [table(kind, rows, nets=found.nets) for kind, rows in found.summary.items()]
+    write_atomically(path, ("\n\n".join([f"# {recipe}", lead, *shown]) + "\n").encode())
     return path
 
 
-def run_variants(
-    recipe: str, variants: Mapping[str, Variant], budget: Budget, runs: Path, results: Path
-) -> dict[str, Any]:
-    """Distils and evaluates every variant with every seed: seeds, samples, updates, summary and the evaluations.
-
-    Each evaluation is also a file in `results`, RECIPE-VARIANT-SEED.json. What such a file holds is not done again, nor
-    what is distilled and evaluated in `runs`, whose folders all claims share: delete both to measure anew.
-    """
-    files: dict[Path, tuple[str, Config, Path]] = {}
+def planned(recipe: str, variants: Mapping[str, Variant], budget: Budget, runs: Path) -> dict[tuple[str, int], Run]:
+    """The runs that a budget asks for, by (label, seed)."""
+    found = {}
     for label, variant in variants.items():
         for seed in range(budget.seeds):
-            path = results / f"{recipe}-{re.sub(r'[^A-Za-z0-9.]+', '-', label)}-{seed}.json"
-            files[path] = (label, *prepared(recipe, variant, seed, budget, runs))
-    missing = {path: entry for path, entry in files.items() if not is_done(path, entry[1], budget.samples)}
-    folders = [distill(config, folder) for _, config, folder in missing.values()]
-    evaluations = evaluate(folders, budget.samples)
-    for path, (label, config, folder) in missing.items():
-        body = {"variant": label, "config": config.model_dump(mode="json"), **evaluations[str(folder)]}
-        write_atomically(path, (json.dumps(body, indent=1) + "\n").encode())
-    done = [json.loads(path.read_text()) for path in files]
-    return {
-        "seeds": list(range(budget.seeds)),
-        "samples": budget.samples,
-        "updates": budget.updates,
-        "summary": summarise(done),
-        "runs": done,
-    }
+            config, folder = prepared(recipe, variant, seed, budget, runs)
+            heir_of = prepared(recipe, replace(variant, last=1.0), seed, budget, runs)[1] if variant.last < 1 else None
+            found[label, seed] = Run(config, folder, budget.samples, heir_of)
+    return found
 
 
 def prepared(recipe: str, variant: Variant, seed: int, budget: Budget, runs: Path) -> tuple[Config, Path]:
     """A variant's config and its run folder, named by all that sets it apart."""
     config = resolve(recipe, {"seed": seed, **variant.overrides}, variant.method)
     tags = [f"{key}={value}" for key, value in variant.overrides.items()]
-    if budget.updates < 1:
-        config = config.model_copy(update={"iterations": max(1, round(config.iterations * budget.updates))})
+    if (share := budget.updates * variant.updates) != 1:
+        config = config.model_copy(update={"iterations": max(1, round(config.iterations * share))})
         tags.append(f"iterations={config.iterations}")
+    if variant.last < 1:
+        config = config.model_copy(update={"iterations": max(1, round(config.iterations * variant.last))})
+        tags.append(f"last={config.iterations}")
     return config, runs / "-".join([recipe, config.method, *tags, str(seed)])
 
 
-def is_done(path: Path, config: Config, samples: int) -> bool:
-    """Whether the file holds the evaluation of this very run with as many samples."""
-    if not path.exists():
-        return False
-    body = json.loads(path.read_text())
-    return body["config"] == config.model_dump(mode="json") and body["samples"] == samples
+def collect(recipe: str, runs: Mapping[tuple[str, int], Run], budget: Budget, results: Path) -> Study:
+    """What finished runs measure; writes results/RECIPE-VARIANT-SEED.json of each."""
+    evaluations, facts = {}, {}
+    for (label, seed), run in runs.items():
+        (found,) = evaluate([run.folder], Protocol(samples=run.samples)).values()
+        facts[label] = facts_of(run)
+        body = {"variant": label, "config": run.config.model_dump(mode="json"), **facts[label], **found}
+        body["subject"] = run.folder.name  # a result names no path of the machine that made it
+        path = results / f"{recipe}-{re.sub(r'[^A-Za-z0-9.]+', '-', label)}-{seed}.json"
+        write_atomically(path, (json.dumps(body) + "\n").encode())
+        evaluations[label, seed] = found
+    return Study(recipe, budget, runs, evaluations, summarise(evaluations), facts)
 
 
-def summarise(evaluations: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """Intervals over seeds, {table: {row: {measure: interval}}}; a generator's row carries its variant's name."""
-    cells: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for evaluation in evaluations:
+def facts_of(run: Run) -> dict[str, int]:
+    """A run's phases, generator updates in all, and trainable parameters of all experts together."""
+    plan = run.config.plan
+    updates = run.config.iterations * plan.phases
+    if run.heir_of:
+        updates = run.config.iterations + (plan.phases - 1) * RunFolder(run.heir_of).config().iterations
+    parameters = 0
+    for phase in range(1, plan.phases + 1):
+        with safe_open(RunFolder(run.folder).expert_path(phase), "pt") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 it is no mapping
+        parameters += sum(math.prod(shape) for shape in shapes)
+    return {"phases": plan.phases, "updates": updates, "trainable_parameters": parameters}
+
+
+def summarise(evaluations: Mapping[tuple[str, int], dict[str, Any]]) -> Summary:
+    """Cells over seeds, {table: {row: {measure: cell}}}; the bases' rows first, then a row a label."""
+    bases: dict[str, dict[str, dict[str, Any]]] = {}
+    values: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
+    for (label, _), evaluation in evaluations.items():
         for kind, rows in tables(evaluation).items():
-            for row, values in rows.items():
-                method, _, steps = row.rpartition(", ")
-                title = row if method == "base" else f"{evaluation['variant']}, {steps}"
-                if method == "base" and (kind, row) in cells:
-                    continue  # the same samples as another run's
-                for measure, value in values.items():
-                    cells.setdefault((kind, title), {}).setdefault(measure, []).append(value)
-    return {
-        kind: {row: {m: interval(v) for m, v in values.items()} for (k, row), values in cells.items() if k == kind}
-        for kind in dict.fromkeys(kind for kind, _ in cells)
+            for row, figures in rows.items():
+                if row.startswith("base, "):
+                    bases.setdefault(kind, {}).setdefault(row, {m: base_cell(f) for m, f in figures.items()})
+                    continue
+                for measure, figure in figures.items():
+                    values.setdefault(kind, {}).setdefault(label, {}).setdefault(measure, []).append(figure)
+    return {  # the base at the most steps, at which gaps are 0, comes first
+        kind: dict(sorted(bases[kind].items(), key=lambda base: -int(base[0].split()[1])))
+        | {label: {m: cell(found) for m, found in measures.items()} for label, measures in labels.items()}
+        for kind, labels in values.items()
     }
 
 
-def sizes(found: Mapping[str, Any]) -> str:
+def cell(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Figures of several seeds: their `interval`, and the gaps to the base."""
+    return interval([figure["value"] for figure in figures]) | {"gaps": [figure["gap"] for figure in figures]}
+
+
+def base_cell(figure: Mapping[str, Any]) -> dict[str, Any]:
+    """A base's figure, which all seeds share, with the interval of its samples."""
+    return {
+        "mean": figure["value"], "half_width": figure["half_width"], "values": [figure["value"]],
+        "gaps": [figure["gap"]],
+    }  # fmt: skip
+
+
+def sizes(found: Study) -> str:
     """How much was run, in words."""
-    text = f"{len(found['seeds'])} seeds, {found['samples']} samples a cell"
-    return text if found["updates"] == 1 else f"{text}, {found['updates']:g} of the recipe's generator updates"
+    count, budget = len({seed for _, seed in found.runs}), found.budget
+    updates = sorted({facts["updates"] for facts in found.facts.values()})
+    text = f"{count} {'seed' if count == 1 else 'seeds'}, {budget.samples} samples a cell, "
+    text += f"{', '.join(map(str, updates))} generator updates in all"
+    return text if budget.updates == 1 else f"{text} ({budget.updates:g} of the recipe's)"
 
 
-def markdown(found: Mapping[str, Any]) -> list[str]:
-    """A table a prompt set."""
-    return [table(kind, rows) for kind, rows in found["summary"].items()]
-
-
-def table(kind: str, rows: Rows) -> str:
-    measures = list(next(iter(rows.values())))
-    lines = [f"| {kind} | {' | '.join(HEADINGS[m][0] for m in measures)} |", "|" + "---|" * (len(measures) + 1)]
-    for row, values in rows.items():
-        shown = [f"{v['mean']:.3g}" + (f" ± {v['half_width']:.2g}" if v["half_width"] else "") for v in values.values()]
+def table(
+    kind: str,
+    rows: Rows,
+    measures: Sequence[str] | None = None,
+    facts: Mapping[str, Mapping[str, int]] | None = None,
+    nets: Mapping[str, str] | None = None,
+) -> str:
+    """Rows by measures, all of the first row's if not told, in Markdown. facts: columns of the rows that have any."""
+    measures = list(next(iter(rows.values()))) if measures is None else measures
+    columns = list(next(iter(facts.values()))) if facts else []
+    heads = [*(name.replace("_", " ") for name in columns), *(title(m, nets) for m in measures)]
+    lines = [f"| {kind} | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
+    for row, cells in rows.items():
+        mine = (facts or {}).get(row, {})
+        shown = [*(f"{mine[c]:,}" if c in mine else "" for c in columns), *(number(cells.get(m)) for m in measures)]
         lines.append(f"| {row} | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def number(found: Mapping[str, Any] | None) -> str:
+    """A cell in Markdown."""
+    if found is None:
+        return "-"
+    return f"{found['mean']:.3g}" + (f" ± {found['half_width']:.2g}" if found["half_width"] else "")
+
+
+OWN_TITLES = {
+    "structure": "change of structure", "detail": "change of detail", "agreement": "digits read alike",
+    "deviation": "deviation from the exact flow",
+}  # fmt: skip
+
+
+def title(measure: str, nets: Mapping[str, str] | None = None) -> str:
+    """A measure's title, with the name of the net that made it if nets are told."""
+    return OWN_TITLES[measure] if measure in OWN_TITLES else evaluated_title(measure, dict(nets or {}))
