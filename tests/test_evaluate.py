@@ -19,17 +19,18 @@ from phased_dmd.evaluate.instruments import Readings
 from phased_dmd.evaluate.measures import Law, clip_features, figures
 from phased_dmd.evaluate.measures import statistics as measures_of
 from phased_dmd.evaluate.mixtures import mixture_statistics
-from phased_dmd.evaluate.protocol import SampleSet, blocks, sample_sets
+from phased_dmd.evaluate.protocol import SampleSet, grouped, sample_sets, spread_out
 from phased_dmd.evaluate.samples import Base, weights_hash
 from phased_dmd.export import export
 from phased_dmd.media import grid, read_media, save_clip, save_image, to_images
 from phased_dmd.metrics.distances import energy_distance, frechet, moments
 from phased_dmd.metrics.features import load_features
 from phased_dmd.metrics.intervals import interval, leave_one_out, spread
-from phased_dmd.models.analytic import AnalyticModel
+from phased_dmd.models.analytic import AnalyticModel, PlainCodec
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
 from phased_dmd.sample import Sampler, load
+from phased_dmd.system import build_system
 from phased_dmd.train import distill
 
 
@@ -51,7 +52,7 @@ def test_the_jackknife_of_a_mean_is_students_interval() -> None:
 
 def test_the_jackknifes_interval_holds_the_truth_as_often_as_it_says() -> None:
     """The variance of normal samples, which is no mean of theirs: 400 sets of 200, in 10 groups."""
-    held, groups = 0, blocks(200)
+    held, groups = 0, spread_out(200)
     for seed in range(400):
         x = draw(200, seed=seed, dtype=torch.float64)
         value, without = leave_one_out(lambda keep, x=x: float(x[keep].var()), groups)
@@ -59,10 +60,22 @@ def test_the_jackknifes_interval_holds_the_truth_as_often_as_it_says() -> None:
     assert 0.91 < held / 400 < 0.98
 
 
-def test_blocks_are_of_one_size_and_never_more_than_samples() -> None:
-    assert blocks(1000).bincount().tolist() == [100] * 10
-    assert blocks(4).tolist() == [0, 1, 2, 3]
-    assert sorted(set(blocks(23).bincount().tolist())) == [2, 3]
+def test_groups_are_of_one_size_and_hold_every_prompt_alike() -> None:
+    """1000 samples go round ten digits, and 160 round ten digits in each of eight moves, whose flow has no spread."""
+    assert spread_out(1000).bincount().tolist() == [100] * 10
+    assert sorted(spread_out(4).tolist()) == [0, 1, 2, 3]
+    for of_prompt in (torch.arange(1000) % 10, torch.arange(160) % 80 // 10):
+        groups = spread_out(len(of_prompt))
+        _, without = leave_one_out(lambda keep, x=of_prompt: float(x[keep].double().mean()), groups)
+        assert spread(without) == pytest.approx(0, abs=1e-12)
+
+
+def test_seeds_are_the_groups_where_every_prompt_has_the_same_three_or_more() -> None:
+    ids = torch.arange(3).repeat_interleave(4)
+    assert grouped(ids, [0, 1, 2, 3] * 3).tolist() == [0, 1, 2, 3] * 3
+    assert grouped(torch.zeros(1000, dtype=torch.long), range(1000)).bincount().tolist() == [100] * 10
+    assert grouped(torch.arange(220), [42] * 220).bincount().tolist() == [22] * 10
+    assert grouped(torch.arange(4).repeat_interleave(2), [0, 1] * 4).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_the_base_has_no_gap_to_itself_and_other_samples_of_its_law_have_one_within_the_interval() -> None:
@@ -197,6 +210,34 @@ def test_the_base_is_sampled_once_and_goes_on_where_it_was_stopped(
     assert found.key not in (base.row(prompts, seeds, 3).key, base.row(prompts, range(1, 151), 2).key)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"teacher.std": 0.3}, {"teacher.schedule": "vp-cosine"}, {"teacher.prediction": "x0"}, {"plan.shift": 3.0}],
+)
+def test_another_teacher_has_other_samples(changes: dict[str, object], tmp_path: Path) -> None:
+    """What no network's weights tell: the base's samples of one toy are not taken for another's."""
+
+    def key(overrides: dict[str, object]) -> str | None:
+        config = resolve("toy-2d", {"teacher.hidden": 8, **overrides})
+        model = AnalyticModel(config.teacher, 0, fit=False)
+        sampler = Sampler(build_system(config, model, {}), PlainCodec())
+        return Base(sampler, tmp_path).row([Prompt("")] * 2, [0, 1], 2).key
+
+    assert key({}) == key({"seed": 5, "generator.ema": 0.9}) != key(changes)
+
+
+def test_a_clip_that_stands_still_keeps_its_frames_and_their_rate(tmp_path: Path) -> None:
+    """WebP joins equal frames: nine alike, and five and four alike."""
+    still = torch.rand(1, 16, 16, 3).expand(9, -1, -1, -1)
+    halves = torch.cat([still[:5], torch.rand(1, 16, 16, 3).expand(4, -1, -1, -1)])
+    for clip in (still, halves, torch.rand(9, 16, 16, 3)):
+        save_clip(clip, tmp_path / "c.webp", 16)
+        found, fps = read_media(tmp_path / "c.webp")
+        assert found.shape == (9, 128, 128, 3)
+        assert torch.allclose(found[:, ::8, ::8], clip, atol=0.6 / 255)
+        assert fps is None or fps == pytest.approx(16, rel=0.02)
+
+
 def test_the_teachers_hash_is_of_its_weights_and_not_of_the_adapters_on_it(nano: Path) -> None:
     from conftest import teacher_alone
 
@@ -246,17 +287,21 @@ def clips(folder: Path, shift: int, names: Sequence[str], frames: int = 9) -> No
         texture = torch.nn.functional.interpolate(draw(1, 3, 40, 100, seed=i).sigmoid(), scale_factor=4, mode="bicubic")
         texture = texture[0].clamp(0, 1).permute(1, 2, 0)
         frames_ = torch.stack([texture[:128, 200 - shift * k : 328 - shift * k] for k in range(frames)])
-        save_clip(frames_, folder / name)
+        save_clip(frames_, folder / name, 8)
 
 
 def test_two_folders_of_clips_are_compared_by_their_files(tmp_path: Path) -> None:
-    """3 pixels a frame against 1: flow 3.0 and 1.0, and the gap between them; the speeds lie about VBench's threshold,
-    6 pixels for a shorter side of 256, so 3 for 128: at it is not over it."""
+    """4 pixels a frame against 1: the flow, and the gap; VBench's threshold, 6 for a shorter side of 256, lies between.
+
+    The files say that they have 8 frames a second. The base's manifest tells another order than the names'.
+    """
     names = [f"a-cat-seed{seed}.webp" for seed in range(4)]
     clips(tmp_path / "base", 4, names)
     clips(tmp_path / "student", 1, names)
+    rows = [{"image": name, "prompt": "a cat", "seed": 3 - i} for i, name in enumerate(names[::-1])]
+    (tmp_path / "base" / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     dino(tmp_path / "dino", 3)
-    protocol = Protocol(features=str(tmp_path / "dino"), fps=8)
+    protocol = Protocol(features=str(tmp_path / "dino"))
     found = evaluate([tmp_path / "student"], protocol, base=tmp_path / "base")[str(tmp_path / "student")]
     base, student = found["sets"]["samples"]["rows"].values()
     assert base["optical_flow"]["value"] == pytest.approx(4, abs=0.1)
@@ -300,7 +345,7 @@ def test_the_distance_to_real_pictures_is_that_to_a_folder_of_them(tmp_path: Pat
     found = evaluate([tmp_path / "base"], protocol, base=tmp_path / "base")[str(tmp_path / "base")]
     features = load_features(str(tmp_path / "dino"))
     laws = [
-        moments(features(torch.cat([read_media(tmp_path / folder / f"{i}.png") for i in range(5)])))
+        moments(features(torch.cat([read_media(tmp_path / folder / f"{i}.png")[0] for i in range(5)])))
         for folder in ("base", "real")
     ]
     row = found["sets"]["samples"]["rows"]["samples"]
@@ -316,8 +361,8 @@ def test_a_video_file_is_read_as_its_frames(tmp_path: Path) -> None:
         frame[..., 2] = value  # red: OpenCV's last
         writer.write(frame.numpy())
     writer.release()
-    found = read_media(tmp_path / "v.mp4")
-    assert found.shape == (3, 48, 64, 3)
+    found, fps = read_media(tmp_path / "v.mp4")
+    assert found.shape == (3, 48, 64, 3) and fps == 8
     assert torch.allclose(found[..., 0].mean((1, 2)) * 255, torch.tensor([40.0, 120, 200]), atol=6)
     assert found[..., 2].max() < 0.1
 

@@ -20,7 +20,7 @@ from phased_dmd.config import Config, UserError
 from phased_dmd.evaluate import HEADINGS
 from phased_dmd.recipes import resolve
 from phased_dmd.report import write_report
-from phased_dmd.report.numbers import number
+from phased_dmd.metrics.formats import number
 
 BASE = ("base, 40 steps", "base, 4 steps")
 Colour = tuple[int, int, int]

@@ -152,8 +152,11 @@ def evaluate(
         str | None, typer.Option(help="a CLIP model's hub id or folder: how samples fit prompts", show_default=False)
     ] = None,
     real: Annotated[Path | None, typer.Option(help="a folder of real pictures or clips", show_default=False)] = None,
+    floor: Annotated[bool, typer.Option("--floor", help="sample the base with other seeds too")] = False,
     flow: Annotated[Literal["dis", "raft"], typer.Option(help="optical flow: OpenCV's, or torchvision's RAFT")] = "dis",
-    fps: Annotated[float | None, typer.Option(help="of clips [default: 16; nano 8]", show_default=False)] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="of clips [default: the files', 16, nano 8]", show_default=False)
+    ] = None,
     bucket: Annotated[int, typer.Option(min=0, help="which of the teacher's sizes")] = 0,
     base: Annotated[
         Path | None,
@@ -174,8 +177,9 @@ def evaluate(
     protocol = Protocol(
         samples=samples, prompts=prompts, seeds=None if seeds is None else _seeds(seeds), features=features,
         perceptual=perceptual, alignment=alignment, real=None if real is None else str(real), flow=flow, fps=fps,
-        bucket=bucket,
+        floor=floor, bucket=bucket,
     )  # fmt: skip
+    subjects = list(dict.fromkeys(subjects))
     files = [(output or subject) / "evaluation.json" for subject in subjects]
     before = [file.stat().st_mtime_ns if file.exists() else None for file in files]
     found = measure(subjects, protocol, again, base=base, cache=cache, output=output)

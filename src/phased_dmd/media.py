@@ -15,7 +15,7 @@ from phased_dmd.config import UserError
 PICTURES, VIDEOS = (".png", ".jpg", ".jpeg", ".webp", ".gif"), (".mp4", ".mov", ".avi", ".mkv", ".webm")
 MEDIA = PICTURES + VIDEOS
 CLIP_SIZE = 128  # pixels a side, at least, of a written clip
-FPS = 8
+COUNT = "frames"  # after their number, in a written clip: WebP joins equal frames into a longer one
 MARGIN = 0.6  # about the points that axes are laid around
 
 
@@ -46,13 +46,16 @@ def save_image(image: Image.Image, path: Path) -> None:
     image.save(path)
 
 
-def save_clip(frames: Tensor, path: Path) -> None:
-    """A clip [f, h, w, 3] as a looping animated WebP, enlarged without smoothing if it is small."""
+def save_clip(frames: Tensor, path: Path, fps: float) -> None:
+    """A clip [f, h, w, 3] as a looping animated WebP: a small one enlarged without smoothing and kept lossless."""
     factor = max(1, round(CLIP_SIZE / frames.shape[1]))
     frames = F.interpolate(frames.permute(0, 3, 1, 2), scale_factor=factor, mode="nearest").permute(0, 2, 3, 1)
     first, *rest = to_images(frames)
     path.parent.mkdir(parents=True, exist_ok=True)
-    first.save(path, save_all=True, append_images=rest, duration=1000 // FPS, loop=0, lossless=True)
+    first.save(
+        path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, lossless=factor > 1,
+        xmp=f"{len(frames)} {COUNT}".encode(),
+    )  # fmt: skip
 
 
 def save_points(path: Path, clouds: Sequence[tuple[str, Tensor]], about: Tensor | None = None) -> None:
@@ -88,19 +91,31 @@ def save_preview(path: Path, samples: Tensor) -> None:
         save_points(path, [(path.stem, samples[:, :2])])
 
 
-def read_media(path: Path) -> Tensor:
-    """A picture, animation or video as [f, h, w, 3] in [0, 1]; a UserError where it cannot be read."""
+def read_media(path: Path) -> tuple[Tensor, float | None]:
+    """A picture, animation or video as [f, h, w, 3] in [0, 1], and its frames a second; a UserError if unreadable."""
     if path.suffix.lower() in VIDEOS:
         return _read_video(path)
     try:
         with Image.open(path) as file:
-            frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(file)]
+            marked = file.info.get("xmp", b"").decode(errors="ignore").removesuffix(f" {COUNT}")
+            frames, milliseconds = [], []
+            for frame in ImageSequence.Iterator(file):
+                frames.append(np.asarray(frame.convert("RGB")))
+                milliseconds.append(frame.info.get("duration", 0))
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a picture ({error})") from error
-    return torch.from_numpy(np.stack(frames)).float() / 255
+    count, total = int(marked) if marked.isdigit() else len(frames), sum(milliseconds)
+    if len(frames) == 1:
+        repeats = [count]
+    elif count > len(frames):
+        repeats = [round(length * count / total) for length in milliseconds]
+    else:
+        repeats = [1] * len(frames)
+    pixels = torch.from_numpy(np.repeat(np.stack(frames), repeats, 0)).float() / 255
+    return pixels, 1000 * count / total if total and count > 1 else None
 
 
-def _read_video(path: Path) -> Tensor:
+def _read_video(path: Path) -> tuple[Tensor, float | None]:
     try:
         import cv2
     except ImportError as error:
@@ -110,4 +125,4 @@ def _read_video(path: Path) -> Tensor:
         frames.append(read[1][..., ::-1])
     if not frames:
         raise UserError(f"{path}: cannot be read as a video")
-    return torch.from_numpy(np.stack(frames)).float() / 255
+    return torch.from_numpy(np.stack(frames)).float() / 255, capture.get(cv2.CAP_PROP_FPS) or None

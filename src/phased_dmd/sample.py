@@ -11,16 +11,19 @@ from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors, write_atomically
 from phased_dmd.conditions import fitting
-from phased_dmd.config import Config, UserError
+from phased_dmd.config import Config, UserError, WanTeacher
 from phased_dmd.engine import device, normal
 from phased_dmd.experts import expert_role
 from phased_dmd.media import grid, save_clip, save_image, save_preview
 from phased_dmd.models.protocol import Codec, Condition
+from phased_dmd.models.source import SHIPPED
 from phased_dmd.overrides import build
 from phased_dmd.prompts import Prompt
 from phased_dmd.system import Own, System, add_expert, build_system, load_teacher
 
 BATCH, BATCH_NUMBERS = 64, 2**18  # samples a network call when sampling, and the most numbers that they hold
+SHEET, SHEET_HEIGHT = 64, 96  # samples on a contact sheet, and the most pixels of their height
+NANO_FPS, WAN_FPS = 8.0, 16.0
 MANIFEST = "samples.jsonl"  # beside written samples: the prompt, seed and file of each
 EXPORT = "export.json"  # in an export's folder: the run's config, and the file of each expert
 Experts = Callable[[int], dict[str, Tensor]]  # of a phase
@@ -31,6 +34,13 @@ class Sampler:
 
     def __init__(self, system: System, codec: Codec, bucket: int = 0) -> None:
         self.system, self.codec, self.bucket = system, codec, bucket
+        self._known: dict[Prompt, Condition] = {}
+
+    @property
+    def fps(self) -> float:
+        """Frames a second of the teacher's clips: of nano's, or of Wan's."""
+        teacher = self.system.config.teacher
+        return NANO_FPS if isinstance(teacher, WanTeacher) and teacher.path in SHIPPED else WAN_FPS
 
     def __call__(
         self, prompts: Sequence[Prompt | str], seeds: Sequence[int], teacher_steps: int | None = None
@@ -46,17 +56,21 @@ class Sampler:
         return torch.cat(parts)
 
     def encode(self, prompts: Sequence[Prompt]) -> dict[Prompt, Condition]:
-        """The condition of each prompt; a UserError where a first frame is missing or does not fit."""
+        """The condition of each prompt, and of all before; a UserError where a first frame is missing or does not fit.
+
+        The encoders are let go: the networks need their place.
+        """
         for prompt, buckets in zip(prompts, fitting(self.codec, prompts), strict=False):
             if self.bucket not in buckets:
                 raise UserError(f"{prompt.image}: not of the shape of the samples, see teacher.sizes")
-        known = {}
-        for i in range(0, len(prompts), BATCH):
-            part = prompts[i : i + BATCH]
+        new = [prompt for prompt in prompts if prompt not in self._known]
+        for i in range(0, len(new), BATCH):
+            part = new[i : i + BATCH]
             for prompt, row in zip(part, self.codec.encode_text([prompt.text for prompt in part]), strict=True):
                 image = self.codec.encode_image(prompt.image, self.bucket) if self.codec.takes_images else {}  # type: ignore[arg-type] checked by fitting
-                known[prompt] = row | image
-        return known
+                self._known[prompt] = row | image
+        self.codec.free()
+        return self._known
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [n, frames, height, width, 3] in [0, 1], or an analytic model's samples as they are."""
@@ -175,21 +189,23 @@ def write_samples(
     samples.jsonl says which is which; of pictures it is a prompt file of first frames, too, see `read_prompts`.
     """
     pairs = [(prompt, seed) for prompt in prompts for seed in range(seeds)]
-    samples = sampler.decode(sampler([p for p, _ in pairs], [s for _, s in pairs], teacher_steps))
-    if samples.ndim != 5:
+    latents = sampler([p for p, _ in pairs], [s for _, s in pairs], teacher_steps)
+    if sampler.decode(latents[:1]).ndim != 5:
+        samples = sampler.decode(latents)
         save_preview(output / "samples.png", samples)
         save_tensors(output / "samples.safetensors", {"samples": samples}, {"seeds": seeds})
         return [output / "samples.png", output / "samples.safetensors"]
     paths = []
     for i, (prompt, seed) in enumerate(pairs):
+        pixels = sampler.decode(latents[i : i + 1])
         stem = "".join(c if c.isalnum() else "-" for c in prompt.text.lower())[:60]
-        clip = samples.shape[1] > 1
-        paths.append(output / f"{i:04d}-{stem}-seed{seed}.{'webp' if clip else 'png'}")
+        clip = pixels.shape[1] > 1
+        paths.append(output / f"{i // seeds:04d}-{stem}-seed{seed}.{'webp' if clip else 'png'}")
         if clip:
-            save_clip(samples[i], paths[-1])
+            save_clip(pixels[0], paths[-1], sampler.fps)
         else:
-            save_image(grid(samples[i : i + 1]), paths[-1])
+            save_image(grid(pixels), paths[-1])
     rows = [{"prompt": p.text, "seed": s, "image": path.name} for (p, s), path in zip(pairs, paths, strict=True)]
     write_atomically(output / MANIFEST, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode())
-    save_preview(output / "contact-sheet.png", samples)
+    save_image(grid(sampler.decode(latents[:SHEET]), most=SHEET_HEIGHT), output / "contact-sheet.png")
     return [*paths, output / MANIFEST, output / "contact-sheet.png"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phased_dmd.checkpoint import RunFolder, write_atomically
-from phased_dmd.config import AnalyticTeacher, UserError
+from phased_dmd.config import AnalyticTeacher, PipelineTeacher, UserError
 from phased_dmd.evaluate.compare import compare, compare_with_mixture, slug
 from phased_dmd.evaluate.instruments import Readings, instruments
 from phased_dmd.evaluate.protocol import Protocol, sample_sets
@@ -35,7 +35,7 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Writes `evaluation.json` and pictures into each subject; returns the evaluations by subject.
 
-    A subject already evaluated by the same protocol is left alone unless `again`. base: a folder of samples that
+    A run or export already evaluated by the same protocol is left alone unless `again`. base: a folder of samples that
     folders of samples are compared with, or the teacher's folder for exports of a local one. cache: where the base's
     samples are kept (the folder `base` beside the subject). output: another folder than the subject's own. own: the
     model and codec of runs with a teacher of the user's own. Raises UserError for what the user can mend.
@@ -45,18 +45,22 @@ def evaluate(
         raise UserError("--output: takes one subject, and there are several")
     done: dict[str, dict[str, Any]] = {}
     seen: dict[str, Readings] = {}
-    for subject in map(Path, subjects):
-        folder, asked = output or subject, json.loads(json.dumps(asdict(protocol)))
-        path = folder / "evaluation.json"
-        if not again and path.exists() and (known := json.loads(path.read_text())).get("protocol") == asked:
-            done[str(subject)] = known
-            continue
-        if RunFolder(subject).config_path.exists() or (subject / EXPORT).exists():
-            sampler = load(subject, own=own, base=str(base) if base else None, bucket=protocol.bucket)
-            found = _of_sampler(sampler, protocol, folder, cache or subject.absolute().parent / "base", seen)
+    for subject in dict.fromkeys(map(Path, subjects)):
+        path = (output or subject) / "evaluation.json"
+        about = {"subject": str(subject), "protocol": json.loads(json.dumps(asdict(protocol)))}
+        is_folder = not (RunFolder(subject).config_path.exists() or (subject / EXPORT).exists())
+        if not (again or is_folder) and path.exists():
+            known = json.loads(path.read_text())
+            if known.get("protocol") == about["protocol"] and (output is None or known["subject"] == str(subject)):
+                done[str(subject)] = known
+                continue
+        if is_folder:
+            found = _of_folder(subject, base, protocol, path.parent)
         else:
-            found = _of_folder(subject, base, protocol, folder)
-        done[str(subject)] = {"subject": str(subject), "protocol": asked} | found
+            kept = cache or subject.absolute().parent / "base"
+            teacher = None if base is None else str(base)
+            found = _of_sampler(load(subject, own, teacher, protocol.bucket), protocol, path.parent, kept, seen)
+        done[str(subject)] = about | found
         write_atomically(path, (json.dumps(done[str(subject)], indent=1) + "\n").encode())
     return done
 
@@ -66,10 +70,15 @@ def _of_folder(subject: Path, base: Path | None, protocol: Protocol, folder: Pat
     samples = SampleFolder(subject)
     if base is None:
         raise UserError(f"{subject}: a folder of samples is compared with another one: --base FOLDER")
+    if protocol.prompts or protocol.seeds or protocol.bucket:
+        raise UserError(f"{subject}: --prompts, --seeds and --bucket are for runs; a folder holds its own samples")
     other, name = SampleFolder(base), subject.resolve().name
-    chosen, tools = samples.sample_set(other), instruments(protocol, None)
-    rows = {"base": other.row(), "samples" if name == "base" else name: samples.row()}
-    return {"nets": tools.nets(), "sets": {chosen.name: compare(rows, chosen, None, tools, folder / "samples", {})}}
+    chosen = samples.sample_set(other)
+    rows = {"base": other.row(samples), "samples" if name == "base" else name: samples.row(samples)}
+    clips = rows["base"].pixels([0]).shape[1] > 1
+    tools = instruments(protocol, None, clips)
+    found = compare(rows, chosen, None, tools, folder / "samples", {})
+    return {"nets": tools.nets(clips), "sets": {chosen.name: found}}
 
 
 def _of_sampler(
@@ -77,9 +86,11 @@ def _of_sampler(
 ) -> dict[str, Any]:
     """A run or an export. seen: readings of the base's samples, which runs of one teacher share."""
     config, base, tools = sampler.system.config, Base(sampler, cache), None
-    few, many = config.plan.steps, BASE_STEPS
+    few, many, clips = config.plan.steps, BASE_STEPS, False
+    if isinstance(config.teacher, PipelineTeacher):
+        clips = config.teacher.sizes[protocol.bucket].num_frames > 1
     if not isinstance(config.teacher, AnalyticTeacher):
-        tools, many = instruments(protocol, config), config.teacher.base_steps
+        tools, many = instruments(protocol, config, clips), config.teacher.base_steps
     sets = {}
     for chosen in sample_sets(config, protocol, sampler.codec.takes_images):
         rows = {f"base, {steps} steps": base.row(chosen.prompts, chosen.seeds, steps) for steps in (many, few)}
@@ -94,5 +105,5 @@ def _of_sampler(
         sets[chosen.name] = compare(rows, chosen, floor, tools, folder / "samples", seen)
     return {
         "recipe": config.recipe, "method": config.method, "seed": config.seed,
-        "weighting": config.objective.weighting, "nets": tools.nets() if tools else {}, "sets": sets,
+        "weighting": config.objective.weighting, "nets": tools.nets(clips) if tools else {}, "sets": sets,
     }  # fmt: skip

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from phased_dmd.checkpoint import write_atomically
-from phased_dmd.evaluate.instruments import Instruments, Readings
+from phased_dmd.config import UserError
+from phased_dmd.evaluate.instruments import FPS, Instruments, Readings
 from phased_dmd.evaluate.measures import Figure, Law, figures, plain, statistics
 from phased_dmd.evaluate.mixtures import mixture_statistics
 from phased_dmd.evaluate.protocol import SampleSet
@@ -35,6 +36,8 @@ def compare(
         return seen[row.key]
 
     readings, base = {name: read(row) for name, row in rows.items()}, next(iter(rows))
+    if len({found["features"].shape[1] for found in readings.values()}) > 1:
+        raise UserError("the samples that are compared are clips of different lengths")
     laws = {"": Law(read(floor))} if floor else {}
     laws["_paired"] = Law(readings[base], laws[""].basis if floor else None, paired=True)
     found = figures({n: statistics(r, chosen, laws, tools.real) for n, r in readings.items()}, base, chosen.groups)
@@ -76,7 +79,7 @@ def save_shown(row: Row, chosen: SampleSet, clips: bool, folder: Path) -> None:
     for place, i in enumerate(indices):
         pixels = row.pixels([i])
         if clips:
-            save_clip(pixels[0], folder / f"{place:02d}.webp")
+            save_clip(pixels[0], folder / f"{place:02d}.webp", row.fps or FPS)
             save_image(grid(pixels, most=STRIP), folder / f"{place:02d}-frames.png")
         else:
             save_image(grid(pixels), folder / f"{place:02d}.png")

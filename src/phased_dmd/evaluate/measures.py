@@ -8,7 +8,7 @@ from torch import Tensor
 
 from phased_dmd.evaluate.instruments import DRIFT, Readings
 from phased_dmd.evaluate.protocol import SampleSet
-from phased_dmd.metrics.digits import DIRECTIONS, WORDS
+from phased_dmd.metrics.digits import DIRECTIONS, SPEEDS, WORDS
 from phased_dmd.metrics.distances import (
     Moments,
     class_entropy,
@@ -75,7 +75,7 @@ def statistics(
     found: dict[str, Statistic] = {}
     for suffix, law in laws.items() if len(sample_set.prompts) >= FEWEST else ():
         found |= {f"{name}{suffix}": statistic for name, statistic in law.distances(readings).items()}
-    if real is not None:
+    if real is not None and len(sample_set.prompts) >= FEWEST:
         found["frechet_real"] = lambda keep: frechet(moments(readings["features"][keep].flatten(0, 1)), real)
     ids = sample_set.prompt_ids
     if int(ids.bincount().max()) > 1:
@@ -136,19 +136,23 @@ def _places(ids: Tensor) -> Tensor:
 def _digits(readings: Readings, sample_set: SampleSet) -> dict[str, Statistic]:
     """Faithfulness to what the prompts name; where no digit is named, the spread over the classes."""
     digit, texts = readings["digit"], [prompt.text.split() for prompt in sample_set.prompts]
-    if not any(word in texts[0] for word in WORDS):
+    if not any(word in text for text in texts for word in WORDS):
         return {
             "class_entropy": lambda keep: class_entropy(digit[keep], 10),
             "least_class_share": lambda keep: float(digit[keep].bincount(minlength=10).min()) / len(keep),
         }
+    if not all(any(word in text for word in WORDS) for text in texts):
+        return {}
     named = torch.tensor([next(i for i, word in enumerate(WORDS) if word in text) for text in texts])
     found = {"faithfulness": _mean(digit == named)}
-    if any(direction in texts[0] for direction in DIRECTIONS):
+    if all(any(name in text for name in DIRECTIONS) for text in texts):
         moved = readings["displacement"]
         wanted = torch.tensor([[name in text for name in DIRECTIONS].index(True) for text in texts])
         nearest = (moved @ torch.tensor(list(DIRECTIONS.values())).T).argmax(1)
-        fast, speed = torch.tensor(["fast" in text for text in texts]), moved.norm(dim=1)
         found["direction"] = _mean(nearest == wanted)
-        found["pixels_moved_fast"] = lambda keep: float(speed[keep][fast[keep]].mean())
-        found["pixels_moved_slowly"] = lambda keep: float(speed[keep][~fast[keep]].mean())
+        speed = moved.norm(dim=1)
+        for pace in SPEEDS:
+            paced = torch.tensor([pace in text for text in texts])
+            if len(sample_set.groups[paced].unique()) > 1:  # some are left whichever group is left out
+                found[f"pixels_moved_{pace}"] = lambda keep, paced=paced: float(speed[keep][paced[keep]].mean())
     return found

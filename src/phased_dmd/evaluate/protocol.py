@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,8 +14,7 @@ from phased_dmd.models.source import SHIPPED
 from phased_dmd.prompts import Prompt, read_prompts
 
 PICTURE_SEEDS, CLIP_SEEDS = tuple(range(8)), (42,)  # a prompt, Sec. 3.1 and 3.2
-BLOCKS = 10  # of samples, where a prompt has fewer than three seeds
-NANO_FPS, FPS = 8.0, 16.0  # of nano's clips, and of Wan's
+BLOCKS = 10  # of samples, at most, that are left out one after the other
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Protocol:
     samples: of a set for the embedded teachers and analytic ones. prompts: a shipped set's name or a file; then every
     prompt gets each of `seeds`. features: see `load_features`. perceptual: measure LPIPS too. alignment: a CLIP model
     of transformers, hub id or folder. real: a folder of real pictures or clips. flow: `dis`, or `raft`. fps: of the
-    clips, for the dynamic degree. bucket: which of the teacher's sizes.
+    clips, for the dynamic degree. floor: sample the base with other seeds too, as is done for the embedded teachers.
+    bucket: which of the teacher's sizes.
     """
 
     samples: int = 1000
@@ -36,6 +37,7 @@ class Protocol:
     real: str | None = None
     flow: str = "dis"
     fps: float | None = None
+    floor: bool = False
     bucket: int = 0
 
 
@@ -64,10 +66,10 @@ class SampleSet:
         n = len(self.prompts)
         if clips:
             return [i * n // 6 for i in range(6)] if n > 6 else list(range(n))
-        each = int((self.prompt_ids == 0).sum())
-        if self.floor or each < 4:
+        ids = self.prompt_ids
+        if int(ids.max()) == 0 or n < 2 or ids[0] != ids[1]:
             return list(range(min(n, 20)))
-        return [i for start in range(0, min(n, 5 * each), each) for i in range(start, start + 4)]
+        return [i for prompt in range(min(5, int(ids.max()) + 1)) for i in (ids == prompt).nonzero()[:4, 0].tolist()]
 
 
 def sample_sets(config: Config, protocol: Protocol, takes_images: bool) -> list[SampleSet]:
@@ -78,10 +80,12 @@ def sample_sets(config: Config, protocol: Protocol, takes_images: bool) -> list[
     `specific` names all there is to name, each with seeds 0, 1, ...; image-to-video has specific ones only, on held-out
     digits. Analytic teachers: samples without a prompt.
     """
-    sizes = config.teacher.sizes if isinstance(config.teacher, PipelineTeacher) else (Size(),)
-    frames = sizes[protocol.bucket].num_frames
+    frames = config.teacher.sizes[protocol.bucket].num_frames if isinstance(config.teacher, PipelineTeacher) else 1
+    seeds = protocol.seeds or (PICTURE_SEEDS if frames == 1 else CLIP_SEEDS)
     if protocol.prompts is not None:
-        return [_paired("prompts", protocol.prompts, protocol.seeds or (PICTURE_SEEDS if frames == 1 else CLIP_SEEDS))]
+        return [_paired("prompts", protocol.prompts, seeds, protocol.floor)]
+    if protocol.seeds is not None and (config.prompts is None or is_nano(config)):
+        raise UserError("--seeds: needs --prompts here; without, every sample has a seed of its own")
     if isinstance(config.teacher, AnalyticTeacher):
         return [_many("mixture", [Prompt("")], protocol.samples)]
     if config.prompts is None:
@@ -93,9 +97,7 @@ def sample_sets(config: Config, protocol: Protocol, takes_images: bool) -> list[
             "--prompts: image-to-video is evaluated on pictures of your own: a jsonl, csv or parquet with the columns "
             "prompt and image (the paper: 220); `phased-dmd sample` writes one, samples.jsonl, beside what it samples"
         )
-    if frames == 1:
-        return [_paired("paper", "paper-t2i", protocol.seeds or PICTURE_SEEDS)]
-    return [_paired("paper", "paper-t2v", protocol.seeds or CLIP_SEEDS)]
+    return [_paired("paper", "paper-t2i" if frames == 1 else "paper-t2v", seeds, protocol.floor)]
 
 
 def is_nano(config: Config) -> bool:
@@ -106,26 +108,39 @@ def is_nano(config: Config) -> bool:
     return False
 
 
-def blocks(count: int) -> Tensor:
-    """Groups [count] of neighbouring samples, as many as there are BLOCKS or samples."""
-    return torch.arange(count) * min(count, BLOCKS) // count
+def grouped(prompt_ids: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Groups [n] of samples for intervals: seeds, where every prompt has three or more of the same; else prompts.
+
+    Neither more than BLOCKS of them, nor neighbours together: prompts may be ordered by what they are about.
+    """
+    numbers, prompts = sorted(set(seeds)), int(prompt_ids.max()) + 1
+    if len(numbers) > 2 and prompts * len(numbers) == len(seeds):
+        return torch.tensor([numbers.index(seed) for seed in seeds]) % BLOCKS
+    return prompt_ids % BLOCKS
 
 
-def _paired(name: str, source: str, seeds: Sequence[int]) -> SampleSet:
-    """Every prompt with every seed; left out are the seeds, one by one, or blocks of prompts where seeds are few."""
-    prompts = read_prompts(source)
-    groups = torch.arange(len(seeds)).repeat(len(prompts)) if len(seeds) > 2 else blocks(len(prompts) * len(seeds))
+def spread_out(count: int) -> Tensor:
+    """Groups [count] of samples that go round their prompts: each with as many of every prompt as can be."""
+    i = torch.arange(count)
+    return (i + i // BLOCKS) % min(count, BLOCKS)
+
+
+def _paired(name: str, source: str, seeds: Sequence[int], floor: bool) -> SampleSet:
+    """Every prompt of a file with every seed; a prompt that stands there twice is taken once."""
+    prompts = list(dict.fromkeys(read_prompts(source)))
     numbers = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
-    about = f"{len(prompts)} prompts ({source}), {numbers}"
-    return SampleSet(name, about, [p for p in prompts for _ in seeds], list(seeds) * len(prompts), groups)
+    all_seeds = list(seeds) * len(prompts)
+    groups = grouped(torch.arange(len(prompts)).repeat_interleave(len(seeds)), all_seeds)
+    about = f"{len(prompts)} prompt{'s' if len(prompts) > 1 else ''} ({Path(source).name}), {numbers}"
+    return SampleSet(name, about, [p for p in prompts for _ in seeds], all_seeds, groups, floor)
 
 
 def _many(name: str, prompts: Sequence[Prompt], count: int) -> SampleSet:
     """Samples that go round the prompts, each with a seed of its own."""
-    about = f"{count} samples"
+    about, prompts = f"{count} samples", prompts[:count]
     if prompts != [Prompt("")]:
         about += f" of {len(prompts)} prompts" if len(prompts) > 1 else f" of {prompts[0].text!r}"
-    return SampleSet(name, about, list(islice(cycle(prompts), count)), range(count), blocks(count), floor=True)
+    return SampleSet(name, about, list(islice(cycle(prompts), count)), range(count), spread_out(count), floor=True)
 
 
 def _nano_prompts(config: Config, frames: int) -> dict[str, list[Prompt]]:

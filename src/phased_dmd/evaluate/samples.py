@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 
 from phased_dmd.checkpoint import load_tensors, save_tensors
-from phased_dmd.config import UserError
-from phased_dmd.evaluate.protocol import SampleSet, blocks
+from phased_dmd.config import AnalyticTeacher, PipelineTeacher, UserError
+from phased_dmd.evaluate.protocol import SampleSet, grouped
 from phased_dmd.media import MEDIA, read_media
+from phased_dmd.phases import step_times
 from phased_dmd.prompts import Prompt
 from phased_dmd.sample import MANIFEST, Sampler, batch_size
-
-CHUNK = 64  # samples kept in one file of the cache
 
 
 @dataclass(frozen=True)
 class Row:
     """Samples of one set: their pixels [b, f, h, w, 3] by their indices, and what they cost.
 
-    size: how many are decoded at once. key: equal for equal samples, where that is known.
+    size: how many are decoded at once. fps: of clips, where it is known. key: equal for equal samples.
     """
 
     pixels: Callable[[Sequence[int]], Tensor]
     size: int
+    fps: float | None = None
     calls: int | None = None  # of the networks, a sample
     seconds: float | None = None  # a sample
     key: str | None = None
@@ -42,10 +42,16 @@ class Base:
         self._weights = ""
 
     def row(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int) -> Row:
-        """A row of the base, in files of CHUNK samples, so that what was stopped goes on; seconds as when sampled."""
-        chunks = [self._chunk(prompts[i : i + CHUNK], seeds[i : i + CHUNK], steps) for i in range(0, len(seeds), CHUNK)]
+        """A row of the base, in files of what is sampled at once, so that what was stopped goes on.
+
+        seconds: as they were when it was sampled.
+        """
+        system = self.sampler.system
+        size = batch_size(system.model.sample_shapes[self.sampler.bucket])
+        chunks = [self._chunk(prompts[i : i + size], seeds[i : i + size], steps) for i in range(0, len(seeds), size)]
         latents = torch.cat([part for part, _ in chunks])
-        calls = steps * (2 if max(self.sampler.system.model.guidance) > 1 else 1)
+        times = step_times(steps, system.config.plan.shift, system.config.plan.start)[:steps]
+        calls = sum(2 if system.model.guidance[system.plan.network(t)] > 1 else 1 for t in times)
         seconds = sum(took for _, took in chunks) / len(seeds)
         return of_latents(self.sampler, latents, calls, seconds, self._key(prompts, seeds, steps))
 
@@ -61,15 +67,20 @@ class Base:
         return latents, seconds
 
     def _key(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int) -> str:
-        """A hash of the teacher's weights and settings, the encoded prompts, the seeds and the grid."""
+        """A hash of the teacher's weights and settings, the encoder, prompts and seeds, and the grid."""
         system, codec = self.sampler.system, self.sampler.codec
         if not self._weights:
             self._weights = weights_hash(self.sampler)
         images = [hashlib.blake2b(p.image.read_bytes() if p.image else b"").hexdigest() for p in prompts]
-        plan, shape = system.config.plan, system.model.sample_shapes[self.sampler.bucket]
+        model, plan, teacher = system.model, system.config.plan, system.config.teacher
+        t = torch.linspace(0, 1, 9, dtype=torch.float64)
         about = (
-            self._weights, codec.fingerprint, system.model.guidance, system.config.teacher.negative_prompt, shape,
-            plan.shift, plan.start, steps, list(seeds), [prompt.text for prompt in prompts], images,
+            self._weights, codec.fingerprint, tuple(model.guidance), tuple(model.switches), model.prediction,
+            model.schedule.alpha(t).tolist(), model.schedule.sigma(t).tolist(), teacher.negative_prompt,
+            teacher.dtype if isinstance(teacher, PipelineTeacher) else "",
+            (teacher.means, teacher.std, teacher.weights) if isinstance(teacher, AnalyticTeacher) else (),
+            tuple(model.sample_shapes[self.sampler.bucket]), plan.shift, plan.start, steps, list(seeds),
+            [prompt.text for prompt in prompts], images,
         )  # fmt: skip
         return hashlib.blake2b(repr(about).encode(), digest_size=16).hexdigest()
 
@@ -96,7 +107,7 @@ def generated(sampler: Sampler, sample_set: SampleSet) -> Row:
 def of_latents(sampler: Sampler, latents: Tensor, calls: int, seconds: float, key: str | None = None) -> Row:
     """A row of latents [n, ...] that a sampler's codec decodes."""
     size = batch_size(latents.shape[1:])
-    return Row(lambda indices: sampler.decode(latents[list(indices)]), size, calls, seconds, key)
+    return Row(lambda indices: sampler.decode(latents[list(indices)]), size, sampler.fps, calls, seconds, key)
 
 
 class SampleFolder:
@@ -108,9 +119,10 @@ class SampleFolder:
         manifest = folder / MANIFEST
         self.rows: dict[str, tuple[Prompt, int]] = {}
         if manifest.exists():
-            entries = [json.loads(line) for line in manifest.read_text().splitlines() if line.strip()]
-            self.rows = {Path(e["image"]).stem: (Prompt(e["prompt"]), int(e["seed"])) for e in entries}
-            self.files = {stem: self.files[stem] for stem in self.rows if stem in self.files}
+            self.rows = dict(_entry(line, manifest) for line in manifest.read_text().splitlines() if line.strip())
+            if missing := next((stem for stem in self.rows if stem not in self.files), None):
+                raise UserError(f"{manifest}: {missing} is not there")
+            self.files = {stem: self.files[stem] for stem in self.rows}
         if not self.files:
             raise UserError(f"{folder}: neither a run, nor an export, nor a folder of pictures or clips")
 
@@ -121,32 +133,34 @@ class SampleFolder:
             raise UserError(f"{where}: holds no {missing[0]}, which the folder it is compared with has")
         stems = list(self.files)
         rows = [self.rows.get(stem) or other.rows.get(stem) or _named(stem) for stem in stems]
-        seeds = sorted({seed for _, seed in rows})
-        prompts = len({prompt for prompt, _ in rows})
-        if len(seeds) > 2 and prompts * len(seeds) == len(rows):
-            groups = torch.tensor([seeds.index(seed) for _, seed in rows])
-        else:
-            groups = blocks(len(rows))
-        return SampleSet(
-            "samples",
-            f"{len(rows)} files, {prompts} prompt{'s' if prompts > 1 else ''}",
-            [p for p, _ in rows],
-            [s for _, s in rows],
-            groups,
-        )
+        prompts, seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
+        number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        groups = grouped(torch.tensor([number[prompt] for prompt in prompts]), seeds)
+        about = f"{len(rows)} files, {len(number)} prompt{'s' if len(number) > 1 else ''}"
+        return SampleSet("samples", about, prompts, seeds, groups)
 
-    def row(self) -> Row:
-        """The samples in the order of the files, one read at a time."""
-        files = list(self.files.values())
-        shape = read_media(files[0]).shape
+    def row(self, like: "SampleFolder") -> Row:
+        """The samples in the order of the other folder's files, read when they are asked for."""
+        files = [self.files[stem] for stem in like.files]
+        first, fps = read_media(files[0])
+        shape = first.shape
 
         def pixels(indices: Sequence[int]) -> Tensor:
-            media = [read_media(files[i]) for i in indices]
+            media = [read_media(files[i])[0] for i in indices]
             if any(one.shape != shape for one in media):
                 raise UserError(f"{self.folder}: holds pictures or clips of different sizes or lengths")
             return torch.stack(media)
 
-        return Row(pixels, 1)
+        return Row(pixels, 1, fps)
+
+
+def _entry(line: str, manifest: Path) -> tuple[str, tuple[Prompt, int]]:
+    """A line of the manifest: the file's stem, its prompt and its seed."""
+    try:
+        entry = json.loads(line)
+        return Path(entry["image"]).stem, (Prompt(entry["prompt"]), int(entry["seed"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{manifest}: {line[:60]!r} is no object with image, prompt and seed") from error
 
 
 def _named(stem: str) -> tuple[Prompt, int]:

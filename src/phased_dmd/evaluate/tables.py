@@ -3,6 +3,7 @@
 from typing import Any
 
 from phased_dmd.evaluate.measures import Figure
+from phased_dmd.metrics.formats import number
 
 HEADINGS = {  # of a measure: title, how to read it
     "class_entropy": ("class entropy", "nats, of the digits read; 2.30 when all ten are equally frequent"),
@@ -31,7 +32,7 @@ HEADINGS = {  # of a measure: title, how to read it
     "energy_distance": ("energy distance", "to exact samples"),
     "distance_to_nearest_mode": ("distance to a mode", "mean over samples"),
     "network_calls": ("network calls", "a sample"),
-    "seconds_a_sample": ("seconds a sample", "prompt to latents, on this machine"),
+    "seconds_a_sample": ("seconds a sample", "prompt to latents, on the machine that sampled it"),
 }
 NET_OF = {  # of a measure: which of the evaluation's nets made it
     **{name: "features" for name in HEADINGS if name.startswith("frechet") and "pca" not in name},
@@ -69,8 +70,11 @@ def shown(figure: Figure | None, is_base: bool) -> str:
     """One cell."""
     if figure is None:
         return ""
-    text = f"{figure['value']:.3g}" + (f" ± {figure['half_width']:.1g}" if figure["half_width"] else "")
-    if is_base:
-        return text
-    gap = f"{figure['gap']:+.2g}" + (f" ± {figure['gap_half_width']:.1g}" if figure["gap_half_width"] else "")
-    return f"{text} ({gap})"
+    text = _interval(figure["value"], figure["half_width"], False)
+    return text if is_base else f"{text} ({_interval(figure['gap'], figure['gap_half_width'], True)})"
+
+
+def _interval(value: float | None, half: float | None, signed: bool) -> str:
+    assert value is not None
+    text = number(value, signed=signed, scale=half)
+    return f"{text} ± {number(half, 2)}" if half else text

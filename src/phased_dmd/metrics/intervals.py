@@ -22,9 +22,12 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def leave_one_out(statistic: Statistic, groups: Tensor) -> tuple[float, list[float]]:
-    """The statistic of all samples, and of those outside each group; groups [n]: 0, 1, ..., of each sample."""
-    keep = torch.arange(len(groups))
-    return statistic(keep), [statistic(keep[groups != group]) for group in range(int(groups.max()) + 1)]
+    """The statistic of all samples, and of those outside each group; of fewer than three groups the first alone.
+
+    groups: [n], the group of each sample, 0, 1, ...
+    """
+    keep, count = torch.arange(len(groups)), int(groups.max()) + 1
+    return statistic(keep), [statistic(keep[groups != group]) for group in range(count if count > 2 else 0)]
 
 
 def spread(without: Sequence[float]) -> float | None:

@@ -120,7 +120,8 @@ class WanCodec:
         if self.takes_images:
             parts += [name for name in ("image_encoder", "image_processor", "vae") if self.source.has(name)]
         self.source.check_weights("text_encoder")
-        self.fingerprint = self.source.fingerprint(parts, config.max_tokens, [str(size) for size in config.sizes])
+        sizes = [str(size) for size in config.sizes] if self.takes_images else []
+        self.fingerprint = self.source.fingerprint(parts, config.max_tokens, sizes)
         self.tokenizer = self.source.load(AutoTokenizer, "tokenizer")
         self.vae: AutoencoderKLWan = self.source.load(AutoencoderKLWan, "vae", dtype=torch.float32).to(device)
         shape = 1, -1, 1, 1, 1

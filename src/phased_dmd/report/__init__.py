@@ -8,8 +8,9 @@ from jinja2 import Environment, FileSystemLoader, Template
 from phased_dmd.checkpoint import write_atomically
 from phased_dmd.config import Config, UserError
 from phased_dmd.evaluate import HEADINGS
+from phased_dmd.metrics.formats import number
 from phased_dmd.report.curves import colours, make_curves
-from phased_dmd.report.numbers import make_tables, number
+from phased_dmd.report.numbers import make_tables
 from phased_dmd.report.pictures import make_sheets
 from phased_dmd.report.runs import group, read_runs, varying, written
 
