@@ -14,7 +14,7 @@ from test_metrics import dino
 from torch import Tensor
 
 from phased_dmd.config import AnalyticTeacher, Config, Fake, Generator, Lora, Optimiser, Plan, UserError
-from phased_dmd.evaluate import Protocol, evaluate, table
+from phased_dmd.evaluate import Protocol, evaluate, instruments, table
 from phased_dmd.evaluate.instruments import Readings
 from phased_dmd.evaluate.measures import Law, clip_features, figures
 from phased_dmd.evaluate.measures import statistics as measures_of
@@ -23,7 +23,7 @@ from phased_dmd.evaluate.protocol import SampleSet, grouped, sample_sets, spread
 from phased_dmd.evaluate.samples import Base, weights_hash
 from phased_dmd.export import export
 from phased_dmd.media import grid, read_media, save_clip, save_image, to_images
-from phased_dmd.metrics.distances import energy_distance, frechet, moments
+from phased_dmd.metrics.distances import frechet, moments
 from phased_dmd.metrics.features import load_features
 from phased_dmd.metrics.intervals import interval, leave_one_out, spread
 from phased_dmd.models.analytic import AnalyticModel, PlainCodec
@@ -136,17 +136,20 @@ def test_frames_and_clips_have_distances_of_their_own() -> None:
     assert found["frechet_video"](everything) == pytest.approx(1)
 
 
-def test_the_mixtures_energy_distance_is_that_of_the_metric() -> None:
-    config = AnalyticTeacher(means=((-1.0, 0.0), (1.0, 0.0)), std=0.1)
-    exact, points = AnalyticModel(config, 0, fit=False).exact, draw(200, 2, seed=3)
-    reference = exact.sample(200, torch.Generator().manual_seed(1_000_000))
+def test_the_mixtures_energy_distance_is_by_its_definition_of_whatever_samples_are_kept() -> None:
+    """Also: exact samples are next to nothing away, and those moved by 3 nearly 6, as two points 3 apart are."""
+    exact = AnalyticModel(AnalyticTeacher(means=((-1.0, 0.0), (1.0, 0.0)), std=0.1), 0, fit=False).exact
+    points, reference = draw(200, 2, seed=3).double(), exact.sample(200, torch.Generator().manual_seed(1_000_000))
     energy = mixture_statistics(points, exact)["energy_distance"]
-    assert energy(torch.arange(200)) == pytest.approx(energy_distance(points, reference), rel=1e-9)
-    half, rest = torch.arange(100), points[:100]
-    own = torch.cdist(rest.double(), rest.double()).sum() / (100 * 99)
-    within = torch.cdist(reference.double(), reference.double()).sum() / (200 * 199)
-    known = 2 * torch.cdist(rest.double(), reference.double()).mean() - own - within
-    assert energy(half) == pytest.approx(float(known), rel=1e-9)
+    for keep in (torch.arange(200), torch.arange(100)):
+        within = [torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)) for x in (points[keep], reference.double())]
+        known = 2 * torch.cdist(points[keep], reference.double()).mean() - within[0] - within[1]
+        assert energy(keep) == pytest.approx(float(known), rel=1e-9)
+    law = exact.sample(2000, torch.Generator().manual_seed(1))
+    assert abs(mixture_statistics(law, exact)["energy_distance"](torch.arange(2000))) < 0.01
+    far = AnalyticModel(AnalyticTeacher(means=((0.0, 0.0),), std=1e-6), 0, fit=False).exact
+    moved = torch.tensor([3.0, 0.0]).expand(50, 2)
+    assert mixture_statistics(moved, far)["energy_distance"](torch.arange(50)) == pytest.approx(6, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +315,28 @@ def test_two_folders_of_clips_are_compared_by_their_files(tmp_path: Path) -> Non
     assert "pairwise_cosine" in student and found["sets"]["samples"]["about"] == "4 files, 1 prompt"
     itself = evaluate([tmp_path / "base"], protocol, base=tmp_path / "base")[str(tmp_path / "base")]
     assert all(figure["gap"] == 0 for figure in itself["sets"]["samples"]["rows"]["samples"].values())
+
+
+def test_perceptual_distances_are_between_all_seeds_of_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grey levels 0, .2, .6 of one prompt and equal ones of another: pairs .2, .6, .4 and 0, in the mean .2."""
+    for name, levels in {"a": (0.0, 0.2, 0.6), "b": (0.4, 0.4, 0.4)}.items():
+        for seed, level in enumerate(levels):
+            path = tmp_path / "s" / f"{name}-seed{seed}.png"
+            save_image(to_images(torch.full((1, 16, 16, 3), level))[0], path)
+    dino(tmp_path / "dino", 3)
+    monkeypatch.setattr(instruments, "lpips", lambda: lambda a, b: float((a - b).abs().mean()))
+    protocol = Protocol(features=str(tmp_path / "dino"), perceptual=True)
+    found = evaluate([tmp_path / "s"], protocol, base=tmp_path / "s")[str(tmp_path / "s")]
+    assert found["nets"]["perceptual"] == "LPIPS, AlexNet"
+    figure = found["sets"]["samples"]["rows"]["base"]["pairwise_perceptual"]
+    assert figure["value"] == pytest.approx(0.2, abs=1e-6) and figure["half_width"] > 0
+    many = [Prompt("a")] * 17
+    with pytest.raises(UserError, match="--perceptual: needs each prompt's samples together, at most 16"):
+        instruments.whole_prompts(SampleSet("", "", many, range(17), torch.arange(17)))
+    with pytest.raises(UserError, match="--perceptual"):
+        instruments.whole_prompts(SampleSet("", "", [Prompt("a"), Prompt("b"), Prompt("a")], range(3), torch.arange(3)))
 
 
 def test_folders_that_do_not_match_are_one_line(tmp_path: Path) -> None:

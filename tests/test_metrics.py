@@ -20,18 +20,15 @@ from phased_dmd.metrics import motion
 from phased_dmd.metrics.digits import DIRECTIONS, load_classifier, read
 from phased_dmd.metrics.distances import (
     class_entropy,
-    energy_distance,
     frechet,
     lpips,
     mode_histogram_kl,
     moments,
     pairwise_cosine,
-    pairwise_cosines,
-    pairwise_distance,
     principal_components,
 )
 from phased_dmd.metrics.features import IMAGENET, load_features, preprocess
-from phased_dmd.metrics.motion import clip_flows, dynamic_clips, dynamic_degree, load_flow, optical_flow
+from phased_dmd.metrics.motion import clip_flows, dynamic_clips, load_flow
 from phased_dmd.metrics.pictures import contrast, displacement, high_frequency_energy, saturation, sharpness
 from phased_dmd.prompts import SHIPPED, read_prompts
 
@@ -95,20 +92,6 @@ def test_pairwise_cosine_of_known_angles() -> None:
     assert pairwise_cosine(pair) == pytest.approx(0.5, abs=1e-6)
 
 
-def test_pairwise_cosines_are_of_each_prompts_own_seeds() -> None:
-    """Three prompts: one direction, orthogonal ones, and two seeds alike with one opposite."""
-    same = torch.tensor([[1.0, 0, 0], [2.0, 0, 0], [0.5, 0, 0]])
-    two = torch.tensor([[0.0, 1, 0], [0.0, 3, 0], [0.0, -1, 0]])
-    found = pairwise_cosines(torch.stack([same, torch.eye(3), two]))
-    assert found.tolist() == pytest.approx([1, 0, -1 / 3], abs=1e-6)
-
-
-def test_pairwise_distance_is_the_mean_over_all_pairs() -> None:
-    """Grey pictures of levels 0, .1 and .4: their pairs lie .1, .4 and .3 apart."""
-    pictures = torch.tensor([0.0, 0.1, 0.4])[:, None, None, None].expand(3, 4, 5, 3)
-    assert pairwise_distance(pictures, lambda a, b: float((a - b).abs().mean())) == pytest.approx(0.8 / 3)
-
-
 def test_lpips_without_its_packages_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
     with pytest.raises(UserError, match=r"^lpips: needs torchmetrics, torchvision and AlexNet's weights \(.+\)$"):
@@ -142,13 +125,6 @@ def test_mode_histogram_kl_is_zero_for_the_weights_and_known_for_a_dropped_mode(
     weights = torch.tensor([0.5, 0.5])
     assert mode_histogram_kl(torch.tensor([[0.1], [9.0], [0.3], [11.0]]), means, weights) == pytest.approx(0)
     assert mode_histogram_kl(torch.tensor([[0.1], [-9.0]]), means, weights) == pytest.approx(math.log(2))
-
-
-def test_energy_distance_of_shifted_points() -> None:
-    """For two point masses a distance d apart it is 2 d."""
-    assert energy_distance(torch.zeros(5, 1), torch.full((7, 1), 3.0)) == pytest.approx(6)
-    x, y = (torch.randn(2000, 2, generator=RNG) for _ in range(2))
-    assert abs(energy_distance(x, y)) < 0.01
 
 
 @pytest.mark.parametrize(("cycles", "high"), [(2, False), (8, False), (9, True), (16, True)])
@@ -210,9 +186,8 @@ def constant(right: float, down: float = 0.0) -> Callable[[Tensor, Tensor], Tens
 
 
 def test_optical_flow_of_a_known_shift() -> None:
-    assert optical_flow(moving([3, 3, 3])) == pytest.approx(3, abs=0.1)
-    assert optical_flow(moving([0, 0])) == pytest.approx(0, abs=0.01)
-    assert optical_flow(moving([-2, 4], 96)) == pytest.approx(3, abs=0.1)  # the mean of lengths, not of their sum
+    for shifts, side, known in (([3, 3, 3], 64, 3), ([0, 0], 64, 0), ([-2, 4], 96, 3)):  # lengths, not their sum
+        assert clip_flows(moving(shifts, side)).item() == pytest.approx(known, abs=0.1)
 
 
 def test_optical_flow_is_the_length_of_the_flow_for_each_clip() -> None:
@@ -224,7 +199,7 @@ def test_optical_flow_is_the_length_of_the_flow_for_each_clip() -> None:
 
 def test_optical_flow_of_frames_that_dis_cannot_take_is_one_line() -> None:
     with pytest.raises(UserError, match="^optical flow: frames of 8 x 8 pixels; 12 at least$"):
-        optical_flow(torch.zeros(1, 2, 8, 8, 3))
+        clip_flows(torch.zeros(1, 2, 8, 8, 3))
 
 
 def test_raft_is_handed_frames_of_the_size_and_range_it_takes_and_its_flow_is_in_pixels_of_ours(
@@ -261,7 +236,7 @@ def test_optical_flow_without_opencv_is_one_line(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "cv2", None)
     motion._dis.cache_clear()
     with pytest.raises(UserError, match=r"^optical flow: OpenCV is not installed; pip install 'phased-dmd\[eval\]'$"):
-        optical_flow(torch.zeros(1, 2, 16, 16, 3))
+        clip_flows(torch.zeros(1, 2, 16, 16, 3))
 
 
 @pytest.mark.parametrize(("side", "fps", "threshold"), [(256, 8, 6.0), (128, 8, 3.0), (512, 16, 12.0), (256, 4, 12.0)])
@@ -296,7 +271,6 @@ def test_a_clip_is_dynamic_if_a_quarter_of_its_pairs_are(frames: int, needed: in
     clips = torch.zeros(2, frames, 32, 32, 3)
     clips[0, :needed], clips[1, : needed - 1] = 9, 9
     assert dynamic_clips(clips, 8, flow).tolist() == [True, False]
-    assert dynamic_degree(clips, 8, flow) == 0.5
 
 
 def test_frames_are_taken_eight_a_second() -> None:
@@ -315,7 +289,6 @@ def test_dynamic_degree_of_textures_that_move() -> None:
     """At 64 pixels a side the threshold is 1.5 pixels: of 9 frames, two pairs above it are enough."""
     clips = [moving([1] * 8), moving([2] * 8), moving([0] * 6 + [3, 3]), moving([0] * 7 + [3])]
     assert dynamic_clips(torch.cat(clips), 8).tolist() == [False, True, True, False]
-    assert dynamic_degree(torch.cat(clips), 8) == 0.5
 
 
 # ---------------------------------------------------------------- feature nets

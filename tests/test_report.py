@@ -18,9 +18,9 @@ from PIL import Image, ImageSequence
 from phased_dmd.cli import main
 from phased_dmd.config import Config, UserError
 from phased_dmd.evaluate import HEADINGS
+from phased_dmd.metrics.formats import number
 from phased_dmd.recipes import resolve
 from phased_dmd.report import write_report
-from phased_dmd.metrics.formats import number
 
 BASE = ("base, 40 steps", "base, 4 steps")
 Colour = tuple[int, int, int]

@@ -20,13 +20,13 @@ from phased_dmd.config import AnalyticTeacher, Config, Fake, Generator, Optimise
 from phased_dmd.diffusion import FlowSchedule
 from phased_dmd.evaluate import HEADINGS
 from phased_dmd.experts import expert_role
+from phased_dmd.metrics.formats import number
 from phased_dmd.metrics.intervals import interval
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.objectives import biased_target, subinterval_target
 from phased_dmd.recipes import RECIPES, nano_t2i
-from phased_dmd.reproduce import workers
+from phased_dmd.reproduce import fig5, workers
 from phased_dmd.reproduce.claim import (
-    BOUNDED,
     DMD,
     DMD_SGTS,
     DMD_SGTS_WIDE,
@@ -44,14 +44,14 @@ from phased_dmd.reproduce.claim import (
 )  # fmt: skip
 from phased_dmd.reproduce.claims import CLAIMS, NAMES, SHORT, STUDIES, collapse_trial
 from phased_dmd.reproduce.decide import compared, decide
-from phased_dmd.reproduce.fig2 import BIASED, UNBIASED, fig2, fit_subinterval, judge_trajectories, trajectories
+from phased_dmd.reproduce.fig2 import BIASED, SEEDS, UNBIASED, fig2, fit_subinterval, judge_trajectories, trajectories
 from phased_dmd.reproduce.fig2 import FULL as FULL_INTERVAL
-from phased_dmd.reproduce.fig5 import change
+from phased_dmd.reproduce.fig5 import change, changes
 from phased_dmd.reproduce.intervals import compare, difference, judge, ratio, shown
 from phased_dmd.reproduce.memory import SavedBytes, judge_memory, memory
-from phased_dmd.reproduce.page import beside_paper, write_index
+from phased_dmd.reproduce.page import beside_paper, comparison_table, decisive, verdict_line, write_index
 from phased_dmd.reproduce.run import reproduce
-from phased_dmd.reproduce.study import Study, planned, prepared, summarise, table
+from phased_dmd.reproduce.study import Study, planned, plus_minus, prepared, summarise, table
 from phased_dmd.reproduce.workers import Run, Workers, inherit
 from phased_dmd.system import add_expert, build_system, load_teacher
 
@@ -190,9 +190,10 @@ def test_a_studys_labels_are_its_methods_and_its_folders_those_of_whole_runs(rec
 
 
 def test_a_claims_files_agree_and_a_second_call_makes_only_what_is_missing(
-    claim: Claim, distilled: list[str], tmp_path: Path
+    claim: Claim, distilled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ratio recomputed from the file of each run; a run folder lost, only that run is made again, the same."""
+    monkeypatch.setitem(FULL, "toy-2d", Budget(2, 64))
 
     def run() -> tuple[str, dict[str, Any]]:
         return settle(claim, Budget(2, 64), tmp_path / "runs", tmp_path / "results")
@@ -206,9 +207,11 @@ def test_a_claims_files_agree_and_a_second_call_makes_only_what_is_missing(
     (comparison,) = body["comparisons"]
     assert comparison["value"] == pytest.approx(expected, rel=1e-12)
     assert body["verdict"] == ("holds" if comparison["low"] > 1 else "does not hold")
-    assert f"Verdict: **{body['verdict']}**" in text and "`COMMAND`, 2026-01-01, full budget" in text
-    assert f"| disjoint / nested | {expected:.3g} |" in text
-    assert f"{kl[0][0] / 2 + kl[0][1] / 2:.3g} ±" in text
+    assert f"Verdict: **{body['verdict']}** at this size (an exact mixture): " in text
+    assert "`COMMAND`, 2026-01-01, full budget" in text
+    assert f"| disjoint / nested | {number(expected)} |" in text
+    half = T4 * abs(kl[0][0] - kl[0][1]) / 2  # of two values
+    assert f"| {plus_minus({'mean': kl[0][0] / 2 + kl[0][1] / 2, 'half_width': half})} |" in text
     assert [one["subject"] for one in files[1]] == [
         f"toy-2d-phased-renoise.interval=disjoint-{seed}" for seed in (0, 1)
     ]
@@ -237,10 +240,19 @@ def test_more_samples_are_evaluated_again_on_the_same_runs(claim: Claim, distill
     assert len(distilled) == 2
 
 
-def test_a_quick_budget_gets_no_verdict(claim: Claim, distilled: list[str], tmp_path: Path) -> None:
-    text, body = settle(claim, Budget(2, 64, 0.5), tmp_path / "runs", tmp_path, {**ABOUT, "budget": "quick"})
-    assert body["comparisons"][0]["low"] is not None and body["verdict"] is None
-    assert "4 generator updates in all (0.5 of the recipe's)" in text and "No verdict" in text
+def test_other_seeds_samples_or_updates_than_the_full_budgets_get_no_verdict(
+    claim: Claim, distilled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their intervals are shown all the same."""
+    monkeypatch.setattr("phased_dmd.reproduce.decide.draw", lambda *_: None)  # most of the time
+    mine = Budget(2, 64, 0.5)
+    for full in (replace(mine, seeds=3), replace(mine, samples=65), replace(mine, updates=1.0)):
+        monkeypatch.setitem(FULL, "toy-2d", full)
+        text, body = settle(claim, mine, tmp_path / "runs", tmp_path)
+        assert body["comparisons"][0]["low"] is not None and body["verdict"] is None
+        assert "4 generator updates in all (0.5 of the recipe's)" in text and "No verdict" in text
+    monkeypatch.setitem(FULL, "toy-2d", mine)
+    assert settle(claim, mine, tmp_path / "runs", tmp_path)[1]["verdict"] is not None
 
 
 def test_curves_over_the_updates_and_their_variants(
@@ -321,7 +333,51 @@ def test_the_change_of_structure_and_detail_is_that_of_their_waves() -> None:
     found = change(waves(0.1, 0.11, 0.6), waves(0.2, 0.1, 0.5))
     assert found["structure"] == pytest.approx(0.25, rel=1e-4)
     assert found["detail"] == pytest.approx(0.01, rel=1e-3)
-    assert change(waves(0.2, 0.1, 0.5), waves(0.2, 0.1, 0.5)) == {"structure": 0, "detail": 0, "agreement": 1}
+    assert found["detail_over_structure"] == pytest.approx(0.04, rel=1e-3)
+    assert change(waves(0.2, 0.1, 0.5), waves(0.2, 0.1, 0.5)) == {
+        "structure": 0, "detail": 0, "detail_over_structure": 0, "agreement": 1
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("moved", "verdict"),
+    [
+        ({"Phased+SGTS": (0.05, 0.2), "DMD+SGTS": (0.2, 0.2)}, "holds"),
+        ({"Phased+SGTS": (0.05, 0.2), "DMD+SGTS": (0.05, 0.2)}, "does not hold"),  # detail / structure is 4 in both
+        ({"Phased+SGTS": (0.2, 0.2), "DMD+SGTS": (0.05, 0.2)}, "does not hold"),
+    ],
+)
+def test_fig5_compares_with_training_without_a_frozen_expert(
+    moved: dict[str, tuple[float, float]], verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Detail that moves more than structure in both methods alike says nothing of the frozen expert."""
+    trial = CLAIMS["fig5"].trials["nano-t2i"]
+    asked = planned("nano-t2i", trial.variants, Budget(3, 64), Path())
+    at = {run.folder: (label, seed) for (label, seed), run in asked.items()}
+    ramp = torch.arange(32, dtype=torch.float64) / 32
+
+    def pictures(folder: Path, _: int) -> torch.Tensor:
+        label, seed = at[folder]
+        method, _, short = label.partition(", ")
+        low, high = ((1 + 0.01 * seed) * share if short else 0 for share in moved[method])
+        grey = 0.5 + 0.2 * (1 + low) * (4 * math.pi * ramp).cos() + 0.1 * (1 + high) * (24 * math.pi * ramp).cos()
+        return grey.expand(3, 1, 32, 32)[..., None].expand(3, 1, 32, 32, 3)
+
+    monkeypatch.setattr(fig5, "pictures", pictures)
+    monkeypatch.setattr(fig5, "load_classifier", lambda: (None, None))
+    monkeypatch.setattr(fig5, "read", lambda _, pixels: (None, torch.zeros(len(pixels), 10)))
+    study = Study("nano-t2i", Budget(3, 64), asked, {}, {}, {})
+    changes(study, tmp_path)
+    for method, (low, high) in moved.items():
+        row = study.summary["change"][method]
+        assert row["structure"]["values"] == pytest.approx([(low * (1 + 0.01 * seed)) ** 2 for seed in range(3)])
+        assert row["detail_over_structure"]["values"] == pytest.approx([(high / low) ** 2] * 3)
+        one = json.loads((tmp_path / f"change-{method.replace('+', '-')}-2.json").read_text())
+        assert one["detail"] == row["detail"]["values"][2]
+    structure, relative = found = compared("nano-t2i", trial, study.summary)
+    ours, control = (low for low, _ in moved.values())
+    assert structure["value"] == pytest.approx((control / ours) ** 2) == pytest.approx(relative["value"])
+    assert judge(found) == verdict
 
 
 def test_the_command_writes_a_quick_study_beside_its_runs(
@@ -422,7 +478,7 @@ def test_a_summary_has_the_bases_once_and_a_cell_a_label_over_the_seeds() -> Non
                   (("fast", "slow"),))  # fmt: skip
     higher, closer = compared("nano-t2v", trial, summary)
     assert higher["values"] == pytest.approx([2.5, 1.5]) and higher["what"] == "fast / slow"
-    assert closer["values"] == pytest.approx([2, 2]) and closer["what"] == "gap of slow / gap of fast"
+    assert closer["values"] == pytest.approx([0.5, 0.25]) and closer["what"] == "gap of slow - gap of fast"
 
 
 def test_ours_stand_beside_the_papers_by_label() -> None:
@@ -433,7 +489,7 @@ def test_ours_stand_beside_the_papers_by_label() -> None:
     assert beside_paper(made, found).splitlines() == [
         "| | nano-t2v: optical flow, specific ↑ | paper, flow |",
         "|---|---|---|",
-        "| base | 2 ± 0.5 | 10.26 |",
+        "| base | 2.00 ± 0.50 | 10.26 |",
         "| DMD+SGTS | 1 | 3.23 |",
         "| Phased | 3 | - |",
     ]
@@ -486,7 +542,7 @@ def test_the_difference_is_seed_by_seed_and_takes_zeros() -> None:
     [
         (Measure("", "frechet_features"), "ratio", [4, 1 / 2]),
         (Measure("", "optical_flow", "higher"), "ratio", [1 / 4, 2]),
-        (Measure("", "optical_flow", "closer"), "ratio", [3, 1 / 3]),
+        (Measure("", "optical_flow", "closer"), "difference", [2, -2]),
         (Measure("", "pairwise_cosine"), "difference", [3, -1]),
         (Measure("", "class_entropy", "higher"), "difference", [-3, 1]),
         (Measure("", "pairwise_cosine", "closer"), "difference", [2, -2]),
@@ -498,11 +554,21 @@ def test_what_is_compared_follows_the_measures_direction(measure: Measure, scale
     worse = {"values": [4.0, 1.0], "gaps": [3.0, -1.0]}
     found = compare(measure, better, worse)
     assert (found["scale"], found["values"]) == (scale, pytest.approx(values))
-    assert measure.bounded == (measure.name in BOUNDED)
+
+
+def test_a_gap_through_zero_does_not_decide_which_is_closer() -> None:
+    """Gaps of .5 against gaps of about 1, one of which happens to be 0: the seeds' mean difference, no explosion."""
+    better, worse = {"values": [], "gaps": [0.5, -0.5, 0.5]}, {"values": [], "gaps": [1.0, -1.25, 0.0]}
+    found = compare(Measure("", "optical_flow", "closer"), better, worse)
+    assert found["values"] == [0.5, 0.75, -0.5] and found["value"] == pytest.approx(0.25)
+    assert shown(found) == "nothing"
 
 
 def comparison(low: float | None, high: float | None = 9.0, scale: str = "ratio") -> dict[str, Any]:
-    return {"low": low, "high": high, "scale": scale}
+    return {"recipe": "nano-t2i", "low": low, "high": high, "scale": scale}
+
+
+CLAIMED, REVERSED, UNDECIDED = comparison(1.2), comparison(0.1, 0.9), comparison(0.9, 1.1)
 
 
 @pytest.mark.parametrize(
@@ -510,15 +576,72 @@ def comparison(low: float | None, high: float | None = 9.0, scale: str = "ratio"
     [
         ([comparison(1.2), comparison(3.0)], "holds"),
         ([comparison(1.2), comparison(0.1, scale="difference")], "holds"),
-        ([comparison(1.2), comparison(0.9)], "holds partly"),
-        ([comparison(1.2), comparison(-0.1, scale="difference")], "holds partly"),
-        ([comparison(1.0), comparison(0.3)], "does not hold"),
-        ([comparison(1.2), comparison(None, None)], None),
+        ([CLAIMED], "holds"),
+        ([CLAIMED, UNDECIDED], "does not hold"),  # 1 - .975 ** 2 = .049
+        ([CLAIMED] * 2 + [UNDECIDED], "holds partly"),  # 3 * .025 ** 2 * .975 + .025 ** 3 = .0018
+        ([CLAIMED] * 2 + [comparison(-0.1, scale="difference")], "holds partly"),
+        ([CLAIMED] * 2 + [UNDECIDED] * 8, "holds partly"),  # 1 - .975 ** 10 - 10 * .025 * .975 ** 9 = .0246
+        ([CLAIMED] * 2 + [UNDECIDED] * 9, "does not hold"),  # 1 - .975 ** 11 - 11 * .025 * .975 ** 10 = .0295
+        ([CLAIMED] * 3 + [REVERSED] * 2, "holds partly"),
+        ([CLAIMED] * 3 + [REVERSED] * 3, "does not hold"),
+        ([REVERSED] * 2, "does not hold"),
+        ([UNDECIDED] * 2, "does not hold"),
+        ([CLAIMED, comparison(None, None)], None),
         ([], None),
     ],
 )
-def test_the_verdict_counts_intervals_above_the_neutral_value(comparisons: list[dict], verdict: str | None) -> None:
+def test_a_claim_holds_partly_where_more_is_as_claimed_than_reversed_and_than_by_chance(
+    comparisons: list[dict], verdict: str | None
+) -> None:
+    """By the binomial distribution of .025 each."""
     assert judge(comparisons) == verdict
+
+
+@pytest.mark.parametrize(
+    ("comparisons", "counts"),
+    [
+        ([CLAIMED] * 5 + [REVERSED] + [UNDECIDED] * 3, "5 as claimed, 1 reversed, 3 undecided"),
+        ([CLAIMED] * 2, "2 as claimed, 0 reversed, 0 undecided"),
+        ([REVERSED, UNDECIDED], "0 as claimed, 1 reversed, 1 undecided"),
+        ([CLAIMED, UNDECIDED], "1 as claimed, 0 reversed, 1 undecided; the seeds are too few to tell"),
+    ],
+)
+def test_the_verdict_and_the_index_tell_a_reversed_result_from_an_open_one(
+    comparisons: list[dict[str, Any]], counts: str
+) -> None:
+    text = verdict_line(judge(comparisons), comparisons, ABOUT)
+    assert text.startswith(f"Verdict: **{judge(comparisons)}** at this size (digits): {counts}. ")
+    first = {**comparisons[0], "measure": "contrast", "what": "a / b", "value": 1.0}
+    assert decisive([first, *comparisons[1:]]).endswith(f"; {counts}")
+    both = verdict_line("holds", [CLAIMED, {**CLAIMED, "recipe": "toy-2d"}], ABOUT)
+    assert "at this size (digits and an exact mixture)" in both
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "text"),
+    [
+        (205.3, 30.2, "205 ± 30"), (205.3, 3.02, "205.3 ± 3.0"), (20.3, 1.04, "20.3 ± 1.0"), (2.0, 0.5, "2.00 ± 0.50"),
+        (0.953, 0.00123, "0.9530 ± 0.0012"), (0.00151, 2.1e-5, "0.001510 ± 0.000021"), (-0.5, 0.25, "−0.50 ± 0.25"),
+        (0.012, 1234.5, "0 ± 1,234"), (4.0, 0.0, "4"), (0.0312, None, "0.0312"), (1234.5, None, "1,234"),
+        (2e-9, 3e-10, "2.00e-09 ± 3.0e-10"),
+    ],
+)  # fmt: skip
+def test_a_mean_and_its_half_width_have_equal_decimals(mean: float, half: float | None, text: str) -> None:
+    assert plus_minus({"mean": mean, "half_width": half}) == text
+
+
+def test_the_table_of_comparisons_is_without_exponents() -> None:
+    """A difference and its ends with equal decimals; of ratios, each end to three digits, for it may be far off."""
+    about = {"recipe": "toy-2d", "table": "mixture", "measure": "contrast", "direction": "lower", "what": "x"}
+    rows = (
+        {"scale": "difference", "value": 0.0123, "low": -0.001, "high": 0.0256},
+        {"scale": "ratio", "value": 15.21, "low": 0.0312, "high": 7412.3},
+    )
+    lines = comparison_table([about | row for row in rows]).splitlines()[2:]
+    assert [line.split(" | x | ")[1] for line in lines] == [
+        "0.0123 | −0.0010 to 0.0256 | nothing |",
+        "15.2 | 0.0312 to 7,412 | nothing |",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -590,8 +713,20 @@ def test_only_the_unbiased_objective_keeps_the_trajectories() -> None:
 def test_the_verdict_on_fig2_asks_for_the_biased_to_differ_and_the_unbiased_not_to() -> None:
     alike = {FULL_INTERVAL: [1.0, 1.1], UNBIASED: [1.1, 1.2], BIASED: [20.0, 22.0]}
     assert judge(judge_trajectories(alike)) == "holds"
-    assert judge(judge_trajectories({**alike, UNBIASED: [3.0, 3.3]})) == "holds partly"
-    assert judge(judge_trajectories({**alike, BIASED: [1.0, 1.1]})) == "holds partly"
+    assert judge(judge_trajectories({**alike, UNBIASED: [3.0, 3.3]})) == "does not hold"
+    assert judge(judge_trajectories({**alike, BIASED: [1.0, 1.1]})) == "does not hold"
+
+
+def test_fig2_with_other_seeds_or_steps_gets_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phased_dmd.reproduce.fig2._plot_trajectories", lambda *_: None)  # most of the time
+    monkeypatch.setattr("phased_dmd.reproduce.fig2.STEPS", 5)
+    monkeypatch.setitem(SEEDS, "full", 2)
+    quick = {**ABOUT, "budget": "quick"}
+    for seeds, steps, about in ((3, 5, ABOUT), (2, 4, ABOUT), (2, 5, quick)):
+        text = fig2(range(seeds), tmp_path, about, steps=steps, hidden=8).read_text()
+        assert "No verdict" in text and json.loads((tmp_path / "fig2.json").read_text())["verdict"] is None
+    text = fig2(range(2), tmp_path, ABOUT, steps=5, hidden=8).read_text()
+    assert f"Verdict: **{json.loads((tmp_path / 'fig2.json').read_text())['verdict']}** at this size" in text
 
 
 def test_fig2_writes_its_table_and_picture(tmp_path: Path) -> None:

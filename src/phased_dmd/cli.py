@@ -209,8 +209,8 @@ def reproduce(
         Literal["quick", "full"],
         typer.Option(help="one seed, few updates and samples, no verdict; or what a verdict takes"),
     ] = "full",
-    seeds: Annotated[int | None, typer.Option(min=1, help="seeds 0, 1, ... instead of the budget's")] = None,
-    samples: Annotated[int | None, typer.Option(min=64, help="a cell, instead of the budget's")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="seeds 0, 1, ...; then without a verdict")] = None,
+    samples: Annotated[int | None, typer.Option(min=64, help="a cell; then without a verdict")] = None,
     jobs: Annotated[
         int | None,
         typer.Option(

@@ -16,7 +16,7 @@ from typing import Any
 from phased_dmd.checkpoint import RunFolder, write_atomically
 from phased_dmd.config import AnalyticTeacher, PipelineTeacher, UserError
 from phased_dmd.evaluate.compare import compare, compare_with_mixture, slug
-from phased_dmd.evaluate.instruments import Readings, instruments
+from phased_dmd.evaluate.instruments import Readings, load_instruments
 from phased_dmd.evaluate.protocol import Protocol, sample_sets
 from phased_dmd.evaluate.samples import Base, SampleFolder, generated
 from phased_dmd.evaluate.tables import HEADINGS, NET_OF, shown, table, tables, title
@@ -76,7 +76,7 @@ def _of_folder(subject: Path, base: Path | None, protocol: Protocol, folder: Pat
     chosen = samples.sample_set(other)
     rows = {"base": other.row(samples), "samples" if name == "base" else name: samples.row(samples)}
     clips = rows["base"].pixels([0]).shape[1] > 1
-    tools = instruments(protocol, None, clips)
+    tools = load_instruments(protocol, None, clips)
     found = compare(rows, chosen, None, tools, folder / "samples", {})
     return {"nets": tools.nets(clips), "sets": {chosen.name: found}}
 
@@ -90,7 +90,7 @@ def _of_sampler(
     if isinstance(config.teacher, PipelineTeacher):
         clips = config.teacher.sizes[protocol.bucket].num_frames > 1
     if not isinstance(config.teacher, AnalyticTeacher):
-        tools, many = instruments(protocol, config, clips), config.teacher.base_steps
+        tools, many = load_instruments(protocol, config, clips), config.teacher.base_steps
     sets = {}
     for chosen in sample_sets(config, protocol, sampler.codec.takes_images):
         rows = {f"base, {steps} steps": base.row(chosen.prompts, chosen.seeds, steps) for steps in (many, few)}

@@ -102,7 +102,7 @@ def whole_prompts(sample_set: SampleSet) -> list[range]:
     return [range(end - count, end) for end, count in zip(ends, counts.tolist(), strict=True)]
 
 
-def instruments(protocol: Protocol, config: Config | None, clips: bool) -> Instruments:
+def load_instruments(protocol: Protocol, config: Config | None, clips: bool) -> Instruments:
     """The instruments that a protocol names, or the defaults for a teacher; config None: for folders of samples.
 
     What they lack is said here, before anything is sampled.

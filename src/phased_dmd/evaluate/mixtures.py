@@ -22,7 +22,7 @@ def mixture_statistics(points: Tensor, exact: ExactMixture) -> dict[str, Statist
     of_reference = float(torch.cdist(reference, reference).sum() / (len(points) * (len(points) - 1)))
 
     def energy(keep: Tensor) -> float:
-        """As `energy_distance`, from distances that are measured once."""
+        """2 E|x - y| - E|x - x'| - E|y - y'| without bias: 0 for equal laws."""
         kept = torch.zeros(len(points), dtype=torch.float64).index_fill(0, keep, 1)
         own = kept @ within @ kept / (len(keep) * (len(keep) - 1))
         return float(2 * across[keep].mean() - own) - of_reference

@@ -1,6 +1,5 @@
 """Distances between sets of samples, and the spread within one."""
 
-import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -52,17 +51,6 @@ def pairwise_cosine(features: Tensor) -> float:
     return float(((unit @ unit.T).sum() - n) / (n * (n - 1)))
 
 
-def pairwise_cosines(features: Tensor) -> Tensor:
-    """The mean pairwise cosine of each prompt over its seeds, [prompts], of features [prompts, seeds, d]."""
-    return torch.tensor([pairwise_cosine(of_prompt) for of_prompt in features])
-
-
-def pairwise_distance(pictures: Tensor, distance: PictureDistance) -> float:
-    """Mean distance over all pairs of pictures [n, h, w, 3]: 0 is no diversity."""
-    pairs = [distance(a, b) for a, b in itertools.combinations(pictures, 2)]
-    return sum(pairs) / len(pairs)
-
-
 def lpips() -> PictureDistance:
     """The learned perceptual distance LPIPS of torchmetrics; a UserError where it or its weights cannot be loaded."""
     try:
@@ -88,13 +76,3 @@ def mode_histogram_kl(samples: Tensor, means: Tensor, weights: Tensor) -> float:
     nearest = torch.cdist(samples.double(), means.double()).argmin(1)
     share = nearest.bincount(minlength=len(means)).double() / len(samples)
     return float((torch.special.xlogy(share, share) - torch.special.xlogy(share, weights.double())).sum())
-
-
-def energy_distance(a: Tensor, b: Tensor) -> float:
-    """2 E|a - b| - E|a - a'| - E|b - b'| of samples [n, d], without bias; 0 for equal laws."""
-    a, b = a.double(), b.double()
-
-    def within(x: Tensor) -> Tensor:
-        return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
-
-    return float(2 * torch.cdist(a, b).mean() - within(a) - within(b))

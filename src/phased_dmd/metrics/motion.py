@@ -29,23 +29,13 @@ def dis_flow(first: Tensor, second: Tensor) -> Tensor:
     return torch.from_numpy(_dis().calc(a, b, np.zeros((*a.shape, 2), np.float32)))
 
 
-def optical_flow(pixels: Tensor, flow: Flow = dis_flow) -> float:
-    """Mean absolute optical flow between neighbouring frames, in pixels a frame."""
-    return float(clip_flows(pixels, flow).mean())
-
-
 def clip_flows(pixels: Tensor, flow: Flow = dis_flow) -> Tensor:
-    """Mean absolute optical flow of each clip, [n] pixels a frame."""
+    """Mean absolute optical flow between neighbouring frames of each clip, [n] pixels a frame."""
     return torch.tensor([[float(speed.mean()) for speed in _speeds(clip, flow)] for clip in pixels]).mean(1)
 
 
-def dynamic_degree(pixels: Tensor, fps: float, flow: Flow = dis_flow) -> float:
-    """Share of the clips that are dynamic; VBench states it in percent, with RAFT's flow."""
-    return float(dynamic_clips(pixels, fps, flow).double().mean())
-
-
 def dynamic_clips(pixels: Tensor, fps: float, flow: Flow = dis_flow) -> Tensor:
-    """Which clips are dynamic, [n] bool, by VBench's rule.
+    """Which clips are dynamic, [n] bool, by VBench's rule; it states their share in percent, with RAFT's flow.
 
     Frames are taken at about 8 a second. Between two neighbours, the speed is the mean of the fastest 5 % of the
     pixels; it counts where it exceeds 6 pixels for a shorter side of 256 (and more for fewer than 8 frames a second).

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from phased_dmd.config import Method
 
-BOUNDED = {  # shares and bounded scores are compared by differences; all else, positive, by the logarithms of ratios
+BOUNDED = {  # shares and bounded scores, compared by differences; all else is positive and compared by ratios
     "pairwise_cosine", "class_entropy", "least_class_share", "dynamic_degree", "faithfulness", "direction", "agreement",
 }  # fmt: skip
 
@@ -34,8 +34,9 @@ class Measure:
     direction: Literal["lower", "higher", "closer"] = "lower"
 
     @property
-    def bounded(self) -> bool:
-        return self.name in BOUNDED
+    def scale(self) -> Literal["ratio", "difference"]:
+        """What two values are compared by; gaps to the base, which may be zero, by their difference."""
+        return "difference" if self.name in BOUNDED or self.direction == "closer" else "ratio"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from phased_dmd.checkpoint import write_atomically
-from phased_dmd.reproduce.claim import Budget, Claim, Measure, Trial
+from phased_dmd.reproduce.claim import FULL, Budget, Claim, Measure, Trial
 from phased_dmd.reproduce.fig5 import changes
 from phased_dmd.reproduce.figure import draw
 from phased_dmd.reproduce.intervals import compare, judge
@@ -19,17 +19,18 @@ def decide(
 ) -> Path:
     """Writes results/NAME.md, .json and .png, and into results/NAME/ a file a run, from runs that are finished.
 
-    about: `command`, `date` and `budget`. One seed, or another budget than the full one, gets no verdict.
+    about: `command`, `date` and `budget`. Other seeds, samples or updates than those of FULL get no verdict.
     """
     studies = {}
     for recipe, trial in claim.trials.items():
         asked = planned(recipe, trial.variants, budgets[recipe], runs)
         studies[recipe] = collect(recipe, asked, budgets[recipe], results / name)
-    extra = changes(studies["nano-t2i"], results / name) if name == "fig5" else []
+    if name == "fig5":
+        changes(studies["nano-t2i"], results / name)
     comparisons = [
-        *extra, *(c for recipe, trial in claim.trials.items() for c in compared(recipe, trial, studies[recipe].summary))
-    ]  # fmt: skip
-    verdict = judge(comparisons) if about["budget"] == "full" else None
+        c for recipe, trial in claim.trials.items() for c in compared(recipe, trial, studies[recipe].summary)
+    ]
+    verdict = judge(comparisons) if all(budgets[recipe] == FULL[recipe] for recipe in claim.trials) else None
     body = {
         "claim": name, "says": claim.says, "source": claim.source, **about, "verdict": verdict,
         "decides": decisive(comparisons), "comparisons": comparisons,
@@ -63,4 +64,4 @@ def in_words(measure: Measure, better: str, worse: str) -> str:
     if measure.direction == "closer":
         better, worse = f"gap of {better}", f"gap of {worse}"
     larger, smaller = (better, worse) if measure.direction == "higher" else (worse, better)
-    return f"{larger} {'-' if measure.bounded else '/'} {smaller}"
+    return f"{larger} {'/' if measure.scale == 'ratio' else '-'} {smaller}"

@@ -4,11 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scipy.stats import binom
+
 from phased_dmd.metrics.intervals import interval
 from phased_dmd.reproduce.claim import Measure
 
 NEUTRAL = {"ratio": 1.0, "difference": 0.0}  # neither is better
 LEAST = 1e-12  # in the place of a zero, of which there is no logarithm
+CHANCE = 0.025  # that an interval of 95 % lies above NEUTRAL where there is nothing; and of a verdict that is chance
 
 
 def ratio(larger: Sequence[float], smaller: Sequence[float]) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def compare(measure: Measure, better: Mapping[str, Any], worse: Mapping[str, Any
     else:
         good, bad = better["values"], worse["values"]
     larger, smaller = (good, bad) if measure.direction == "higher" else (bad, good)
-    return (difference if measure.bounded else ratio)(larger, smaller)
+    return (ratio if measure.scale == "ratio" else difference)(larger, smaller)
 
 
 def shown(comparison: Mapping[str, Any]) -> str | None:
@@ -62,10 +65,22 @@ def shown(comparison: Mapping[str, Any]) -> str | None:
 def judge(comparisons: Sequence[Mapping[str, Any]]) -> str | None:
     """The verdict on comparisons that are claimed to lie above NEUTRAL; None where one of them has no interval.
 
-    It holds where every interval does, and does not hold where none does: one that contains it shows nothing.
+    It holds where every interval does. It holds partly where more do than lie below it, and more than chance gives: so
+    many or more, with a probability of CHANCE each, have one below CHANCE. Else it does not hold.
     """
+    counts = tally(comparisons)
+    if counts is None:
+        return None
+    claimed, reverse, _ = counts
+    if claimed == len(comparisons):
+        return "holds"
+    by_chance = binom.sf(claimed - 1, len(comparisons), CHANCE)
+    return "holds partly" if claimed > reverse and by_chance < CHANCE else "does not hold"
+
+
+def tally(comparisons: Sequence[Mapping[str, Any]]) -> tuple[int, int, int] | None:
+    """How many intervals are as claimed, reversed and undecided; None where one is missing."""
     found = [shown(comparison) for comparison in comparisons]
     if not found or None in found:
         return None
-    count = found.count("as claimed")
-    return "holds" if count == len(found) else "holds partly" if count else "does not hold"
+    return found.count("as claimed"), found.count("the reverse"), found.count("nothing")

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from phased_dmd.checkpoint import write_atomically
+from phased_dmd.metrics.formats import number
 from phased_dmd.reproduce.claim import Claim, Measure, Trial
-from phased_dmd.reproduce.intervals import shown
-from phased_dmd.reproduce.study import Study, number, sizes, table, title
+from phased_dmd.reproduce.intervals import judge, shown, tally
+from phased_dmd.reproduce.study import Study, plus_minus, sizes, table, title
 
 ARROWS = {"lower": "↓", "higher": "↑", "closer": "→ base"}
 CONTEXT = {  # of a prompt set: what is shown beside the measures that decide
-    "change": ("structure", "detail", "agreement"),
+    "change": ("structure", "detail", "detail_over_structure", "agreement"),
     "mixture": ("mode_histogram_kl", "energy_distance", "distance_to_nearest_mode"),
     "weak": ("frechet_features", "class_entropy"),
     "specific": ("frechet_features", "faithfulness"),
@@ -26,7 +27,7 @@ def claim_page(
     """results/NAME.md."""
     parts = [f"# {name}", f"{claim.source}: {claim.says}", f"The evidence there: {claim.shown}"]
     parts += [
-        verdict_line(verdict, about),
+        verdict_line(verdict, comparisons, about),
         comparison_table(comparisons),
         HOW_COMPARED,
         f"![{name}]({name}.png)",
@@ -44,8 +45,8 @@ def claim_page(
 
 HOW_COMPARED = (
     "Equal seeds are compared: ratios by the geometric mean and the interval of their logarithms, claimed to lie above "
-    "1; differences of shares and bounded scores claimed to lie above 0. Intervals are of 95 %, by Student's t over "
-    "the seeds."
+    "1; differences of shares, bounded scores and gaps to the base, whose sign is left out, claimed to lie above 0. "
+    "Intervals are of 95 %, by Student's t over the seeds."
 )
 IN_THE_FIGURE = (
     "Means with their intervals, a dot a seed where there is room; dotted, the base at its own number of steps. "
@@ -62,37 +63,53 @@ def made_by(about: Mapping[str, Any]) -> str:
     return f"`{about['command']}`, {about['date']}, {about['budget']} budget."
 
 
-def verdict_line(verdict: str | None, about: Mapping[str, Any]) -> str:
+def verdict_line(verdict: str | None, comparisons: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
     if verdict is None:
-        return "No verdict: that takes the full budget, and several seeds."
+        return "No verdict: that takes the full budget, with its seeds, samples and updates."
+    size = {"digits" if c["recipe"].startswith("nano-") else "an exact mixture" for c in comparisons}
     return (
-        f"Verdict: **{verdict}**. A claim holds where every interval lies where it is claimed to, and does not hold "
-        f"where none does. {made_by(about)}"
+        f"Verdict: **{verdict}** at this size ({' and '.join(sorted(size, reverse=True))}): {counted(comparisons)}. "
+        "A claim holds where every interval lies where it is claimed to. It holds partly where more do than are "
+        "reversed, and more than chance gives: did each with a probability of .025, so many or more would have one "
+        f"below .025. Else it does not hold. {made_by(about)}"
     )
+
+
+def counted(comparisons: Sequence[Mapping[str, Any]]) -> str | None:
+    """How many intervals show what, in words; None where one is missing."""
+    counts = tally(comparisons)
+    if counts is None:
+        return None
+    text = "{} as claimed, {} reversed, {} undecided".format(*counts)
+    unclear = counts[1] == 0 and judge(comparisons) == "does not hold"
+    return f"{text}; the seeds are too few to tell" if unclear else text
 
 
 def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| recipe | measure | compared | | 95 % interval | it shows |", "|---|---|---|---|---|---|"]
     for c in comparisons:
         measure = f"{title(c['measure'])}, {c['table']} {ARROWS[c['direction']]}"
-        cells = (c["recipe"], measure, c["what"], f"{c['value']:.3g}", span(c) or "none of one seed", shown(c) or "-")
+        value, span = in_numbers(c)
+        cells = (c["recipe"], measure, c["what"], value, span or "none of one seed", shown(c) or "-")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def span(comparison: Mapping[str, Any]) -> str | None:
-    """The interval; None of one seed."""
-    return None if comparison["low"] is None else f"{comparison['low']:.3g} to {comparison['high']:.3g}"
+def in_numbers(comparison: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The value and its interval, None of one seed; of a difference with equal decimals."""
+    value, low, high = (comparison[key] for key in ("value", "low", "high"))
+    if low is None:
+        return number(value), None
+    scale = max(abs(low), abs(high)) if comparison["scale"] == "difference" else None
+    return number(value, scale=scale), f"{number(low, scale=scale)} to {number(high, scale=scale)}"
 
 
 def decisive(comparisons: Sequence[Mapping[str, Any]]) -> str:
-    """The first comparison, and how many are as claimed, in a line."""
-    first = comparisons[0]
-    text = f"{first['recipe']}, {title(first['measure'])}: {first['what']} = {first['value']:.3g}"
-    if span(first) is None:
-        return f"{text} (one seed)"
-    count = [shown(comparison) for comparison in comparisons].count("as claimed")
-    return f"{text} ({span(first)}); {count} of {len(comparisons)} intervals as claimed"
+    """The first comparison, and how many show what, in a line."""
+    first, counts = comparisons[0], counted(comparisons)
+    value, span = in_numbers(first)
+    text = f"{first['recipe']}, {title(first['measure'])}: {first['what']} = {value}"
+    return f"{text} ({span}); {counts}" if counts else f"{text} (one seed)"
 
 
 def beside_paper(claim: Claim, studies: Mapping[str, Study]) -> str:
@@ -110,7 +127,7 @@ def beside_paper(claim: Claim, studies: Mapping[str, Study]) -> str:
         for recipe, measure in columns.values():
             rows = studies[recipe].summary[measure.table]
             row = next(iter(rows)) if label == "base" else label
-            cells.append(number(rows[row].get(measure.name)) if row in rows else "-")
+            cells.append(plus_minus(rows[row].get(measure.name)) if row in rows else "-")
         lines.append(f"| {label} | {' | '.join([*cells, *claim.paper.get(label, ('-',) * len(claim.paper['']))])} |")
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ from typing import Literal
 from phased_dmd.reproduce.claim import FULL, QUICK, Budget
 from phased_dmd.reproduce.claims import ALONE, CLAIMS, NAMES, STUDIES
 from phased_dmd.reproduce.decide import decide
-from phased_dmd.reproduce.fig2 import fig2
+from phased_dmd.reproduce.fig2 import SEEDS, fig2
 from phased_dmd.reproduce.memory import memory
 from phased_dmd.reproduce.page import write_index
 from phased_dmd.reproduce.study import planned, study
@@ -23,7 +23,8 @@ def reproduce(
     """Runs what is not done yet, `jobs` at a time, and writes the results; returns the tables' paths.
 
     name: one of NAMES, or all; a quick budget then leaves out the studies, whose runs are those of claims. seeds and
-    samples replace the budget's. Raises UserError where a folder holds another run.
+    samples replace the budget's; a verdict takes the full budget's own. Raises UserError where a folder holds another
+    run.
     """
     names = [name] if name != "all" else [n for n in NAMES if budget == "full" or n not in STUDIES]
     budgets = {
@@ -45,7 +46,7 @@ def reproduce(
         if n == "memory":
             paths.append(memory(results, about))
         elif n == "fig2":
-            paths.append(fig2(range(seeds or {"quick": 1, "full": 3}[budget]), results, about))
+            paths.append(fig2(range(seeds or SEEDS[budget]), results, about))
         elif n in STUDIES:
             paths.append(study(n, STUDIES[n], whole[n], runs, results, about))
         else:

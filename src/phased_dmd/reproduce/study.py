@@ -14,6 +14,7 @@ from phased_dmd.checkpoint import RunFolder, write_atomically
 from phased_dmd.config import Config
 from phased_dmd.evaluate import Protocol, evaluate, tables
 from phased_dmd.evaluate import title as evaluated_title
+from phased_dmd.metrics.formats import number
 from phased_dmd.metrics.intervals import interval
 from phased_dmd.recipes import resolve
 from phased_dmd.reproduce.claim import Budget, Variant
@@ -174,21 +175,27 @@ def table(
     lines = [f"| {kind} | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
     for row, cells in rows.items():
         mine = (facts or {}).get(row, {})
-        shown = [*(f"{mine[c]:,}" if c in mine else "" for c in columns), *(number(cells.get(m)) for m in measures)]
+        shown = [*(f"{mine[c]:,}" if c in mine else "" for c in columns), *(plus_minus(cells.get(m)) for m in measures)]
         lines.append(f"| {row} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
-def number(found: Mapping[str, Any] | None) -> str:
-    """A cell in Markdown."""
+def plus_minus(found: Mapping[str, Any] | None) -> str:
+    """A cell in Markdown: the mean and its half width to the latter's second digit, with equal decimals."""
     if found is None:
         return "-"
-    return f"{found['mean']:.3g}" + (f" ± {found['half_width']:.2g}" if found["half_width"] else "")
+    mean, half = found["mean"], found["half_width"]
+    if not half:
+        return number(mean)
+    decimals = max(0, 1 - math.floor(math.log10(half)))
+    if decimals > 7:
+        return f"{number(mean, scale=half)} ± {number(half, digits=2)}"
+    return f"{mean:,.{decimals}f} ± {half:,.{decimals}f}".replace("-", "−")
 
 
 OWN_TITLES = {
     "structure": "change of structure", "detail": "change of detail", "agreement": "digits read alike",
-    "deviation": "deviation from the exact flow",
+    "detail_over_structure": "change of detail over that of structure", "deviation": "deviation from the exact flow",
 }  # fmt: skip
 
 
