@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import ttest_1samp
 from torch import nn
 
 from phased_dmd import cli, train
@@ -411,7 +412,7 @@ def test_all_at_a_quick_budget_is_every_claim_and_no_study(monkeypatch: pytest.M
     assert paths == [Path("fig2"), Path("memory"), *[Path("decide")] * len(CLAIMS)]
     assert set(NAMES) == {"fig2", "memory", *CLAIMS, *STUDIES}
     counts = {recipe: sum(run.config.recipe == recipe for run in asked) for recipe in QUICK}
-    assert counts == {"toy-2d": 18, "nano-t2i": 24, "nano-moe": 4, "nano-t2v": 5, "nano-i2v": 5}
+    assert counts == {"toy-2d": 18, "nano-t2i": 23, "nano-moe": 4, "nano-t2v": 5, "nano-i2v": 5}
 
 
 def test_an_unknown_claim_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -566,7 +567,9 @@ def test_a_gap_through_zero_does_not_decide_which_is_closer() -> None:
 
 
 def comparison(low: float | None, high: float | None = 9.0, scale: str = "ratio") -> dict[str, Any]:
-    return {"recipe": "nano-t2i", "low": low, "high": high, "scale": scale}
+    """One of a claim's, sure of what it shows."""
+    p = None if low is None else 0.001 if low > (scale == "ratio") else 0.5
+    return {"recipe": "nano-t2i", "low": low, "high": high, "scale": scale, "p": p}
 
 
 CLAIMED, REVERSED, UNDECIDED = comparison(1.2), comparison(0.1, 0.9), comparison(0.9, 1.1)
@@ -578,11 +581,12 @@ CLAIMED, REVERSED, UNDECIDED = comparison(1.2), comparison(0.1, 0.9), comparison
         ([comparison(1.2), comparison(3.0)], "holds"),
         ([comparison(1.2), comparison(0.1, scale="difference")], "holds"),
         ([CLAIMED], "holds"),
-        ([CLAIMED, UNDECIDED], "does not hold"),  # 1 - .975 ** 2 = .049
-        ([CLAIMED] * 2 + [UNDECIDED], "holds partly"),  # 3 * .025 ** 2 * .975 + .025 ** 3 = .0018
+        ([CLAIMED, UNDECIDED], "holds partly"),  # p .001 < .025 / 2
+        ([{**CLAIMED, "p": 0.0126}, UNDECIDED], "does not hold"),
+        ([{**CLAIMED, "p": 0.0124}, UNDECIDED], "holds partly"),
         ([CLAIMED] * 2 + [comparison(-0.1, scale="difference")], "holds partly"),
-        ([CLAIMED] * 2 + [UNDECIDED] * 8, "holds partly"),  # 1 - .975 ** 10 - 10 * .025 * .975 ** 9 = .0246
-        ([CLAIMED] * 2 + [UNDECIDED] * 9, "does not hold"),  # 1 - .975 ** 11 - 11 * .025 * .975 ** 10 = .0295
+        ([CLAIMED] + [UNDECIDED] * 23, "holds partly"),  # .025 / 24 = .00104
+        ([CLAIMED] + [UNDECIDED] * 24, "does not hold"),
         ([CLAIMED] * 3 + [REVERSED] * 2, "holds partly"),
         ([CLAIMED] * 3 + [REVERSED] * 3, "does not hold"),
         ([REVERSED] * 2, "does not hold"),
@@ -591,10 +595,10 @@ CLAIMED, REVERSED, UNDECIDED = comparison(1.2), comparison(0.1, 0.9), comparison
         ([], None),
     ],
 )
-def test_a_claim_holds_partly_where_more_is_as_claimed_than_reversed_and_than_by_chance(
+def test_a_claim_holds_partly_where_more_is_as_claimed_than_reversed_and_one_is_sure(
     comparisons: list[dict], verdict: str | None
 ) -> None:
-    """By the binomial distribution of .025 each."""
+    """By Bonferroni's correction of one-sided p of .025."""
     assert judge(comparisons) == verdict
 
 
@@ -604,7 +608,7 @@ def test_a_claim_holds_partly_where_more_is_as_claimed_than_reversed_and_than_by
         ([CLAIMED] * 5 + [REVERSED] + [UNDECIDED] * 3, "5 as claimed, 1 reversed, 3 undecided"),
         ([CLAIMED] * 2, "2 as claimed, 0 reversed, 0 undecided"),
         ([REVERSED, UNDECIDED], "0 as claimed, 1 reversed, 1 undecided"),
-        ([CLAIMED, UNDECIDED], "1 as claimed, 0 reversed, 1 undecided; the seeds are too few to tell"),
+        ([UNDECIDED] * 2, "0 as claimed, 0 reversed, 2 undecided; the seeds are too few to tell"),
     ],
 )
 def test_the_verdict_and_the_index_tell_a_reversed_result_from_an_open_one(
@@ -714,8 +718,19 @@ def test_only_the_unbiased_objective_keeps_the_trajectories() -> None:
 def test_the_verdict_on_fig2_asks_for_the_biased_to_differ_and_the_unbiased_not_to() -> None:
     alike = {FULL_INTERVAL: [1.0, 1.1], UNBIASED: [1.1, 1.2], BIASED: [20.0, 22.0]}
     assert judge(judge_trajectories(alike)) == "holds"
-    assert judge(judge_trajectories({**alike, UNBIASED: [3.0, 3.3]})) == "does not hold"
-    assert judge(judge_trajectories({**alike, BIASED: [1.0, 1.1]})) == "does not hold"
+    assert judge(judge_trajectories({**alike, UNBIASED: [3.0, 3.3]})) != "holds"
+    assert judge(judge_trajectories({**alike, BIASED: [1.0, 1.1]})) != "holds"
+
+
+def test_a_comparisons_p_is_that_of_its_interval() -> None:
+    """At p = .025 the interval's end lies at the neutral value; equal values are sure, or show nothing."""
+    values = [0.1, 0.4, 0.7]
+    found = difference(values, [0.0] * 3)
+    assert found["p"] == pytest.approx(ttest_1samp(values, 0, alternative="greater").pvalue)
+    moved = difference([v - found["low"] for v in values], [0.0] * 3)
+    assert moved["low"] == pytest.approx(0, abs=1e-12) and moved["p"] == pytest.approx(0.025)
+    assert ratio([2.0, 4.0], [1.0, 2.0])["p"] == 0 and difference([0.0] * 2, [1.0] * 2)["p"] == 1
+    assert difference([1.0], [0.0])["p"] is None
 
 
 def test_fig2_with_other_seeds_or_steps_gets_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,41 +4,47 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scipy.stats import binom
+from scipy.stats import t as student_t
 
-from phased_dmd.metrics.intervals import interval
+from phased_dmd.metrics.intervals import interval, quantile
 from phased_dmd.reproduce.claim import Measure
 
 NEUTRAL = {"ratio": 1.0, "difference": 0.0}  # neither is better
 LEAST = 1e-12  # in the place of a zero, of which there is no logarithm
-CHANCE = 0.025  # that an interval of 95 % lies above NEUTRAL where there is nothing; and of a verdict that is chance
+CHANCE = 0.025  # that an interval of 95 % lies above NEUTRAL where there is nothing
 
 
 def ratio(larger: Sequence[float], smaller: Sequence[float]) -> dict[str, Any]:
-    """larger / smaller of the same seeds: geometric mean, and its 95 % interval by the logarithms; none of one seed.
+    """larger / smaller of the same seeds: geometric mean, and its 95 % interval and p by the logarithms.
 
     For distances and divergences: they vary by factors, and their plain differences are far from normal.
     """
     logs = [math.log(max(a, LEAST) / max(b, LEAST)) for a, b in zip(larger, smaller, strict=True)]
-    mean, low, high = _ends(logs)
+    mean, low, high, p = _interval(logs)
     low, high = (None, None) if low is None or high is None else (math.exp(low), math.exp(high))
     return {
-        "scale": "ratio", "value": math.exp(mean), "low": low, "high": high, "values": [math.exp(v) for v in logs]
+        "scale": "ratio", "value": math.exp(mean), "low": low, "high": high, "p": p,
+        "values": [math.exp(value) for value in logs],
     }  # fmt: skip
 
 
 def difference(larger: Sequence[float], smaller: Sequence[float]) -> dict[str, Any]:
-    """larger - smaller of the same seeds: mean and 95 % interval; for shares and bounded scores, which may be 0."""
+    """larger - smaller of the same seeds: mean, 95 % interval and p; for shares and bounded scores, which may be 0."""
     values = [a - b for a, b in zip(larger, smaller, strict=True)]
-    mean, low, high = _ends(values)
-    return {"scale": "difference", "value": mean, "low": low, "high": high, "values": values}
+    mean, low, high, p = _interval(values)
+    return {"scale": "difference", "value": mean, "low": low, "high": high, "p": p, "values": values}
 
 
-def _ends(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean and both ends of its 95 % interval."""
+def _interval(values: Sequence[float]) -> tuple[float, float | None, float | None, float | None]:
+    """Mean, both ends of its 95 % interval, and the chance of as large a t where there is nothing; none of one seed."""
     found = interval(values)
     mean, half = found["mean"], found["half_width"]
-    return (mean, None, None) if half is None else (mean, mean - half, mean + half)
+    if half is None:
+        return mean, None, None, None
+    if half == 0:
+        return mean, mean, mean, 0.0 if mean > 0 else 1.0
+    p = student_t.sf(mean / half * quantile(len(values)), len(values) - 1)
+    return mean, mean - half, mean + half, float(p)
 
 
 def compare(measure: Measure, better: Mapping[str, Any], worse: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,8 +71,9 @@ def shown(comparison: Mapping[str, Any]) -> str | None:
 def judge(comparisons: Sequence[Mapping[str, Any]]) -> str | None:
     """The verdict on comparisons that are claimed to lie above NEUTRAL; None where one of them has no interval.
 
-    It holds where every interval does. It holds partly where more do than lie below it, and more than chance gives: so
-    many or more, with a probability of CHANCE each, have one below CHANCE. Else it does not hold.
+    It holds where every interval does. It holds partly where more do than lie below it, and one of them would if the
+    intervals were as wide as all of them together need (Bonferroni: p below CHANCE over their number). Else it does
+    not hold.
     """
     counts = tally(comparisons)
     if counts is None:
@@ -74,8 +81,8 @@ def judge(comparisons: Sequence[Mapping[str, Any]]) -> str | None:
     claimed, reverse, _ = counts
     if claimed == len(comparisons):
         return "holds"
-    by_chance = binom.sf(claimed - 1, len(comparisons), CHANCE)
-    return "holds partly" if claimed > reverse and by_chance < CHANCE else "does not hold"
+    sure = any(comparison["p"] < CHANCE / len(comparisons) for comparison in comparisons)
+    return "holds partly" if claimed > reverse and sure else "does not hold"
 
 
 def tally(comparisons: Sequence[Mapping[str, Any]]) -> tuple[int, int, int] | None:

@@ -69,9 +69,9 @@ def verdict_line(verdict: str | None, comparisons: Sequence[Mapping[str, Any]], 
     size = {"digits" if c["recipe"].startswith("nano-") else "an exact mixture" for c in comparisons}
     return (
         f"Verdict: **{verdict}** at this size ({' and '.join(sorted(size, reverse=True))}): {counted(comparisons)}. "
-        "A claim holds where every interval lies where it is claimed to. It holds partly where more do than are "
-        "reversed, and more than chance gives: did each with a probability of .025, so many or more would have one "
-        f"below .025. Else it does not hold. {made_by(about)}"
+        "A claim holds where every interval lies where it is claimed to; it holds partly where more do than are "
+        "reversed, one of them still after Bonferroni's correction for their number; else it does not hold. "
+        f"{made_by(about)}"
     )
 
 
