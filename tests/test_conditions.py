@@ -331,7 +331,7 @@ def tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., t
                 asked.extend(prompts)
                 return super().encode_text(prompts)
 
-        monkeypatch.setattr(system, "load_model", lambda teacher, seed: (TinyWan(), Codec()))
+        monkeypatch.setattr(system, "load_model", lambda teacher, seed, fit: (TinyWan(), Codec()))
         small = {
             "prompts": str(tmp_path / "prompts.txt"), "iterations": 1, "batch_size": 2, "fake.updates": 1,
             "plan.steps": 2, "plan.phases": 2, "generator.lora.rank": 2, "fake.weights": "lora",

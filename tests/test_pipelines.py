@@ -341,7 +341,7 @@ def test_it_is_distilled_resumed_to_the_byte_sampled_exported_and_verified(
 
     sampler = phased_dmd.load(run)
     asked = [Prompt(text, tiny.picture if tiny.codec.takes_images else None) for text in PROMPTS]
-    *samples, sheet = write_samples(sampler, asked, 1, tmp_path / "samples")
+    *samples, _, sheet = write_samples(sampler, asked, 1, tmp_path / "samples")
     assert len(samples) == 2 and Image.open(sheet).size[0] >= size.width
     for path, pixels in zip(samples, sampler.decode(sampler(asked, [0, 0])), strict=True):
         picture = Image.open(path)

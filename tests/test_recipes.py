@@ -193,7 +193,7 @@ def test_training_asks_the_noisier_network_alone_while_its_steps_are_distilled(
         "generator.lora.rank": 2, "fake.weights": "lora", "generator.ema": None,
     }  # fmt: skip
     model = TinyWan(2, (0.875,), guidance=1.0)
-    monkeypatch.setattr(system, "load_model", lambda teacher, seed: (model, TinyCodec()))
+    monkeypatch.setattr(system, "load_model", lambda teacher, seed, fit: (model, TinyCodec()))
     fakes: list[tuple[int, ...]] = []
     seen: dict[int, dict[str, set[int]]] = {}
     add, predict = Roles.add, Roles.predict

@@ -738,7 +738,7 @@ def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
         if checkpointing:
             for network in model.networks:
                 network.enable_gradient_checkpointing()
-        monkeypatch.setattr(system, "load_model", lambda teacher, seed: (model, TinyCodec()))
+        monkeypatch.setattr(system, "load_model", lambda teacher, seed, fit: (model, TinyCodec()))
         base = {
             "prompts": str(tmp_path / "prompts.txt"), "fake.updates": 1, "generator.lora.rank": 3,
             "generator.lora.alpha": 3, "fake.lora.rank": 3, "batch_size": 3, "iterations": 2, "log_every": 1,
