@@ -14,7 +14,7 @@ from test_metrics import dino
 from torch import Tensor
 
 from phased_dmd.config import AnalyticTeacher, Config, Fake, Generator, Lora, Optimiser, Plan, UserError
-from phased_dmd.evaluate import Protocol, evaluate, instruments, table
+from phased_dmd.evaluate import Protocol, evaluate, instruments, parse_seeds, table
 from phased_dmd.evaluate.instruments import Readings
 from phased_dmd.evaluate.measures import Law, clip_features, figures
 from phased_dmd.evaluate.measures import statistics as measures_of
@@ -464,3 +464,10 @@ def test_pictures_higher_than_a_strip_are_shrunk_in_it_and_small_ones_kept() -> 
     assert grid(clip, most=32).size == (5 * 48, 32)
     half = grid(torch.full((1, 2, 64, 96, 3), 0.5), most=32)
     assert half.getextrema() == ((128, 128),) * 3
+
+
+def test_seeds_are_read_as_numbers_and_ranges() -> None:
+    assert [parse_seeds(text) for text in ("42", "0-7", "1, 5,9-10")] == [(42,), tuple(range(8)), (1, 5, 9, 10)]
+    for wrong in ("", "a", "3-", "7-3", "1,1", "0-3,2"):
+        with pytest.raises(UserError, match="^--seeds: "):
+            parse_seeds(wrong)

@@ -171,11 +171,11 @@ def evaluate(
     again: Annotated[bool, typer.Option("--again", help="even if evaluated before")] = False,
 ) -> None:
     """Measure runs, exports or folders of samples against their base; writes evaluation.json into each."""
-    from phased_dmd.evaluate import Protocol, table
+    from phased_dmd.evaluate import Protocol, parse_seeds, table
     from phased_dmd.evaluate import evaluate as measure
 
     protocol = Protocol(
-        samples=samples, prompts=prompts, seeds=None if seeds is None else _seeds(seeds), features=features,
+        samples=samples, prompts=prompts, seeds=None if seeds is None else parse_seeds(seeds), features=features,
         perceptual=perceptual, alignment=alignment, real=None if real is None else str(real), flow=flow, fps=fps,
         floor=floor, bucket=bucket,
     )  # fmt: skip
@@ -255,19 +255,6 @@ def teach(
 
     lessons = {"nano": teach_nano, "nano-moe": teach_moe, "nano-i2v": teach_i2v, "digits": teach_digits}
     lessons[what](output, data, seed, Budget(), print)
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    """The numbers of `0-7`, `42` or `1,5,9`."""
-    found: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise UserError(f"--seeds: {text!r} is not of the form 0-7, 42 or 1,5,9")
-        found += range(int(first), int(last or first) + 1)
-    if len(set(found)) != len(found) or not found:
-        raise UserError(f"--seeds: {text!r} names no seed, or one twice")
-    return tuple(found)
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -17,14 +17,14 @@ from phased_dmd.checkpoint import RunFolder, write_atomically
 from phased_dmd.config import AnalyticTeacher, PipelineTeacher, UserError
 from phased_dmd.evaluate.compare import compare, compare_with_mixture, slug
 from phased_dmd.evaluate.instruments import Readings, load_instruments
-from phased_dmd.evaluate.protocol import Protocol, sample_sets
+from phased_dmd.evaluate.protocol import Protocol, parse_seeds, sample_sets
 from phased_dmd.evaluate.samples import Base, SampleFolder, generated
 from phased_dmd.evaluate.tables import HEADINGS, NET_OF, shown, table, tables, title
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.sample import EXPORT, Sampler, load
 from phased_dmd.system import Own
 
-__all__ = ["HEADINGS", "NET_OF", "Protocol", "evaluate", "shown", "slug", "table", "tables", "title"]
+__all__ = ["HEADINGS", "NET_OF", "Protocol", "evaluate", "parse_seeds", "shown", "slug", "table", "tables", "title"]
 FLOOR_SEEDS = 1_000_000  # added to a set's seeds for the base's other samples
 BASE_STEPS = 40  # of an analytic teacher
 

@@ -7,13 +7,14 @@ from typing import Any
 
 from phased_dmd.checkpoint import write_atomically
 from phased_dmd.config import UserError
-from phased_dmd.evaluate.instruments import FPS, Instruments, Readings
+from phased_dmd.evaluate.instruments import Instruments, Readings
 from phased_dmd.evaluate.measures import Figure, Law, figures, plain, statistics
 from phased_dmd.evaluate.mixtures import mixture_statistics
 from phased_dmd.evaluate.protocol import SampleSet
 from phased_dmd.evaluate.samples import Row
 from phased_dmd.media import grid, save_clip, save_image, save_points
 from phased_dmd.models.analytic import ExactMixture
+from phased_dmd.sample import WAN_FPS
 
 STRIP = 96  # pixels, at most, of the height of a clip's frames side by side
 
@@ -79,7 +80,7 @@ def save_shown(row: Row, chosen: SampleSet, clips: bool, folder: Path) -> None:
     for place, i in enumerate(indices):
         pixels = row.pixels([i])
         if clips:
-            save_clip(pixels[0], folder / f"{place:02d}.webp", row.fps or FPS)
+            save_clip(pixels[0], folder / f"{place:02d}.webp", row.fps or WAN_FPS)
             save_image(grid(pixels, most=STRIP), folder / f"{place:02d}-frames.png")
         else:
             save_image(grid(pixels), folder / f"{place:02d}.png")

@@ -18,6 +18,7 @@ from phased_dmd.metrics.distances import LPIPS, Moments, PictureDistance, lpips,
 from phased_dmd.metrics.features import DIGIT_SIDE, DIGITS, EFFICIENTNET, FeatureNet, load_features
 from phased_dmd.metrics.motion import Flow, clip_flows, dynamic_clips, load_flow
 from phased_dmd.metrics.pictures import contrast, displacement, high_frequency_energy, saturation, sharpness
+from phased_dmd.sample import WAN_FPS
 
 Readings = dict[str, Tensor]  # each [n, ...], a row a sample
 DRIFT = {
@@ -27,7 +28,6 @@ DRIFT = {
     "saturation": saturation,
 }
 MOST_SEEDS = 16  # a prompt, that pairs of pictures are compared among
-FPS = 16.0  # of clips that do not say
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Instruments:
             if pixels.ndim != 5:
                 raise UserError(f"the codec decodes to {pixels.ndim} dimensions; pictures and clips have 5")
             texts = [sample_set.prompts[i].text for i in batch]
-            parts.append(self._batch(pixels, texts, self.fps or row.fps or FPS))
+            parts.append(self._batch(pixels, texts, self.fps or row.fps or WAN_FPS))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _batch(self, pixels: Tensor, texts: Sequence[str], fps: float) -> Readings:

@@ -108,6 +108,19 @@ def is_nano(config: Config) -> bool:
     return False
 
 
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """The numbers of `0-7`, `42` or `1,5,9`."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UserError(f"--seeds: {text!r} is not of the form 0-7, 42 or 1,5,9")
+        found += range(int(first), int(last or first) + 1)
+    if len(set(found)) != len(found) or not found:
+        raise UserError(f"--seeds: {text!r} names no seed, or one twice")
+    return tuple(found)
+
+
 def grouped(prompt_ids: Tensor, seeds: Sequence[int]) -> Tensor:
     """Groups [n] of samples for intervals: seeds, where every prompt has three or more of the same; else prompts.
 

@@ -9,8 +9,7 @@ from torch.nn.functional import normalize
 
 from phased_dmd.config import UserError
 from phased_dmd.engine import device
-from phased_dmd.metrics.features import check_settings, name_of, preprocess
-from phased_dmd.models.source import quiet
+from phased_dmd.metrics.features import check_settings, loading, name_of, preprocess
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,13 @@ class Alignment:
 
 def load_alignment(source: str) -> Alignment:
     """A CLIP model of transformers by its hub id or local folder; a UserError says what is missing."""
-    from safetensors import SafetensorError
     from transformers import AutoTokenizer, CLIPModel, ImageProcessingMixin
 
     where = f"alignment: {source}"
-    try:
-        with quiet():
-            settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            model, report = CLIPModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)  # type: ignore[misc] a pair when asked
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0].split(". ")[0]
-        raise UserError(f"{where} is no hub id or folder of a CLIP model that loads ({reason})") from error
+    with loading(f"{where} is no hub id or folder of a CLIP model that loads"):
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, report = CLIPModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)  # type: ignore[misc] a pair when asked
     if report["missing_keys"]:
         raise UserError(f"{where} lacks weights, {min(report['missing_keys'])} for one")
     check_settings(settings, where)

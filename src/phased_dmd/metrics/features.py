@@ -1,7 +1,8 @@
 """Feature nets, chosen by name: what the distances between samples are measured in."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,17 +106,12 @@ def _efficientnet() -> FeatureNet:
 
 
 def _transformers(source: str) -> FeatureNet:
-    from safetensors import SafetensorError
     from transformers import AutoModel, ImageProcessingMixin
 
     where = f"features: {source}"
-    try:
-        with quiet():
-            settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
-            model, report = AutoModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0].split(". ")[0]
-        raise UserError(f"{where} is no {DIGITS}, {EFFICIENTNET}, hub id or folder that loads ({reason})") from error
+    with loading(f"{where} is no {DIGITS}, {EFFICIENTNET}, hub id or folder that loads"):
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
+        model, report = AutoModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
     if report["missing_keys"]:
         raise UserError(f"{where} lacks weights of its {type(model).__name__}, {min(report['missing_keys'])} for one")
     check_settings(settings, where)
@@ -128,6 +124,19 @@ def _transformers(source: str) -> FeatureNet:
         return outputs["pooler_output"].flatten(1)
 
     return FeatureNet(f"{name_of(source)}, {model.config.model_type}", network)
+
+
+@contextmanager
+def loading(complaint: str) -> Iterator[None]:
+    """What transformers raises while something is loaded becomes a UserError with its first sentence."""
+    from safetensors import SafetensorError
+
+    try:
+        with quiet():
+            yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0].split(". ")[0]
+        raise UserError(f"{complaint} ({reason})") from error
 
 
 def name_of(source: str) -> str:
