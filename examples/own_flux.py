@@ -25,6 +25,9 @@ class FluxModel:
         self.sample_shapes = [(channels, height // stride, width // stride) for height, width in sizes]
         self.embedded, self.device, self.dtype = embedded, pipeline.device, pipeline.transformer.dtype
 
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        return [*network.transformer_blocks, *network.single_transformer_blocks]
+
     def batch(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: torch.stack([row[name] for row in rows]).to(self.device, self.dtype) for name in rows[0]}
 

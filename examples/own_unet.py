@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from phased_dmd import VPSchedule, distill, load
 from phased_dmd.config import Config, OwnTeacher, Plan
-from phased_dmd.engine import device
+from phased_dmd.engine.world import device
 from phased_dmd.models.analytic import PlainCodec
 from phased_dmd.testing import check_model
 
@@ -39,6 +39,9 @@ class EpsUNet:
     def __init__(self, network: nn.Module, alphas_cumprod: Tensor, shape: tuple[int, ...]) -> None:
         self.networks = self.students = [network.eval().requires_grad_(False).to(device())]
         self.schedule, self.sample_shapes, self.timesteps = DDPMSchedule(alphas_cumprod), [shape], len(alphas_cumprod)
+
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        return [*network.down_blocks, network.mid_block, *network.up_blocks]
 
     def batch(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {}

@@ -1,5 +1,6 @@
 """One thread and no network, set before torch is imported; tiny Wan networks that several files share."""
 
+import json
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's spinning threads are up to 500 times slower on a shared machine
@@ -7,9 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from phased_dmd.checkpoint import RunFolder
@@ -41,6 +45,9 @@ class TinyWan:
     def guide(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
         return unconditional + guidance * (conditional - unconditional)
 
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        return list(network.blocks)
+
     def batch(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {"text": torch.stack([row["text"] for row in rows])}
 
@@ -66,14 +73,23 @@ def killed_after(phase: int, iteration: int) -> Iterator[None]:
     """Around a run that is killed right after it has saved a checkpoint."""
     save = RunFolder.save_checkpoint
 
-    def killed(self: RunFolder, at: int, done: int, tensors: dict[str, Tensor]) -> None:
-        save(self, at, done, tensors)
-        if (at, done) == (phase, iteration):
+    def killed(self: RunFolder, at: dict[str, Any], *args: Any) -> None:
+        save(self, at, *args)
+        if (at["phase"], at["iteration"]) == (phase, iteration):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RunFolder, "save_checkpoint", killed)
         yield
+
+
+def newest_checkpoint(run: Path, phase: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Where the newest checkpoint of a phase stands, and its tensors, read without the program; ({}, {}) if none."""
+    folders = sorted((run / "checkpoints").glob(f"phase-{phase}-iteration-*"))
+    if not folders:
+        return {}, {}
+    tensors = {name: t for file in folders[-1].glob("*.safetensors") for name, t in load_file(file).items()}
+    return json.loads((folders[-1] / "manifest.json").read_text())["at"], tensors
 
 
 def wan_transformer(seed: int) -> nn.Module:

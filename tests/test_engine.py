@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from phased_dmd import engine
-from phased_dmd.engine import choice, generators, normal, seed_of, uniform
+from phased_dmd.engine import randomness
+from phased_dmd.engine.randomness import choice, generators, normal, seed_of, uniform
 
 KEY = (3, 1, 250, 4)  # run seed, phase, iteration, sub-update
 
@@ -24,7 +24,7 @@ def test_samples_are_seeded_by_splitmix64(monkeypatch: pytest.MonkeyPatch) -> No
     stream = (
         6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821
     )  # fmt: skip
-    monkeypatch.setattr(engine, "seed_of", lambda *key: 1234567)
+    monkeypatch.setattr(randomness, "seed_of", lambda *key: 1234567)
     assert [rng.initial_seed() for rng in generators(range(5), *KEY)] == [output // 2 for output in stream]
     assert [rng.initial_seed() for rng in generators([4, 0], *KEY)] == [stream[4] // 2, stream[0] // 2]
 
@@ -33,7 +33,7 @@ def test_seeds_alike_in_their_lower_half_give_distinct_draws(monkeypatch: pytest
     """torch's own generator takes only 32 bits of a seed: these would all draw the same."""
     draws = []
     for seed in (7, 7 + 2**32, 7 + 2**50, 7 + 2**62):
-        monkeypatch.setattr(engine, "seed_of", lambda *key, seed=seed: seed)
+        monkeypatch.setattr(randomness, "seed_of", lambda *key, seed=seed: seed)
         draws += [normal((4,), range(3), *KEY), uniform(range(3), *KEY)[:, None].expand(3, 4)]
     assert len(torch.cat(draws[::2]).unique(dim=0)) == len(torch.cat(draws[1::2]).unique(dim=0)) == 12
 

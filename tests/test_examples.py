@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, OwnTeacher, Plan
 from phased_dmd.diffusion import VPSchedule, renoise_times
-from phased_dmd.engine import normal
+from phased_dmd.engine.randomness import normal
 from phased_dmd.metrics.distances import frechet, moments
 from phased_dmd.models.analytic import ExactMixture, PlainCodec, TimeMLP
 from phased_dmd.sample import load

@@ -214,7 +214,7 @@ def test_a_backward_outside_its_role_is_noticed(checkpointing: bool) -> None:
     else:
         loss.backward()
         with pytest.raises(RuntimeError, match="was the backward run inside its role"):
-            check_finite(loss, 0.0, roles.parameters(ONE), "phase 1, iteration 0, phase_1")
+            check_finite(loss.detach().item(), 0.0, roles.parameters(ONE), "phase 1, iteration 0, phase_1")
 
 
 # ---------------------------------------------------------------- what a role computes

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from phased_dmd.cli import main
-from phased_dmd.engine import normal
+from phased_dmd.engine.randomness import normal
 from phased_dmd.evaluate import Protocol, evaluate
 from phased_dmd.metrics.digits import WORDS, load_classifier, read
 from phased_dmd.models.wan import NANO

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from phased_dmd.optim import MomentumFreeAdamW, NonFiniteError, check_finite, decayed
+from phased_dmd.optim import MomentumFreeAdamW, NonFiniteError, _round_at_random, check_finite, decayed
 
 
 class Net(nn.Module):
@@ -64,6 +64,31 @@ def test_stores_no_first_moment() -> None:
     assert sum(t.numel() for t in stored) == sum(p.numel() for p in net.parameters())
 
 
+def test_a_second_moment_in_bfloat16_keeps_its_small_steps() -> None:
+    """v -> .999 v + .001 g^2 from 0 towards 1: rounded to nearest, it stops where .001 of the rest is half an ulp."""
+    p, nearest = nn.Parameter(torch.zeros(4096)), torch.zeros((), dtype=torch.bfloat16)
+    optimiser = MomentumFreeAdamW([p], lr=0.0, second_moment=torch.bfloat16, seed=3)
+    for _ in range(2000):
+        p.grad = torch.ones(4096)
+        optimiser.step()
+        nearest = (0.999 * nearest.float() + 0.001).bfloat16()
+    v = optimiser.state[p]["exp_avg_sq"]
+    expected = 1 - 0.999**2000  # .865; one rounding is off by at most 2^-9, of thousands independent ones
+    assert v.dtype == torch.bfloat16 and nearest < 0.4
+    assert abs(v.float().mean() - expected) < 0.005
+    assert (v.float() - expected).abs().max() < 0.25
+
+
+def test_random_rounding_is_unbiased_and_seeded() -> None:
+    x = torch.tensor([1.0, 1.0 + 2**-9, 3.14159, 1e-12, 0.0]).expand(20_000, 5)
+    rounded = _round_at_random(x.contiguous(), seed=1).float()
+    assert (rounded[:, 0] == 1).all() and (rounded[:, 4] == 0).all()
+    relative = (rounded.mean(0) / x[0] - 1)[:4]
+    assert relative.abs().max() < 4 * 2**-7 / 2 / 20_000**0.5
+    assert torch.equal(_round_at_random(x.contiguous(), seed=1).float(), rounded)
+    assert not torch.equal(_round_at_random(x.contiguous(), seed=2).float(), rounded)
+
+
 def test_first_step_is_the_gradients_sign() -> None:
     """At step 1 the bias-corrected second moment is g^2: p -> (1 - lr wd) p - lr g/(|g| + eps)."""
     p = nn.Parameter(torch.tensor([1.0, -2.0, 3.0, 4.0], dtype=torch.float64))
@@ -115,10 +140,10 @@ def test_linear_decay_falls_to_a_hundredth() -> None:
 def test_check_finite_names_the_tensor_at_fault(bad: float) -> None:
     a, b = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4))
     a.grad, b.grad = torch.ones(2, 3), torch.ones(4)
-    named, fine = {"body.a": a, "head.b": b}, torch.tensor(1.0)
+    named, fine = {"body.a": a, "head.b": b}, 1.0
     check_finite(fine, 10**0.5, named, "phase 2, iteration 3, fake")
     with pytest.raises(NonFiniteError, match=r"^phase 2, iteration 3, fake: the loss is (nan|-?inf)$"):
-        check_finite(torch.tensor(bad), 10**0.5, named, "phase 2, iteration 3, fake")
+        check_finite(bad, 10**0.5, named, "phase 2, iteration 3, fake")
     b.grad[2] = bad
     with pytest.raises(NonFiniteError, match=r"^phase 2, iteration 3, fake: the gradient of head\.b is not finite$"):
         check_finite(fine, abs(bad), named, "phase 2, iteration 3, fake")
@@ -130,12 +155,12 @@ def test_check_finite_notices_a_norm_that_overflows(norm: float) -> None:
     a = nn.Parameter(torch.zeros(2))
     a.grad = torch.full((2,), 1e30)
     with pytest.raises(NonFiniteError, match=r"^here: the norm of all gradients overflows$"):
-        check_finite(torch.tensor(1.0), norm, {"a": a}, "here")
+        check_finite(1.0, norm, {"a": a}, "here")
 
 
 def test_check_finite_needs_a_gradient_somewhere() -> None:
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     with pytest.raises(RuntimeError, match="no gradient reached any parameter"):
-        check_finite(torch.tensor(1.0), 0.0, {"a": a, "b": b}, "here")
+        check_finite(1.0, 0.0, {"a": a, "b": b}, "here")
     b.grad = torch.zeros(2)
-    check_finite(torch.tensor(1.0), 0.0, {"a": a, "b": b}, "here")
+    check_finite(1.0, 0.0, {"a": a, "b": b}, "here")

@@ -49,6 +49,9 @@ class Model:
         self.networks: list[nn.Module] = [Network(self.schedule, prediction, scale).requires_grad_(False)]
         self.students, self.guidance = self.networks, [3.0]
 
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        return ()
+
     def batch(self, rows: Sequence[Condition]) -> Condition:
         return {}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyCodec, TinyWan, draw, killed_after, teacher_alone
+from conftest import TinyCodec, TinyWan, draw, killed_after, newest_checkpoint, teacher_alone
 from torch import Tensor
 
 from phased_dmd import sample, system, train
@@ -90,13 +90,13 @@ def test_earlier_experts_and_the_teacher_never_change(
 ) -> None:
     config = toy(generator__ema=0.5)
     written = {}
-    save = train.save_tensors
+    save = RunFolder.save_expert
 
-    def spy(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        save(path, tensors, header)
-        written[path] = path.read_bytes()
+    def spy(self: RunFolder, phase: int, *args: Any) -> None:
+        save(self, phase, *args)
+        written[self.expert_path(phase)] = self.expert_path(phase).read_bytes()
 
-    monkeypatch.setattr(train, "save_tensors", spy)
+    monkeypatch.setattr(RunFolder, "save_expert", spy)
     run = distill(config, tmp_path / "run", quiet=True)
     first = RunFolder(run).expert_path(1)
     assert first.read_bytes() == written[first]
@@ -129,7 +129,7 @@ def test_a_phase_starts_from_the_student_and_with_new_optimisers(
     run = distill(config, tmp_path / "run", quiet=True)
     assert [role for role, _ in begun] == ["phase_1", FAKE, "phase_2", FAKE]
     assert all(same(state, initial_student(config)) for _, state in begun)
-    _, tensors = RunFolder(run).load_checkpoint(2) or (0, {})
+    _, tensors = newest_checkpoint(run, 2)
     steps = {name.split("/")[0]: int(t) for name, t in tensors.items() if "/step/" in name}
     assert steps == {"phase_2": 2, FAKE: 4}
 
@@ -165,7 +165,7 @@ def kill(patch: pytest.MonkeyPatch, at: str) -> None:
     step, log, save = Learner.step, RunFolder.log, RunFolder.save_checkpoint
     taken = Counter()
 
-    def killed_step(self: Learner, loss: Tensor, where: str, progress: tuple[int, int]) -> float:
+    def killed_step(self: Learner, loss: float, where: str, progress: tuple[int, int]) -> float:
         taken[self.role] += 1
         if at == "in a step" and taken["phase_2"] == 8:
             raise KeyboardInterrupt
@@ -181,11 +181,11 @@ def kill(patch: pytest.MonkeyPatch, at: str) -> None:
         if due and at == "after a log":
             raise KeyboardInterrupt
 
-    def killed_save(self: RunFolder, phase: int, iteration: int, tensors: dict[str, Tensor]) -> None:
-        due = phase == 2 and iteration >= 7
+    def killed_save(self: RunFolder, position: dict[str, Any], *args: Any) -> None:
+        due = position["phase"] == 2 and position["iteration"] >= 7
         if due and at == "before a checkpoint":
             raise KeyboardInterrupt
-        save(self, phase, iteration, tensors)
+        save(self, position, *args)
         if due and at == "after a checkpoint":
             raise KeyboardInterrupt
 
@@ -217,7 +217,7 @@ def test_a_resumed_run_is_byte_identical(every: int, at: str, uninterrupted: dic
         kill(patch, at)
         distill(config, run, quiet=True)
     assert RunFolder(run).expert_path(1).exists() and not RunFolder(run).expert_path(2).exists()
-    done, _ = RunFolder(run).load_checkpoint(2) or (0, {})
+    done = newest_checkpoint(run, 2)[0].get("iteration", 0)
     assert 5 <= done <= 10
     assert generator_updates(config, run, "phase_2") == 10 - done  # it went on, and did not start again
     assert files(run) == uninterrupted
@@ -230,17 +230,16 @@ def test_a_run_cut_off_between_phases_is_byte_identical(
     every: int, when: str, phase: int, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
     """Around the writing of an expert's file, with a checkpoint of the last iteration and with none at all."""
-    config, run, save = long(checkpoint_every=every), tmp_path / "run", train.save_tensors
+    config, run, save = long(checkpoint_every=every), tmp_path / "run", RunFolder.save_expert
 
-    def killed(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        if header["phase"] != phase:
-            return save(path, tensors, header)
-        if when == "after":
-            save(path, tensors, header)
-        raise KeyboardInterrupt
+    def killed(self: RunFolder, of: int, *args: Any) -> None:
+        if of != phase or when == "after":
+            save(self, of, *args)
+        if of == phase:
+            raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_tensors", killed)
+        patch.setattr(RunFolder, "save_expert", killed)
         distill(config, run, quiet=True)
     assert RunFolder(run).finished(config) == (phase == 2 and when == "after")
     distill(config, run, quiet=True)
@@ -359,7 +358,8 @@ def test_a_non_finite_number_stops_before_the_step(
 
     monkeypatch.setattr(train, name, spoilt)
     which = r"the loss is (nan|inf)" if fault == "loss" else r"the gradient of 0\.net\.\d+\.(weight|bias) is not finite"
-    with pytest.raises(NonFiniteError, match=rf"^phase 2, iteration 1, {role}: {which}$"):
+    kept = r"the state before it is in \S+"
+    with pytest.raises(NonFiniteError, match=rf"^phase 2, iteration 1, {role}: {which}; {kept}$"):
         distill(toy(), tmp_path / "run", quiet=True)
     assert all(same(systems[0].roles.state(r), state) for r, state in before.items()) and len(before) == 3
     assert not RunFolder(tmp_path / "run").expert_path(2).exists()
@@ -379,7 +379,7 @@ def spoilt_trainer(gradients: dict[str, list[float]]) -> tuple[Learner, dict[str
 def test_the_guard_names_the_tensor_at_fault(bad: float) -> None:
     trainer, parameters = spoilt_trainer({"first": [1.0, 2.0], "second": [3.0, bad], "third": [1.0]})
     with pytest.raises(NonFiniteError, match="^phase 1, iteration 0, fake: the gradient of second is not finite$"):
-        trainer.step(torch.tensor(1.0), "phase 1, iteration 0", (0, 1))
+        trainer.step(1.0, "phase 1, iteration 0", (0, 1))
     assert not any(p.any() for p in parameters.values())
 
 
@@ -387,7 +387,7 @@ def test_a_norm_that_overflows_stops_as_well() -> None:
     """1e30 is finite and its square is not, in float32: the norm is infinite."""
     trainer, parameters = spoilt_trainer({"first": [1e30, 1.0], "second": [2.0]})
     with pytest.raises(NonFiniteError, match="^phase 1, iteration 0, fake: the norm of all gradients overflows$"):
-        trainer.step(torch.tensor(1.0), "phase 1, iteration 0", (0, 1))
+        trainer.step(1.0, "phase 1, iteration 0", (0, 1))
     assert not any(p.any() for p in parameters.values())
 
 
@@ -586,10 +586,10 @@ class Spy:
             self._watch(patch, name, getattr(System, name))
 
     def _watch(self, patch: pytest.MonkeyPatch, name: str, original: Callable) -> None:
-        def watched(system: System, x: Tensor, t: Tensor, condition: Any) -> Tensor:
+        def watched(system: System, x: Tensor, t: Tensor, *args: Any) -> Tensor:
             assert t.dtype == torch.float64
             self.times[self.phase, name] += t.tolist()
-            return original(system, x, t, condition)
+            return original(system, x, t, *args)
 
         patch.setattr(System, name, watched)
 
@@ -704,7 +704,7 @@ def test_prompts_are_drawn_uniformly_by_sample() -> None:
     table: Any = SimpleNamespace(eligible=lambda bucket: range(8), row=lambda index, bucket: {"text": index})
 
     def drawn(key: tuple[int, ...], samples: range) -> Tensor:
-        return Draws(system, key, samples, [1.0]).condition(table)["text"]
+        return Draws(system, key, [samples], [1.0]).condition(table)["text"]
 
     whole = drawn((0, 1, 2, 3), range(4000))
     assert ((torch.bincount(whole, minlength=8) - 500.0) ** 2 / 500).sum() < 24.3
@@ -716,10 +716,10 @@ def test_buckets_are_drawn_by_weight_one_a_batch() -> None:
     """Weights 1, 0, 3: shares 1/4, 0, 3/4 of 4000 batches, within four standard deviations, whatever the samples."""
     system: Any = None
     keys = [(0, 1, iteration, 2) for iteration in range(4000)]
-    buckets = [Draws(system, key, range(2), [1.0, 0.0, 3.0]).bucket for key in keys]
+    buckets = [Draws(system, key, [range(2)], [1.0, 0.0, 3.0]).bucket for key in keys]
     shares = torch.tensor(buckets).bincount(minlength=3) / 4000
     assert shares[1] == 0 and abs(shares[0].item() - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
-    assert buckets == [Draws(system, key, range(9, 11), [1.0, 0.0, 3.0]).bucket for key in keys]
+    assert buckets == [Draws(system, key, [range(9, 11)], [1.0, 0.0, 3.0]).bucket for key in keys]
 
 
 # ---------------------------------------------------------------- LoRA experts on Wan
@@ -764,18 +764,18 @@ def test_lora_phases_leave_teacher_and_earlier_expert_alone(
 ) -> None:
     config, model = wan(fake__weights=fake)
     untouched, begun, written = copy.deepcopy(model.networks[0]), [], {}
-    add, save = Roles.add, train.save_tensors
+    train_role, save = Roles.train, RunFolder.save_expert
 
-    def spy_add(roles: Roles, role: str, *args: Any, **kwargs: Any) -> None:
-        add(roles, role, *args, **kwargs)
+    def spy_train(roles: Roles, role: str) -> None:
+        train_role(roles, role)
         begun.append((role, roles.state(role)))
 
-    def spy_save(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        save(path, tensors, header)
-        written[header["phase"]] = path.read_bytes()
+    def spy_save(self: RunFolder, phase: int, *args: Any) -> None:
+        save(self, phase, *args)
+        written[phase] = self.expert_path(phase).read_bytes()
 
-    monkeypatch.setattr(Roles, "add", spy_add)
-    monkeypatch.setattr(train, "save_tensors", spy_save)
+    monkeypatch.setattr(Roles, "train", spy_train)
+    monkeypatch.setattr(RunFolder, "save_expert", spy_save)
     run = distill(config, tmp_path / "run", quiet=True)
     roles = systems[0].roles
 

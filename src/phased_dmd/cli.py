@@ -13,7 +13,7 @@ import typer
 import yaml
 from typer.exceptions import TyperException
 
-from phased_dmd.config import UserError, nearest
+from phased_dmd.config import Stopped, UserError, nearest
 from phased_dmd.reproduce.claims import NAMES
 
 app = typer.Typer(
@@ -203,6 +203,40 @@ def report(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="as for distill: a name, or a YAML or JSON file", show_default=False)],
+    gpus: Annotated[int, typer.Option(min=1, help="in all, over all machines")],
+    memory_gb: Annotated[float, typer.Option(help="of each GPU")],
+    utilisation: Annotated[float, typer.Option(help="the share of --tflops that a run reaches")] = 0.4,
+    tflops: Annotated[float, typer.Option(help="of a GPU, dense, in bfloat16 [H100: 989]")] = 989.0,
+    prompts: Annotated[
+        str | None, typer.Option(help="a shipped set's name, or a txt, jsonl, csv or parquet file")
+    ] = None,
+    method: Annotated[
+        Literal["dmd", "dmd-sgts", "phased", "phased-sgts"] | None,
+        typer.Option(help="sets phases and gradient; keeps the generator updates in all"),
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="any field, as in --set engine.micro_batch=1")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="all figures, sizes in bytes")] = False,
+) -> None:
+    """Say what a run will need, without weights or network: parameters, memory, work, hours, and what is amiss."""
+    from phased_dmd.recipes import resolve
+
+    overrides = ({} if prompts is None else {"prompts": prompts}) | dict(map(_assignment, set_ or []))
+    config = resolve(recipe, overrides, method)
+
+    from rich.console import Console
+
+    from phased_dmd.plan import needs, page
+
+    found = needs(config, gpus, memory_gb, utilisation, tflops)
+    if as_json:
+        print(page.as_json(found))
+    else:
+        page.show(found, Console())
+
+
+@app.command()
 def reproduce(
     claim: Annotated[str, typer.Argument(help=f"{', '.join(NAMES)}, or all", show_default=False)],
     budget: Annotated[
@@ -283,6 +317,9 @@ def main() -> None:
     except ArithmeticError as error:
         print(f"phased-dmd: {error}", file=sys.stderr)
         sys.exit(1)
+    except Stopped as stop:
+        print(f"phased-dmd: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.number)
     except (typer.Abort, KeyboardInterrupt):
         print("phased-dmd: interrupted; an unfinished run goes on by the same command", file=sys.stderr)
         sys.exit(130)

@@ -15,6 +15,14 @@ class UserError(ValueError):
     """Something the user can mend: shown as one line, exit status 2."""
 
 
+class Stopped(Exception):
+    """A run was asked to stop by a signal of this number; it is saved, and goes on by the same command."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; one of {', '.join(known)}"
@@ -78,7 +86,7 @@ class PipelineTeacher(Section):
     negative_prompt: str = ""
     max_tokens: int = Field(default=512, gt=0, description="of a prompt; what is beyond them is cut off")
     base_steps: int = Field(default=40, gt=0, description="of the teacher's own sampler, in evaluations")
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the frozen networks")
+    dtype: Literal["float64", "float32", "bfloat16"] = Field(default="float32", description="of the frozen networks")
 
 
 class WanTeacher(PipelineTeacher):
@@ -157,6 +165,9 @@ class Optimiser(Section):
     beta2: float = Field(default=0.999, gt=0, lt=1)
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=1.0, gt=0)
+    second_moment: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of Adam; bfloat16 is rounded at random, unbiased, and saves half of it"
+    )
 
 
 class Lora(Section):
@@ -182,6 +193,22 @@ class Fake(Section):
     updates: int = Field(default=5, gt=0, description="before each update of the generator")
 
 
+class Engine(Section):
+    """How a run is spread over processes and memory. A run may go on with another engine: only rounding changes."""
+
+    micro_batch: int | None = Field(
+        default=None, gt=0, description="the most samples in a network call; a process with more adds up gradients"
+    )
+    replicas: int = Field(
+        default=1, gt=0, description="groups of processes that each hold all of the weights (HSDP); 1 shards over all"
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="keep only the inputs of the repeated blocks, and compute the rest again"
+    )
+    offload: bool = Field(default=False, description="weights, gradients and optimisers in the host's memory")
+    compile: bool = Field(default=False, description="the repeated blocks, with torch.compile")
+
+
 class Config(Section):
     """A whole run. `recipes.py` holds functions that return one."""
 
@@ -199,6 +226,10 @@ class Config(Section):
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=10, gt=0)
     checkpoint_every: int = Field(default=100, gt=0)
+    keep_last: int = Field(default=2, gt=0, description="checkpoints; older ones are removed")
+    keep_every: int | None = Field(default=None, gt=0, description="iterations whose checkpoints are kept for good")
+    skips: int = Field(default=0, ge=0, description="updates with a loss or gradient that is not finite to leave out")
+    engine: Engine = Engine()
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     sample_every: int = Field(default=100, gt=0)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from phased_dmd.conditions import Conditions
 from phased_dmd.config import Config, OwnTeacher, PipelineTeacher
 from phased_dmd.diffusion import renoise_times, times_like
-from phased_dmd.engine import choice, device, normal, uniform
+from phased_dmd.engine.randomness import choice, normal, uniform
+from phased_dmd.engine.world import device, rank, world_size
 from phased_dmd.models.protocol import Condition
 from phased_dmd.system import System
 
@@ -23,8 +24,18 @@ class Draws:
 
     system: System
     key: tuple[int, ...]  # run seed, phase, iteration, sub-update
-    samples: range
+    everyone: Sequence[range]  # the samples of each process
     weights: Sequence[float]  # of the resolution buckets
+
+    @property
+    def samples(self) -> range:
+        """This process's."""
+        return self.everyone[rank()]
+
+    @property
+    def share(self) -> float:
+        """The share of this process's batch that the samples are."""
+        return len(self.samples) * world_size() / self.system.config.batch_size
 
     @cached_property
     def bucket(self) -> int:
@@ -48,14 +59,23 @@ class Draws:
 
     def times(self) -> tuple[Tensor, Tensor]:
         """(s, t): the phase's end and the re-noise times, float64 [b]."""
-        config, phase = self.system.config, self.key[1]
-        s = times_like(self.system.plan.end(phase), torch.empty(len(self.samples), device=device()))
+        t = self._renoise_times(self.samples).to(device())
+        return times_like(self.system.plan.end(self.key[1]), t), t
+
+    def networks(self) -> list[int]:
+        """Whose ranges hold the re-noise times of any process's samples: every process calls them all."""
+        if not self.system.plan.switches:
+            return [0]
+        times = [self._renoise_times(samples) for samples in self.everyone]
+        return sorted({self.system.plan.network(t) for t in torch.cat(times).tolist()})
+
+    def _renoise_times(self, samples: range) -> Tensor:
+        config, plan, phase = self.system.config, self.system.plan, self.key[1]
         if config.renoise.fixed is not None:
-            return s, torch.full_like(s, config.renoise.fixed)
-        low, high = config.interval(self.system.plan, phase)
-        r = uniform(self.samples, *self.key, "t").to(device())
-        t_range = config.t_range(self.system.plan, phase)
-        return s, renoise_times(r, low, high, config.plan.shift, t_range, config.renoise.clamp)
+            return torch.full((len(samples),), config.renoise.fixed, dtype=torch.float64)
+        low, high = config.interval(plan, phase)
+        r = uniform(samples, *self.key, "t")
+        return renoise_times(r, low, high, config.plan.shift, config.t_range(plan, phase), config.renoise.clamp)
 
     def condition(self, conditions: Conditions | None) -> Condition:
         """The conditions of prompts drawn uniformly from those that the bucket allows."""

@@ -3,10 +3,12 @@
 A base network is one frozen module. The teacher is that module with every adapter off; a LoRA expert is the same
 module with its adapter on; the fake, and full-weight experts, are copies. Which adapter is on is a hidden state of
 the module that forward, backward and activation checkpointing all read, so it is changed in one place only:
-`Roles.active`, which restores what it found. Run every backward inside the role of its forward.
+`Roles.active`, which restores what it found. Run every backward inside the role of its forward. Which parameters
+train is another matter, and does not change with it: see `Roles.train` and `freeze`.
 """
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +18,13 @@ from peft import LoraConfig
 from peft.functional import delete_adapter, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from phased_dmd.config import Lora
-from phased_dmd.engine import seed_of
+from phased_dmd.config import Engine, Lora
+from phased_dmd.engine.randomness import seed_of
+from phased_dmd.engine.sharding import fill, outline, spread, whole
+from phased_dmd.engine.world import sharded
 from phased_dmd.models.protocol import Condition, VelocityModel, rows
 
 TEACHER, FAKE = "teacher", "fake"
@@ -34,38 +39,77 @@ class Roles:
 
     def __init__(self, model: VelocityModel) -> None:
         self.model = model
-        for network in model.students:
+        for network in (*model.networks, *model.students):
             network.requires_grad_(False)
+        self._outlines = [_bare(outline(network)) for network in model.students]  # of copies
+        self._engine = Engine()
         self._copies: dict[tuple[str, int], nn.Module] = {}
         self._adapters: set[tuple[str, int]] = set()
-        self._trainable: set[str] = set()
         self._tuned: list[list[BaseTunerLayer]] = [[] for _ in model.students]  # the layers that carry adapters
         self._on: list[str | None] = [None] * len(model.students)  # the adapter that is on, of each network
+
+    def spread(self, engine: Engine) -> None:
+        """Spreads the networks over the processes, with the adapters that they carry by then: none can follow."""
+        self._engine = engine
+        for network in {id(network): network for network in (*self.model.networks, *self.model.students)}.values():
+            spread(network, self.model.blocks(network), engine)
+
+    def has(self, role: str) -> bool:
+        return any(key[0] == role for key in (*self._adapters, *self._copies))
 
     def add(self, role: str, networks: Sequence[int], lora: Lora | None, seed: int, trainable: bool = True) -> None:
         """A new role that computes what the student starts from: a zero-initialised adapter, or a copy (lora None)."""
         for network in networks:
-            base = self.model.students[network]
             if lora is None:
-                self._copies[role, network] = _bare_copy(base).requires_grad_(trainable)
-                continue
-            config = LoraConfig(
+                self._copies[role, network] = self._copy(network)
+            else:
+                self._adapt(role, network, lora, seed_of(seed, role, network))
+        if trainable:
+            self.train(role)
+
+    def _copy(self, network: int) -> nn.Module:
+        """A copy of the base without its adapters, in float32 at least: a step of 1e-6 is lost in half precision."""
+        made = copy.deepcopy(self._outlines[network])
+        dtypes = {p.dtype for p in made.parameters()}
+        trained = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        for p in made.parameters():
+            p.data = p.data.to(trained)
+        spread(made, self.model.blocks(made), self._engine, torch.bfloat16 if torch.bfloat16 in dtypes else None)
+        base = {name.replace(".base_layer", ""): p for name, p in self.model.students[network].named_parameters()}
+        with torch.no_grad():
+            for name, p in made.named_parameters():
+                p.copy_(base[name])  # shard by shard
+        return made
+
+    def _adapt(self, role: str, network: int, lora: Lora, seed: int) -> None:
+        if sharded() and any(isinstance(p, DTensor) for p in self.model.students[network].parameters()):
+            raise RuntimeError(f"{role}: an adapter cannot follow once its network is sharded")
+        base, config = (
+            self.model.students[network],
+            LoraConfig(
                 r=lora.rank,
                 lora_alpha=lora.alpha,  # type: ignore[arg-type] peft takes any number
                 target_modules=list(self.model.lora_targets),
-            )
-            with torch.random.fork_rng(devices=()), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # that is the point
-                torch.manual_seed(seed_of(seed, role, network))
-                inject_adapter_in_model(config, base, adapter_name=role)
-            self._adapters.add((role, network))
-            base.requires_grad_(False)
-            self._tuned[network] = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
-            _switch(self._tuned[network], self._on[network], trainable=self._on[network] in self._trainable)
-        for parameter in self.parameters(role).values():  # a step of 1e-6 is lost in half precision
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-        if trainable:
-            self._trainable.add(role)
+            ),
+        )
+        trained = [p for p in base.parameters() if p.requires_grad]
+        with torch.random.fork_rng(devices=()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # that is the point
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, base, adapter_name=role)
+        self._adapters.add((role, network))
+        base.requires_grad_(False)  # peft thaws what it adds
+        for p in trained:
+            p.requires_grad_()
+        self._tuned[network] = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+        _switch(self._tuned[network], self._on[network])
+        for p in self.parameters(role).values():
+            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+
+    def train(self, role: str) -> None:
+        """From now on the role trains."""
+        for parameter in self.parameters(role).values():
+            parameter.requires_grad_()
 
     def remove(self, role: str) -> None:
         """Forgets a role, freeing its weights; one whose adapter is on now cannot be removed."""
@@ -76,11 +120,9 @@ class Roles:
             if (role, network) in self._adapters:
                 self._adapters.remove((role, network))
                 delete_adapter(base, role, prefix="lora_")
-        self._trainable.discard(role)
 
     def freeze(self, role: str) -> None:
         """From now on the role computes but never trains."""
-        self._trainable.discard(role)
         for parameter in self.parameters(role).values():
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -88,7 +130,7 @@ class Roles:
     @contextmanager
     def active(self, role: str) -> Iterator[None]:
         """The role's adapters on and all others off, on every network; on the way out, whatever was on before."""
-        if role != TEACHER and not any(key[0] == role for key in (*self._adapters, *self._copies)):
+        if role != TEACHER and not self.has(role):
             raise KeyError(f"there is no role {role}")
         before = list(self._on)
         self._set([role if (role, network) in self._adapters else None for network in range(len(before))])
@@ -126,10 +168,9 @@ class Roles:
         return named
 
     def state(self, role: str) -> dict[str, Tensor]:
-        """A copy of the role's parameters on the CPU."""
-        return {name: p.detach().cpu().clone() for name, p in self.parameters(role).items()}
+        """A copy of the role's parameters on the CPU, gathered from their shards."""
+        return {name: whole(p) for name, p in self.parameters(role).items()}
 
-    @torch.no_grad()
     def load(self, role: str, tensors: dict[str, Tensor]) -> None:
         """Overwrites all of the role's parameters; a missing or surplus name, or another shape, is a KeyError."""
         parameters = self.parameters(role)
@@ -139,30 +180,32 @@ class Roles:
         for name, parameter in parameters.items():
             if parameter.shape != tensors[name].shape:
                 raise KeyError(f"{role}: {name} is {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+        fill(parameters, tensors)
 
     def _set(self, adapters: list[str | None]) -> None:
         for network, adapter in enumerate(adapters):
             if adapter != self._on[network]:
-                _switch(self._tuned[network], adapter, trainable=adapter in self._trainable)
+                _switch(self._tuned[network], adapter)
                 self._on[network] = adapter
 
 
-def _bare_copy(base: nn.Module) -> nn.Module:
-    """A copy of the base without its adapters."""
-    bare = copy.deepcopy(base)
-    for name, module in list(bare.named_modules()):
+def _bare(network: nn.Module) -> nn.Module:
+    """The network without adapters, which an earlier run may have left on it."""
+    for name, module in list(network.named_modules()):
         if isinstance(module, BaseTunerLayer):
             parent, _, child = name.rpartition(".")
-            setattr(bare.get_submodule(parent), child, module.get_base_layer())
-    return bare
+            setattr(network.get_submodule(parent), child, module.get_base_layer())
+    return network
 
 
-def _switch(layers: list[BaseTunerLayer], adapter: str | None, trainable: bool) -> None:
-    """peft thaws any adapter it activates unless told not to. With no adapter on, the base computes, bit for bit."""
+def _switch(layers: list[BaseTunerLayer], adapter: str | None) -> None:
+    """With no adapter on, the base computes, bit for bit.
+
+    peft's own `set_adapter` also freezes and thaws every adapter of the layer, at a tenth of a small network's time.
+    """
+    active = [] if adapter is None else [adapter]
     for layer in layers:
-        layer.set_adapter([] if adapter is None else [adapter], inference_mode=not trainable)
+        layer._active_adapter = active
 
 
 def route(
@@ -171,15 +214,22 @@ def route(
     x: Tensor,
     t: Tensor,
     condition: Condition,
+    present: Sequence[int] | None = None,
 ) -> Tensor:
-    """A prediction for a batch whose samples belong to different networks: networks[i] serves sample i."""
-    present = sorted(set(networks))
+    """A prediction for a batch whose samples belong to different networks: networks[i] serves sample i.
+
+    present: the networks that any process's samples belong to. Sharded networks are called by all processes or none:
+    where one has no sample of its own here, it is called on the first sample, to no effect.
+    """
+    present = sorted(set(networks)) if present is None else present
     if len(present) == 1:
         return call(present[0], x, t, condition)
     owner = torch.tensor(networks, device=x.device)
-    parts = [(owner == network).nonzero().squeeze(1) for network in present]
-    outputs = [
-        call(network, x[index], t[index], rows(condition, index)) for network, index in zip(present, parts, strict=True)
-    ]
-    order = torch.cat(parts).argsort()
+    parts, outputs = [], []
+    for network in present:
+        index = (owner == network).nonzero().squeeze(1)
+        called = index if len(index) else index.new_zeros(1)
+        outputs.append(call(network, x[called], t[called], rows(condition, called)))
+        parts.append(index if len(index) else index.new_full((1,), len(x)))  # behind all others
+    order = torch.cat(parts).argsort()[: len(x)]
     return torch.cat(outputs)[order]

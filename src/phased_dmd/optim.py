@@ -7,14 +7,21 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from phased_dmd.config import Optimiser
+from phased_dmd.engine.randomness import seed_of
+from phased_dmd.engine.world import most, rank
 
 
 class MomentumFreeAdamW(torch.optim.Optimizer):
-    """`torch.optim.AdamW` with betas (0, beta2), which needs no first moment and stores none."""
+    """`torch.optim.AdamW` with betas (0, beta2), which needs no first moment and stores none.
+
+    second_moment: the dtype it is stored in. In bfloat16 steps of 1 - beta2 are lost if rounded to nearest: there it is
+    rounded up or down at random, from the seed and the step, so that its mean is right.
+    """
 
     def __init__(
         self,
@@ -23,8 +30,15 @@ class MomentumFreeAdamW(torch.optim.Optimizer):
         beta2: float = 0.999,
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        second_moment: torch.dtype = torch.float32,
+        seed: int = 0,
     ) -> None:
         super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps, "weight_decay": weight_decay})
+        self.seed = seed
+        for group in self.param_groups:
+            for p in group["params"]:
+                dtype = second_moment if second_moment == torch.bfloat16 else p.dtype
+                self.state[p] = {"step": torch.zeros(()), "exp_avg_sq": torch.zeros_like(p, dtype=dtype)}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -37,27 +51,42 @@ class MomentumFreeAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+            params: list[Parameter] = [p for p in group["params"] if p.grad is not None]
             for p in params:
-                if not self.state[p]:
-                    self.state[p] = {"step": torch.zeros(()), "exp_avg_sq": torch.zeros_like(p)}
                 self.state[p]["step"] += 1
-            self._update(group, params)
+            if params:
+                self._update(group, params)
         return loss
 
-    def _update(self, group: dict, params: list[Tensor]) -> None:
-        if not params:
-            return
-        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        squares = [self.state[p]["exp_avg_sq"] for p in params]
+    def _update(self, group: dict, params: list[Parameter]) -> None:
+        """Every element for itself, so that a process updates its shards alone."""
+        grads = [_own(p.grad) for p in params if p.grad is not None]
+        stored = [_own(self.state[p]["exp_avg_sq"]) for p in params]
+        squares = [v.to(g.dtype) for v, g in zip(stored, grads, strict=True)]
         torch._foreach_mul_(squares, group["beta2"])
         torch._foreach_addcmul_(squares, grads, grads, 1 - group["beta2"])
-        corrections = [(1 - group["beta2"] ** self.state[p]["step"].item()) ** 0.5 for p in params]
+        steps = [self.state[p]["step"].item() for p in params]
+        for i, (v, square) in enumerate(zip(stored, squares, strict=True)):
+            if v is not square:
+                v.copy_(_round_at_random(square, seed_of(self.seed, i, int(steps[i]), rank())))
         denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, corrections)
+        torch._foreach_div_(denominators, [(1 - group["beta2"] ** step) ** 0.5 for step in steps])
         torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_addcdiv_(params, grads, denominators, -group["lr"])
+        weights = [_own(p) for p in params]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_addcdiv_(weights, grads, denominators, -group["lr"])
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, sharing its memory; a whole one itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _round_at_random(x: Tensor, seed: int) -> Tensor:
+    """float32 to bfloat16, up or down with the odds that make the mean x."""
+    rng = torch.Generator(x.device).manual_seed(seed)
+    dropped = torch.randint(0, 1 << 16, x.shape, generator=rng, device=x.device, dtype=torch.int32)
+    return ((x.view(torch.int32) + dropped) & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
 
 
 def decayed(lr: float, decay: str, iteration: int, iterations: int) -> float:
@@ -69,19 +98,19 @@ class NonFiniteError(ArithmeticError):
     """A loss or gradient that is not finite: training stops before the optimiser's step."""
 
 
-def check_finite(loss: Tensor, norm: float, parameters: dict[str, Parameter], where: str) -> None:
+def check_finite(loss: float, norm: float, parameters: dict[str, Parameter], where: str) -> None:
     """Raises NonFiniteError naming the loss or the first tensor at fault, or a RuntimeError where no gradient came.
 
-    norm: of all gradients together, before they are clipped.
+    loss, norm: over all processes, norm of all gradients together, before they are clipped.
     """
-    if not torch.isfinite(loss):
-        raise NonFiniteError(f"{where}: the loss is {loss.item()}")
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"{where}: the loss is {loss}")
     if norm > 0 and math.isfinite(norm):
         return
     if all(p.grad is None for p in parameters.values()):
         raise RuntimeError(f"{where}: no gradient reached any parameter; was the backward run inside its role?")
     for name, p in parameters.items():
-        if p.grad is not None and not torch.isfinite(p.grad).all():
+        if p.grad is not None and most(not torch.isfinite(_own(p.grad)).all()):
             raise NonFiniteError(f"{where}: the gradient of {name} is not finite")
     if not math.isfinite(norm):
         raise NonFiniteError(f"{where}: the norm of all gradients overflows")
@@ -91,17 +120,20 @@ class Learner:
     """One role's parameters and optimiser within a phase."""
 
     def __init__(
-        self, role: str, parameters: dict[str, Parameter], config: Optimiser, ema: float | None = None
+        self, role: str, parameters: dict[str, Parameter], config: Optimiser, ema: float | None = None, seed: int = 0
     ) -> None:
         self.role, self.parameters, self.config, self.ema_decay = role, parameters, config, ema
+        second_moment = torch.bfloat16 if config.second_moment == "bfloat16" else torch.float32
         self.optimiser = MomentumFreeAdamW(
-            parameters.values(), config.lr, config.beta2, weight_decay=config.weight_decay
-        )
+            parameters.values(), config.lr, config.beta2, weight_decay=config.weight_decay,
+            second_moment=second_moment, seed=seed_of(seed, role),
+        )  # fmt: skip
         self.ema = {name: p.detach().clone() for name, p in parameters.items()} if ema is not None else None
 
-    def step(self, loss: Tensor, where: str, progress: tuple[int, int]) -> float:
+    def step(self, loss: float, where: str, progress: tuple[int, int]) -> float:
         """Checks, clips, updates and averages after a backward; returns the gradient's norm before clipping."""
         norm = get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         check_finite(loss, norm.item(), self.parameters, f"{where}, {self.role}")
         clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
         for group in self.optimiser.param_groups:
@@ -113,23 +145,30 @@ class Learner:
                 self.ema[name].lerp_(p.detach(), 1 - self.ema_decay)
         return norm.item()
 
+    def skip(self) -> None:
+        """Leaves an update out."""
+        self.optimiser.zero_grad()
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The averaged weights, if there are any, in the place of the trained ones."""
+        if self.ema is None:
+            yield
+            return
         trained = {name: p.detach().clone() for name, p in self.parameters.items()}
         try:
-            self._put(self.ema or trained)
+            self.put(self.ema)
             yield
         finally:
-            self._put(trained)
+            self.put(trained)
 
     @torch.no_grad()
-    def _put(self, weights: dict[str, Tensor]) -> None:
+    def put(self, weights: dict[str, Tensor]) -> None:
         for name, p in self.parameters.items():
             p.copy_(weights[name])
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, by name."""
+        """The very tensors that a resumed run must find as they are, by name."""
         tensors = {}
         for name, p in self.parameters.items():
             tensors[f"{self.role}/weights/{name}"] = p.detach()
@@ -137,15 +176,4 @@ class Learner:
                 tensors[f"{self.role}/ema/{name}"] = self.ema[name]
             for key, value in self.optimiser.state[p].items():
                 tensors[f"{self.role}/{key}/{name}"] = value
-        return {name: tensor.cpu().clone() for name, tensor in tensors.items()}
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        for name, p in self.parameters.items():
-            p.copy_(tensors[f"{self.role}/weights/{name}"])
-            if self.ema is not None:
-                self.ema[name].copy_(tensors[f"{self.role}/ema/{name}"])
-            keys = [key for key in ("step", "exp_avg_sq") if f"{self.role}/{key}/{name}" in tensors]
-            self.optimiser.state[p] = {
-                key: tensors[f"{self.role}/{key}/{name}"].to(p.device if key == "exp_avg_sq" else "cpu") for key in keys
-            }
+        return tensors

@@ -12,7 +12,8 @@ from torch import Tensor
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors, write_atomically
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config, UserError, WanTeacher
-from phased_dmd.engine import device, normal
+from phased_dmd.engine.randomness import normal
+from phased_dmd.engine.world import device
 from phased_dmd.experts import expert_role
 from phased_dmd.media import grid, save_clip, save_image, save_preview
 from phased_dmd.models.protocol import Codec, Condition

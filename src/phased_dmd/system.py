@@ -8,6 +8,7 @@ from torch import Tensor
 
 from phased_dmd.config import Config, OwnTeacher, UserError
 from phased_dmd.diffusion import check_start
+from phased_dmd.engine.randomness import seed_of
 from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role, route
 from phased_dmd.models.loader import load_model
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
@@ -46,8 +47,8 @@ class System:
             predict, self.start(noise), path, model.schedule, model.prediction, gradient_steps, solver, renoise
         )
 
-    def teacher(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The guided teacher, each sample on the network whose range holds its t."""
+    def teacher(self, x: Tensor, t: Tensor, condition: Condition, present: Sequence[int] | None = None) -> Tensor:
+        """The guided teacher, each sample on the network whose range holds its t. present: see `route`."""
 
         def call(network: int, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
             conditional, guidance = self.roles.predict(TEACHER, network, x, t, condition), self.model.guidance[network]
@@ -56,15 +57,15 @@ class System:
             negative = condition | self.model.batch([self.negative] * len(x))  # a first frame stays what it is
             return self.model.guide(conditional, self.roles.predict(TEACHER, network, x, t, negative), guidance)
 
-        return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition)
+        return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition, present)
 
-    def fake(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The fake score network, without guidance."""
+    def fake(self, x: Tensor, t: Tensor, condition: Condition, present: Sequence[int] | None = None) -> Tensor:
+        """The fake score network, without guidance. present: see `route`."""
 
         def call(network: int, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
             return self.roles.predict(FAKE, network, x, t, condition)
 
-        return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition)
+        return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition, present)
 
     def sample_teacher(self, noise: Tensor, condition: Condition, steps: int) -> Tensor:
         """The teacher's own deterministic sampler on `steps` steps of the plan's shifted grid: x_0 [b, ...]."""
@@ -107,8 +108,47 @@ def build_system(config: Config, model: VelocityModel, negative: Condition) -> S
 
 
 def add_expert(system: System, phase: int, trainable: bool) -> None:
-    """The phase's expert, computing what the teacher (or an analytic teacher's student) does."""
-    config = system.config.generator
-    lora = config.lora if config.weights == "lora" else None
-    networks = [expert.network for expert in system.plan.experts(phase)]
-    system.roles.add(expert_role(phase), networks, lora, seed=system.config.seed, trainable=trainable)
+    """The phase's expert, computing what the teacher (or an analytic teacher's student) does, unless it is there."""
+    config, role = system.config.generator, expert_role(phase)
+    if not system.roles.has(role):
+        lora = config.lora if config.weights == "lora" else None
+        networks = [expert.network for expert in system.plan.experts(phase)]
+        system.roles.add(role, networks, lora, seed=system.config.seed, trainable=trainable)
+    if trainable:
+        system.roles.train(role)
+
+
+def add_adapters(system: System) -> dict[int, dict[str, Tensor]]:
+    """All adapters that training will need, before the networks are sharded; what fakes as adapters start from."""
+    config, plan, roles = system.config, system.plan, system.roles
+    phases = range(1, plan.num_phases + 1)
+    if config.generator.weights == "lora":
+        for phase in phases:
+            add_expert(system, phase, trainable=False)
+    if config.fake.weights == "full":
+        return {}
+    networks = sorted({network for phase in phases for network in plan.fakes(phase, config.support(plan, phase))})
+    fresh = {}
+    for phase in phases:
+        roles.remove(FAKE)
+        roles.add(FAKE, networks, config.fake.lora, seed=seed_of(config.seed, phase), trainable=False)
+        fresh[phase] = roles.state(FAKE)
+    return fresh
+
+
+def add_fake(system: System, phase: int, fresh: dict[str, Tensor] | None) -> None:
+    """The phase's fakes, computing what the teacher does: copies, or the adapter that starts from `fresh`."""
+    config, plan, roles = system.config, system.plan, system.roles
+    if fresh is None:
+        roles.add(FAKE, plan.fakes(phase, config.support(plan, phase)), None, seed=config.seed)
+    else:
+        roles.load(FAKE, fresh)
+        roles.train(FAKE)
+
+
+def remove_fake(system: System) -> None:
+    """Frees copies; adapters stay for the next phase."""
+    if system.config.fake.weights == "full":
+        system.roles.remove(FAKE)
+    else:
+        system.roles.freeze(FAKE)

@@ -1,20 +1,24 @@
-"""`distill`: the training loop of Phased DMD, its baselines and ablations, top to bottom in one function."""
+"""`distill`: the training of Phased DMD, its baselines and ablations, top to bottom: run, phase, update."""
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors
+from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.conditions import Conditions, fitting
-from phased_dmd.config import Config, UserError
+from phased_dmd.config import Config, Stopped, UserError
 from phased_dmd.draws import Draws, bucket_weights
-from phased_dmd.engine import seed_of
+from phased_dmd.engine.signals import Signals
+from phased_dmd.engine.world import check_replicas, first_then_rest, mean, on_first_rank, processes, rank, shares
 from phased_dmd.experts import FAKE, expert_role
 from phased_dmd.media import save_preview
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
@@ -25,10 +29,19 @@ from phased_dmd.objectives import (
     score_matching_loss,
     subinterval_target,
 )
-from phased_dmd.optim import Learner
+from phased_dmd.optim import Learner, NonFiniteError
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.sample import Sampler
-from phased_dmd.system import Own, System, add_expert, build_system, load_teacher
+from phased_dmd.system import (
+    Own,
+    System,
+    add_adapters,
+    add_expert,
+    add_fake,
+    build_system,
+    load_teacher,
+    remove_fake,
+)
 from phased_dmd.trackers import check_trackers, open_tracker
 
 TARGETS = {"unbiased": subinterval_target, "biased": biased_target, "printed": printed_target}
@@ -64,132 +77,242 @@ def initial_expert(config: Config, model: VelocityModel, phase: int) -> dict[str
     return load_tensors(path)[0]
 
 
+@dataclass
+class Position:
+    """Where a phase is, between two updates of a network, and what its next line of metrics has gathered by then."""
+
+    phase: int
+    iteration: int = 0  # iterations done
+    update: int = 0  # updates of the fake done in the next one
+    fake_losses: list[float] = field(default_factory=list)
+    fake_norm: float = 0.0
+    clipped: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the phases of a run share."""
+
+    run: RunFolder
+    system: System
+    codec: Codec
+    conditions: Conditions | None
+    weights: Sequence[float]  # of the resolution buckets
+    micro_batches: Sequence[Sequence[range]]  # see `shares`
+    fresh_fakes: Mapping[int, dict[str, Tensor]]  # see `add_adapters`
+    signals: Signals
+    quiet: bool
+
+    def batch(self, at: Position, update: int) -> Iterator[tuple[Draws, Condition]]:
+        """What an update draws, micro-batch by micro-batch; update 0 is the generator's."""
+        for samples in self.micro_batches:
+            key = (self.system.config.seed, at.phase, at.iteration, update)
+            draws = Draws(self.system, key, samples, self.weights)
+            yield draws, draws.condition(self.conditions)
+
+
 def distill(
     config: Config, output: Path | str | None = None, quiet: bool = False, *,
     own: Own | None = None, cache: Path | None = None, strict: bool = False,
 ) -> Path:  # fmt: skip
     """Distils the config's teacher, phase by phase, into the run folder `output` (runs/<recipe>); returns the folder.
 
-    An unfinished run of the same config goes on from its last checkpoint; a finished one is left as it is.
+    An unfinished run of the same config goes on from its last checkpoint; a finished one is left as it is. In the
+    processes that torchrun starts, all call this, and share the work.
     own: the model and codec of a teacher of the user's own. cache: a folder of encoded prompts that runs share
     (RUN/conditions). strict: refuse prompts that would be cut off. Raises UserError for what the user can mend,
-    NonFiniteError before a step that would spoil the weights.
+    NonFiniteError before a step that would spoil the weights, Stopped after SIGTERM or SIGINT.
     """
     run = RunFolder(output or Path("runs") / config.recipe)
-    run.check(config)
-    if run.finished(config):
-        return run.path
-    model, codec, prompts = prepare(config, own, strict)
-    run.open(config, [prompt.line() for prompt in prompts])
-    conditions = encode_prompts(config, codec, prompts, cache or run.path / "conditions")
-    system = build_system(config, model, conditions.negative if conditions else {})
-    plan, roles, weights = system.plan, system.roles, bucket_weights(config, conditions)
-    target = TARGETS[config.objective.target]
-    schedule, prediction = model.schedule, model.prediction
-    trackers = [open_tracker(name, run.path, config) for name in config.trackers]
-
-    for phase in range(1, plan.num_phases + 1):
-        # Phase onset: a new expert and new fakes, both from the teacher, with new optimisers; earlier experts frozen.
-        role = expert_role(phase)
-        add_expert(system, phase, trainable=True)
-        if run.expert_path(phase).exists():
-            roles.load(role, load_tensors(run.expert_path(phase))[0])
-            roles.freeze(role)
-            continue
-        if config.init_experts:
-            roles.load(role, initial_expert(config, model, phase))
-        fake_lora = config.fake.lora if config.fake.weights == "lora" else None
-        roles.add(FAKE, plan.fakes(phase, config.support(plan, phase)), fake_lora, seed=seed_of(config.seed, phase))
-        expert = Learner(role, roles.parameters(role), config.generator.optimiser, config.generator.ema)
-        fake = Learner(FAKE, roles.parameters(FAKE), config.fake.optimiser)
-        done, tensors = run.load_checkpoint(phase) or (0, None)
-        if tensors is not None:
-            expert.load(tensors)
-            fake.load(tensors)
-        run.rewind_metrics(phase, done)
-        gradient_steps = plan.steps(phase)
-        fake_norm = 0.0
-        clipped = 0 if tensors is None else int(tensors["clipped"])
-
-        with progress_bar(phase, plan.num_phases, done, config.iterations, quiet) as show:
-            for iteration in range(done, config.iterations):
-                at, started = (iteration, config.iterations), time.perf_counter()
-                where = f"phase {phase}, iteration {iteration}"
-                fake_losses = []
-
-                # The fake learns the score of what the generator makes (Eq. 13; Eq. 4 where the phase ends at s = 0).
-                for update in range(1, config.fake.updates + 1):
-                    draws = Draws(system, (config.seed, phase, iteration, update), range(config.batch_size), weights)
-                    condition = draws.condition(conditions)
-                    path = plan.path(phase, draws.exit_step(full=config.plan.fake_rollout == "full"))
-                    with torch.no_grad():
-                        x_s = system.roll(
-                            path, draws.noise("start"), condition, renoise=lambda i: draws.noise("renoise", i)
-                        ).x
-                    s, t = draws.times()
-                    with roles.active(FAKE):
-                        loss = score_matching_loss(
-                            lambda x, t: system.fake(x, t, condition),
-                            x_s,
-                            draws.noise("eps"),
-                            s,
-                            t,
-                            schedule,
-                            prediction,
-                            target,
-                        ).mean()
-                        loss.backward()
-                    fake_norm = fake.step(loss, where, at)
-                    fake_losses.append(loss.item())
-
-                # The generator descends the difference of fake and teacher at the phase's end (Eq. 11; Eq. 9 at s = 0).
-                draws = Draws(system, (config.seed, phase, iteration, 0), range(config.batch_size), weights)
-                condition = draws.condition(conditions)
-                path = plan.path(phase, draws.exit_step(full=False))
-                exits = gradient_steps if config.plan.gradient == "all" else (path[-1].step,)
-                with roles.active(role):
-                    end = system.roll(path, draws.noise("start"), condition, exits, lambda i: draws.noise("renoise", i))
-                    s, t = draws.times()
-                    loss = distribution_matching_loss(
-                        end.x, draws.noise("eps"), s, t, schedule, prediction,
-                        teacher=lambda x, t: system.teacher(x, t, condition),
-                        fake=lambda x, t: system.fake(x, t, condition),
-                        weighting=config.objective.weighting, x0_generator=end.x0.detach(),
-                    ).mean()  # fmt: skip
-                    loss.backward()
-                norm = expert.step(loss, where, at)
-                clipped += norm > config.generator.optimiser.clip
-
-                count = iteration + 1
-                fake_loss = sum(fake_losses) / len(fake_losses)
-                show(count, f"fake {fake_loss:.4f} generator {loss.item():.4f}")
-                if count % config.log_every == 0 or count == config.iterations:
-                    since = (count - 1) % config.log_every + 1
-                    row = {
-                        "phase": phase, "iteration": count, "fake_loss": fake_loss, "generator_loss": loss.item(),
-                        "fake_gradient_norm": fake_norm, "generator_gradient_norm": norm, "clipped": clipped / since,
-                    }  # fmt: skip
-                    run.log("metrics.jsonl", row)
-                    for track in trackers:
-                        track((phase - 1) * config.iterations + count, row)
-                    run.log(
-                        "timing.jsonl", {"phase": phase, "iteration": count, "seconds": time.perf_counter() - started}
-                    )
-                    clipped = 0
-                if count % config.sample_every == 0 or count == config.iterations:
-                    with expert.averaged():
-                        preview = preview_samples(system, codec, phase, conditions, weights)
-                    save_preview(run.path / "samples" / f"phase-{phase}-iteration-{count:06d}.png", preview)
-                if count % config.checkpoint_every == 0:
-                    state = {**expert.state(), **fake.state(), "clipped": torch.tensor(clipped)}
-                    run.save_checkpoint(phase, count, state)
-
-        if expert.ema is not None:
-            roles.load(role, expert.ema)
-        save_tensors(run.expert_path(phase), roles.state(role), expert_header(config, system, phase))
-        roles.freeze(role)
-        roles.remove(FAKE)
+    with processes(alone=config.engine.offload):
+        run.check(config)
+        if on_first_rank(lambda: run.finished(config)):
+            return run.path
+        micro_batches = share_out(config)
+        model, codec, prompts = prepare(config, own, strict)
+        with run.locked(), Signals() as signals:
+            on_first_rank(lambda: run.open(config, [prompt.line() for prompt in prompts]))
+            with first_then_rest():
+                conditions = encode_prompts(config, codec, prompts, cache or run.path / "conditions")
+            system = build_system(config, model, conditions.negative if conditions else {})
+            fresh_fakes = add_adapters(system)
+            system.roles.spread(config.engine)
+            weights = bucket_weights(config, conditions)
+            job = Job(run, system, codec, conditions, weights, micro_batches, fresh_fakes, signals, quiet or rank() > 0)
+            for phase in range(1, system.plan.num_phases + 1):
+                if learners := begin(job, phase):
+                    train_phase(job, phase, *learners)
+                    end(job, phase, learners[0])
     return run.path
+
+
+def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
+    """Phase onset: a new expert and new fakes, both from the teacher, with new optimisers; None if it is done."""
+    run, roles, config, role = job.run, job.system.roles, job.system.config, expert_role(phase)
+    add_expert(job.system, phase, trainable=True)
+    if on_first_rank(run.expert_path(phase).exists):
+        roles.load(role, load_tensors(run.expert_path(phase))[0])
+        roles.freeze(role)
+        return None
+    if config.init_experts:
+        roles.load(role, initial_expert(config, job.system.model, phase))
+    add_fake(job.system, phase, job.fresh_fakes.get(phase))
+    expert = Learner(role, roles.parameters(role), config.generator.optimiser, config.generator.ema, config.seed)
+    return expert, Learner(FAKE, roles.parameters(FAKE), config.fake.optimiser, seed=config.seed)
+
+
+def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
+    """The phase's iterations from its last checkpoint on: updates of the fake, then one of the expert."""
+    run, config = job.run, job.system.config
+    state = expert.state() | fake.state()
+    at = Position(**(run.load_checkpoint(phase, state) or {"phase": phase}))
+    on_first_rank(lambda: run.rewind_metrics(phase, at.iteration))
+    trackers = [open_tracker(name, run.path, config) for name in config.trackers] if rank() == 0 else []
+    with progress_bar(phase, job.system.plan.num_phases, at.iteration, config.iterations, job.quiet) as show:
+        while at.iteration < config.iterations:
+            started = time.perf_counter()
+            for update in range(at.update + 1, config.fake.updates + 1):
+                loss = score_matching(job.batch(at, update))
+                norm = step(job, fake, loss, at, state)
+                if norm is not None:
+                    at.fake_norm = norm
+                    at.fake_losses.append(loss)
+                at.update = update
+                leave_if_asked(job, at, state)
+            loss = distribution_matching(job.batch(at, 0))
+            norm = step(job, expert, loss, at, state)
+            at.clipped += norm is not None and norm > config.generator.optimiser.clip
+            fake_loss = sum(at.fake_losses) / len(at.fake_losses) if at.fake_losses else None
+            at.iteration, at.update, at.fake_losses = at.iteration + 1, 0, []
+
+            last = at.iteration == config.iterations
+            show(at.iteration, f"fake {fake_loss or 0:.4f} generator {loss:.4f}")
+            if at.iteration % config.log_every == 0 or last:
+                since = (at.iteration - 1) % config.log_every + 1
+                row = {
+                    "phase": phase, "iteration": at.iteration, "fake_loss": fake_loss,
+                    "generator_loss": None if norm is None else loss, "fake_gradient_norm": at.fake_norm,
+                    "generator_gradient_norm": norm, "clipped": at.clipped / since,
+                }  # fmt: skip
+                row |= {"skipped": at.skipped} if config.skips else {}
+                at.clipped = 0
+                on_first_rank(partial(log, run, row, time.perf_counter() - started))
+                for track in trackers:
+                    track((phase - 1) * config.iterations + at.iteration, row)
+            if at.iteration % config.sample_every == 0 or last:
+                save_samples(job, at, expert)
+            if at.iteration % config.checkpoint_every == 0:
+                run.save_checkpoint(asdict(at), state, config.keep_last, config.keep_every)
+            leave_if_asked(job, at, state)
+
+
+def end(job: Job, phase: int, expert: Learner) -> None:
+    """Writes the expert, averaged if it is; from now on it is frozen, and its fakes are gone."""
+    if expert.ema is not None:
+        expert.put(expert.ema)
+    tensors, header = job.system.roles.state(expert_role(phase)), expert_header(job.system.config, job.system, phase)
+    on_first_rank(lambda: job.run.save_expert(phase, tensors, header))
+    job.system.roles.freeze(expert_role(phase))
+    remove_fake(job.system)
+
+
+def score_matching(batch: Iterable[tuple[Draws, Condition]]) -> float:
+    """The fake learns the score of what the generator makes (Eq. 13; Eq. 4 where the phase ends at s = 0).
+
+    Adds up the gradients of a batch, micro-batch by micro-batch; returns its loss.
+    """
+    losses = []
+    for draws, condition in batch:
+        system, phase, present = draws.system, draws.key[1], draws.networks()
+        path = system.plan.path(phase, draws.exit_step(full=system.config.plan.fake_rollout == "full"))
+        with torch.no_grad():
+            x_s = system.roll(path, draws.noise("start"), condition, renoise=lambda i: draws.noise("renoise", i)).x
+        s, t = draws.times()
+        with system.roles.active(FAKE):
+            loss = score_matching_loss(
+                lambda x, t: system.fake(x, t, condition, present),
+                x_s, draws.noise("eps"), s, t, system.model.schedule, system.model.prediction,
+                TARGETS[system.config.objective.target],
+            ).mean() * draws.share  # fmt: skip
+            loss.backward()
+        losses.append(loss.detach())
+    return mean(torch.stack(losses).sum())
+
+
+def distribution_matching(batch: Iterable[tuple[Draws, Condition]]) -> float:
+    """The generator descends the difference of fake and teacher at the phase's end (Eq. 11; Eq. 9 at s = 0).
+
+    Adds up the gradients of a batch, micro-batch by micro-batch; returns its loss.
+    """
+    losses = []
+    for draws, condition in batch:
+        system, phase, present = draws.system, draws.key[1], draws.networks()
+        path = system.plan.path(phase, draws.exit_step(full=False))
+        exits = system.plan.steps(phase) if system.config.plan.gradient == "all" else (path[-1].step,)
+        with system.roles.active(expert_role(phase)):
+            end = system.roll(path, draws.noise("start"), condition, exits, lambda i: draws.noise("renoise", i))
+            s, t = draws.times()
+            loss = distribution_matching_loss(
+                end.x, draws.noise("eps"), s, t, system.model.schedule, system.model.prediction,
+                teacher=lambda x, t: system.teacher(x, t, condition, present),
+                fake=lambda x, t: system.fake(x, t, condition, present),
+                weighting=system.config.objective.weighting, x0_generator=end.x0.detach(),
+            ).mean() * draws.share  # fmt: skip
+            loss.backward()
+        losses.append(loss.detach())
+    return mean(torch.stack(losses).sum())
+
+
+def step(job: Job, learner: Learner, loss: float, at: Position, state: Mapping[str, Tensor]) -> float | None:
+    """The gradient's norm; None where the update was left out, as `skips` allows. Else what is not finite is an error,
+    once the networks and optimisers are kept as they were before it.
+    """
+    config = job.system.config
+    where = f"phase {at.phase}, iteration {at.iteration}"
+    try:
+        return learner.step(loss, where, (at.iteration, config.iterations))
+    except NonFiniteError as error:
+        learner.skip()
+        if at.skipped < config.skips:
+            at.skipped += 1
+            warnings.warn(f"{error}; left out, {at.skipped} of at most {config.skips} in this phase", stacklevel=2)
+            return None
+        try:
+            kept = f"the state before it is in {job.run.save_failure(asdict(at), state)}"
+        except UserError as problem:
+            kept = str(problem)
+        raise NonFiniteError(f"{error}; {kept}") from None
+
+
+def leave_if_asked(job: Job, at: Position, state: Mapping[str, Tensor]) -> None:
+    """Saves and raises Stopped after a signal."""
+    if number := job.signals.asked():
+        config = job.system.config
+        job.run.save_checkpoint(asdict(at), state, config.keep_last, config.keep_every)
+        where = f"phase {at.phase}, iteration {at.iteration}" + (f", update {at.update}" if at.update else "")
+        raise Stopped(number, f"{job.run.path}: stopped and saved at {where}; the same command goes on from there")
+
+
+def log(run: RunFolder, row: Mapping[str, Any], seconds: float) -> None:
+    run.log("metrics.jsonl", row)
+    run.log("timing.jsonl", {"phase": row["phase"], "iteration": row["iteration"], "seconds": seconds})
+
+
+def save_samples(job: Job, at: Position, expert: Learner) -> None:
+    with expert.averaged():
+        preview = preview_samples(job.system, job.codec, at.phase, job.conditions, job.weights)
+    name = f"phase-{at.phase}-iteration-{at.iteration:06d}.png"
+    on_first_rank(lambda: save_preview(job.run.path / "samples" / name, preview))
+
+
+def share_out(config: Config) -> list[list[range]]:
+    """The micro-batches of the batch over all processes; one that cannot be shared out is a UserError."""
+    try:
+        check_replicas(config.engine.replicas)
+        return shares(config.batch_size, config.engine.micro_batch)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def encode_prompts(config: Config, codec: Codec, prompts: Sequence[Prompt], folder: Path) -> Conditions | None:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from phased_dmd.config import Size, UserError, WanTeacher
-from phased_dmd.engine import device, normal
+from phased_dmd.engine.randomness import normal
+from phased_dmd.engine.world import device
 from phased_dmd.export.subject import Piece, Subject
 from phased_dmd.export.weights import lora_tensors
 from phased_dmd.models.qwen_image import PATCH, pack, unpack

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from phased_dmd.config import AnalyticTeacher
 from phased_dmd.diffusion import FlowSchedule, Prediction, Schedule, VESchedule, VPSchedule, coefficients, renoise_times
-from phased_dmd.engine import device, generator
+from phased_dmd.engine.randomness import generator
+from phased_dmd.engine.world import device
 from phased_dmd.models.protocol import Condition
 
 
@@ -112,6 +113,9 @@ class AnalyticModel:
             optimiser.step()
             decay.step()
         return student
+
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        return ()
 
     def batch(self, rows: Sequence[Condition]) -> Condition:
         return {}

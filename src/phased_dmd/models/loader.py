@@ -1,7 +1,7 @@
 """From a teacher's configuration to its model and codec: one line a model."""
 
 from phased_dmd.config import AnalyticTeacher, OwnTeacher, QwenImageTeacher, Teacher, UserError, WanTeacher
-from phased_dmd.engine import device
+from phased_dmd.engine.world import device
 from phased_dmd.models.protocol import Codec, VelocityModel
 
 

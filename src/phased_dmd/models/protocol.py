@@ -37,6 +37,10 @@ class VelocityModel(Protocol):
     @property
     def lora_targets(self) -> Sequence[str]: ...
 
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        """The repeated blocks of a network, or of a copy: what is sharded, recomputed and compiled one by one."""
+        ...
+
     def batch(self, rows: Sequence[Condition]) -> Condition:
         """Conditions as the codec encodes them, a dictionary a sample, as one of tensors [b, ...], padded as needed."""
         ...

@@ -49,11 +49,15 @@ class QwenImageModel:
             (vae["z_dim"], 1, size.height // stride, size.width // stride) for size in config.sizes
         ]
         self.guidance: Sequence[float] = guidance_of(config, 1)
-        network = source.load(QwenImageTransformer2DModel, "transformer", dtype=self.dtype).to(device)
+        network = source.network(QwenImageTransformer2DModel, "transformer", self.dtype, device)
         check_targets(network, config.lora_targets)
         self.networks: Sequence[nn.Module] = [network]
         self.students: Sequence[nn.Module] = self.networks
         self.switches: Sequence[float] = []
+
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        assert isinstance(network, QwenImageTransformer2DModel)
+        return list(network.transformer_blocks)
 
     def batch(self, rows: Sequence[Condition]) -> Condition:
         """text [b, tokens, d], zeros behind the shorter ones, and mask [b, tokens], true where there is text."""

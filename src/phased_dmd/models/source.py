@@ -14,6 +14,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from phased_dmd.config import PipelineTeacher, Size, UserError
+from phased_dmd.engine.world import rank, sharded
+from phased_dmd.models.architectures import skeleton
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = ("nano", "nano-moe", "nano-i2v")
@@ -71,6 +73,17 @@ class Source:
             part = kind.from_pretrained(self.part_folder(name), **options)  # type: ignore[attr-defined] every part has it
         return part.eval().requires_grad_(False) if isinstance(part, nn.Module) else part
 
+    def network(self, kind: type, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """A teacher's network on the device. Where it will be sharded: on the CPU, and of the first process alone.
+
+        What its class keeps in float32 is so in bfloat16 alone: float64 is float64 throughout.
+        """
+        if sharded() and rank() > 0:
+            network = skeleton(kind, self.config(kind, name), dtype)
+        else:
+            network = self.load(kind, name, dtype=dtype).to("cpu" if sharded() else device)
+        return network.double() if dtype == torch.float64 else network
+
     def config(self, kind: Any, name: str) -> dict[str, Any]:
         """A part's configuration alone."""
         return dict(kind.load_config(self.part_folder(name)))
@@ -104,7 +117,7 @@ def quiet() -> Iterator[None]:
 
 
 def dtype_of(teacher: PipelineTeacher) -> torch.dtype:
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[teacher.dtype]
+    return {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}[teacher.dtype]
 
 
 def encoder_dtype(teacher: PipelineTeacher, device: torch.device) -> torch.dtype:

@@ -64,12 +64,16 @@ class WanModel:
             )
         self.guidance: Sequence[float] = guidance_of(config, len(parts))
         self.networks: Sequence[nn.Module] = [
-            source.load(WanTransformer3DModel, name, dtype=self.dtype).to(device) for name in parts
+            source.network(WanTransformer3DModel, name, self.dtype, device) for name in parts
         ]
         self.students: Sequence[nn.Module] = self.networks
         self.switches: Sequence[float] = [] if switch is None else [switch]
         for network in self.networks:
             check_targets(network, config.lora_targets)
+
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        assert isinstance(network, WanTransformer3DModel)
+        return list(network.blocks)
 
     def batch(self, rows: Sequence[Condition]) -> Condition:
         """Wan pads the text with zeros, unmasked, to its full length."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from phased_dmd.checkpoint import write_atomically
 from phased_dmd.diffusion import FlowSchedule, renoise_times, times_like
-from phased_dmd.engine import generator
+from phased_dmd.engine.randomness import generator
 from phased_dmd.metrics.intervals import interval
 from phased_dmd.models.analytic import ExactMixture, TimeMLP
 from phased_dmd.objectives import Target, biased_target, score_matching_loss, subinterval_target

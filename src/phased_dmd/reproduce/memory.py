@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from phased_dmd.checkpoint import write_atomically
 from phased_dmd.config import Config
 from phased_dmd.draws import Draws
-from phased_dmd.engine import seed_of
+from phased_dmd.engine.randomness import seed_of
 from phased_dmd.experts import FAKE, expert_role
 from phased_dmd.objectives import distribution_matching_loss
 from phased_dmd.prompts import read_prompts

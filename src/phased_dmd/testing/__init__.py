@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from phased_dmd.config import nearest
 from phased_dmd.diffusion import check_start
-from phased_dmd.engine import device, normal
+from phased_dmd.engine.randomness import normal
+from phased_dmd.engine.world import device
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
 from phased_dmd.phases import PhasePlan
 from phased_dmd.testing.parts import Complaints, ModelError, Part, call, near, parts_of, tolerance_of
@@ -62,6 +63,7 @@ def _complaints(
             yield from _predict(model, part, shape, pair)
         if part.module in model.students:
             bare = part._replace(module=_bare_copy(part.module))
+            yield from _blocks(model, bare)
             yield from _targets(model, bare)
             yield from _gradient(model, bare, pair)
     if samples is None:
@@ -154,6 +156,14 @@ def _codec(codec: Codec, samples: Tensor | None) -> Complaints:
         yield f"codec.decode: {list(pixels.shape)}; must be [b, frames, height, width, 3]"
     if pixels.min() < -0.5 or pixels.max() > 1.5:  # a VAE overshoots
         yield f"codec.decode: pixels from {pixels.min():.2g} to {pixels.max():.2g}; must be in [0, 1]"
+
+
+def _blocks(model: VelocityModel, part: Part) -> Complaints:
+    """part: a copy, whose blocks must be its own."""
+    inside = {id(module) for module in part.module.modules() if module is not part.module}
+    for i, block in enumerate(model.blocks(part.module)):
+        if id(block) not in inside:
+            yield f"blocks: number {i} is not inside the network that was given, which may be a copy of networks[]"
 
 
 def _bare_copy(student: nn.Module) -> nn.Module:

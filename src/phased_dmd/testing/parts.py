@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from phased_dmd.engine import device
+from phased_dmd.engine.world import device
 from phased_dmd.models.protocol import Condition, VelocityModel
 
 Complaints = Iterator[str]  # what a check finds; it is left at the first, so that each may rely on those before it

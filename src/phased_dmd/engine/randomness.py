@@ -1,4 +1,4 @@
-"""Device and stateless randomness."""
+"""Stateless randomness: every draw is a function of its key, and of the sample's index."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -7,12 +7,6 @@ import torch
 from torch import Tensor
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
-
-
-def device() -> torch.device:
-    """The accelerator, if there is one that knows float64, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator if accelerator is not None and accelerator.type != "mps" else torch.device("cpu")
 
 
 def seed_of(*key: int | str) -> int:

@@ -1,0 +1,19 @@
+"""The run folder: its config, metrics, experts and checkpoints. What is there is there whole or not at all.
+
+- `files`: single files, written atomically; safetensors with a header.
+- `folders`: one checkpoint: staged, summed, committed by a rename; verified before it is read.
+- `lock`: one writer at a time.
+- `runfolder`: all of it, as one run.
+"""
+
+from phased_dmd.checkpoint.files import HEADER, load_tensors, partial_of, save_tensors, write_atomically
+from phased_dmd.checkpoint.runfolder import RunFolder
+
+__all__ = [
+    "HEADER",
+    "RunFolder",
+    "load_tensors",
+    "partial_of",
+    "save_tensors",
+    "write_atomically",
+]

@@ -1,0 +1,73 @@
+"""Single files: written beside their place and renamed into it, safetensors with a header, and no symlinks."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from phased_dmd.config import UserError
+
+HEADER = "phased_dmd"  # one key, so that the header's bytes do not depend on a hash's order
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file or folder is written before it takes its name; a kill may leave it behind."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def sync(path: Path) -> None:
+    """What a file holds, or the names a folder holds, is on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes beside the path, syncs, and renames over it; an OSError leaves nothing new behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
+    write_atomically(path, save(ordered, {HEADER: json.dumps(header, sort_keys=True)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the header of a file that `save_tensors` wrote; anything else is a UserError."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})[HEADER])
+        return load_file(path), header
+    except Exception as error:  # safetensors raises its own, OSError, KeyError, ValueError: all mean a bad file
+        raise UserError(f"{path}: not a file of this program, or damaged ({error})") from error
+
+
+def refuse_link(path: Path) -> None:
+    """A UserError for a symlink, which could lead out of the run."""
+    if path.is_symlink():
+        raise UserError(f"{path}: a symlink, which a run folder may not hold")
+
+
+def refuse_links(folder: Path) -> None:
+    """A UserError if the folder, which need not be there, or anything in it is a symlink."""
+    refuse_link(folder)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        refuse_link(path)

@@ -1,0 +1,234 @@
+"""One checkpoint: a folder of sharded safetensors that a manifest of sizes and sums makes whole.
+
+All ranks call these functions together. Everything is staged in a partial folder and synced; the manifest is written
+last; the rename of the folder is the commit. A folder that differs from its manifest in any byte is no checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Self
+
+import torch.distributed.checkpoint as dcp
+from pydantic import Field
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from phased_dmd.checkpoint.files import partial_of, refuse_links, sync
+from phased_dmd.config import Section, UserError
+from phased_dmd.engine.world import on_first_rank, rank, sharded, together, world_size
+
+MANIFEST = "manifest.json"
+
+
+class Damaged(UserError):
+    """A folder that is no whole checkpoint; names the file at fault."""
+
+
+class Point(NamedTuple):
+    """Where in a run a checkpoint stands: iterations done in the phase, and updates in the next one. Sorts by time."""
+
+    phase: int
+    iteration: int
+    update: int
+
+    @classmethod
+    def of(cls, at: Mapping[str, Any]) -> Self:
+        return cls(at["phase"], at["iteration"], at["update"])
+
+    @classmethod
+    def named(cls, name: str) -> Self | None:
+        """The point that a folder's name stands for, if it is one."""
+        numbers = re.fullmatch(r"phase-(\d+)-iteration-(\d+)-update-(\d+)", name, re.ASCII)
+        point = cls(*map(int, numbers.groups())) if numbers else None
+        return point if point and point.name == name else None
+
+    @property
+    def name(self) -> str:
+        return f"phase-{self.phase}-iteration-{self.iteration:06d}-update-{self.update}"
+
+    def __str__(self) -> str:
+        return f"phase {self.phase}, iteration {self.iteration}" + (f", update {self.update}" if self.update else "")
+
+
+class Sum(Section):
+    size: int = Field(ge=0)
+    blake2b: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))
+            return cls(size=file.tell(), blake2b=digest.hexdigest())
+
+
+class Manifest(Section):
+    """What a checkpoint holds: `at`, plain JSON that says where it stands, and the sum of every file."""
+
+    at: dict[str, Any]
+    files: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Sum]
+
+    def encode(self) -> bytes:
+        """The manifest as bytes, with a sum of its own."""
+        content = self.model_dump()
+        digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=32).hexdigest()
+        return json.dumps({**content, "blake2b": digest}, indent=1, sort_keys=True).encode()
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        data = path.read_bytes()
+        try:
+            content = json.loads(data.decode())
+            manifest = cls(at=content["at"], files=content["files"])
+            name = Point.of(manifest.at).name
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise Damaged(f"{path}: damaged") from error
+        if manifest.encode() != data:
+            raise Damaged(f"{path}: damaged")
+        if name != path.parent.name:
+            raise Damaged(f"{path}: of another checkpoint, {name}")
+        return manifest
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_folder(folder: Path, at: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Commits a checkpoint to `folder`, whose parent's parent must exist; raises OSError on every rank alike.
+
+    A whole checkpoint that is there already stands for the same point of the same run, and is left as it is.
+    """
+    fields, partial = json.loads(json.dumps(at)), partial_of(folder)
+    if on_first_rank(lambda: os.path.lexists(folder)):
+        try:
+            verify(folder)
+            return
+        except Damaged:
+            pass
+    try:
+        on_first_rank(lambda: _stage(partial))
+        with _plain_errors():
+            whole = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            dcp.save(whole, storage_writer=writer, no_dist=not sharded())
+        names = sorted({name for found in together(lambda: os.listdir(partial)) for name in found})
+        sums = together(lambda: {name: _synced(partial / name) for name in names[rank() :: world_size()]})
+        files = {name: entry for found in sums for name, entry in found.items()}
+        on_first_rank(lambda: _commit(folder, Manifest(at=fields, files=files)))
+    except BaseException:
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def remove(folder: Path) -> None:
+    """Takes the name away first: a folder that is half deleted is no checkpoint."""
+    partial = partial_of(folder)
+    os.rename(folder, partial)
+    shutil.rmtree(partial)
+
+
+def _stage(partial: Path) -> None:
+    """An empty folder to write to; what a kill left behind is removed."""
+    parent = partial.parent
+    refuse_links(parent)
+    if not parent.exists():
+        parent.mkdir()
+        sync(parent.parent)
+    for path in parent.glob(".*.partial"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    partial.mkdir()
+
+
+def _synced(path: Path) -> Sum:
+    sync(path)
+    return Sum.of(path)
+
+
+def _commit(folder: Path, manifest: Manifest) -> None:
+    partial = partial_of(folder)
+    with (partial / MANIFEST).open("xb") as file:
+        file.write(manifest.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    sync(partial)
+    damaged = partial.with_name(f".{folder.name}.damaged.partial")
+    if folder.exists():
+        os.rename(folder, damaged)
+    os.rename(partial, folder)
+    sync(folder.parent)
+    shutil.rmtree(damaged, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def check(folder: Path, summed: slice) -> dict[str, Any]:
+    """The `at` of a folder that holds exactly what its manifest says; Damaged otherwise. For one rank.
+
+    summed: which of the files, in the order of their names, are read and compared with their sums.
+    """
+    refuse_links(folder)
+    try:
+        manifest = Manifest.read(folder / MANIFEST)
+        names = {path.name for path in folder.iterdir()}
+        for name in sorted(names ^ {MANIFEST, *manifest.files}):
+            raise Damaged(f"{folder / name}: {'not of this checkpoint' if name in names else 'missing'}")
+        for name, entry in manifest.files.items():
+            if (size := (folder / name).stat().st_size) != entry.size:
+                raise Damaged(f"{folder / name}: damaged: {size} bytes of {entry.size}")
+        for name in sorted(manifest.files)[summed]:
+            if Sum.of(folder / name) != manifest.files[name]:
+                raise Damaged(f"{folder / name}: damaged")
+    except PermissionError as error:  # its owner can still read it: nothing to pass over
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    except OSError as error:
+        raise Damaged(f"{error.filename or folder}: cannot be read: {error.strerror}") from error
+    return manifest.at
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The `at` of a whole checkpoint, of which each rank read a share; Damaged on every rank otherwise."""
+    return together(lambda: check(folder, slice(rank(), None, world_size())))[0]
+
+
+def read_folder(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Copies a verified checkpoint into the tensors; a UserError, and they are as before, if it holds others."""
+    reader = HuggingFaceStorageReader(str(folder))
+    together(lambda: _compare(folder, reader, state))
+    with _plain_errors():
+        dcp.load(dict(state), storage_reader=reader, no_dist=not sharded())
+
+
+def _compare(folder: Path, reader: HuggingFaceStorageReader, state: Mapping[str, Tensor]) -> None:
+    stored = reader.read_metadata().state_dict_metadata
+    found = {
+        name: f"{entry.properties.dtype} {list(entry.size)}"
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    wanted = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in state.items()}
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            has, needs = found.get(name, "missing"), wanted.get(name, "none")
+            raise UserError(f"{folder}: a checkpoint of something else: {name} is {has}, where this run has {needs}")
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Around a call of `torch.distributed.checkpoint`: the error itself is raised, on every rank, an OSError first."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is enough
+            yield
+    except CheckpointException as wrapped:
+        errors = [error for error, _ in wrapped.failures.values()]
+        raise next((error for error in errors if isinstance(error, OSError)), errors[0]) from wrapped

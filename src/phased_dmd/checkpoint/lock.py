@@ -1,0 +1,60 @@
+"""One writer at a time: a lock that the kernel frees however its holder dies."""
+
+import errno
+import fcntl
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from phased_dmd.config import UserError
+
+UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems without locks answer
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive `flock` on the file, which names the holder; held by another process: UserError.
+
+    A folder that was made for the lock, and holds nothing else in the end, is removed again.
+    """
+    folder = path.parent
+    made = not folder.exists()
+    try:
+        descriptor = _take(path)
+    except OSError as error:
+        raise UserError(f"--output: {folder} cannot be written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if os.listdir(folder) == [path.name]:
+                path.unlink()
+                if made:
+                    folder.rmdir()
+        os.close(descriptor)
+
+
+def _take(path: Path) -> int:
+    """The descriptor of the locked file."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise UserError(f"--output: {path.parent} is being written by process {holder}".rstrip()) from error
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                os.close(descriptor)
+                raise
+            warnings.warn(f"{path.parent} cannot be locked: run no second process on it", stacklevel=2)
+        with suppress(FileNotFoundError):  # the former holder may have removed the file between our two calls
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+                return descriptor
+        os.close(descriptor)

@@ -1,0 +1,239 @@
+"""One run on disk: config, prompts, metrics, experts, checkpoints and failures."""
+
+import itertools
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from phased_dmd.checkpoint.files import partial_of, refuse_link, refuse_links, save_tensors, sync, write_atomically
+from phased_dmd.checkpoint.folders import Damaged, Point, check, read_folder, remove, verify, write_folder
+from phased_dmd.checkpoint.lock import locked
+from phased_dmd.config import Config, UserError
+from phased_dmd.engine.world import on_first_rank, rank
+from phased_dmd.overrides import build
+
+OTHERWISE = {"engine", "keep_last", "keep_every", "skips", "trackers"}  # fields in which the same run may differ
+
+
+def first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    """The dotted name of the first field in which two nested mappings differ."""
+    key = next(key for key in {**a, **b} if a.get(key) != b.get(key))
+    if isinstance(a.get(key), Mapping) and isinstance(b.get(key), Mapping):
+        return f"{key}.{first_difference(a[key], b[key])}"
+    return key
+
+
+class RunFolder:
+    """One run on disk. Of a group, all ranks call `locked`, `save_*` and `load_checkpoint` together; the rest is for
+    the first rank.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._damaged: set[Point] = set()  # checkpoints that were passed over
+
+    # ---------------------------------------------------------------- the run
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def lock_path(self) -> Path:
+        return self.path / ".lock"
+
+    def _beginnings(self) -> set[Path]:
+        """What a kill may leave before the config is written."""
+        prompts = self.path / "prompts.jsonl"
+        return {self.lock_path, prompts, partial_of(prompts), partial_of(self.config_path)}
+
+    def config(self) -> Config:
+        try:
+            return build(json.loads(self.config_path.read_text()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: not a run folder: config.json cannot be read ({error})") from error
+
+    def check(self, config: Config) -> None:
+        """A UserError where the folder cannot take this run. See OTHERWISE."""
+        if self.config_path.exists():
+            self._refuse_links()
+            mine, other = config.model_dump(exclude=OTHERWISE), self.config().model_dump(exclude=OTHERWISE)
+            if mine != other:
+                key = first_difference(other, mine)
+                raise UserError(f"--output: {self.path} holds another run of {other['recipe']}, which differs in {key}")
+        elif self.path.exists() and (not self.path.is_dir() or set(self.path.iterdir()) - self._beginnings()):
+            raise UserError(f"--output: {self.path} exists and is not a run folder")
+
+    def _refuse_links(self) -> None:
+        """A UserError if anything that a run reads again or appends to is a symlink; the run folder itself may be."""
+        for path in self.path.iterdir():
+            refuse_link(path)
+        refuse_links(self.path / "checkpoints")
+        refuse_links(self.path / "experts")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The only process, or group of them, that writes this run; UserError if another one does."""
+        with ExitStack() as stack:
+            on_first_rank(lambda: stack.enter_context(locked(self.lock_path)))
+            yield
+
+    def open(self, config: Config, prompts: Sequence[str]) -> None:
+        """Makes the folder with its config and prompts, lines of jsonl, or finds it holding the same run."""
+        self.check(config)
+        lines, path = "".join(f"{prompt}\n" for prompt in prompts).encode(), self.path / "prompts.jsonl"
+        try:
+            if path.exists() and path.read_bytes() != lines:
+                raise UserError(f"prompts: {config.prompts} is not what it was when {self.path} was begun")
+            write_atomically(path, lines)
+            if not self.config_path.exists():
+                write_atomically(self.config_path, (config.model_dump_json(indent=2) + "\n").encode())
+        except OSError as error:
+            raise UserError(f"--output: {self.path} cannot be written: {error.strerror}") from error
+
+    # ---------------------------------------------------------------- experts
+
+    def expert_path(self, phase: int) -> Path:
+        return self.path / "experts" / f"phase-{phase}.safetensors"
+
+    def finished(self, config: Config) -> bool:
+        return all(self.expert_path(phase).exists() for phase in range(1, config.plan.phases + 1))
+
+    def save_expert(self, phase: int, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+        """Writes a phase's expert, which ends the phase."""
+        path = self.expert_path(phase)
+        with self._writing(f"experts/{path.name}"):
+            path.parent.mkdir(exist_ok=True)  # in a run folder that vanished, nothing is begun again
+            save_tensors(path, tensors, header)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(
+        self, at: Mapping[str, Any], state: Mapping[str, Tensor], keep_last: int, keep_every: int | None
+    ) -> None:
+        """Commits a checkpoint, then removes old ones: all but the last `keep_last`, of all phases counted together,
+        and those at iterations that `keep_every` divides.
+
+        at: plain JSON with phase, iteration and update. state: tensors, sharded or not, the same names on all ranks.
+        """
+        point = Point.of(at)
+        with self._writing("checkpoints"):
+            on_first_rank(self._sync_metrics)
+            write_folder(self._folder(point), at, state)
+            self._damaged.discard(point)
+            on_first_rank(lambda: self._retire(point, keep_last, keep_every))
+
+    def load_checkpoint(self, phase: int, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Copies the newest whole checkpoint of the phase into the given tensors; its `at`, or None if there is none.
+
+        Damaged ones are passed over with a warning. One of other tensors is a UserError, and the state as before.
+        """
+        points = [point for point in on_first_rank(self._points) if point.phase == phase]
+        for point in reversed(points):
+            folder = self._folder(point)
+            try:
+                at = verify(folder)
+            except Damaged as error:
+                self._damaged.add(point)
+                _warn(f"{error}; {point} is passed over")
+                continue
+            read_folder(folder, state)
+            return at
+        if points:
+            _warn(f"{self.path / 'checkpoints'}: none of phase {phase} is whole; the phase starts again")
+        return None
+
+    def save_failure(self, at: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
+        """Writes what reproduces a failure, in the format of a checkpoint; the first of a point is kept for good."""
+        folder = self.path / "failures" / Point.of(at).name
+        with self._writing("failures"):
+            write_folder(folder, at, state)
+        return folder
+
+    def _folder(self, point: Point) -> Path:
+        return self.path / "checkpoints" / point.name
+
+    def _points(self) -> list[Point]:
+        """Of all folders that have a checkpoint's name, whole or not, oldest first."""
+        folder = self.path / "checkpoints"
+        refuse_links(folder)
+        paths = folder.iterdir() if folder.exists() else ()
+        return sorted(point for path in paths if (point := Point.named(path.name)))
+
+    def _retire(self, newest: Point, keep_last: int, keep_every: int | None) -> None:
+        """Removes what need not be kept, now that `newest` is whole; what lies beyond it was passed over, and stays
+        until the run gets there.
+        """
+        until = [point for point in self._points() if point <= newest]
+        whole = [point for point in until if point not in self._damaged]
+        every = {point for point in whole if keep_every and point.iteration % keep_every == 0 and not point.update}
+        for point in set(until) - set(whole[-keep_last:]) - every:
+            remove(self._folder(point))
+
+    # ---------------------------------------------------------------- faults
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """Turns an OSError into one line that says where the run goes on from."""
+        try:
+            yield
+        except OSError as error:
+            reason = f"{what}: cannot be written: {error.strerror or error}"
+            raise UserError(f"{reason}; {self.path} goes on from {self._resumes_from()} by the same command") from error
+
+    def _resumes_from(self) -> str:
+        """Where the next process begins, as far as names, sizes and manifests tell."""
+        try:
+            phase = next(phase for phase in itertools.count(1) if not self.expert_path(phase).exists())
+            for point in reversed(self._points()):
+                if point.phase == phase and point not in self._damaged:
+                    with suppress(UserError):
+                        check(self._folder(point), summed=slice(0))
+                        return str(point)
+        except OSError:
+            return "its last checkpoint"
+        return f"the start of phase {phase}"
+
+    # ---------------------------------------------------------------- metrics
+
+    def _rows(self) -> list[tuple[dict[str, Any], str]]:
+        """The rows of `metrics.jsonl` with their lines, without one that was cut short."""
+        path = self.path / "metrics.jsonl"
+        try:
+            text = path.read_text() if path.exists() else ""
+            lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+            return [(json.loads(line), line) for line in lines]
+        except ValueError as error:
+            raise UserError(f"{path}: damaged ({error})") from error
+
+    def rewind_metrics(self, phase: int, iteration: int) -> None:
+        """Drops the metrics that lie beyond (phase, iteration), and a line cut short."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            upto = [line for row, line in self._rows() if (row["phase"], row["iteration"]) <= (phase, iteration)]
+            with self._writing(path.name):
+                write_atomically(path, "".join(upto).encode())
+
+    def log(self, name: str, row: Mapping[str, Any]) -> None:
+        """Appends one JSON object to `metrics.jsonl` or `timing.jsonl`."""
+        with self._writing(name), (self.path / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return [row for row, _ in self._rows()]
+
+    def _sync_metrics(self) -> None:
+        """The metrics up to a checkpoint are on the disk before the checkpoint is."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            sync(path)
+
+
+def _warn(message: str) -> None:
+    if rank() == 0:
+        warnings.warn(message, stacklevel=3)

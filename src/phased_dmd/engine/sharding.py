@@ -1,0 +1,105 @@
+"""A network over many processes: FSDP2, blocks that are computed again in backward, blocks that are compiled.
+
+FSDP2 keeps a slice of each parameter in every process, a DTensor, and gathers the parameters of one group, a block or
+what stands around the blocks, while they are used. What is trained in a group has one dtype: adapters in float32
+stand in the group of their frozen bfloat16 block; a copy in float32 computes in the dtype of the network it copies.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from phased_dmd.config import Engine
+from phased_dmd.engine.world import device, mesh, on_first_rank, rank, sharded
+
+
+def outline(network: nn.Module) -> nn.Module:
+    """A copy whose parameters have no values: on the meta device. Buffers and other attributes are copied."""
+    shells = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in network.parameters()
+    }
+    return copy.deepcopy(network, shells)  # type: ignore[arg-type] what deepcopy finds here it takes for copied
+
+
+def spread(network: nn.Module, blocks: Sequence[nn.Module], engine: Engine, compute: torch.dtype | None = None) -> None:
+    """Makes a network ready to run: its parameters sharded, its blocks recomputed or compiled as asked.
+
+    Sharded parameters have the first process's values; an outline's are unset, for `fill` or `copy_values`. compute:
+    the dtype that the blocks' parameters are gathered in, their own if None.
+    """
+    if engine.activation_checkpointing:
+        for block in blocks:
+            _recompute(block)
+    has_values = on_first_rank(lambda: not any(p.is_meta for p in network.parameters()))
+    if sharded():
+        values = dict(network.named_parameters())
+        _shard(network, blocks, engine, compute)
+        if has_values:
+            fill(dict(network.named_parameters()), values)
+    elif not has_values:
+        _allocate(network, device(), dict(network.named_buffers()))
+    if engine.compile:
+        for block in blocks:
+            block.compile()
+
+
+def _shard(network: nn.Module, blocks: Sequence[nn.Module], engine: Engine, compute: torch.dtype | None) -> None:
+    buffers = dict(network.named_buffers())
+    network.to("meta")
+    offload = CPUOffloadPolicy() if engine.offload else OffloadPolicy()
+    for block in blocks:
+        policy = MixedPrecisionPolicy(
+            param_dtype=compute, reduce_dtype=torch.float32 if compute else None, cast_forward_inputs=False
+        )
+        fully_shard(block, mesh=mesh(engine.replicas), mp_policy=policy, offload_policy=offload)
+    # What stands around the blocks is let go after each call too: between calls every parameter is its shard.
+    fully_shard(network, mesh=mesh(engine.replicas), offload_policy=offload, reshard_after_forward=True)
+    _allocate(network, torch.device("cpu") if engine.offload else device(), buffers)
+
+
+def _allocate(network: nn.Module, where: torch.device, buffers: Mapping[str, Tensor]) -> None:
+    """Memory for parameters, unset; the buffers have these values, on the device that computes."""
+    network.to_empty(device=where)
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(owner), leaf, buffer.to(device()))
+
+
+def _recompute(block: nn.Module) -> None:
+    """Keeps only the block's inputs for backward; without gradient it runs as it is."""
+    forward = block.forward
+
+    def recomputed(*args: Any, **more: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **more)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **more)
+
+    block.forward = recomputed
+
+
+@torch.no_grad()
+def fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copies whole tensors into parameters by name; into sharded ones, those of the first process."""
+    for name, p in parameters.items():
+        if not isinstance(p, DTensor):
+            p.copy_(values[name])
+            continue
+        whole = torch.empty(p.shape, dtype=p.dtype, device=p.device_mesh.device_type)
+        if rank() == 0:
+            whole.copy_(values[name])
+        p.copy_(distribute_tensor(whole, p.device_mesh, p.placements))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of a tensor, gathered from its shards, on the CPU; a tensor without values (meta) itself."""
+    if tensor.is_meta:
+        return tensor
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().cpu().clone()

@@ -1,0 +1,95 @@
+"""What a plan warns of, and the cheapest change that makes it fit."""
+
+from collections.abc import Callable
+from typing import Any
+
+from phased_dmd.config import Config
+from phased_dmd.overrides import apply_overrides, build
+from phased_dmd.phases import PhasePlan
+
+NEAR = 1e-6  # of a time: what a pipeline's float32 grid may be off by
+OPTIONS: tuple[tuple[str, Any, str], ...] = (  # cheapest first
+    ("engine.micro_batch", 1, "more calls, each of one sample"),
+    ("engine.activation_checkpointing", True, "a forward more in every update"),
+    ("fake.optimiser.second_moment", "bfloat16", "rounded at random"),
+    ("fake.weights", "lora", "loses quality"),
+    ("engine.offload", True, "slow: weights cross to the host and back"),
+)
+FREE = OPTIONS[:2]  # what changes no result
+Fits = Callable[[Config, int], bool]
+
+
+def changed(config: Config, options: tuple[tuple[str, Any, str], ...]) -> Config:
+    """The config with some options set."""
+    return build(apply_overrides(config.model_dump(mode="json"), {key: value for key, value, _ in options}))
+
+
+def _is_set(config: Config, key: str, value: Any) -> bool:
+    node: Any = config.model_dump(mode="json")
+    for part in key.split("."):
+        node = node[part]
+    return node == value
+
+
+def cheapest(config: Config, gpus: int, fits: Fits) -> tuple[tuple[str, Any, str], ...] | None:
+    """The options to add until it fits, no dearer one than needed, and none that is not needed; None if none do."""
+    analytic = config.teacher.kind == "analytic"
+    open_ = [
+        option for option in OPTIONS
+        if not _is_set(config, *option[:2]) and not (analytic and option[0] == "fake.weights")
+    ]  # fmt: skip
+    for length in range(1, len(open_) + 1):
+        chosen = tuple(open_[:length])
+        if not fits(changed(config, chosen), gpus):
+            continue
+        for option in reversed(chosen[:-1]):
+            fewer = tuple(other for other in chosen if other is not option)
+            if fits(changed(config, fewer), gpus):
+                chosen = fewer
+        return chosen
+    return None
+
+
+def least_gpus(config: Config, gpus: int, fits: Fits) -> int | None:
+    """How many GPUs would do, with the options that change no result; they must share the batch equally."""
+    free, batch = changed(config, FREE), config.batch_size
+    candidates = (n for n in range(gpus + 1, batch + 1) if batch % n == 0 and n % config.engine.replicas == 0)
+    return next((n for n in candidates if fits(free, n)), None)
+
+
+def flags(options: tuple[tuple[str, Any, str], ...]) -> str:
+    """As they are typed."""
+    return " ".join(f"--set {key}={str(value).lower()}" for key, value, _ in options)
+
+
+def warnings(config: Config, plan: PhasePlan, gpus: int) -> list[str]:
+    """What is likely to be a mistake, though it can be run."""
+    return [*_batch(config, gpus), *_switches(plan)]
+
+
+def _batch(config: Config, gpus: int) -> list[str]:
+    if config.batch_size % gpus == 0:
+        return []
+    idle = f", {gpus - config.batch_size} of which have none" if config.batch_size < gpus else ""
+    return [
+        f"batch_size: {config.batch_size} samples cannot be shared equally by {gpus} GPUs{idle}: distill refuses them"
+    ]
+
+
+def _switches(plan: PhasePlan) -> list[str]:
+    """A teacher's switch against the grid and the phases."""
+    found = []
+    for switch in plan.switches:
+        if any(abs(time - switch) < NEAR for time in plan.times):
+            found.append(
+                f"plan.shift: the teacher's switch {switch:g} is a point of the grid, and rounding decides which "
+                "network runs the step from there, here and in a pipeline that runs the first at t >= switch"
+            )
+    served = {plan.expert(step).network for step in range(plan.num_steps)}
+    for network in range(len(plan.switches) + 1):
+        if network not in served:
+            found.append(f"plan.shift: no step starts in the range of network {network}, which is never distilled")
+    for phase in range(1, plan.num_phases + 1):
+        if len(plan.experts(phase)) > 1:
+            found.append(f"plan.phases: phase {phase} crosses the teacher's switch and trains an expert on either side")
+    return found

@@ -1,0 +1,83 @@
+"""Network calls and FLOPs of a run, from the plan: rollouts, fake updates, the guided teacher, backwards."""
+
+from dataclasses import dataclass
+from statistics import fmean
+
+from phased_dmd.config import Config, PipelineTeacher, QwenImageTeacher
+from phased_dmd.models.protocol import VelocityModel
+from phased_dmd.phases import PhasePlan
+from phased_dmd.plan.measure import measure
+
+TEXT_TOKENS = 192  # of a prompt, where it is not padded to the most tokens: about 140 words
+
+
+@dataclass(frozen=True)
+class Work:
+    """One iteration, on average over exits, a sample: calls of a network, and their cost in forwards with backwards."""
+
+    generator_calls: float
+    generator_forwards: float
+    fake_calls: float
+    fake_forwards: float
+
+    @property
+    def calls(self) -> float:
+        return self.generator_calls + self.fake_calls
+
+    @property
+    def forwards(self) -> float:
+        return self.generator_forwards + self.fake_forwards
+
+
+def trained_call(weights: str, checkpointing: bool) -> int:
+    """A forward with its backward, in forwards.
+
+    The backward costs one for the gradients of activations, and one more for those of weights, unless they are an
+    adapter's; checkpointing repeats the forward.
+    """
+    return 1 + (2 if weights == "full" else 1) + checkpointing
+
+
+def phase_work(config: Config, plan: PhasePlan, phase: int, guided: bool) -> Work:
+    """What one iteration of a phase asks of the networks, a sample.
+
+    guided: whether the teacher is called twice.
+    """
+    checkpointing = config.engine.activation_checkpointing
+    whole = float(len(plan.path(phase)))
+    exits = fmean(len(plan.path(phase, step)) for step in plan.steps(phase))
+    rollout = whole if config.plan.gradient == "all" else exits
+    recorded = len(plan.steps(phase)) if config.plan.gradient == "all" else 1
+    scores = 2 if not guided else 3  # the teacher and the fake
+    steps = recorded * trained_call(config.generator.weights, checkpointing)
+    before = whole if config.plan.fake_rollout == "full" else rollout
+    updates = config.fake.updates
+    return Work(
+        generator_calls=rollout + scores,
+        generator_forwards=rollout - recorded + steps + scores,
+        fake_calls=updates * (before + 1),
+        fake_forwards=updates * (before + trained_call(config.fake.weights, checkpointing)),
+    )
+
+
+def forward_flops(config: Config, model: VelocityModel) -> list[int]:
+    """FLOPs of one sample's forward in each resolution bucket."""
+    if isinstance(config.teacher, QwenImageTeacher):
+        text = {"max_tokens": min(TEXT_TOKENS, config.teacher.max_tokens)}
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update=text)})
+    known: dict[tuple[int, ...], int] = {}
+    for shape in model.sample_shapes:
+        turned = tuple(sorted(shape))  # a picture on its side costs the same
+        if turned not in known:
+            known[turned] = measure(config, model, model.students[0], shape, 1, None).flops
+    return [known[tuple(sorted(shape))] for shape in model.sample_shapes]
+
+
+def mean_flops(config: Config, flops: list[int]) -> float:
+    """Over the buckets, as often as each is drawn."""
+    weights = [size.weight for size in config.teacher.sizes] if isinstance(config.teacher, PipelineTeacher) else [1.0]
+    return sum(weight * cost for weight, cost in zip(weights, flops, strict=True)) / sum(weights)
+
+
+def hours(flops: float, gpus: int, tflops: float, utilisation: float) -> float:
+    return flops / (gpus * tflops * 1e12 * utilisation) / 3600
