@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from phased_dmd.phases import PhasePlan, renoise_range
 
@@ -28,6 +28,17 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; one of {', '.join(known)}"
 
 
+def _no_null(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a null character")
+    return text
+
+
+Count = Annotated[int, Field(gt=0, le=10**9)]
+Targets = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+Location = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_null)]  # a path, or a hub id
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
@@ -42,10 +53,10 @@ class AnalyticTeacher(Section):
     weights: tuple[float, ...] | None = None
     schedule: Literal["flow", "vp-cosine", "vp-linear", "ve"] = "flow"
     prediction: Literal["flow", "x0", "eps", "v"] = "flow"
-    hidden: int = Field(default=128, gt=0)
-    layers: int = Field(default=4, gt=0)
-    fit_steps: int = Field(default=2000, gt=0)
-    fit_batch: int = Field(default=512, gt=0)
+    hidden: int = Field(default=128, gt=0, le=2**16)
+    layers: int = Field(default=4, gt=0, le=1000)
+    fit_steps: Count = 2000
+    fit_batch: Count = 512
     fit_lr: float = Field(default=2e-3, gt=0)
 
     @model_validator(mode="after")
@@ -60,10 +71,12 @@ class AnalyticTeacher(Section):
 class Size(Section):
     """A resolution bucket, in pixels; the first of a teacher's is what previews and samples are made at."""
 
-    num_frames: int = Field(default=1, gt=0)
-    height: int = Field(default=32, gt=0)
-    width: int = Field(default=32, gt=0)
-    weight: float = Field(default=1.0, gt=0, description="the share of global batches, over the sum of the weights")
+    num_frames: int = Field(default=1, gt=0, le=2**16)
+    height: int = Field(default=32, gt=0, le=2**16)
+    width: int = Field(default=32, gt=0, le=2**16)
+    weight: float = Field(
+        default=1.0, gt=0, le=1e9, description="the share of global batches, over the sum of the weights"
+    )
 
     def __str__(self) -> str:
         return f"{self.num_frames}x{self.height}x{self.width}"
@@ -76,16 +89,19 @@ def _one_or_more(value: Any) -> Any:
 class PipelineTeacher(Section):
     """What a teacher from a diffusers pipeline's folder or hub id is told, whatever the model."""
 
-    path: str = "nano"
-    revision: str | None = Field(default=None, description="of a hub id: a commit, a tag or a branch")
+    path: Location = "nano"
+    revision: str | None = Field(
+        default=None, pattern=r"^\w[\w-]*([./][\w-]+)*$", max_length=200,
+        description="of a hub id: a commit, a tag or a branch",
+    )  # fmt: skip
     sizes: tuple[Size, ...] = Field(default=(Size(),), min_length=1)
     guidance: Annotated[tuple[Annotated[float, Field(ge=1)], ...], BeforeValidator(_one_or_more)] = Field(
         default=(4.0,), min_length=1,
         description="uncond + guidance * (cond - uncond); 1 is none; one for all networks, or one each, noisiest first",
     )  # fmt: skip
     negative_prompt: str = ""
-    max_tokens: int = Field(default=512, gt=0, description="of a prompt; what is beyond them is cut off")
-    base_steps: int = Field(default=40, gt=0, description="of the teacher's own sampler, in evaluations")
+    max_tokens: Count = Field(default=512, description="of a prompt; what is beyond them is cut off")
+    base_steps: Count = Field(default=40, description="of the teacher's own sampler, in evaluations")
     dtype: Literal["float64", "float32", "bfloat16"] = Field(default="float32", description="of the frozen networks")
 
 
@@ -97,14 +113,14 @@ class WanTeacher(PipelineTeacher):
         default=None,
         description="whether a first frame is given; by default as the pipeline's class says",
     )
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    lora_targets: Targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
 
 class QwenImageTeacher(PipelineTeacher):
     """A `QwenImagePipeline`."""
 
     kind: Literal["qwen-image"] = "qwen-image"
-    lora_targets: tuple[str, ...] = (
+    lora_targets: Targets = (
         "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out",
         "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
     )  # fmt: skip
@@ -116,8 +132,8 @@ class OwnTeacher(Section):
     kind: Literal["own"] = "own"
     name: str
     negative_prompt: str = ""
-    base_steps: int = Field(default=40, gt=0)
-    weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+    base_steps: Count = 40
+    weights: tuple[Annotated[float, Field(gt=0, le=1e9)], ...] = Field(
         default=(1.0,), min_length=1, description="of the model's sample_shapes, as in a Size"
     )
 
@@ -128,9 +144,9 @@ Teacher = AnalyticTeacher | WanTeacher | QwenImageTeacher | OwnTeacher
 class Plan(Section):
     """The few-step grid and its phases (Sec. 2.2, 2.3)."""
 
-    steps: int = Field(default=4, gt=0)
-    phases: int = Field(default=2, gt=0)
-    shift: float = Field(default=5.0, gt=0)
+    steps: int = Field(default=4, gt=0, le=1000)
+    phases: int = Field(default=2, gt=0, le=1000)
+    shift: float = Field(default=5.0, ge=1e-3, le=1e3)
     start: float = Field(default=1.0, gt=0, le=1, description="t_0")
     gradient: Literal["all", "last"] = Field(
         default="last", description="through all of a phase's steps, or the exit (SGTS)"
@@ -171,7 +187,7 @@ class Optimiser(Section):
 
 
 class Lora(Section):
-    rank: int = Field(default=64, gt=0)
+    rank: int = Field(default=64, gt=0, le=2**14)
     alpha: float = Field(default=8.0, gt=0)
 
 
@@ -190,17 +206,20 @@ class Fake(Section):
     weights: Literal["lora", "full"] = "full"
     lora: Lora = Lora()
     optimiser: Optimiser = Optimiser(lr=4e-7)
-    updates: int = Field(default=5, gt=0, description="before each update of the generator")
+    updates: Count = Field(default=5, description="before each update of the generator")
 
 
 class Engine(Section):
     """How a run is spread over processes and memory. A run may go on with another engine: only rounding changes."""
 
-    micro_batch: int | None = Field(
-        default=None, gt=0, description="the most samples in a network call; a process with more adds up gradients"
+    micro_batch: Count | None = Field(
+        default=None, description="the most samples in a network call; a process with more adds up gradients"
     )
-    replicas: int = Field(
-        default=1, gt=0, description="groups of processes that each hold all of the weights (HSDP); 1 shards over all"
+    replicas: Count = Field(
+        default=1, description="groups of processes that each hold all of the weights (HSDP); 1 shards over all"
+    )
+    sequence_parallel: int = Field(
+        default=1, gt=0, description="processes that share each sample (Ulysses); Wan only, for clips that are too long"
     )
     activation_checkpointing: bool = Field(
         default=False, description="keep only the inputs of the repeated blocks, and compute the rest again"
@@ -212,26 +231,34 @@ class Engine(Section):
 class Config(Section):
     """A whole run. `recipes.py` holds functions that return one."""
 
-    recipe: str
+    recipe: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$", max_length=100, description="a name; the run's folder has it too"
+    )
     teacher: Annotated[Teacher, Field(discriminator="kind")]
     plan: Plan = Plan()
     renoise: Renoise = Renoise()
     objective: Objective = Objective()
     generator: Generator = Generator()
     fake: Fake = Fake()
-    prompts: str | None = Field(default=None, description="a shipped set's name, or a txt, jsonl, csv or parquet file")
-    init_experts: str | None = Field(default=None, description="a run whose experts these start from, step by step")
-    iterations: int = Field(default=400, gt=0, description="generator updates a phase")
-    batch_size: int = Field(default=64, gt=0)
-    seed: int = Field(default=0, ge=0)
-    log_every: int = Field(default=10, gt=0)
-    checkpoint_every: int = Field(default=100, gt=0)
-    keep_last: int = Field(default=2, gt=0, description="checkpoints; older ones are removed")
-    keep_every: int | None = Field(default=None, gt=0, description="iterations whose checkpoints are kept for good")
-    skips: int = Field(default=0, ge=0, description="updates with a loss or gradient that is not finite to leave out")
+    prompts: Location | None = Field(
+        default=None, description="a shipped set's name, or a txt, jsonl, csv or parquet file"
+    )
+    init_experts: Location | None = Field(
+        default=None, description="a run whose experts these start from, step by step"
+    )
+    iterations: Count = Field(default=400, description="generator updates a phase")
+    batch_size: Count = 64
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    log_every: Count = 10
+    checkpoint_every: Count = 100
+    keep_last: Count = Field(default=2, description="checkpoints; older ones are removed")
+    keep_every: Count | None = Field(default=None, description="iterations whose checkpoints are kept for good")
+    skips: int = Field(
+        default=0, ge=0, le=10**9, description="updates with a loss or gradient that is not finite to leave out"
+    )
     engine: Engine = Engine()
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    sample_every: int = Field(default=100, gt=0)
+    sample_every: Count = 100
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -35,7 +35,8 @@ class Draws:
     @property
     def share(self) -> float:
         """The share of this process's batch that the samples are."""
-        return len(self.samples) * world_size() / self.system.config.batch_size
+        config = self.system.config
+        return len(self.samples) * world_size() / (config.batch_size * config.engine.sequence_parallel)
 
     @cached_property
     def bucket(self) -> int:

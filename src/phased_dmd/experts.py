@@ -26,6 +26,7 @@ from phased_dmd.engine.randomness import seed_of
 from phased_dmd.engine.sharding import fill, outline, spread, whole
 from phased_dmd.engine.world import sharded
 from phased_dmd.models.protocol import Condition, VelocityModel, rows
+from phased_dmd.models.sequence import split_sequences
 
 TEACHER, FAKE = "teacher", "fake"
 
@@ -52,7 +53,12 @@ class Roles:
         """Spreads the networks over the processes, with the adapters that they carry by then: none can follow."""
         self._engine = engine
         for network in {id(network): network for network in (*self.model.networks, *self.model.students)}.values():
-            spread(network, self.model.blocks(network), engine)
+            self._spread(network)
+
+    def _spread(self, network: nn.Module, compute: torch.dtype | None = None) -> None:
+        if self._engine.sequence_parallel > 1:
+            split_sequences(network, self.model.sample_shapes, self._engine.sequence_parallel)
+        spread(network, self.model.blocks(network), self._engine, compute)
 
     def has(self, role: str) -> bool:
         return any(key[0] == role for key in (*self._adapters, *self._copies))
@@ -74,7 +80,7 @@ class Roles:
         trained = functools.reduce(torch.promote_types, dtypes, torch.float32)
         for p in made.parameters():
             p.data = p.data.to(trained)
-        spread(made, self.model.blocks(made), self._engine, torch.bfloat16 if torch.bfloat16 in dtypes else None)
+        self._spread(made, torch.bfloat16 if torch.bfloat16 in dtypes else None)
         base = {name.replace(".base_layer", ""): p for name, p in self.model.students[network].named_parameters()}
         with torch.no_grad():
             for name, p in made.named_parameters():

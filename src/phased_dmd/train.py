@@ -18,7 +18,7 @@ from phased_dmd.conditions import Conditions, fitting
 from phased_dmd.config import Config, Stopped, UserError
 from phased_dmd.draws import Draws, bucket_weights
 from phased_dmd.engine.signals import Signals
-from phased_dmd.engine.world import check_replicas, first_then_rest, mean, on_first_rank, processes, rank, shares
+from phased_dmd.engine.world import check, first_then_rest, mean, on_first_rank, processes, rank, shares
 from phased_dmd.experts import FAKE, expert_role
 from phased_dmd.media import save_preview
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
@@ -55,15 +55,20 @@ def prepare(config: Config, own: Own | None = None, strict: bool = False) -> tup
     check_trackers(config.trackers)
     prompts = read_prompts(config.prompts) if config.prompts is not None else []
     model, codec = load_teacher(config, own)
+    for phase in range(1, config.plan.phases + 1) if config.init_experts else ():
+        initial_expert(config, model, phase)
+    check_prompts(codec, prompts, strict)
+    return model, codec, prompts
+
+
+def check_prompts(codec: Codec, prompts: Sequence[Prompt], strict: bool) -> None:
+    """A UserError where a first frame is missing or does not fit; for the rest see `prepare`."""
     fitting(codec, prompts)
     if cut := codec.too_long([prompt.text for prompt in prompts]):
         message = f"prompts: {cut} of {len(prompts)} are longer than the text encoder takes, and are cut off"
         if strict:
             raise UserError(message)
         warnings.warn(message, stacklevel=2)
-    for phase in range(1, config.plan.phases + 1) if config.init_experts else ():
-        initial_expert(config, model, phase)
-    return model, codec, prompts
 
 
 def initial_expert(config: Config, model: VelocityModel, phase: int) -> dict[str, Tensor]:
@@ -129,9 +134,10 @@ def distill(
         run.check(config)
         if on_first_rank(lambda: run.finished(config)):
             return run.path
-        micro_batches = share_out(config)
+        check(config.engine)
+        micro_batches = shares(config.batch_size, config.engine)
         model, codec, prompts = prepare(config, own, strict)
-        with run.locked(), Signals() as signals:
+        with Signals() as signals, run.locked():
             on_first_rank(lambda: run.open(config, [prompt.line() for prompt in prompts]))
             with first_then_rest():
                 conditions = encode_prompts(config, codec, prompts, cache or run.path / "conditions")
@@ -224,6 +230,7 @@ def score_matching(batch: Iterable[tuple[Draws, Condition]]) -> float:
     """
     losses = []
     for draws, condition in batch:
+        ways = draws.system.config.engine.sequence_parallel  # each process of a sample has a part of its gradient
         system, phase, present = draws.system, draws.key[1], draws.networks()
         path = system.plan.path(phase, draws.exit_step(full=system.config.plan.fake_rollout == "full"))
         with torch.no_grad():
@@ -235,7 +242,7 @@ def score_matching(batch: Iterable[tuple[Draws, Condition]]) -> float:
                 x_s, draws.noise("eps"), s, t, system.model.schedule, system.model.prediction,
                 TARGETS[system.config.objective.target],
             ).mean() * draws.share  # fmt: skip
-            loss.backward()
+            (loss * ways).backward()
         losses.append(loss.detach())
     return mean(torch.stack(losses).sum())
 
@@ -247,6 +254,7 @@ def distribution_matching(batch: Iterable[tuple[Draws, Condition]]) -> float:
     """
     losses = []
     for draws, condition in batch:
+        ways = draws.system.config.engine.sequence_parallel  # each process of a sample has a part of its gradient
         system, phase, present = draws.system, draws.key[1], draws.networks()
         path = system.plan.path(phase, draws.exit_step(full=False))
         exits = system.plan.steps(phase) if system.config.plan.gradient == "all" else (path[-1].step,)
@@ -259,7 +267,7 @@ def distribution_matching(batch: Iterable[tuple[Draws, Condition]]) -> float:
                 fake=lambda x, t: system.fake(x, t, condition, present),
                 weighting=system.config.objective.weighting, x0_generator=end.x0.detach(),
             ).mean() * draws.share  # fmt: skip
-            loss.backward()
+            (loss * ways).backward()
         losses.append(loss.detach())
     return mean(torch.stack(losses).sum())
 
@@ -303,16 +311,7 @@ def save_samples(job: Job, at: Position, expert: Learner) -> None:
     with expert.averaged():
         preview = preview_samples(job.system, job.codec, at.phase, job.conditions, job.weights)
     name = f"phase-{at.phase}-iteration-{at.iteration:06d}.png"
-    on_first_rank(lambda: save_preview(job.run.path / "samples" / name, preview))
-
-
-def share_out(config: Config) -> list[list[range]]:
-    """The micro-batches of the batch over all processes; one that cannot be shared out is a UserError."""
-    try:
-        check_replicas(config.engine.replicas)
-        return shares(config.batch_size, config.engine.micro_batch)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    on_first_rank(lambda: job.run.save_samples(name, lambda path: save_preview(path, preview)))
 
 
 def encode_prompts(config: Config, codec: Codec, prompts: Sequence[Prompt], folder: Path) -> Conditions | None:

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from phased_dmd.config import Engine
 from phased_dmd.engine.world import device, mesh, on_first_rank, rank, sharded
 
+VARIANTS = 64  # of a compiled block: a shape each, with and without gradient, with each adapter and without
+
 
 def outline(network: nn.Module) -> nn.Module:
     """A copy whose parameters have no values: on the meta device. Buffers and other attributes are copied."""
@@ -46,6 +48,7 @@ def spread(network: nn.Module, blocks: Sequence[nn.Module], engine: Engine, comp
     elif not has_values:
         _allocate(network, device(), dict(network.named_buffers()))
     if engine.compile:
+        torch._dynamo.config.recompile_limit = VARIANTS
         for block in blocks:
             block.compile()
 
@@ -53,7 +56,7 @@ def spread(network: nn.Module, blocks: Sequence[nn.Module], engine: Engine, comp
 def _shard(network: nn.Module, blocks: Sequence[nn.Module], engine: Engine, compute: torch.dtype | None) -> None:
     buffers = dict(network.named_buffers())
     network.to("meta")
-    offload = CPUOffloadPolicy() if engine.offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=device().type != "cpu") if engine.offload else OffloadPolicy()
     for block in blocks:
         policy = MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=torch.float32 if compute else None, cast_forward_inputs=False

@@ -1,6 +1,7 @@
 """The device, and the processes that torchrun started: alone, one process is its own world."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from phased_dmd.config import UserError
+from phased_dmd.config import Engine, UserError
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # for another process: the first one may be encoding prompts
@@ -32,7 +33,7 @@ def processes(alone: bool = False) -> Iterator[None]:
         yield
         return
     kind = device().type
-    backend = "cpu:gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+    backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
     if started:
         if kind != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
@@ -40,9 +41,14 @@ def processes(alone: bool = False) -> Iterator[None]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message=r"FSDP2-wrapped module .* returned a view tensor"
+            )  # never written to
+            yield
     finally:
         mesh.cache_clear()
+        sequence_mesh.cache_clear()
         dist.destroy_process_group()
 
 
@@ -67,10 +73,18 @@ def mesh(replicas: int) -> DeviceMesh:
     return init_device_mesh(device().type, (replicas, world_size() // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-def check_replicas(replicas: int) -> None:
-    """A ValueError where the processes cannot form that many equal groups."""
-    if world_size() % replicas:
-        raise ValueError(f"engine.replicas: {world_size()} processes do not make {replicas} equal groups")
+@cache
+def sequence_mesh(ways: int) -> DeviceMesh:
+    """Groups of `ways` neighbouring processes, as diffusers names their dimensions."""
+    shape = (world_size() // ways, 1, ways)
+    return init_device_mesh(device().type, shape, mesh_dim_names=("batch", "ring", "ulysses"))
+
+
+def check(engine: Engine) -> None:
+    """A UserError where the processes cannot form the groups that are asked for."""
+    for name, size in (("replicas", engine.replicas), ("sequence_parallel", engine.sequence_parallel)):
+        if world_size() % size:
+            raise UserError(f"engine.{name}: {world_size()} processes cannot be grouped by {size}")
 
 
 @contextmanager
@@ -101,17 +115,19 @@ def most(number: int) -> int:
     return int(found)
 
 
-def shares(batch: int, most: int | None) -> list[list[range]]:
-    """A global batch in micro-batches of at most `most` samples a process: for each the samples of every process.
+def shares(batch: int, engine: Engine) -> list[list[range]]:
+    """A global batch in micro-batches: for each the samples of every process; a UserError where it cannot be shared.
 
-    The batch must be a multiple of the number of processes; a process's samples are neighbours.
+    A process's samples are neighbours; those that share sequences have the same.
     """
-    own, (count, rest) = batch // world_size(), divmod(batch, world_size())
-    if rest or not count:
-        raise ValueError(f"batch_size: {batch} samples cannot be shared by {world_size()} processes")
-    size = min(most or own, own)
+    groups = world_size() // engine.sequence_parallel
+    own, rest = divmod(batch, groups)
+    if rest or not own:
+        raise UserError(f"batch_size: {batch} samples cannot be shared by {groups} processes or groups of them")
+    size = min(engine.micro_batch or own, own)
+    owners = [process // engine.sequence_parallel for process in range(world_size())]
     return [
-        [range(r * own + start, r * own + min(start + size, own)) for r in range(world_size())]
+        [range(group * own + start, group * own + min(start + size, own)) for group in owners]
         for start in range(0, own, size)
     ]
 

@@ -13,6 +13,7 @@ from phased_dmd.checkpoint import write_atomically
 from phased_dmd.config import Config
 from phased_dmd.draws import Draws
 from phased_dmd.engine.randomness import seed_of
+from phased_dmd.engine.world import shares
 from phased_dmd.experts import FAKE, expert_role
 from phased_dmd.objectives import distribution_matching_loss
 from phased_dmd.prompts import read_prompts
@@ -58,7 +59,7 @@ def update_bytes(config: Config) -> list[int]:
         role = expert_role(phase)
         add_expert(system, phase, trainable=True)
         roles.add(FAKE, plan.fakes(phase), None, seed=seed_of(config.seed, phase))
-        draws = Draws(system, (config.seed, phase, 0, 0), range(config.batch_size), [1.0])
+        draws = Draws(system, (config.seed, phase, 0, 0), shares(config.batch_size, config.engine)[0], [1.0])
         path = plan.path(phase, draws.exit_step(full=False))
         exits = plan.steps(phase) if config.plan.gradient == "all" else (path[-1].step,)
         shared = [p for network in (*model.networks, *model.students) for p in network.parameters()]

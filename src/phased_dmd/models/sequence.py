@@ -1,0 +1,29 @@
+"""One sample in several processes: Ulysses, through the context-parallel hooks of diffusers."""
+
+import math
+from collections.abc import Sequence
+
+from diffusers import ContextParallelConfig, WanTransformer3DModel
+from torch import nn
+
+from phased_dmd.config import UserError
+from phased_dmd.engine.world import sequence_mesh
+from phased_dmd.models.source import quiet
+
+
+def split_sequences(network: nn.Module, shapes: Sequence[tuple[int, ...]], ways: int) -> None:
+    """Makes `ways` neighbouring processes, which are given the same samples, share the work of each.
+
+    Every one of them has the whole output, and gradients that add up to those of one process. A UserError where a
+    length cannot be divided: there the hooks have no backward. shapes: of the latents.
+    """
+    if not isinstance(network, WanTransformer3DModel):
+        raise UserError("engine.sequence_parallel: only Wan's transformers are known to train with it")
+    heads, patch = network.config["num_attention_heads"], math.prod(network.config["patch_size"])
+    if heads % ways:
+        raise UserError(f"engine.sequence_parallel: {heads} attention heads cannot be shared by {ways} processes")
+    for i, shape in enumerate(shapes):
+        if (tokens := math.prod(shape[1:]) // patch) % ways:
+            raise UserError(f"teacher.sizes.{i}: {tokens} tokens cannot be shared by {ways} processes")
+    with quiet():  # of the feature's being experimental: tests/test_distributed.py holds its gradients to one process's
+        network.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ways, mesh=sequence_mesh(ways)))
