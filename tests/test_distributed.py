@@ -52,8 +52,10 @@ def tiny_wan22(folder: Path, **changes: Any) -> Config:
 
 
 def nano(**overrides: Any) -> Config:
-    quick = {"batch_size": 4, "iterations": NANO_ITERATIONS, "log_every": 1, "checkpoint_every": NANO_ITERATIONS, "sample_every": 1000,
-             "plan.phases": 2, "fake.updates": 2, "teacher.dtype": "float64"}  # fmt: skip
+    quick = {
+        "batch_size": 4, "iterations": NANO_ITERATIONS, "log_every": 1, "checkpoint_every": NANO_ITERATIONS,
+        "sample_every": 1000, "plan.phases": 2, "fake.updates": 2, "teacher.dtype": "float64",
+    }  # fmt: skip
     return resolve("nano-t2i", quick | overrides)
 
 
