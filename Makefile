@@ -11,7 +11,7 @@ space := $(subst ,, )
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check check-report reproduce clean
+.PHONY: help demo test chaos check check-report reproduce clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ demo: .venv/.stamp-run ## Distil the embedded teacher in runs/demo, evaluate it,
 test: .venv/.stamp-dev ## Run the tests; the pure mathematics must be covered to 95 %
 	$(BIN)/pytest --jaxtyping-packages=$(subst $(space),$(comma),$(PURE:%=phased_dmd.%)),beartype.beartype \
 		$(PURE:%=--cov=phased_dmd.%) --cov-report=term-missing --cov-fail-under=95
+
+chaos: .venv/.stamp-dev ## Kill and stop runs at 70 random moments, resume them, compare them with uninterrupted ones
+	$(BIN)/python scripts/chaos.py
 
 check: .venv/.stamp-dev ## Lint, formatting, types, and the order of the layers
 	$(BIN)/ruff check

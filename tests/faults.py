@@ -1,11 +1,16 @@
-"""Faults to test with: processes that die at the n-th step on the disk, groups of processes, disks that are full."""
+"""Faults to test with: commands that are killed, processes that die at the n-th step on the disk, groups of processes,
+folders that may not be written, and disks that are full.
+"""
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +23,9 @@ STEPS = {"open": 0, "os.mkdir": 2, "os.rename": 2, "os.remove": 1, "os.rmdir": 1
 
 
 def start(action: Callable[[], Any], seconds: int = 60) -> int:
-    """Forks a process that runs the action and ends with status 0, or 1 after an exception; its number."""
+    """Forks a process that runs the action and ends with status 0, that of a SystemExit, or 1 after another exception;
+    its number.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
@@ -28,6 +35,8 @@ def start(action: Callable[[], Any], seconds: int = 60) -> int:
             signal.alarm(seconds)
             action()
             status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -46,17 +55,48 @@ def forked(action: Callable[[], Any], seconds: int = 60) -> int:
     return end(start(action, seconds))
 
 
+def command(said: Path, *arguments: str) -> None:
+    """In a forked process: the command line `phased-dmd ...` as in a process of its own; its stderr goes to a file."""
+    from phased_dmd.cli import main
+
+    for descriptor, path in ((1, os.devnull), (2, said)):
+        with open(path, "w") as file:
+            os.dup2(file.fileno(), descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
+    warnings.resetwarnings()  # pytest's, and where it keeps them
+    warnings.showwarning = lambda *about: sys.stderr.write(warnings.formatwarning(*about[:4])) and None
+    sys.argv = ["phased-dmd", *arguments]
+    main()
+
+
+def slow_disk(seconds: float = 0.02) -> None:
+    """In a forked process: syncing takes its time, so that a kill at a random moment falls into it."""
+    fsync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(seconds)
+        fsync(descriptor)
+
+    os.fsync = slow
+
+
+def obey_permissions() -> None:
+    """In a forked process: it may not write what its permissions forbid, even if root runs it."""
+    if os.geteuid() == 0:
+        header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        libc = ctypes.CDLL(None)
+        assert libc.capget(header, sets) == 0
+        sets[0] &= ~(1 << 1 | 1 << 2)  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, of those in effect
+        assert libc.capset(header, sets) == 0
+
+
 def die_at(step: int, folder: Path, torn: bool = False) -> None:
     """In a forked process: it dies just before its `step`-th (from 0) opening, making, renaming, removing or syncing
-    of anything under the folder. torn: the machine with it, and files not synced since keep half of their bytes.
+    of anything under the folder. torn: the machine with it, and files keep half of the bytes not synced since.
     """
     count, root, fsync = 0, Path(os.path.realpath(folder)), os.fsync
 
-    def state(path: Path | int) -> tuple[int, int]:
-        found = os.stat(path)
-        return found.st_ino, found.st_size
-
-    synced = {state(path) for path in root.rglob("*")}
+    synced = {path.stat().st_ino: path.stat().st_size for path in root.rglob("*")}
 
     def reached(path: str) -> None:
         nonlocal count
@@ -65,8 +105,9 @@ def die_at(step: int, folder: Path, torn: bool = False) -> None:
         count += 1
         if count <= step:
             return
-        for file in [file for file in root.rglob("*") if torn and file.is_file() and state(file) not in synced]:
-            os.truncate(file, file.stat().st_size // 2)
+        for file in [file for file in root.rglob("*") if torn and file.is_file()]:
+            size = file.stat().st_size
+            os.truncate(file, (min(size, synced.get(file.stat().st_ino, 0)) + size) // 2)
         os._exit(KILLED)
 
     def hook(event: str, args: tuple) -> None:
@@ -76,7 +117,7 @@ def die_at(step: int, folder: Path, torn: bool = False) -> None:
 
     def counted(descriptor: int) -> None:
         reached(f"/proc/self/fd/{descriptor}")
-        synced.add(state(descriptor))
+        synced[os.stat(descriptor).st_ino] = os.stat(descriptor).st_size
         fsync(descriptor)
 
     os.fsync = counted

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pipelines
 import pytest
 import torch
@@ -23,10 +24,12 @@ from phased_dmd.experts import FAKE, Roles, expert_role
 from phased_dmd.models.architectures import architecture, skeleton
 from phased_dmd.models.loader import load_model
 from phased_dmd.models.protocol import VelocityModel
+from phased_dmd.models.quantise import quantise
 from phased_dmd.optim import Learner
 from phased_dmd.plan import advice, needs
 from phased_dmd.plan.bare import bare_model, text_width
 from phased_dmd.plan.measure import measure
+from phased_dmd.plan.memory import describe, measured
 from phased_dmd.plan.work import forward_flops, phase_work
 from phased_dmd.recipes import RECIPES, resolve
 
@@ -333,6 +336,35 @@ def test_bfloat16_moments_shards_replicas_and_offload_change_what_they_should(fo
     assert away.gpu == four.gpu - away.host
     with pytest.raises(UserError, match="engine.replicas: 3 GPUs cannot be split into 2"):
         needs(config.model_copy(update={"engine": Engine(replicas=2)}), 3, 80)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_base_weighs_what_bitsandbytes_stores(kind: Any, folders: dict[str, Path]) -> None:
+    """Within 1 %: nf4 has a scale of 8 bits for every 64 weights; int8's float32 scale a row is not counted."""
+    config = tiny(folders, "wan21_t2v", fake=Fake(weights="lora", lora=Lora(rank=4, alpha=4)))
+    teacher = config.teacher.model_copy(update={"quantise": kind})
+    model, bare = load_model(config.teacher, 0)[0], bare_model(config)
+    network = model.networks[0]
+    quantise(model.blocks(network), kind, torch.float32)
+    stored = sum(nbytes(p) for p in network.parameters())
+    for layer in network.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            stored += nbytes(layer.weight.quant_state.absmax)
+    planned = describe(config.model_copy(update={"teacher": teacher}), bare, 0, measured(config, bare)).bytes
+    assert planned == pytest.approx(stored, rel=0.01)
+    assert planned < 0.8 * describe(config, bare, 0, measured(config, bare)).bytes
+
+
+def test_processes_that_share_samples_have_a_share_of_the_activations() -> None:
+    """16 GPUs in pairs hold 8 samples' activations, half a sample's each; the states are in 16 shards as before."""
+    alone, pairs = (
+        needs(resolve("wan21-t2v-1.3b", {"batch_size": 8, "engine.sequence_parallel": ways}), gpus, 80)
+        for ways, gpus in ((1, 8), (2, 16))
+    )
+    for one, two in zip(alone.phases, pairs.phases, strict=True):
+        assert two.memory.activations == one.memory.activations // 2
+        assert two.memory.weights == pytest.approx(one.memory.weights / 2, abs=1)
+    assert not any("batch_size" in warning for warning in pairs.warnings)
 
 
 def test_gathered_are_two_blocks_what_surrounds_them_and_a_block_of_gradients() -> None:

@@ -10,10 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small models on s
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends torchvision, which nothing here needs
 
 import typer
-import yaml
 from typer.exceptions import TyperException
 
 from phased_dmd.config import Stopped, UserError, nearest
+from phased_dmd.overrides import read_yaml
 from phased_dmd.reproduce.claims import NAMES
 
 app = typer.Typer(
@@ -61,7 +61,7 @@ def distill(
         typer.Option(help="encoded prompts, for runs to share [default: RUN/conditions]", show_default=False),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="refuse prompts longer than the text encoder takes")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check all, print the config, train nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check all but weights, print the config")] = False,
 ) -> None:
     """Distil a teacher; on an unfinished run folder, go on with it."""
     from phased_dmd.recipes import resolve
@@ -75,12 +75,12 @@ def distill(
     folder = output or Path("runs") / config.recipe
 
     from phased_dmd.checkpoint import RunFolder
+    from phased_dmd.plan.dry_run import dry_run as check
     from phased_dmd.train import distill as run
-    from phased_dmd.train import prepare
 
     RunFolder(folder).check(config)
     if dry_run:
-        prepare(config, strict=strict)
+        check(config, strict)
         print(config.model_dump_json(indent=2))
     elif RunFolder(folder).finished(config):
         print(f"{folder}: already distilled")
@@ -296,8 +296,8 @@ def _assignment(text: str) -> tuple[str, Any]:
     if not separator:
         raise UserError(f"--set: {text!r} is not of the form field=value")
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
+        return key, read_yaml(value)
+    except ValueError:
         raise UserError(f"--set: the value of {key}, {value!r}, is not YAML") from None
 
 
@@ -306,14 +306,12 @@ def main() -> None:
     warnings.formatwarning = lambda message, *_: f"phased-dmd: {message}\n"  # type: ignore[assignment] fewer parameters
     try:
         app(standalone_mode=False)
-    except (UserError, OSError) as error:
-        print(f"phased-dmd: {' '.join(str(error).split())}", file=sys.stderr)
+    except (UserError, OSError, TyperException) as error:
+        message = error.format_message() if isinstance(error, TyperException) else str(error)
+        print(f"phased-dmd: {' '.join(message.split()) or 'a command is needed'}", file=sys.stderr)
         sys.exit(2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except TyperException as error:
-        print(f"phased-dmd: {error}", file=sys.stderr)
-        sys.exit(2)
     except ArithmeticError as error:
         print(f"phased-dmd: {error}", file=sys.stderr)
         sys.exit(1)

@@ -103,6 +103,9 @@ class PipelineTeacher(Section):
     max_tokens: Count = Field(default=512, description="of a prompt; what is beyond them is cut off")
     base_steps: Count = Field(default=40, description="of the teacher's own sampler, in evaluations")
     dtype: Literal["float64", "float32", "bfloat16"] = Field(default="float32", description="of the frozen networks")
+    quantise: Literal["int8", "nf4"] | None = Field(
+        default=None, description="their blocks, on one GPU, where experts and fake are adapters; needs bitsandbytes"
+    )
 
 
 class WanTeacher(PipelineTeacher):
@@ -270,6 +273,9 @@ class Config(Section):
             raise ValueError("renoise.clamp: needs a renoise.t_range or renoise.above_switch")
         if analytic and self.prompts is not None:
             raise ValueError("prompts: an analytic teacher takes none")
+        quantised = isinstance(self.teacher, PipelineTeacher) and self.teacher.quantise is not None
+        if quantised and (self.generator.weights == "full" or self.fake.weights == "full"):
+            raise ValueError("teacher.quantise: full weights cannot be copied from it; fake.weights=lora is needed")
         if isinstance(self.teacher, PipelineTeacher) and self.prompts is None:
             raise ValueError("prompts: this teacher needs a prompt set")
         return self

@@ -1,29 +1,24 @@
 """A Config from plain data: files, dotted overrides, a method's name; what is wrong is named in one line."""
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from phased_dmd.config import (
-    Config,
-    Method,
-    Section,
-    Teacher,
-    UserError,
-    WanTeacher,
-    nearest,
-)
+from phased_dmd.config import Config, Method, Plan, Section, Teacher, UserError, WanTeacher, nearest
 
+LARGEST = 2**20  # bytes of a file: a Config is far shorter, and YAML is slow to read
 KINDS: dict[Any, type[Section]] = {kind.model_fields["kind"].default: kind for kind in get_args(Teacher)}
+S = TypeVar("S", bound=Section)
 
 
 def with_method(method: Method, data: Mapping[str, Any]) -> dict[str, Any]:
-    """data with the plan's phases and gradient that `method` names."""
-    plan = dict(data["plan"])
+    """data with the plan's phases and gradient that `method` names; what the plan itself gets wrong is a UserError."""
+    plan = _validated(Plan, data["plan"], ("plan",)).model_dump()
     if method in ("dmd", "dmd-sgts"):
         plan["phases"] = 1
     elif method == "phased":
@@ -39,15 +34,21 @@ def with_method(method: Method, data: Mapping[str, Any]) -> dict[str, Any]:
 
 def build(data: Mapping[str, Any]) -> Config:
     """A validated Config; the first thing wrong becomes a UserError that names the field."""
+    return _validated(Config, data)
+
+
+def _validated(section: type[S], data: Any, at: Sequence[str] = ()) -> S:
+    """One section of a config; at: where it stands."""
     try:
-        return Config.model_validate(data)
+        return section.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        path = [str(part) for part in first["loc"] if part not in KINDS]
+        first = error.errors(include_url=False)[0]
+        path = [str(part) for part in (*at, *first["loc"])]
+        if path[:1] == ["teacher"] and len(first["loc"]) > 1:
+            del path[1]  # the kind, by which pydantic tells the teachers apart
         where = ".".join(path) + ": " if path else ""
         if first["type"] == "extra_forbidden":
-            known = _field_names(data, path)
-            raise UserError(f"{where}unknown field{nearest(path[-1], known)}") from None
+            raise UserError(f"{where}unknown field{nearest(path[-1], _field_names(data, path))}") from None
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{where}{message}") from None
 
@@ -59,8 +60,10 @@ def apply_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> di
         *parents, name = key.split(".")
         node = result
         for depth, parent in enumerate(parents):
-            if not isinstance(node.get(parent), dict):
+            if parent not in node:
                 raise UserError(f"{key}: unknown field{nearest(parent, _field_names(data, parents[: depth + 1]))}")
+            if not isinstance(node[parent], dict):
+                raise UserError(f"{key}: {'.'.join(parents[: depth + 1])} has no fields; set it as a whole")
             node = node[parent]
         if name not in node:
             raise UserError(f"{key}: unknown field{nearest(name, list(node))}")
@@ -71,20 +74,37 @@ def apply_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> di
 def read_file(path: Path) -> dict[str, Any]:
     """A YAML or JSON file of a whole Config."""
     try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        if path.exists() and not path.is_file():
+            raise ValueError("no regular file")
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"longer than {LARGEST} bytes")
+        text = path.read_text("utf-8-sig")
+        data = json.loads(text) if path.suffix == ".json" else read_yaml(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as YAML or JSON: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: holds no mapping of fields")
     return data
 
 
-def _field_names(data: Mapping[str, Any], path: Sequence[str]) -> list[str]:
+def read_yaml(text: str) -> Any:
+    """What YAML says in plain numbers, texts, lists and mappings; a ValueError if it cannot be read."""
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # beside its own: !!bool x is a KeyError, !!int "" an IndexError, depth a RecursionError
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _field_names(data: Any, path: Sequence[str]) -> list[str]:
+    """The fields there are where the last name of a path stands."""
     model: Any = Config
     for part in path[:-1]:
         if part == "teacher":
             teacher = data.get("teacher")
-            model = KINDS.get(teacher.get("kind") if isinstance(teacher, Mapping) else None, WanTeacher)
+            kind = teacher.get("kind") if isinstance(teacher, Mapping) else None
+            model = KINDS.get(kind if isinstance(kind, str) else None, WanTeacher)
         elif part in model.model_fields:
-            model = model.model_fields[part].annotation
+            annotation = model.model_fields[part].annotation
+            inner = (annotation, *get_args(annotation))
+            model = next((each for each in inner if isinstance(each, type) and issubclass(each, Section)), model)
     return list(model.model_fields)

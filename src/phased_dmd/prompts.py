@@ -32,9 +32,11 @@ def read_prompts(source: str) -> list[Prompt]:
     txt (or a file without a suffix): one a line; blank lines and lines that begin with # are left out. jsonl, csv,
     parquet: the column `prompt`, and where there is one `image`, a picture's path, relative to the file.
     """
-    shipped = [SHIPPED / f"{source}{suffix}" for suffix in SUFFIXES] if "/" not in source else []
-    path = next((file for file in shipped if file.exists()), Path(source))
     try:
+        shipped = [SHIPPED / f"{source}{suffix}" for suffix in SUFFIXES] if "/" not in source else []
+        path = next((file for file in shipped if file.exists()), Path(source))
+        if path.exists() and not path.is_file():
+            raise ValueError("no regular file")
         prompts = [_prompt(row, where, path.parent) for where, row in _rows(path)]
     except UserError:
         raise
@@ -75,7 +77,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _json(line: str, where: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"prompts: {where} is not JSON ({error})") from error
 
 
@@ -89,4 +91,6 @@ def _prompt(row: Any, where: str, folder: Path) -> Prompt:
     for name, value in (("prompt", text), ("image", image)):
         if not isinstance(value, str):
             raise UserError(f"prompts: {where}: {name} is not text")
+        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            raise UserError(f"prompts: {where}: {name} holds characters that no text has")
     return Prompt(text, folder / image if image else None)

@@ -194,10 +194,7 @@ def resolve(recipe: str, overrides: Mapping[str, Any], method: Method | None = N
         )
     if method is None:
         return build(data)
-    try:
-        data = apply_overrides(with_method(method, data), overrides)
-    except TypeError:
-        raise UserError(f"plan: no method can be laid over {data['plan']}") from None
+    data = apply_overrides(with_method(method, data), overrides)
     config = build(data)
     if config.method != method:
         raise UserError(f"method: {method} contradicts plan.phases or plan.gradient, which make {config.method}")

@@ -4,14 +4,16 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors, write_atomically
 from phased_dmd.conditions import fitting
-from phased_dmd.config import Config, UserError, WanTeacher
+from phased_dmd.config import Config, Section, UserError, WanTeacher
 from phased_dmd.engine.randomness import normal
 from phased_dmd.engine.world import device
 from phased_dmd.experts import expert_role
@@ -138,12 +140,30 @@ def assemble(config: Config, experts: Experts, own: Own | None = None, bucket: i
 def read_run(folder: Path) -> tuple[Config, Experts]:
     """The config and the experts of a run folder; one that is not finished is a UserError."""
     run = RunFolder(folder)
+    inside(folder, run.config_path)
     config = run.config()
     if not run.finished(config):
         raise UserError(
             f"{folder}: the run is not finished; `phased-dmd distill` with the same arguments goes on with it"
         )
-    return config, lambda phase: load_tensors(run.expert_path(phase))[0]
+    return config, lambda phase: load_tensors(inside(folder, run.expert_path(phase)))[0]
+
+
+class Entry(Section):
+    """One of an export's files, or folders of shards: an expert on a network."""
+
+    phase: Annotated[int, Field(gt=0)]
+    network: Annotated[int, Field(ge=0)]
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]  # beside export.json, nowhere else
+
+
+class Export(Section):
+    """`export.json`. base: a hub id or a shipped teacher, never a path."""
+
+    format: Literal["diffusers", "comfyui"]
+    base: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")] | None
+    experts: tuple[Entry, ...]
+    config: dict[str, Any]
 
 
 def read_export(folder: Path, base: str | None) -> tuple[Config, Experts]:
@@ -151,34 +171,49 @@ def read_export(folder: Path, base: str | None) -> tuple[Config, Experts]:
     from diffusers.loaders import QwenImageLoraLoaderMixin, WanLoraLoaderMixin
 
     try:
-        about = json.loads((folder / EXPORT).read_text())
-        named, entries, data = about["base"], about["experts"], about["config"]
-    except (OSError, ValueError, KeyError) as error:
+        about = Export.model_validate_json(inside(folder, folder / EXPORT).read_text())
+        named, data = about.base, about.config
+        teacher = dict(data["teacher"]) | {"path": base or named}
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{folder}: {EXPORT} cannot be read ({where}: {first['msg']})") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: {EXPORT} cannot be read ({error})") from error
     if named is None and base is None:
         raise UserError(f"{folder}: its teacher was a local folder, which `load` has to be told as base")
-    config = build(data | {"teacher": data["teacher"] | {"path": base or named}})
+    config = build(data | {"teacher": teacher})
     reader = WanLoraLoaderMixin if config.teacher.kind == "wan" else QwenImageLoraLoaderMixin
 
     def read(file: str) -> dict[str, Tensor]:
+        path = inside(folder, folder / file)
         try:
-            if (folder / file).is_dir():
-                return read_shards(folder / file)
+            if path.is_dir():
+                return read_shards(path)
+            if path.suffix != ".safetensors":
+                raise ValueError("only safetensors is read")
             tensors = reader.lora_state_dict(str(folder), weight_name=file, use_safetensors=True)
         except Exception as error:  # safetensors raises its own, OSError, KeyError, ValueError: all mean a bad file
-            raise UserError(f"{folder / file}: not a file of an export, or damaged ({error})") from error
+            raise UserError(f"{path}: not a file of an export, or damaged ({error})") from error
         return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}  # type: ignore[union-attr] a dictionary unless asked for more
 
     def expert(phase: int) -> dict[str, Tensor]:
-        mine = [(entry["network"], read(entry["file"])) for entry in entries if entry["phase"] == phase]
+        mine = [(entry.network, read(entry.file)) for entry in about.experts if entry.phase == phase]
         return {f"{network}.{name}": tensor for network, tensors in mine for name, tensor in tensors.items()}
 
     return config, expert
 
 
+def inside(folder: Path, path: Path) -> Path:
+    """The path itself; a UserError if a symlink leads it out of the folder."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path}: leads out of {folder}")
+    return path
+
+
 def read_shards(folder: Path) -> dict[str, Tensor]:
     """The weights of a network that diffusers has saved, in one file or several."""
-    files = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    files = [load_file(inside(folder, path)) for path in sorted(folder.glob("*.safetensors"))]
     return {name: tensor for file in files for name, tensor in file.items()}
 
 
@@ -200,6 +235,7 @@ def write_samples(
     for i, (prompt, seed) in enumerate(pairs):
         pixels = sampler.decode(latents[i : i + 1])
         stem = "".join(c if c.isalnum() else "-" for c in prompt.text.lower())[:60]
+        stem = stem.encode()[:180].decode(errors="ignore")  # file systems count bytes
         clip = pixels.shape[1] > 1
         paths.append(output / f"{i // seeds:04d}-{stem}-seed{seed}.{'webp' if clip else 'png'}")
         if clip:

@@ -31,7 +31,7 @@ from phased_dmd.objectives import (
 )
 from phased_dmd.optim import Learner, NonFiniteError
 from phased_dmd.prompts import Prompt, read_prompts
-from phased_dmd.sample import Sampler
+from phased_dmd.sample import Sampler, inside
 from phased_dmd.system import (
     Own,
     System,
@@ -73,13 +73,16 @@ def check_prompts(codec: Codec, prompts: Sequence[Prompt], strict: bool) -> None
 
 def initial_expert(config: Config, model: VelocityModel, phase: int) -> dict[str, Tensor]:
     """What the run `init_experts` holds for the time a phase begins at: its expert that serves the nearest step."""
-    other = RunFolder(config.init_experts or "")
-    plan, t = other.config().phase_plan(model.switches), config.phase_plan(model.switches).begin(phase)
+    other, t = RunFolder(config.init_experts or ""), config.phase_plan(model.switches).begin(phase)
+    try:
+        plan = other.config().phase_plan(model.switches)
+    except ValueError as error:
+        raise UserError(f"init_experts: {error}") from error
     step = min(range(plan.num_steps), key=lambda step: abs(plan.times[step] - t))
     path = other.expert_path(plan.expert(step).phase)
     if not path.exists():
         raise UserError(f"init_experts: {path} is not there yet")
-    return load_tensors(path)[0]
+    return load_tensors(inside(other.path, path))[0]
 
 
 @dataclass

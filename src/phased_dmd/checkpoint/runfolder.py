@@ -3,7 +3,7 @@
 import itertools
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,15 @@ class RunFolder:
         path = self.expert_path(phase)
         with self._writing(f"experts/{path.name}"):
             path.parent.mkdir(exist_ok=True)  # in a run folder that vanished, nothing is begun again
+            self._sync_metrics()
             save_tensors(path, tensors, header)
+
+    def save_samples(self, name: str, write: Callable[[Path], None]) -> None:
+        """Has `write` make the file of that name among the run's samples."""
+        path = self.path / "samples" / name
+        with self._writing(f"samples/{name}"):
+            path.parent.mkdir(exist_ok=True)
+            write(path)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -228,7 +236,7 @@ class RunFolder:
         return [row for row, _ in self._rows()]
 
     def _sync_metrics(self) -> None:
-        """The metrics up to a checkpoint are on the disk before the checkpoint is."""
+        """The metrics up to a checkpoint or a phase's end are on the disk before these are."""
         path = self.path / "metrics.jsonl"
         if path.exists():
             sync(path)

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -79,30 +80,36 @@ def build_schedule(name: str) -> Schedule:
 
 
 class AnalyticModel:
-    """`VelocityModel` of an exact mixture. Its student is an MLP, fitted to the exact prediction if `fit`."""
+    """`VelocityModel` of an exact mixture. Its student is an MLP, fitted to the exact prediction if `fit`.
+
+    where: the device, by default the accelerator or the CPU; on the meta device nothing has values.
+    """
 
     guidance: Sequence[float] = (1.0,)
     switches: Sequence[float] = ()
     lora_targets: Sequence[str] = ()
 
-    def __init__(self, config: AnalyticTeacher, seed: int, fit: bool = True) -> None:
+    def __init__(self, config: AnalyticTeacher, seed: int, fit: bool = True, where: torch.device | None = None) -> None:
+        where = where or device()
         means = torch.tensor(config.means, dtype=torch.float64)
         weights = torch.tensor(config.weights, dtype=torch.float64) if config.weights else torch.ones(len(means))
         self.schedule = build_schedule(config.schedule)
         self.prediction: Prediction = config.prediction
         self.exact = ExactMixture(means, config.std, weights, self.schedule, self.prediction)
         self.sample_shapes: Sequence[tuple[int, ...]] = [(means.shape[1],)]
-        self.students: Sequence[nn.Module] = [self._student(config, seed, fit).to(device())]
-        self.networks: Sequence[nn.Module] = [self.exact.to(device())]
-
-    def _student(self, config: AnalyticTeacher, seed: int, fit: bool) -> nn.Module:
         rng = generator(seed, "fit")
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
+        with torch.random.fork_rng(devices=()), where if where.type == "meta" else nullcontext():
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng, device="cpu")))
             student = TimeMLP(self.sample_shapes[0][0], config.hidden, config.layers)
+        if fit:
+            self._fit(student, config, rng)
+        self.students: Sequence[nn.Module] = [student.to(where)]
+        self.networks: Sequence[nn.Module] = [self.exact.to(where)]
+
+    def _fit(self, student: nn.Module, config: AnalyticTeacher, rng: torch.Generator) -> None:
         optimiser = torch.optim.Adam(student.parameters(), lr=config.fit_lr)
         decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, config.fit_steps)
-        for _ in range(config.fit_steps if fit else 0):
+        for _ in range(config.fit_steps):
             x_0 = self.exact.sample(config.fit_batch, rng)
             t = renoise_times(torch.rand(config.fit_batch, generator=rng), 0.01, 0.999, 1.0)
             eps = torch.randn(x_0.shape, generator=rng)
@@ -112,7 +119,6 @@ class AnalyticModel:
             loss.backward()
             optimiser.step()
             decay.step()
-        return student
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         return ()

@@ -1,8 +1,23 @@
 """From a teacher's configuration to its model and codec: one line a model."""
 
-from phased_dmd.config import AnalyticTeacher, OwnTeacher, QwenImageTeacher, Teacher, UserError, WanTeacher
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from phased_dmd.config import (
+    AnalyticTeacher,
+    OwnTeacher,
+    PipelineTeacher,
+    QwenImageTeacher,
+    Teacher,
+    UserError,
+    WanTeacher,
+)
 from phased_dmd.engine.world import device
+from phased_dmd.models.bare import META, BareSource
 from phased_dmd.models.protocol import Codec, VelocityModel
+from phased_dmd.models.source import Source
 
 
 def load_model(teacher: Teacher, seed: int, fit: bool = True) -> tuple[VelocityModel, Codec]:
@@ -10,23 +25,70 @@ def load_model(teacher: Teacher, seed: int, fit: bool = True) -> tuple[VelocityM
 
     fit: fit the student of an analytic teacher, which experts start from; those of a finished run replace it.
     """
+    source = Source(teacher) if isinstance(teacher, PipelineTeacher) else None
+    with _mendable():
+        return _model(teacher, seed, fit, device(), source), _codec(teacher, device(), source)
+
+
+def bare_model(teacher: Teacher, seed: int, source: BareSource | None = None) -> VelocityModel:
+    """The teacher with all but its weights, on the meta device; what cannot be is a UserError.
+
+    source: where the configurations of a pipeline teacher are read.
+    """
+    if source is None and isinstance(teacher, PipelineTeacher):
+        source = BareSource(teacher)
+    with _mendable():
+        return _model(teacher, seed, False, META, source)
+
+
+def bare_codec(teacher: Teacher, source: BareSource | None) -> Codec:
+    """What checks prompts and first frames; it neither encodes nor decodes."""
+    with _mendable():
+        return _codec(teacher, META, source)
+
+
+def _model(teacher: Teacher, seed: int, fit: bool, where: torch.device, source: Source | None) -> VelocityModel:
+    match teacher:
+        case AnalyticTeacher():
+            from phased_dmd.models.analytic import AnalyticModel
+
+            return AnalyticModel(teacher, seed, fit, where)
+        case WanTeacher():
+            from phased_dmd.models.wan import WanModel
+
+            return WanModel(teacher, where, source)
+        case QwenImageTeacher():
+            from phased_dmd.models.qwen_image import QwenImageModel
+
+            return QwenImageModel(teacher, where, source)
+        case OwnTeacher():
+            raise UserError("teacher.kind: own needs a model given from Python, see docs/extending.md")
+
+
+def _codec(teacher: Teacher, where: torch.device, source: Source | None) -> Codec:
+    match teacher:
+        case WanTeacher():
+            from phased_dmd.models.wan import WanCodec
+
+            return WanCodec(teacher, where, source)
+        case QwenImageTeacher():
+            from phased_dmd.models.qwen_image import QwenImageCodec
+
+            return QwenImageCodec(teacher, where, source)
+        case _:
+            from phased_dmd.models.analytic import PlainCodec
+
+            return PlainCodec()
+
+
+@contextmanager
+def _mendable() -> Iterator[None]:
+    """What the fields of a teacher, or its folder's configurations, get wrong becomes a UserError."""
     try:
-        match teacher:
-            case AnalyticTeacher():
-                from phased_dmd.models.analytic import AnalyticModel, PlainCodec
-
-                return AnalyticModel(teacher, seed, fit), PlainCodec()
-            case WanTeacher():
-                from phased_dmd.models.wan import WanCodec, WanModel
-
-                return WanModel(teacher, device()), WanCodec(teacher, device())
-            case QwenImageTeacher():
-                from phased_dmd.models.qwen_image import QwenImageCodec, QwenImageModel
-
-                return QwenImageModel(teacher, device()), QwenImageCodec(teacher, device())
-            case OwnTeacher():
-                raise UserError("teacher.kind: own needs a model given from Python, see docs/extending.md")
+        yield
     except UserError:
         raise
-    except (ValueError, OSError) as error:
+    except KeyError as error:
+        raise UserError(f"teacher.path: a configuration there lacks {error}") from error
+    except (ValueError, TypeError, OSError) as error:
         raise UserError(f"teacher: {' '.join(str(error).split())}") from error

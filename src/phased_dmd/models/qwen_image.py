@@ -30,8 +30,8 @@ PROMPTS = 8  # a call of the text encoder, which keeps every layer's states and 
 class QwenImageModel:
     """`VelocityModel` of Qwen-Image's transformer, on latents [b, 16, 1, h, w]: only the network sees them packed."""
 
-    def __init__(self, config: QwenImageTeacher, device: torch.device) -> None:
-        source = Source(config)
+    def __init__(self, config: QwenImageTeacher, device: torch.device, source: Source | None = None) -> None:
+        source = source or Source(config)
         check_pipeline(source, PIPELINES)
         self.schedule: Schedule = FlowSchedule()
         self.prediction: Prediction = "flow"
@@ -89,8 +89,8 @@ class QwenImageCodec:
 
     takes_images = False
 
-    def __init__(self, config: QwenImageTeacher, device: torch.device) -> None:
-        source = Source(config)
+    def __init__(self, config: QwenImageTeacher, device: torch.device, source: Source | None = None) -> None:
+        source = source or Source(config)
         check_pipeline(source, PIPELINES)
         source.check_weights("text_encoder")
         self.source, self.device, self.max_tokens = source, device, config.max_tokens

@@ -1,6 +1,7 @@
 """A diffusers pipeline's folder, local or on the hub: its parts one by one, so that no more is loaded than is used."""
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -16,9 +17,11 @@ from torch import nn
 from phased_dmd.config import PipelineTeacher, Size, UserError
 from phased_dmd.engine.world import rank, sharded
 from phased_dmd.models.architectures import skeleton
+from phased_dmd.models.trust import check_index, check_part, read_json
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = ("nano", "nano-moe", "nano-i2v")
+ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 SAMPLE_BYTES = 1 << 16  # of either end of a file, in its fingerprint
 
 
@@ -28,13 +31,16 @@ class Source:
     def __init__(self, teacher: PipelineTeacher) -> None:
         self.path, self.revision = teacher.path, teacher.revision
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether it is a folder of this machine, and no hub id."""
+        return self.path in SHIPPED or Path(self.path).exists()
+
     @cached_property
     def folder(self) -> Path:
         """The local folder; a hub id is downloaded, or found in the hub's cache."""
-        if self.path in SHIPPED:
-            return ASSETS / self.path
-        if Path(self.path).exists():
-            return Path(self.path)
+        if self.on_disk:
+            return ASSETS / self.path if self.path in SHIPPED else Path(self.path)
         try:
             return Path(DiffusionPipeline.download(self.path, revision=self.revision, use_safetensors=True))
         except (OSError, ValueError) as error:
@@ -44,12 +50,13 @@ class Source:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """`model_index.json`."""
-        with quiet():
-            return DiffusionPipeline.load_config(self.folder)  # type: ignore[return-value] a dictionary unless asked for more
+        """`model_index.json`; one that names code of its own is a UserError."""
+        index = read_json(self.folder / "model_index.json")
+        check_index(index, self.folder)
+        return index
 
     def has(self, name: str) -> bool:
-        return self.index.get(name, (None,))[0] is not None
+        return (self.index.get(name) or (None,))[0] is not None
 
     def part_folder(self, name: str) -> Path:
         """The folder of a part; the variants of nano share most of theirs with nano."""
@@ -65,12 +72,17 @@ class Source:
             raise UserError(f"teacher.path: {self.part_folder(name)} holds no weights in safetensors")
 
     def load(self, kind: type, name: str, **options: Any) -> Any:
-        """One part by its class; weights only from safetensors."""
+        """One part by its class; weights only from safetensors, and no code but the libraries' own."""
+        folder = self.part_folder(name)
         if issubclass(kind, nn.Module):
             self.check_weights(name)
             options["use_safetensors"] = True
-        with quiet():
-            part = kind.from_pretrained(self.part_folder(name), **options)  # type: ignore[attr-defined] every part has it
+        check_part(folder, kind)
+        try:
+            with quiet():
+                part = kind.from_pretrained(folder, **options)  # type: ignore[attr-defined] every part has it
+        except Exception as error:  # safetensors and tokenizers raise their own: all mean a folder that is damaged
+            raise UserError(f"teacher.path: {folder} cannot be loaded: {' '.join(str(error).split())}") from error
         return part.eval().requires_grad_(False) if isinstance(part, nn.Module) else part
 
     def network(self, kind: type, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -85,14 +97,18 @@ class Source:
         return network.double() if dtype == torch.float64 else network
 
     def config(self, kind: Any, name: str) -> dict[str, Any]:
-        """A part's configuration alone."""
-        return dict(kind.load_config(self.part_folder(name)))
+        """A part's configuration alone, with its class's defaults."""
+        folder = self.part_folder(name)
+        check_part(folder, kind)
+        known = inspect.signature(kind.__init__).parameters.values()
+        defaults = {field.name: field.default for field in known if field.default is not field.empty}
+        return defaults | read_json(folder / "config.json")
 
     def fingerprint(self, parts: Sequence[str], *more: object) -> str:
         """A hash of the parts' files, by name, size and both ends, and of more."""
         digest = hashlib.blake2b(repr(more).encode(), digest_size=16)
         for part in parts:
-            for path in sorted(self.part_folder(part).glob("*")):
+            for path in sorted(path for path in self.part_folder(part).glob("*") if path.is_file()):
                 with path.open("rb") as file:
                     size = path.stat().st_size
                     digest.update(f"{part}/{path.name} {size}".encode() + file.read(SAMPLE_BYTES))
@@ -147,11 +163,14 @@ def check_sizes(sizes: Sequence[Size], spatial: tuple[int, int], temporal: int) 
 
 
 def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
-    """A UserError where a LoRA target ends the name of no module."""
-    names = [name for name, _ in network.named_modules()]
+    """A UserError where a LoRA target ends the name of no module, or of one that no adapter fits."""
+    modules = dict(network.named_modules())
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
+        found = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
+        if not found:
             raise UserError(f"teacher.lora_targets: {target} ends the name of no module of the transformer")
+        if odd := next((module for module in found if not isinstance(module, ADAPTABLE)), None):
+            raise UserError(f"teacher.lora_targets: {target} is a {type(odd).__name__}, which takes no adapter")
 
 
 def guidance_of(teacher: PipelineTeacher, networks: int) -> tuple[float, ...]:

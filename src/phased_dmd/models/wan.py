@@ -1,6 +1,7 @@
 """Wan 2.1 and 2.2: text-to-image and -video, image-to-video, one transformer or two, from a diffusers folder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from phased_dmd.models.source import (
 NANO = ASSETS / "nano"
 ASPECT = 0.05  # by how much a first frame's aspect ratio may differ from its bucket's
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # of first frames
 
 
 class WanModel:
@@ -38,8 +40,8 @@ class WanModel:
     (`first_frame`), whose tokens are at t = 0 and whose x0 is therefore known.
     """
 
-    def __init__(self, config: WanTeacher, device: torch.device) -> None:
-        source = Source(config)
+    def __init__(self, config: WanTeacher, device: torch.device, source: Source | None = None) -> None:
+        source = source or Source(config)
         check_pipeline(source, PIPELINES)
         self.schedule: Schedule = FlowSchedule()
         self.prediction: Prediction = "flow"
@@ -115,15 +117,17 @@ class WanModel:
 class WanCodec:
     """`Codec` through the stock pipeline's own encoding, and Wan's video VAE."""
 
-    def __init__(self, config: WanTeacher, device: torch.device) -> None:
-        self.source, self.device = Source(config), device
+    def __init__(self, config: WanTeacher, device: torch.device, source: Source | None = None) -> None:
+        self.source, self.device = source or Source(config), device
         check_pipeline(self.source, PIPELINES)
         self.sizes, self.max_tokens, self.text_dtype = config.sizes, config.max_tokens, encoder_dtype(config, device)
         self.takes_images = takes_first_frame(config, self.source)
         parts = ["tokenizer", "text_encoder"]
         if self.takes_images:
             parts += [name for name in ("image_encoder", "image_processor", "vae") if self.source.has(name)]
-        self.source.check_weights("text_encoder")
+        for name in parts:
+            if name.endswith("encoder"):
+                self.source.check_weights(name)
         sizes = [str(size) for size in config.sizes] if self.takes_images else []
         self.fingerprint = self.source.fingerprint(parts, config.max_tokens, sizes)
         self.tokenizer = self.source.load(AutoTokenizer, "tokenizer")
@@ -214,16 +218,23 @@ def takes_first_frame(config: WanTeacher, source: Source) -> bool:
 
 
 def _open(image: Path) -> Image.Image:
-    try:
-        return Image.open(image).convert("RGB")
-    except OSError as error:
-        raise UserError(f"{image}: cannot be read as a picture ({error})") from error
+    with _picture(image) as picture:
+        return picture.convert("RGB")
 
 
 def _size(image: Path) -> tuple[int, int]:
     """Width and height, from the file's head."""
+    with _picture(image) as picture:
+        return picture.size
+
+
+@contextmanager
+def _picture(image: Path) -> Iterator[Image.Image]:
+    """A picture, in a format that runs no other program; within it, too, all that is wrong with it is a UserError."""
     try:
-        with Image.open(image) as picture:
-            return picture.size
-    except OSError as error:
-        raise UserError(f"{image}: cannot be read as a picture ({error})") from error
+        if not image.is_file():
+            raise OSError("no such file")
+        with Image.open(image, formats=FORMATS) as picture:
+            yield picture
+    except Exception as error:  # Pillow's plugins raise OSError, ValueError, SyntaxError, its own: all mean a bad file
+        raise UserError(f"{image}: cannot be read as a picture ({' '.join(str(error).split())})") from error

@@ -68,9 +68,10 @@ def warnings(config: Config, plan: PhasePlan, gpus: int) -> list[str]:
 
 
 def _batch(config: Config, gpus: int) -> list[str]:
-    if config.batch_size % gpus == 0:
+    ways = config.engine.sequence_parallel
+    if config.batch_size * ways % gpus == 0:
         return []
-    idle = f", {gpus - config.batch_size} of which have none" if config.batch_size < gpus else ""
+    idle = f", {gpus - config.batch_size * ways} of which have none" if config.batch_size * ways < gpus else ""
     return [
         f"batch_size: {config.batch_size} samples cannot be shared equally by {gpus} GPUs{idle}: distill refuses them"
     ]

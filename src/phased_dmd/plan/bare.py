@@ -1,82 +1,26 @@
-"""Models without weights: what a plan is made of, from the shipped architectures or a folder's configurations."""
+"""What a plan asks of models without weights: of the conditions that they take, and of bytes."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-from phased_dmd.config import AnalyticTeacher, Config, OwnTeacher, QwenImageTeacher, UserError, WanTeacher
-from phased_dmd.models.architectures import architecture, skeleton
+from phased_dmd.config import AnalyticTeacher, Config, OwnTeacher, UserError
+from phased_dmd.models import loader
+from phased_dmd.models.bare import META
 from phased_dmd.models.protocol import Condition, VelocityModel
-from phased_dmd.models.source import SHIPPED, Source, quiet
 
-META = torch.device("meta")
-
-
-class BareSource(Source):
-    """A pipeline's folder of which the configurations alone are read: its networks are on the meta device."""
-
-    @cached_property
-    def folder(self) -> Path:
-        if self.path in SHIPPED or Path(self.path).exists():
-            return super().folder
-        if shipped := architecture(self.path):
-            return shipped
-        try:
-            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=["*.json"]))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"teacher.path: {self.path} is no folder and no shipped architecture, and its configuration cannot be "
-                "had from the hub"
-            ) from error
-
-    def load(self, kind: type, name: str, **options: Any) -> Any:
-        with quiet():
-            return skeleton(kind, self.config(kind, name), options["dtype"]).requires_grad_(False)
+__all__ = ["META", "bare_model", "bytes_of", "condition_of", "image_shapes", "largest", "text_width"]
 
 
 def bare_model(config: Config) -> VelocityModel:
     """The teacher with all but its weights, checked against the sizes; what cannot be is a UserError."""
-    try:
-        match config.teacher:
-            case AnalyticTeacher():
-                from phased_dmd.models.analytic import AnalyticModel
-
-                return AnalyticModel(config.teacher, config.seed, fit=False)
-            case WanTeacher():
-                from phased_dmd.models import wan
-
-                with _bare(wan):
-                    return wan.WanModel(config.teacher, META)
-            case QwenImageTeacher():
-                from phased_dmd.models import qwen_image
-
-                with _bare(qwen_image):
-                    return qwen_image.QwenImageModel(config.teacher, META)
-            case OwnTeacher():
-                raise UserError("teacher.kind: own has no plan, since its model is given from Python")
-    except UserError:
-        raise
-    except (ValueError, OSError) as error:
-        raise UserError(f"teacher: {' '.join(str(error).split())}") from error
-
-
-@contextmanager
-def _bare(module: ModuleType) -> Iterator[None]:
-    """Within it the module's models are built from a `BareSource`."""
-    module.Source = BareSource  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        module.Source = Source  # type: ignore[attr-defined]
+    if isinstance(config.teacher, OwnTeacher):
+        raise UserError("teacher.kind: own has no plan, since its model is given from Python")
+    return loader.bare_model(config.teacher, config.seed)
 
 
 def text_width(network: nn.Module) -> int:

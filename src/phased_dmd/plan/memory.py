@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from phased_dmd.config import Config, Lora, Optimiser
+from torch import nn
+
+from phased_dmd.config import Config, Lora, Optimiser, PipelineTeacher
 from phased_dmd.experts import FAKE, TEACHER, expert_role
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.phases import PhasePlan
@@ -14,6 +16,7 @@ from phased_dmd.plan.measure import Forward, adapter_parameters, measure, most_c
 
 RESERVE = 0.08  # of a GPU's memory: CUDA's context, NCCL's buffers, fragments; not measured
 PREFETCHED = 2  # blocks gathered at a time: the one that computes, and the next
+PACKED = {"int8": 1.0, "nf4": 0.5 + (1 + 4 / 256) / 64}  # bytes of a weight; nf4 has a scale for 64, itself packed
 Measure = Callable[[int, Lora | None], Forward]  # samples a call, and what is trained, at the largest bucket
 
 
@@ -65,6 +68,10 @@ def describe(config: Config, model: VelocityModel, index: int, forward: Measure)
     network, teacher = model.students[index], model.networks[index]
     parameters = sum(p.numel() for p in network.parameters())
     frozen = bytes_of(list(network.parameters()))
+    if isinstance(config.teacher, PipelineTeacher) and config.teacher.quantise:
+        layers = [m for block in model.blocks(network) for m in block.modules() if isinstance(m, nn.Linear)]
+        weights = [layer.weight for layer in layers]
+        frozen -= bytes_of(weights) - round(PACKED[config.teacher.quantise] * sum(w.numel() for w in weights))
     if teacher is not network:
         frozen += bytes_of(list(teacher.parameters()))
     sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks(network)]
@@ -133,15 +140,17 @@ def shards(config: Config, gpus: int) -> int:
 
 def micro_batch(config: Config, gpus: int) -> int:
     """Samples in a network call of one GPU."""
-    samples = math.ceil(config.batch_size / gpus)
+    samples = math.ceil(config.batch_size * config.engine.sequence_parallel / gpus)
     return min(config.engine.micro_batch or samples, samples)
 
 
 def kept(config: Config, forward: Forward, calls: int = 1) -> int:
-    """Bytes of activations at the height of the backward of that many calls in one graph."""
+    """Bytes of activations at the height of the backward of that many calls in one graph, of a GPU's share of it."""
     if config.engine.activation_checkpointing:
-        return calls * forward.checkpointed + forward.block
-    return calls * forward.saved
+        whole = calls * forward.checkpointed + forward.block
+    else:
+        whole = calls * forward.saved
+    return whole // config.engine.sequence_parallel
 
 
 def activations(config: Config, plan: PhasePlan, phase: int, batch: int, forward: Measure) -> int:

@@ -1,0 +1,33 @@
+"""A frozen base in 8 or 4 bits, with bitsandbytes: for runs on one GPU. Its adapters are not quantised."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from phased_dmd.config import UserError
+
+
+def quantise(blocks: Sequence[nn.Module], kind: Literal["int8", "nf4"], compute: torch.dtype) -> None:
+    """Replaces every linear layer of the blocks by a quantised one of the same values, on the same device.
+
+    What stands around the blocks, embeddings and the last projection, is left as it is. compute: the dtype that nf4
+    weights are unpacked to. A UserError without bitsandbytes.
+    """
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise UserError("teacher.quantise: needs bitsandbytes: pip install bitsandbytes") from error
+    for block in blocks:
+        linears = [(name, layer) for name, layer in block.named_modules() if type(layer) is nn.Linear]
+        for name, layer in linears:
+            shape, bias, where = (layer.in_features, layer.out_features), layer.bias is not None, layer.weight.device
+            made = (
+                bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
+                if kind == "int8"
+                else bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=compute, quant_type="nf4")
+            )
+            made.load_state_dict({key: tensor.cpu() for key, tensor in layer.state_dict().items()})
+            owner, _, leaf = name.rpartition(".")
+            setattr(block.get_submodule(owner), leaf, made.to(where).requires_grad_(False))

@@ -1,0 +1,76 @@
+"""`distill --dry-run`: all of a run that can be checked without reading a weight, on the meta device."""
+
+import warnings
+
+import torch
+
+from phased_dmd.conditions import fitting
+from phased_dmd.config import Config, OwnTeacher, PipelineTeacher, UserError
+from phased_dmd.diffusion import check_start
+from phased_dmd.experts import FAKE, Roles
+from phased_dmd.models.bare import META, BareSource
+from phased_dmd.models.loader import bare_codec, bare_model
+from phased_dmd.models.protocol import VelocityModel
+from phased_dmd.phases import PhasePlan
+from phased_dmd.prompts import read_prompts
+from phased_dmd.trackers import check_trackers
+from phased_dmd.train import check_prompts, initial_expert
+
+EXPERT = "expert"  # the role of all experts: those on one network are alike
+
+
+def dry_run(config: Config, strict: bool = False) -> None:
+    """Builds the networks, experts and fakes of a run without values, and checks its inputs; what is wrong is a
+    UserError. A base that is no folder of this machine is one of the shipped architectures, and that is a warning.
+
+    strict: refuse prompts that would be cut off.
+    """
+    if isinstance(config.teacher, OwnTeacher):
+        raise UserError("teacher.kind: own needs a model given from Python, see docs/extending.md")
+    check_trackers(config.trackers)
+    prompts = read_prompts(config.prompts) if config.prompts is not None else []
+    source = BareSource(config.teacher, look=True) if isinstance(config.teacher, PipelineTeacher) else None
+    model, codec = bare_model(config.teacher, config.seed, source), bare_codec(config.teacher, source)
+    try:
+        check_start(model.prediction, model.schedule, config.plan.start)
+        plan = config.phase_plan(model.switches)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    check_roles(config, model, plan)
+    if source is None or source.on_disk:
+        check_prompts(codec, prompts, strict)
+        return
+    fitting(codec, prompts)
+    warnings.warn(
+        f"teacher.path: {source.path} is no folder of this machine: its weights, and the lengths of prompts, "
+        "are not checked", stacklevel=2,
+    )  # fmt: skip
+
+
+def check_roles(config: Config, model: VelocityModel, plan: PhasePlan) -> None:
+    """Adds the adapters of all experts and fakes; a UserError where an initial expert does not fit its own."""
+    generator, phases = config.generator, range(1, plan.num_phases + 1)
+    experts = sorted({expert.network for phase in phases for expert in plan.experts(phase)})
+    fakes = sorted({network for phase in phases for network in plan.fakes(phase, config.support(plan, phase))})
+    students = {
+        f"{network}.{name}": p.shape for network in experts for name, p in model.students[network].named_parameters()
+    }
+    roles = Roles(model)
+    with META:
+        if generator.weights == "lora":
+            roles.add(EXPERT, experts, generator.lora, seed=0)
+        if config.fake.weights == "lora":
+            roles.add(FAKE, fakes, config.fake.lora, seed=0)
+    shapes = {name: p.shape for name, p in roles.parameters(EXPERT).items()} or students
+    for phase in phases if config.init_experts else ():
+        networks = {str(expert.network) for expert in plan.experts(phase)}
+        mine = {name: shape for name, shape in shapes.items() if name.partition(".")[0] in networks}
+        check_initial(config, mine, {name: t.shape for name, t in initial_expert(config, model, phase).items()})
+
+
+def check_initial(config: Config, shapes: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
+    """A UserError where what an expert is to start from has other tensors than it."""
+    for name in sorted(shapes.keys() | found.keys()):
+        if shapes.get(name) != found.get(name):
+            has, needs = (list(each[name]) if name in each else "missing" for each in (found, shapes))
+            raise UserError(f"init_experts: {config.init_experts}: {name} is {has}, where this run has {needs}")
