@@ -1,4 +1,4 @@
-"""A random teacher of Wan2.1-1.3B's shape through `distill`: seconds an iteration, peak memory beside `plan`, utilisation.
+"""A random teacher of Wan2.1-1.3B's shape through `distill`: time, peak memory beside the plan's, utilisation.
 
     python benchmarks/large.py --output docs/results/large            # one GPU: bfloat16, checkpointing, compiled
     torchrun --nproc-per-node 8 benchmarks/large.py --batch 8 ...     # as many as there are

@@ -406,8 +406,10 @@ def test_when_a_process_of_a_group_dies_the_others_end_and_one_process_goes_on(t
     process = group(run)
     killed = time.monotonic()
     os.kill(int((run / ".lock").read_text()), signal.SIGKILL)  # the first one, which holds the lock
-    process.communicate(timeout=60)
+    _, said = process.communicate(timeout=60)
     assert process.returncode not in (0, None) and time.monotonic() - killed < 60
+    lost = "phased-dmd: another process of the group ended; the same command goes on from the last checkpoint\n"
+    assert said.count(lost) == 1 and "RuntimeError" not in said, said
     assert_one_process_goes_on(run)
 
 

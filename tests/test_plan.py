@@ -345,7 +345,7 @@ def test_a_quantised_base_weighs_what_bitsandbytes_stores(kind: Any, folders: di
     teacher = config.teacher.model_copy(update={"quantise": kind})
     model, bare = load_model(config.teacher, 0)[0], bare_model(config)
     network = model.networks[0]
-    quantise(model.blocks(network), kind, torch.float32)
+    quantise(model.blocks(network), kind, torch.float32, torch.device("cpu"))
     stored = sum(nbytes(p) for p in network.parameters())
     for layer in network.modules():
         if isinstance(layer, bnb.nn.Linear4bit):

@@ -1,13 +1,17 @@
 """A quantised base against the same network with its weights unpacked: predictions, and gradients of its adapters."""
 
 import copy
+from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import TEXT_DIM, TinyWan, draw
+from conftest import TEXT_DIM, TinyWan, draw, killed_after
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from phased_dmd import distill, load
+from phased_dmd.checkpoint import RunFolder
 from phased_dmd.config import Lora, UserError
 from phased_dmd.experts import TEACHER, Roles, expert_role
 from phased_dmd.models.quantise import quantise
@@ -29,7 +33,7 @@ def pair(kind: str) -> tuple[TinyWan, TinyWan]:
     """A quantised network, and a plain one of the same values."""
     packed = TinyWan()
     plain = copy.deepcopy(packed)
-    quantise(packed.blocks(packed.networks[0]), kind, torch.float32)
+    quantise(packed.blocks(packed.networks[0]), kind, torch.float32, torch.device("cpu"))
     changed = {
         name: m for name, m in packed.networks[0].named_modules() if isinstance(m, nn.Linear) and "blocks" in name
     }
@@ -61,6 +65,28 @@ def test_a_quantised_base_computes_and_differentiates_with_its_unpacked_weights(
     """int8 rounds the activations, too."""
     for found, expected in zip(*map(gradients, pair(kind)), strict=True):
         assert (found - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_run_on_a_quantised_base_trains_its_adapters(kind: str, tmp_path: Path) -> None:
+    """The teacher loaded anew is packed alike: a resumed run ends byte-identical, and can be sampled."""
+    quick = {"batch_size": 2, "iterations": 2, "fake.updates": 1, "plan.phases": 2, "checkpoint_every": 1}
+    config = resolve("nano-t2i", quick | {"teacher.quantise": kind, "fake.weights": "lora", "sample_every": 1000})
+    whole = distill(config, tmp_path / "whole", quiet=True)
+    with killed_after(2, 1):
+        distill(config, tmp_path / "run", quiet=True)
+    run = distill(config, tmp_path / "run", quiet=True)
+    for phase in (1, 2):
+        path = RunFolder(run).expert_path(phase)
+        assert path.read_bytes() == RunFolder(whole).expert_path(phase).read_bytes()
+        assert all(t.any() for name, t in load_file(path).items() if "lora_B" in name)
+    assert load(run)(["a handwritten seven"], [0]).isfinite().all()
+
+
+def test_a_quantised_base_cannot_be_offloaded(tmp_path: Path) -> None:
+    config = resolve("nano-t2i", {"teacher.quantise": "nf4", "fake.weights": "lora", "engine.offload": True})
+    with pytest.raises(UserError, match=r"^teacher\.quantise: a packed network cannot be sharded or offloaded$"):
+        distill(config, tmp_path / "run", quiet=True)
 
 
 def test_full_weights_cannot_start_from_a_quantised_base() -> None:

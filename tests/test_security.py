@@ -1,4 +1,4 @@
-"""What comes from outside, a teacher's folder, an export, a run, a configuration, never becomes code or a foreign path."""
+"""What comes from outside, a teacher's folder, a run, an export, a configuration, becomes neither code nor a path."""
 
 import json
 import os
@@ -101,18 +101,11 @@ def sources() -> list[tuple[Path, str]]:
     return [(path, path.read_text()) for path in SOURCE.rglob("*.py")]
 
 
-def test_yaml_and_torch_load_are_called_safely_and_nothing_else_unpickles() -> None:
-    calls = []
-    for path, text in sources():
-        for call in re.findall(
-            r"yaml\.\w*load\w*|torch\.load\([^\n]*|pickle\.\w+|trust_remote_code\S*|marshal|eval\(|exec\(", text
-        ):
-            if call not in ("eval(",):  # of a network
-                calls.append((path.name, call))
-    allowed = {"yaml.safe_load"}
-    odd = [(name, call) for name, call in calls if call not in allowed and "weights_only=True" not in call]
-    assert not [entry for entry in odd if entry[1] != "exec("]
+def test_yaml_and_torch_are_read_safely_and_nothing_else_unpickles() -> None:
+    pattern = r"yaml\.\w*load\w*|torch\.load\([^\n]*|import pickle|\bpickle\.\w+|trust_remote_code=True|\bmarshal\b"
+    calls = [(path.name, call) for path, text in sources() for call in re.findall(pattern, text)]
     assert ("overrides.py", "yaml.safe_load") in calls and any(call.startswith("torch.load(") for _, call in calls)
+    assert not [each for each in calls if each[1] != "yaml.safe_load" and "weights_only=True" not in each[1]]
 
 
 def test_weights_are_asked_for_in_safetensors_wherever_a_library_could_choose() -> None:
@@ -191,7 +184,7 @@ CODE = [  # a file of the folder, what it says more, what the line says
     ("model_index.json", {"_class_name": "EvilPipeline"}, "is a EvilPipeline"),
     ("model_index.json", {"vae": ["os", "system"]}, "no class of diffusers or transformers"),
     ("model_index.json", {"extra": ["evil", "Evil"]}, "no class of diffusers or transformers"),
-    ("transformer/config.json", {"_class_name": "EvilTransformer"}, "is a EvilTransformer, not a WanTransformer3DModel"),
+    ("transformer/config.json", {"_class_name": "EvilTransformer"}, "is a EvilTransformer, not a Wan"),
     ("transformer/config.json", {"auto_map": {"AutoModel": "evil.Evil"}}, "names code"),
     ("vae/config.json", {"_class_name": "subprocess.Popen"}, "is a subprocess.Popen"),
     ("text_encoder/config.json", {"auto_map": {"AutoModel": "evil.Evil"}}, "names code"),
@@ -316,11 +309,11 @@ def test_a_runs_checkpoint_and_conditions_that_are_pickles_are_not_read(
     for name in (".metadata", "manifest.json", "__0_0.distcp", "shard-00001-model-00001-of-00001.safetensors"):
         plant(point / name)
     with pytest.warns(UserWarning, match="passed over|none of phase 2 is whole"):
-        distill(RunConfig(folder), folder, quiet=True)
+        distill(config_in(folder), folder, quiet=True)
     assert (folder / "experts" / "phase-2.safetensors").read_bytes() == expert
 
 
-def RunConfig(folder: Path) -> Config:
+def config_in(folder: Path) -> Config:
     return build(json.loads((folder / "config.json").read_text()))
 
 
@@ -386,7 +379,8 @@ def test_an_exports_pickle_is_never_opened(
     about = json.loads((folder / "export.json").read_text())
     about["experts"][0]["file"] = name
     (folder / "export.json").write_text(json.dumps(about))
-    with pytest.raises(UserError, match="not a file of an export, or damaged"):
+    said = r" \(only safetensors is read" if name in ("evil.bin", "evil.pt", "evil.ckpt") else ""
+    with pytest.raises(UserError, match=f"not a file of an export, or damaged{said}"):
         read_export(folder, None)[1](1)
 
 

@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small models on spinning threads are far slower
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends torchvision, which nothing here needs
@@ -12,7 +12,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends torchv
 import typer
 from typer.exceptions import TyperException
 
-from phased_dmd.config import Stopped, UserError, nearest
+from phased_dmd.config import LostPeer, Stopped, UserError, nearest
 from phased_dmd.overrides import read_yaml
 from phased_dmd.reproduce.claims import NAMES
 
@@ -83,11 +83,11 @@ def distill(
         check(config, strict)
         print(config.model_dump_json(indent=2))
     elif RunFolder(folder).finished(config):
-        print(f"{folder}: already distilled")
+        tell(f"{folder}: already distilled")
     else:
-        print(f"{folder}: {config.method} on {config.recipe}, {config.plan.steps} steps in {config.plan.phases} phases")
+        tell(f"{folder}: {config.method} on {config.recipe}, {config.plan.steps} steps in {config.plan.phases} phases")
         run(config, folder, cache=cache, strict=strict)
-        print(f"{folder}: done; experts in {folder / 'experts'}")
+        tell(f"{folder}: done; experts in {folder / 'experts'}")
 
 
 @app.command()
@@ -301,6 +301,12 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise UserError(f"--set: the value of {key}, {value!r}, is not YAML") from None
 
 
+def tell(message: str, file: TextIO | None = None) -> None:
+    """Of the processes that torchrun starts, the first one speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=file)
+
+
 def main() -> None:
     """Runs a command; what the user can mend is one line on stderr and exit status 2, and a warning is one line too."""
     warnings.formatwarning = lambda message, *_: f"phased-dmd: {message}\n"  # type: ignore[assignment] fewer parameters
@@ -308,15 +314,18 @@ def main() -> None:
         app(standalone_mode=False)
     except (UserError, OSError, TyperException) as error:
         message = error.format_message() if isinstance(error, TyperException) else str(error)
-        print(f"phased-dmd: {' '.join(message.split()) or 'a command is needed'}", file=sys.stderr)
+        tell(f"phased-dmd: {' '.join(message.split()) or 'a command is needed'}", sys.stderr)
         sys.exit(2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except ArithmeticError as error:
+        tell(f"phased-dmd: {error}", sys.stderr)
+        sys.exit(1)
+    except LostPeer as error:
         print(f"phased-dmd: {error}", file=sys.stderr)
         sys.exit(1)
     except Stopped as stop:
-        print(f"phased-dmd: {stop}", file=sys.stderr)
+        tell(f"phased-dmd: {stop}", sys.stderr)
         sys.exit(128 + stop.number)
     except (typer.Abort, KeyboardInterrupt):
         print("phased-dmd: interrupted; an unfinished run goes on by the same command", file=sys.stderr)

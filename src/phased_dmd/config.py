@@ -23,6 +23,10 @@ class Stopped(Exception):
         self.number = number
 
 
+class LostPeer(RuntimeError):
+    """Another process of the group ended before its time."""
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; one of {', '.join(known)}"

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from phased_dmd.config import Engine, UserError
+from phased_dmd.config import Engine, LostPeer, UserError
 
 T = TypeVar("T")
+GONE = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe", "Timed out")  # said of peers
 PATIENCE = timedelta(minutes=30)  # for another process: the first one may be encoding prompts
 
 
@@ -27,7 +28,10 @@ def device() -> torch.device:
 
 @contextmanager
 def processes(alone: bool = False) -> Iterator[None]:
-    """Inside, this process is one of those that torchrun started, if it did. alone: a group of one without it, too."""
+    """Inside, this process is one of those that torchrun started, if it did. alone: a group of one without it, too.
+
+    Raises LostPeer where another process is gone.
+    """
     started = "TORCHELASTIC_RUN_ID" in os.environ
     if dist.is_initialized() or not (started or alone):
         yield
@@ -42,10 +46,14 @@ def processes(alone: bool = False) -> Iterator[None]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=r"FSDP2-wrapped module .* returned a view tensor"
-            )  # never written to
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # never written to
             yield
+    except RuntimeError as error:
+        gone = isinstance(error, dist.DistError) or any(words in str(error) for words in GONE)
+        if gone and world_size() > 1:
+            message = "another process of the group ended; the same command goes on from the last checkpoint"
+            raise LostPeer(message) from error
+        raise
     finally:
         mesh.cache_clear()
         sequence_mesh.cache_clear()

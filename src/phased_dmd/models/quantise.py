@@ -9,8 +9,10 @@ from torch import nn
 from phased_dmd.config import UserError
 
 
-def quantise(blocks: Sequence[nn.Module], kind: Literal["int8", "nf4"], compute: torch.dtype) -> None:
-    """Replaces every linear layer of the blocks by a quantised one of the same values, on the same device.
+def quantise(
+    blocks: Sequence[nn.Module], kind: Literal["int8", "nf4"], compute: torch.dtype, where: torch.device
+) -> None:
+    """Replaces every linear layer of the blocks, one by one, by a quantised one of the same values on a device.
 
     What stands around the blocks, embeddings and the last projection, is left as it is. compute: the dtype that nf4
     weights are unpacked to. A UserError without bitsandbytes.
@@ -22,7 +24,7 @@ def quantise(blocks: Sequence[nn.Module], kind: Literal["int8", "nf4"], compute:
     for block in blocks:
         linears = [(name, layer) for name, layer in block.named_modules() if type(layer) is nn.Linear]
         for name, layer in linears:
-            shape, bias, where = (layer.in_features, layer.out_features), layer.bias is not None, layer.weight.device
+            shape, bias = (layer.in_features, layer.out_features), layer.bias is not None
             made = (
                 bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
                 if kind == "int8"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from phased_dmd.config import PipelineTeacher, Size, UserError
 from phased_dmd.engine.world import rank, sharded
 from phased_dmd.models.architectures import skeleton
+from phased_dmd.models.quantise import quantise
 from phased_dmd.models.trust import check_index, check_part, read_json
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -30,6 +31,7 @@ class Source:
 
     def __init__(self, teacher: PipelineTeacher) -> None:
         self.path, self.revision = teacher.path, teacher.revision
+        self.quantise: Literal["int8", "nf4"] | None = teacher.quantise
 
     @property
     def on_disk(self) -> bool:
@@ -88,12 +90,19 @@ class Source:
     def network(self, kind: type, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """A teacher's network on the device. Where it will be sharded: on the CPU, and of the first process alone.
 
-        What its class keeps in float32 is so in bfloat16 alone: float64 is float64 throughout.
+        What its class keeps in float32 is so in bfloat16 alone: float64 is float64 throughout. A packed one, see
+        `quantise`, is packed on its way to the device.
         """
+        if self.quantise and sharded():
+            raise UserError("teacher.quantise: a packed network cannot be sharded or offloaded")
         if sharded() and rank() > 0:
             network = skeleton(kind, self.config(kind, name), dtype)
         else:
-            network = self.load(kind, name, dtype=dtype).to("cpu" if sharded() else device)
+            network = self.load(kind, name, dtype=dtype)
+            if self.quantise and device.type != "meta":
+                lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]  # repeated blocks
+                quantise([block for blocks in lists for block in blocks], self.quantise, dtype, device)
+            network.to("cpu" if sharded() else device)
         return network.double() if dtype == torch.float64 else network
 
     def config(self, kind: Any, name: str) -> dict[str, Any]:
