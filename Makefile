@@ -25,8 +25,10 @@ test: .venv/.stamp-dev ## Run the tests; the pure mathematics must be covered to
 	$(BIN)/pytest --jaxtyping-packages=$(subst $(space),$(comma),$(PURE:%=phased_dmd.%)),beartype.beartype \
 		$(PURE:%=--cov=phased_dmd.%) --cov-report=term-missing --cov-fail-under=95
 
-chaos: .venv/.stamp-dev ## Kill and stop runs at 70 random moments, resume them, compare them with uninterrupted ones
+chaos: .venv/.stamp-dev ## Kill runs at random moments, resume and compare them; a thousand mutated configs; two processes at length
 	$(BIN)/python scripts/chaos.py
+	$(BIN)/python scripts/fuzz.py
+	NANO_ITERATIONS=20 $(BIN)/pytest tests/test_distributed.py
 
 check: .venv/.stamp-dev ## Lint, formatting, types, and the order of the layers
 	$(BIN)/ruff check

@@ -1,5 +1,6 @@
 """The command `phased-dmd`. Heavy imports wait until a command runs, so that `-h` is fast."""
 
+import logging
 import os
 import sys
 import warnings
@@ -8,6 +9,8 @@ from typing import Annotated, Any, Literal, TextIO
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small models on spinning threads are far slower
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends torchvision, which nothing here needs
+
+logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it reports what it could be faster with
 
 import typer
 from typer.exceptions import TyperException

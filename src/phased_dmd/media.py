@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from phased_dmd.config import UserError
 
 PICTURES, VIDEOS = (".png", ".jpg", ".jpeg", ".webp", ".gif"), (".mp4", ".mov", ".avi", ".mkv", ".webm")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # of PICTURES, whatever a file is named
 MEDIA = PICTURES + VIDEOS
 CLIP_SIZE = 128  # pixels a side, at least, of a written clip
 COUNT = "frames"  # after their number, in a written clip: WebP joins equal frames into a longer one
@@ -96,7 +97,7 @@ def read_media(path: Path) -> tuple[Tensor, float | None]:
     if path.suffix.lower() in VIDEOS:
         return _read_video(path)
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             marked = file.info.get("xmp", b"").decode(errors="ignore").removesuffix(f" {COUNT}")
             frames, milliseconds = [], []
             for frame in ImageSequence.Iterator(file):

@@ -165,7 +165,10 @@ def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
         roles.freeze(role)
         return None
     if config.init_experts:
-        roles.load(role, initial_expert(config, job.system.model, phase))
+        try:
+            roles.load(role, initial_expert(config, job.system.model, phase))
+        except KeyError as error:
+            raise UserError(f"init_experts: {error.args[0]}") from error
     add_fake(job.system, phase, job.fresh_fakes.get(phase))
     expert = Learner(role, roles.parameters(role), config.generator.optimiser, config.generator.ema, config.seed)
     return expert, Learner(FAKE, roles.parameters(FAKE), config.fake.optimiser, seed=config.seed)

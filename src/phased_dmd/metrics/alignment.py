@@ -35,7 +35,7 @@ def load_alignment(source: str) -> Alignment:
     where = f"alignment: {source}"
     with loading(f"{where} is no hub id or folder of a CLIP model that loads"):
         settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, report = CLIPModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)  # type: ignore[misc] a pair when asked
     if report["missing_keys"]:
         raise UserError(f"{where} lacks weights, {min(report['missing_keys'])} for one")

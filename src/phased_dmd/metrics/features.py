@@ -111,7 +111,9 @@ def _transformers(source: str) -> FeatureNet:
     where = f"features: {source}"
     with loading(f"{where} is no {DIGITS}, {EFFICIENTNET}, hub id or folder that loads"):
         settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
-        model, report = AutoModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+        model, report = AutoModel.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
     if report["missing_keys"]:
         raise UserError(f"{where} lacks weights of its {type(model).__name__}, {min(report['missing_keys'])} for one")
     check_settings(settings, where)

@@ -28,8 +28,8 @@ from phased_dmd.models.source import (
 
 NANO = ASSETS / "nano"
 ASPECT = 0.05  # by how much a first frame's aspect ratio may differ from its bucket's
-PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # of first frames
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
 
 class WanModel:
