@@ -10,14 +10,14 @@ from typing import Annotated, Any, Literal, TextIO
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small models on spinning threads are far slower
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends torchvision, which nothing here needs
 
-logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it reports what it could be faster with
-
 import typer
 from typer.exceptions import TyperException
 
 from phased_dmd.config import LostPeer, Stopped, UserError, nearest
 from phased_dmd.overrides import read_yaml
 from phased_dmd.reproduce.claims import NAMES
+
+logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it reports what it could be faster with
 
 app = typer.Typer(
     add_completion=False,
