@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import TinyCodec, TinyWan
 from torch import Tensor
+from torch.distributed.run import get_args_parser
 
 from phased_dmd import cli, system, train
 from phased_dmd.config import Method, PipelineTeacher, UserError
@@ -262,20 +263,24 @@ def test_the_docs_table_says_what_the_recipe_does(recipe: str) -> None:
 
 
 def test_the_slurm_script_runs_a_command_that_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an environment whose `phased-dmd` writes down its arguments; they are then given to the command itself."""
+    """With a `srun` that writes down its arguments: torchrun takes its own, and the command itself the rest."""
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "bin" / "activate").write_text(f"PATH={tmp_path}/venv/bin:$PATH\n")
-    command = tmp_path / "venv" / "bin" / "phased-dmd"
+    command = tmp_path / "venv" / "bin" / "srun"
     command.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/arguments\n')
     command.chmod(0o755)
     (tmp_path / "a prompt file.txt").write_text("a handwritten seven\n")
     variables = {
         "PATH": os.environ["PATH"], "HOME": str(tmp_path), "VENV": str(tmp_path / "venv"), "RECIPE": "nano-t2i",
         "OUTPUT": str(tmp_path / "run"), "CACHE": str(tmp_path / "cache"),
-        "PROMPTS": str(tmp_path / "a prompt file.txt"),
+        "PROMPTS": str(tmp_path / "a prompt file.txt"), "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_JOB_ID": "7",
     }  # fmt: skip
     subprocess.run(["bash", SLURM, "--seed", "3", "--dry-run"], env=variables, check=True)
-    arguments = (tmp_path / "arguments").read_text().splitlines()
+    launched = get_args_parser().parse_args((tmp_path / "arguments").read_text().splitlines()[1:])
+    assert (launched.nnodes, launched.nproc_per_node, launched.rdzv_id) == ("2", "8", "7")
+    assert launched.module and launched.training_script == "phased_dmd"
+    arguments = launched.training_script_args
     assert arguments[:2] == ["distill", "nano-t2i"] and arguments[-3:] == ["--seed", "3", "--dry-run"]
     assert [arguments[arguments.index(f"--{name.lower()}") + 1] for name in ("OUTPUT", "PROMPTS", "CACHE")] == [
         variables[name] for name in ("OUTPUT", "PROMPTS", "CACHE")

@@ -33,8 +33,8 @@ def outline(network: nn.Module) -> nn.Module:
 def spread(network: nn.Module, blocks: Sequence[nn.Module], engine: Engine, compute: torch.dtype | None = None) -> None:
     """Makes a network ready to run: its parameters sharded, its blocks recomputed or compiled as asked.
 
-    Sharded parameters have the first process's values; an outline's are unset, for `fill` or `copy_values`. compute:
-    the dtype that the blocks' parameters are gathered in, their own if None.
+    Sharded parameters have the first process's values; an outline's are unset. compute: the dtype that the blocks'
+    parameters are gathered in, their own if None.
     """
     if engine.activation_checkpointing:
         for block in blocks:
@@ -94,10 +94,10 @@ def fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None
         if not isinstance(p, DTensor):
             p.copy_(values[name])
             continue
-        whole = torch.empty(p.shape, dtype=p.dtype, device=p.device_mesh.device_type)
+        value = torch.empty(p.shape, dtype=p.dtype, device=p.device_mesh.device_type)
         if rank() == 0:
-            whole.copy_(values[name])
-        p.copy_(distribute_tensor(whole, p.device_mesh, p.placements))
+            value.copy_(values[name])
+        p.copy_(distribute_tensor(value, p.device_mesh, p.placements))
 
 
 def whole(tensor: Tensor) -> Tensor:
