@@ -1,7 +1,5 @@
 """Your own model: FluxTransformer2DModel, with packed latents and embedded guidance; see docs/extending.md."""
 
-from pathlib import Path
-
 import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
@@ -15,8 +13,7 @@ from phased_dmd.testing import check_model
 class FluxModel:
     """`VelocityModel` of a FluxPipeline's transformer: samples are latents [b, c, h, w], tokens 2 x 2 of them."""
 
-    schedule, prediction, switches = FlowSchedule(), "flow", ()
-    guidance = (1.0,)  # this teacher's is an input, so that one call of the network makes a prediction
+    schedule, prediction, switches, guidance = FlowSchedule(), "flow", (), (1.0,)  # this teacher's is an input of it
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "proj_mlp")
 
     def __init__(self, pipeline: FluxPipeline, sizes: list[tuple[int, int]], embedded: float = 3.5) -> None:
@@ -26,7 +23,7 @@ class FluxModel:
         self.embedded, self.device, self.dtype = embedded, pipeline.device, pipeline.transformer.dtype
 
     def blocks(self, network: nn.Module) -> list[nn.Module]:
-        return [*network.transformer_blocks, *network.single_transformer_blocks]
+        return [block for part in network.children() if isinstance(part, nn.ModuleList) for block in part]
 
     def batch(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: torch.stack([row[name] for row in rows]).to(self.device, self.dtype) for name in rows[0]}
@@ -67,7 +64,7 @@ class FluxCodec(PlainCodec):
         return self.vae.decode(z).sample.float().permute(0, 2, 3, 1)[:, None] / 2 + 0.5
 
 
-def main(pipeline: FluxPipeline, size: tuple[int, int], config: Config, output: Path, max_tokens: int = 512) -> Tensor:
+def main(pipeline: FluxPipeline, size: tuple[int, int], config: Config, output: str, max_tokens: int = 512) -> Tensor:
     """Checks the model on latents from its stock pipeline and distils it; returns pictures of the result."""
     model, codec, texts = FluxModel(pipeline, [size]), FluxCodec(pipeline, max_tokens), ["a red fox", "two grey cats"]
     tokens = pipeline(texts, height=size[0], width=size[1], max_sequence_length=max_tokens, output_type="latent")[0]
@@ -80,4 +77,4 @@ def main(pipeline: FluxPipeline, size: tuple[int, int], config: Config, output: 
 if __name__ == "__main__":
     flux = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to("cuda")
     recipe = Config(recipe="own-flux", teacher=OwnTeacher(name="flux"), plan=Plan(shift=3.0), prompts="default-t2i")
-    main(flux, (1024, 1024), recipe, Path("runs/own-flux"))
+    main(flux, (1024, 1024), recipe, "runs/own-flux")

@@ -41,7 +41,7 @@ class EpsUNet:
         self.schedule, self.sample_shapes, self.timesteps = DDPMSchedule(alphas_cumprod), [shape], len(alphas_cumprod)
 
     def blocks(self, network: nn.Module) -> list[nn.Module]:
-        return [*network.down_blocks, network.mid_block, *network.up_blocks]
+        return [block for part in network.children() if isinstance(part, nn.ModuleList) for block in part]
 
     def batch(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {}

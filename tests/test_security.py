@@ -112,7 +112,7 @@ def test_weights_are_asked_for_in_safetensors_wherever_a_library_could_choose() 
     """Every `from_pretrained` of weights and every LoRA reader; tokenizers and schedulers have none."""
     for path, text in sources():
         for call in re.findall(
-            r"(?:lora_state_dict|AutoModel\.from_pretrained|CLIPModel\.from_pretrained)\([^\n]*", text
+            r"(?:lora_state_dict|AutoModel\.from_pretrained|CLIPModel\.from_pretrained)\((?:[^()]|\([^()]*\))*", text
         ):
             assert "use_safetensors=True" in call, (path, call)
     assert '"use_safetensors": True' in (SOURCE / "assets" / "export" / "sample.py.j2").read_text()
