@@ -94,6 +94,15 @@ def test_a_badly_fitted_student_is_seen() -> None:
         check_model(AnalyticModel(teacher, seed=0), PlainCodec(), samples())
 
 
+def test_models_of_one_teacher_share_the_fit_but_no_weights() -> None:
+    teacher = AnalyticTeacher(means=MEANS.tolist(), std=STD, fit_steps=2)
+    first, second, other = (AnalyticModel(teacher, seed=seed).students[0].state_dict() for seed in (0, 0, 1))
+    name = next(iter(first))
+    assert first[name].equal(second[name]) and not first[name].equal(other[name])
+    first[name].zero_()
+    assert second[name].any() and AnalyticModel(teacher, seed=0).students[0].state_dict()[name].equal(second[name])
+
+
 @pytest.mark.parametrize("change", ["rescaled guidance", "half precision", "scattered targets"])
 def test_what_is_only_unusual_passes(change: str) -> None:
     model = Model()

@@ -15,7 +15,7 @@ import torch
 from conftest import TinyCodec, TinyWan, draw, killed_after, newest_checkpoint, teacher_alone
 from torch import Tensor
 
-from phased_dmd import sample, system, train
+from phased_dmd import sample, system, train, updates
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.config import Config, Optimiser, UserError
 from phased_dmd.draws import Draws
@@ -341,7 +341,7 @@ def test_a_non_finite_number_stops_before_the_step(
 ) -> None:
     """In phase 2, iteration 1: the fake's second update, or the generator's; all weights stay as they were."""
     name = "score_matching_loss" if role == FAKE else "distribution_matching_loss"
-    original, calls, before = getattr(train, name), Counter(), {}
+    original, calls, before = getattr(updates, name), Counter(), {}
     due = 6 + 2 + 2 if role == FAKE else 3 + 2  # calls: 2 and 1 an iteration, 3 iterations a phase
 
     def spoilt(*args: Any, **kwargs: Any) -> Tensor:
@@ -356,7 +356,7 @@ def test_a_non_finite_number_stops_before_the_step(
         loss.register_hook(lambda gradient: gradient * bad)
         return loss
 
-    monkeypatch.setattr(train, name, spoilt)
+    monkeypatch.setattr(updates, name, spoilt)
     which = r"the loss is (nan|inf)" if fault == "loss" else r"the gradient of 0\.net\.\d+\.(weight|bias) is not finite"
     kept = r"the state before it is in \S+"
     with pytest.raises(NonFiniteError, match=rf"^phase 2, iteration 1, {role}: {which}; {kept}$"):

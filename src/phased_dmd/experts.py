@@ -24,7 +24,6 @@ from torch.nn import Parameter
 from phased_dmd.config import Engine, Lora
 from phased_dmd.engine.randomness import seed_of
 from phased_dmd.engine.sharding import fill, outline, spread, whole
-from phased_dmd.engine.world import sharded
 from phased_dmd.models.protocol import Condition, VelocityModel, rows
 from phased_dmd.models.sequence import split_sequences
 
@@ -88,7 +87,7 @@ class Roles:
         return made
 
     def _adapt(self, role: str, network: int, lora: Lora, seed: int) -> None:
-        if sharded() and any(isinstance(p, DTensor) for p in self.model.students[network].parameters()):
+        if any(isinstance(p, DTensor) for p in self.model.students[network].parameters()):
             raise RuntimeError(f"{role}: an adapter cannot follow once its network is sharded")
         base, config = (
             self.model.students[network],

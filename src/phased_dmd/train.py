@@ -1,15 +1,14 @@
-"""`distill`: the training of Phased DMD, its baselines and ablations, top to bottom: run, phase, update."""
+"""`distill`: the training of Phased DMD, its baselines and ablations, top to bottom: run, phase, iteration."""
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -18,17 +17,10 @@ from phased_dmd.conditions import Conditions, fitting
 from phased_dmd.config import Config, Stopped, UserError
 from phased_dmd.draws import Draws, bucket_weights
 from phased_dmd.engine.signals import Signals
-from phased_dmd.engine.world import check, first_then_rest, mean, on_first_rank, processes, rank, shares
+from phased_dmd.engine.world import check, first_then_rest, on_first_rank, processes, rank, shares
 from phased_dmd.experts import FAKE, expert_role
 from phased_dmd.media import save_preview
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
-from phased_dmd.objectives import (
-    biased_target,
-    distribution_matching_loss,
-    printed_target,
-    score_matching_loss,
-    subinterval_target,
-)
 from phased_dmd.optim import Learner, NonFiniteError
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.sample import Sampler, inside
@@ -43,8 +35,7 @@ from phased_dmd.system import (
     remove_fake,
 )
 from phased_dmd.trackers import check_trackers, open_tracker
-
-TARGETS = {"unbiased": subinterval_target, "biased": biased_target, "printed": printed_target}
+from phased_dmd.updates import distribution_matching, over, score_matching
 
 
 def prepare(config: Config, own: Own | None = None, strict: bool = False) -> tuple[VelocityModel, Codec, list[Prompt]]:
@@ -185,14 +176,14 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
         while at.iteration < config.iterations:
             started = time.perf_counter()
             for update in range(at.update + 1, config.fake.updates + 1):
-                loss = score_matching(job.batch(at, update))
+                loss = over(job.batch(at, update), score_matching)
                 norm = step(job, fake, loss, at, state)
                 if norm is not None:
                     at.fake_norm = norm
                     at.fake_losses.append(loss)
                 at.update = update
                 leave_if_asked(job, at, state)
-            loss = distribution_matching(job.batch(at, 0))
+            loss = over(job.batch(at, 0), distribution_matching)
             norm = step(job, expert, loss, at, state)
             at.clipped += norm is not None and norm > config.generator.optimiser.clip
             fake_loss = sum(at.fake_losses) / len(at.fake_losses) if at.fake_losses else None
@@ -227,55 +218,6 @@ def end(job: Job, phase: int, expert: Learner) -> None:
     on_first_rank(lambda: job.run.save_expert(phase, tensors, header))
     job.system.roles.freeze(expert_role(phase))
     remove_fake(job.system)
-
-
-def score_matching(batch: Iterable[tuple[Draws, Condition]]) -> float:
-    """The fake learns the score of what the generator makes (Eq. 13; Eq. 4 where the phase ends at s = 0).
-
-    Adds up the gradients of a batch, micro-batch by micro-batch; returns its loss.
-    """
-    losses = []
-    for draws, condition in batch:
-        ways = draws.system.config.engine.sequence_parallel  # each process of a sample has a part of its gradient
-        system, phase, present = draws.system, draws.key[1], draws.networks()
-        path = system.plan.path(phase, draws.exit_step(full=system.config.plan.fake_rollout == "full"))
-        with torch.no_grad():
-            x_s = system.roll(path, draws.noise("start"), condition, renoise=lambda i: draws.noise("renoise", i)).x
-        s, t = draws.times()
-        with system.roles.active(FAKE):
-            loss = score_matching_loss(
-                lambda x, t: system.fake(x, t, condition, present),
-                x_s, draws.noise("eps"), s, t, system.model.schedule, system.model.prediction,
-                TARGETS[system.config.objective.target],
-            ).mean() * draws.share  # fmt: skip
-            (loss * ways).backward()
-        losses.append(loss.detach())
-    return mean(torch.stack(losses).sum())
-
-
-def distribution_matching(batch: Iterable[tuple[Draws, Condition]]) -> float:
-    """The generator descends the difference of fake and teacher at the phase's end (Eq. 11; Eq. 9 at s = 0).
-
-    Adds up the gradients of a batch, micro-batch by micro-batch; returns its loss.
-    """
-    losses = []
-    for draws, condition in batch:
-        ways = draws.system.config.engine.sequence_parallel  # each process of a sample has a part of its gradient
-        system, phase, present = draws.system, draws.key[1], draws.networks()
-        path = system.plan.path(phase, draws.exit_step(full=False))
-        exits = system.plan.steps(phase) if system.config.plan.gradient == "all" else (path[-1].step,)
-        with system.roles.active(expert_role(phase)):
-            end = system.roll(path, draws.noise("start"), condition, exits, lambda i: draws.noise("renoise", i))
-            s, t = draws.times()
-            loss = distribution_matching_loss(
-                end.x, draws.noise("eps"), s, t, system.model.schedule, system.model.prediction,
-                teacher=lambda x, t: system.teacher(x, t, condition, present),
-                fake=lambda x, t: system.fake(x, t, condition, present),
-                weighting=system.config.objective.weighting, x0_generator=end.x0.detach(),
-            ).mean() * draws.share  # fmt: skip
-            (loss * ways).backward()
-        losses.append(loss.detach())
-    return mean(torch.stack(losses).sum())
 
 
 def step(job: Job, learner: Learner, loss: float, at: Position, state: Mapping[str, Tensor]) -> float | None:

@@ -1,9 +1,10 @@
 """Teachers that need no training: the exact prediction of a Gaussian mixture, and an MLP as its student."""
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -79,6 +80,34 @@ def build_schedule(name: str) -> Schedule:
     raise ValueError(f"schedule: {name!r} is none of flow, vp-cosine, vp-linear, ve")
 
 
+def build_mixture(config: AnalyticTeacher) -> ExactMixture:
+    means = torch.tensor(config.means, dtype=torch.float64)
+    weights = torch.tensor(config.weights, dtype=torch.float64) if config.weights else torch.ones(len(means))
+    return ExactMixture(means, config.std, weights, build_schedule(config.schedule), config.prediction)
+
+
+@lru_cache(maxsize=16)
+def initial_student(config: AnalyticTeacher, seed: int, fit: bool) -> TimeMLP:
+    """The MLP, fitted to the exact prediction if `fit`; to be copied, as the runs of a process share it."""
+    exact, rng = build_mixture(config), generator(seed, "fit")
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
+        student = TimeMLP(exact.means.shape[1], config.hidden, config.layers)
+    optimiser = torch.optim.Adam(student.parameters(), lr=config.fit_lr)
+    decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, config.fit_steps)
+    for _ in range(config.fit_steps if fit else 0):
+        x_0 = exact.sample(config.fit_batch, rng)
+        t = renoise_times(torch.rand(config.fit_batch, generator=rng), 0.01, 0.999, 1.0)
+        eps = torch.randn(x_0.shape, generator=rng)
+        x_t = (exact.schedule.alpha(t)[:, None] * x_0 + exact.schedule.sigma(t)[:, None] * eps).float()
+        loss = (student(x_t, t) - exact(x_t, t)).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        decay.step()
+    return student
+
+
 class AnalyticModel:
     """`VelocityModel` of an exact mixture. Its student is an MLP, fitted to the exact prediction if `fit`.
 
@@ -91,34 +120,17 @@ class AnalyticModel:
 
     def __init__(self, config: AnalyticTeacher, seed: int, fit: bool = True, where: torch.device | None = None) -> None:
         where = where or device()
-        means = torch.tensor(config.means, dtype=torch.float64)
-        weights = torch.tensor(config.weights, dtype=torch.float64) if config.weights else torch.ones(len(means))
-        self.schedule = build_schedule(config.schedule)
+        self.exact = build_mixture(config)
+        self.schedule = self.exact.schedule
         self.prediction: Prediction = config.prediction
-        self.exact = ExactMixture(means, config.std, weights, self.schedule, self.prediction)
-        self.sample_shapes: Sequence[tuple[int, ...]] = [(means.shape[1],)]
-        rng = generator(seed, "fit")
-        with torch.random.fork_rng(devices=()), where if where.type == "meta" else nullcontext():
-            torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng, device="cpu")))
-            student = TimeMLP(self.sample_shapes[0][0], config.hidden, config.layers)
-        if fit:
-            self._fit(student, config, rng)
+        self.sample_shapes: Sequence[tuple[int, ...]] = [(len(config.means[0]),)]
+        if where.type == "meta":
+            with where:
+                student = TimeMLP(len(config.means[0]), config.hidden, config.layers)
+        else:
+            student = copy.deepcopy(initial_student(config, seed, fit))  # pyright: ignore[reportArgumentType] (frozen)
         self.students: Sequence[nn.Module] = [student.to(where)]
         self.networks: Sequence[nn.Module] = [self.exact.to(where)]
-
-    def _fit(self, student: nn.Module, config: AnalyticTeacher, rng: torch.Generator) -> None:
-        optimiser = torch.optim.Adam(student.parameters(), lr=config.fit_lr)
-        decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, config.fit_steps)
-        for _ in range(config.fit_steps):
-            x_0 = self.exact.sample(config.fit_batch, rng)
-            t = renoise_times(torch.rand(config.fit_batch, generator=rng), 0.01, 0.999, 1.0)
-            eps = torch.randn(x_0.shape, generator=rng)
-            x_t = (self.schedule.alpha(t)[:, None] * x_0 + self.schedule.sigma(t)[:, None] * eps).float()
-            loss = (student(x_t, t) - self.exact(x_t, t)).square().mean()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            decay.step()
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         return ()
