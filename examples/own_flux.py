@@ -5,8 +5,9 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from phased_dmd import FlowSchedule, distill, load
-from phased_dmd.config import Config, OwnTeacher, Plan
+from phased_dmd.config import Config, Plan
 from phased_dmd.models.analytic import PlainCodec
+from phased_dmd.teachers import OwnTeacher
 from phased_dmd.testing import check_model
 
 

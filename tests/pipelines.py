@@ -32,8 +32,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from phased_dmd.config import QwenImageTeacher, Size, WanTeacher
 from phased_dmd.models.source import quiet
+from phased_dmd.teachers import QwenImageTeacher, Size, WanTeacher
 
 CAPTIONS = ("a red fox in the snow", "two grey cats asleep", "a boat at night", "blurry, low quality")
 TEMPLATE = (

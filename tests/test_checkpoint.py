@@ -24,8 +24,8 @@ from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors, write_atomically
 from phased_dmd.checkpoint.folders import Manifest, Sum
-from phased_dmd.config import UserError
 from phased_dmd.engine.world import on_first_rank, together
+from phased_dmd.errors import UserError
 from phased_dmd.recipes import resolve
 
 HEADER = {

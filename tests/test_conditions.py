@@ -15,14 +15,16 @@ from torch import Tensor
 from phased_dmd import conditions, system
 from phased_dmd.cli import main
 from phased_dmd.conditions import CHUNK, Conditions
-from phased_dmd.config import Config, Size, UserError, WanTeacher
+from phased_dmd.config import Config
 from phased_dmd.draws import bucket_weights
+from phased_dmd.errors import UserError
 from phased_dmd.models.analytic import PlainCodec
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import Source
 from phased_dmd.models.wan import WanCodec
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
+from phased_dmd.teachers import Size, WanTeacher
 from phased_dmd.train import distill, prepare
 
 MANY = [Prompt(f"prompt {i} {'x' * (i % 7)}") for i in range(2 * CHUNK + 5)]  # three files

@@ -13,7 +13,8 @@ import yaml
 from pydantic import ValidationError
 
 from phased_dmd import prompts
-from phased_dmd.config import Config, UserError
+from phased_dmd.config import Config
+from phased_dmd.errors import UserError
 from phased_dmd.overrides import apply_overrides, build, read_file, with_method
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.recipes import RECIPES, resolve

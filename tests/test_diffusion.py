@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from scipy.integrate import quad
 
-from phased_dmd.config import UserError
 from phased_dmd.diffusion import (
     VESchedule,
     VPSchedule,
@@ -38,6 +37,7 @@ from phased_dmd.diffusion import (
     renoise_times,
     times_like,
 )
+from phased_dmd.errors import UserError
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.overrides import build
 from phased_dmd.phases import renoise_range

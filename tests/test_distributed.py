@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from phased_dmd.checkpoint import RunFolder
-from phased_dmd.config import Config, Engine, Fake, Generator, Lora, Optimiser, Plan, Size
+from phased_dmd.config import Config, Engine, Fake, Generator, Lora, Optimiser, Plan
 from phased_dmd.recipes import resolve
+from phased_dmd.teachers import Size
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 EXACT = 1e-9

@@ -16,13 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from phased_dmd import cli
 from phased_dmd.checkpoint import save_tensors
-from phased_dmd.config import Config, Generator, Lora, OwnTeacher, UserError
+from phased_dmd.config import Config, Generator, Lora
 from phased_dmd.engine.world import device
+from phased_dmd.errors import UserError
 from phased_dmd.models import source
 from phased_dmd.models.bare import BareSource
 from phased_dmd.models.loader import bare_model, load_model
 from phased_dmd.plan.dry_run import dry_run
 from phased_dmd.recipes import RECIPES, resolve
+from phased_dmd.teachers import OwnTeacher
 
 LARGE = [name for name in RECIPES if name.startswith(("wan", "qwen"))]
 

@@ -13,7 +13,8 @@ from pipelines import build, teacher
 from test_metrics import dino
 from torch import Tensor
 
-from phased_dmd.config import AnalyticTeacher, Config, Fake, Generator, Lora, Optimiser, Plan, UserError
+from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, Plan
+from phased_dmd.errors import UserError
 from phased_dmd.evaluate import Protocol, evaluate, instruments, parse_seeds, table
 from phased_dmd.evaluate.instruments import Readings
 from phased_dmd.evaluate.measures import Law, clip_features, figures
@@ -31,6 +32,7 @@ from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
 from phased_dmd.sample import Sampler, load
 from phased_dmd.system import build_system
+from phased_dmd.teachers import AnalyticTeacher
 from phased_dmd.train import distill
 
 

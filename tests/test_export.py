@@ -24,7 +24,7 @@ from phased_dmd import export as package
 from phased_dmd import train
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors
 from phased_dmd.cli import main
-from phased_dmd.config import UserError
+from phased_dmd.errors import UserError
 from phased_dmd.export import export
 from phased_dmd.export.subject import Subject
 from phased_dmd.export.verify import VerificationError, verify_comfyui, verify_diffusers
@@ -180,7 +180,7 @@ assert not any(name.startswith("phased_dmd") for name in sys.modules)
         condition = system.model.batch(list(sampler.encode([Prompt(text) for text in prompts]).values()))
         noise = torch.load(tmp_path / "noise.pt", weights_only=True)
         with torch.no_grad():
-            expected = system.roll(system.plan.path(system.plan.num_phases), noise, condition).x
+            expected = system.roll(system.plan.path(system.plan.num_phases), system.start(noise), condition).x
         for again in "ab":
             found = torch.load(tmp_path / f"{name}-{again}.pt", weights_only=True)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)

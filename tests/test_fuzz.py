@@ -104,7 +104,7 @@ def test_what_must_not_happen_is_noticed(tmp_path: Path, monkeypatch: pytest.Mon
 def _two_lines(*_: object) -> None:
     import warnings
 
-    from phased_dmd.config import UserError
+    from phased_dmd.errors import UserError
 
     warnings.warn("one", stacklevel=1)
     raise UserError("two")

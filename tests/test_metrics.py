@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from phased_dmd.config import UserError
+from phased_dmd.errors import UserError
 from phased_dmd.metrics import motion
 from phased_dmd.metrics.digits import DIRECTIONS, load_classifier, read
 from phased_dmd.metrics.distances import (

@@ -25,8 +25,9 @@ import phased_dmd
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.cli import main
 from phased_dmd.conditions import fitting
-from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, PipelineTeacher, Plan, Size, UserError
+from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, Plan
 from phased_dmd.diffusion import predicted_x0
+from phased_dmd.errors import UserError
 from phased_dmd.experts import FAKE
 from phased_dmd.export import export
 from phased_dmd.models.loader import load_model
@@ -36,6 +37,7 @@ from phased_dmd.optim import Learner
 from phased_dmd.prompts import Prompt
 from phased_dmd.sample import write_samples
 from phased_dmd.system import System, add_expert, build_system
+from phased_dmd.teachers import PipelineTeacher, Size
 
 PROMPTS = ["a red fox in the snow", "a boat"]
 FIRST_FRAME = ("wan21_i2v", "wan22_i2v", "ti2v_5b from a frame")

@@ -19,7 +19,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, U
 from typer.testing import CliRunner
 
 from phased_dmd.cli import app
-from phased_dmd.config import Config, Engine, Fake, Generator, Lora, Optimiser, OwnTeacher, UserError
+from phased_dmd.config import Config, Engine, Fake, Generator, Lora, Optimiser
+from phased_dmd.errors import UserError
 from phased_dmd.experts import FAKE, Roles, expert_role
 from phased_dmd.models.architectures import architecture, skeleton
 from phased_dmd.models.loader import load_model
@@ -32,6 +33,7 @@ from phased_dmd.plan.measure import measure
 from phased_dmd.plan.memory import describe, measured
 from phased_dmd.plan.work import forward_flops, phase_work
 from phased_dmd.recipes import RECIPES, resolve
+from phased_dmd.teachers import OwnTeacher
 
 TINY = ("wan21_t2v", "wan22_t2v", "qwen_image")
 BASES = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from phased_dmd import prompts
-from phased_dmd.config import UserError
+from phased_dmd.errors import UserError
 from phased_dmd.prompts import SHIPPED, Prompt, read_prompts
 
 TEXTS = ["a red fox, asleep", 'a sign that says "OPEN"', "été, 冬", "a red fox, asleep"]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from phased_dmd import distill, load
 from phased_dmd.checkpoint import RunFolder
-from phased_dmd.config import Lora, UserError
+from phased_dmd.config import Lora
+from phased_dmd.errors import UserError
 from phased_dmd.experts import TEACHER, Roles, expert_role
 from phased_dmd.models.quantise import quantise
 from phased_dmd.recipes import resolve

@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.distributed.run import get_args_parser
 
 from phased_dmd import cli, system, train
-from phased_dmd.config import Method, PipelineTeacher, UserError
+from phased_dmd.config import Method
 from phased_dmd.draws import Draws
+from phased_dmd.errors import UserError
 from phased_dmd.experts import FAKE, TEACHER, Roles
 from phased_dmd.phases import Expert
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import FIRST_FRAMES, RECIPES, WAN_NEGATIVE, resolve
+from phased_dmd.teachers import PipelineTeacher
 from phased_dmd.train import distill
 
 PAPER = {  # hub id, shift, negative prompt, of diffusers' own encoding the most tokens, the teacher's switch

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image, ImageSequence
 
 from phased_dmd.cli import main
-from phased_dmd.config import Config, UserError
+from phased_dmd.config import Config
+from phased_dmd.errors import UserError
 from phased_dmd.evaluate import HEADINGS
 from phased_dmd.metrics.formats import number
 from phased_dmd.recipes import resolve

@@ -17,8 +17,9 @@ from torch import nn
 
 from phased_dmd import cli, train
 from phased_dmd.checkpoint import RunFolder
-from phased_dmd.config import AnalyticTeacher, Config, Fake, Generator, Optimiser, Plan, UserError
+from phased_dmd.config import Config, Fake, Generator, Optimiser, Plan
 from phased_dmd.diffusion import FlowSchedule
+from phased_dmd.errors import UserError
 from phased_dmd.evaluate import HEADINGS
 from phased_dmd.experts import expert_role
 from phased_dmd.metrics.formats import number
@@ -55,6 +56,7 @@ from phased_dmd.reproduce.run import reproduce
 from phased_dmd.reproduce.study import Study, planned, plus_minus, prepared, summarise, table
 from phased_dmd.reproduce.workers import Run, Workers, inherit
 from phased_dmd.system import add_expert, build_system, load_teacher
+from phased_dmd.teachers import AnalyticTeacher
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 ABOUT = {"command": "COMMAND", "date": "2026-01-01", "budget": "full"}

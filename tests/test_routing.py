@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from phased_dmd import train
-from phased_dmd.config import Config, Fake, Generator, Lora, OwnTeacher, Plan, Renoise
+from phased_dmd.config import Config, Fake, Generator, Lora, Plan, Renoise
 from phased_dmd.diffusion import FlowSchedule
 from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role
 from phased_dmd.models.analytic import PlainCodec
 from phased_dmd.phases import PhasePlan
 from phased_dmd.system import System, add_expert
+from phased_dmd.teachers import OwnTeacher
 from phased_dmd.train import distill
 
 SWITCH = 0.875
@@ -168,7 +169,7 @@ def test_just_under_at_and_just_over_the_switch(starts: tuple[int, ...], recorde
         add_expert(system, phase, trainable=False)
         system.roles.add(FAKE, (0, 1), None, seed=0)
         with torch.no_grad():
-            rolled = system.roll(plan.path(phase), x, {}).x
+            rolled = system.roll(plan.path(phase), system.start(x), {}).x
             outputs = system.teacher(x, t, {}), system.fake(x, t, {})
         assert torch.isfinite(rolled).all()
         expected = torch.stack([recorder.networks[number](row) for number, row in zip((1, 0, 0), x, strict=True)])

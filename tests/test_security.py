@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from phased_dmd import load
 from phased_dmd.conditions import Conditions
-from phased_dmd.config import Config, UserError
+from phased_dmd.config import Config
+from phased_dmd.errors import UserError
 from phased_dmd.export import export
 from phased_dmd.models import trust
 from phased_dmd.models.loader import load_model

@@ -11,11 +11,11 @@ from conftest import TinyCodec, TinyWan, draw
 from gaussians import SCHEDULES
 from torch import Tensor, nn
 
-from phased_dmd.config import AnalyticTeacher, WanTeacher
 from phased_dmd.diffusion import Schedule, VPSchedule
 from phased_dmd.models.analytic import AnalyticModel, ExactMixture, PlainCodec
 from phased_dmd.models.loader import load_model
 from phased_dmd.teach.digits import image_batch, load_digits
+from phased_dmd.teachers import AnalyticTeacher, WanTeacher
 from phased_dmd.testing import ModelError, check_model
 
 MEANS, STD = torch.tensor([[-1.0, -0.5], [1.0, 0.0], [0.5, 1.5]]), 0.3

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from phased_dmd.checkpoint import RunFolder
-from phased_dmd.config import UserError
+from phased_dmd.errors import UserError
 from phased_dmd.recipes import resolve
 from phased_dmd.train import distill
 

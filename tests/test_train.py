@@ -17,8 +17,9 @@ from torch import Tensor
 
 from phased_dmd import sample, system, train, updates
 from phased_dmd.checkpoint import RunFolder, load_tensors
-from phased_dmd.config import Config, Optimiser, UserError
+from phased_dmd.config import Config, Optimiser
 from phased_dmd.draws import Draws
+from phased_dmd.errors import UserError
 from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role
 from phased_dmd.models.loader import load_model
 from phased_dmd.optim import MomentumFreeAdamW, NonFiniteError

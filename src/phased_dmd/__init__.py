@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from phased_dmd.config import Config as Config
-    from phased_dmd.config import UserError as UserError
     from phased_dmd.diffusion import FlowSchedule as FlowSchedule
     from phased_dmd.diffusion import VESchedule as VESchedule
     from phased_dmd.diffusion import VPSchedule as VPSchedule
+    from phased_dmd.errors import UserError as UserError
     from phased_dmd.objectives import distribution_matching_loss as distribution_matching_loss
     from phased_dmd.objectives import score_matching_loss as score_matching_loss
     from phased_dmd.objectives import subinterval_target as subinterval_target
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Config": "config", "UserError": "config", "PhasePlan": "phases",
+    "Config": "config", "UserError": "errors", "PhasePlan": "phases",
     "FlowSchedule": "diffusion", "VPSchedule": "diffusion", "VESchedule": "diffusion",
     "subinterval_target": "objectives", "score_matching_loss": "objectives",
     "distribution_matching_loss": "objectives", "rollout": "rollouts", "distill": "train", "load": "sample",

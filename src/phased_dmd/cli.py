@@ -13,9 +13,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends torchv
 import typer
 from typer.exceptions import TyperException
 
-from phased_dmd.config import LostPeer, Stopped, UserError, nearest
+from phased_dmd.errors import LostPeer, Stopped, UserError
 from phased_dmd.overrides import read_yaml
 from phased_dmd.reproduce.claims import NAMES
+from phased_dmd.teachers import nearest
 
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it reports what it could be faster with
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from phased_dmd.checkpoint import HEADER, save_tensors
-from phased_dmd.config import UserError
+from phased_dmd.errors import UserError
 from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.prompts import Prompt
 

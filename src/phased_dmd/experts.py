@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from peft import LoraConfig
 from peft.functional import delete_adapter, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
@@ -45,7 +45,7 @@ class Roles:
         self._engine = Engine()
         self._copies: dict[tuple[str, int], nn.Module] = {}
         self._adapters: set[tuple[str, int]] = set()
-        self._tuned: list[list[BaseTunerLayer]] = [[] for _ in model.students]  # the layers that carry adapters
+        self._tuned: list[list[LoraLayer]] = [[] for _ in model.students]  # the layers that carry adapters
         self._on: list[str | None] = [None] * len(model.students)  # the adapter that is on, of each network
 
     def spread(self, engine: Engine) -> None:
@@ -106,7 +106,7 @@ class Roles:
         base.requires_grad_(False)  # peft thaws what it adds
         for p in trained:
             p.requires_grad_()
-        self._tuned[network] = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+        self._tuned[network] = [module for module in base.modules() if isinstance(module, LoraLayer)]
         _switch(self._tuned[network], self._on[network])
         for p in self.parameters(role).values():
             p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
@@ -143,6 +143,24 @@ class Roles:
             yield
         finally:
             self._set(before)
+
+    @contextmanager
+    def following(self, expert: str, share: float) -> Iterator[None]:
+        """Afterwards the fake's copies have made a share of the change that the expert's weights went through."""
+        before = {name: p.detach().clone() for name, p in self.parameters(expert).items()} if share else {}
+        yield
+        if not share:
+            return
+        after, scalings = self.parameters(expert), (layer.scaling for layers in self._tuned for layer in layers)
+        scale = next((scaling[expert] for scaling in scalings if expert in scaling), 1.0)  # alpha / rank
+        with torch.no_grad():
+            for name, p in self.parameters(FAKE).items():
+                stem = name.removesuffix(".weight")
+                a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+                if name in before:
+                    p.add_(after[name] - before[name], alpha=share)
+                elif a in before:
+                    p.add_(after[b] @ after[a] - before[b] @ before[a], alpha=share * scale)
 
     def predict(self, role: str, network: int, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The role's native prediction on one network, x [b, ...], t [b]."""
@@ -197,13 +215,13 @@ class Roles:
 def _bare(network: nn.Module) -> nn.Module:
     """The network without adapters, which an earlier run may have left on it."""
     for name, module in list(network.named_modules()):
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, LoraLayer):
             parent, _, child = name.rpartition(".")
             setattr(network.get_submodule(parent), child, module.get_base_layer())
     return network
 
 
-def _switch(layers: list[BaseTunerLayer], adapter: str | None) -> None:
+def _switch(layers: list[LoraLayer], adapter: str | None) -> None:
     """With no adapter on, the base computes, bit for bit.
 
     peft's own `set_adapter` also freezes and thaws every adapter of the layer, at a tenth of a small network's time.

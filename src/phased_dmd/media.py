@@ -10,7 +10,7 @@ from PIL import Image, ImageSequence
 from torch import Tensor
 from torch.nn import functional as F
 
-from phased_dmd.config import UserError
+from phased_dmd.errors import UserError
 
 PICTURES, VIDEOS = (".png", ".jpg", ".jpeg", ".webp", ".gif"), (".mp4", ".mov", ".avi", ".mkv", ".webm")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # of PICTURES, whatever a file is named

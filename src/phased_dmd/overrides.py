@@ -9,7 +9,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
-from phased_dmd.config import Config, Method, Plan, Section, Teacher, UserError, WanTeacher, nearest
+from phased_dmd.config import Config, Method, Plan
+from phased_dmd.errors import UserError
+from phased_dmd.teachers import Section, Teacher, WanTeacher, nearest
 
 LARGEST = 2**20  # bytes of a file: a Config is far shorter, and YAML is slow to read
 KINDS: dict[Any, type[Section]] = {kind.model_fields["kind"].default: kind for kind in get_args(Teacher)}

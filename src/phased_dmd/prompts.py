@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from phased_dmd.config import UserError, nearest
+from phased_dmd.errors import UserError
+from phased_dmd.teachers import nearest
 
 SHIPPED = Path(__file__).parent / "assets" / "prompts"
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")

@@ -5,23 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phased_dmd.config import (
-    AnalyticTeacher,
-    Config,
-    Fake,
-    Generator,
-    Lora,
-    Method,
-    Optimiser,
-    Plan,
-    QwenImageTeacher,
-    Renoise,
-    Size,
-    UserError,
-    WanTeacher,
-    nearest,
-)
+from phased_dmd.config import Config, Fake, Generator, Lora, Method, Optimiser, Plan, Renoise
+from phased_dmd.errors import UserError
 from phased_dmd.overrides import apply_overrides, build, read_file, with_method
+from phased_dmd.teachers import AnalyticTeacher, QwenImageTeacher, Size, WanTeacher, nearest
 
 
 def toy_1d() -> Config:

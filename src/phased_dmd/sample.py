@@ -13,9 +13,10 @@ from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors, write_atomically
 from phased_dmd.conditions import fitting
-from phased_dmd.config import Config, Section, UserError, WanTeacher
+from phased_dmd.config import Config
 from phased_dmd.engine.randomness import normal
 from phased_dmd.engine.world import device
+from phased_dmd.errors import UserError
 from phased_dmd.experts import expert_role
 from phased_dmd.media import grid, save_clip, save_image, save_preview
 from phased_dmd.models.protocol import Codec, Condition
@@ -23,6 +24,7 @@ from phased_dmd.models.source import SHIPPED
 from phased_dmd.overrides import build
 from phased_dmd.prompts import Prompt
 from phased_dmd.system import Own, System, add_expert, build_system, load_teacher
+from phased_dmd.teachers import Section, WanTeacher
 
 BATCH, BATCH_NUMBERS = 64, 2**18  # samples a network call when sampling, and the most numbers that they hold
 SHEET, SHEET_HEIGHT = 64, 96  # samples on a contact sheet, and the most pixels of their height
@@ -84,7 +86,7 @@ class Sampler:
         """What the generator predicts of x_0 at the end of a phase, decoded, a sample a condition, seeds 0, 1, ..."""
         system = self.system
         noise, renoise = self._noise(range(len(rows)))
-        end = system.roll(system.plan.path(phase), noise, system.model.batch(rows), renoise=renoise)
+        end = system.roll(system.plan.path(phase), system.start(noise), system.model.batch(rows), renoise=renoise)
         return self.codec.decode(end.x0).cpu()
 
     @torch.no_grad()
@@ -94,7 +96,7 @@ class Sampler:
         if teacher_steps is not None:
             return system.sample_teacher(noise, condition, teacher_steps).cpu()
         path = system.plan.path(system.plan.num_phases)
-        return system.roll(path, noise, condition, renoise=renoise).x.cpu()
+        return system.roll(path, system.start(noise), condition, renoise=renoise).x.cpu()
 
     def _noise(self, seeds: Sequence[int]) -> tuple[Tensor, Callable[[int], Tensor]]:
         """The start [n, ...], and what the renoise solver draws at a step."""

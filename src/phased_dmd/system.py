@@ -6,14 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phased_dmd.config import Config, OwnTeacher, UserError
+from phased_dmd.config import Config
 from phased_dmd.diffusion import check_start
 from phased_dmd.engine.randomness import seed_of
+from phased_dmd.errors import UserError
 from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role, route
 from phased_dmd.models.loader import load_model
-from phased_dmd.models.protocol import Codec, Condition, VelocityModel
+from phased_dmd.models.protocol import Codec, Condition, VelocityModel, joined
 from phased_dmd.phases import Hop, PhasePlan, step_times
 from phased_dmd.rollouts import Rollout, rollout
+from phased_dmd.teachers import OwnTeacher
 
 Own = tuple[VelocityModel, Codec]
 
@@ -33,28 +35,31 @@ class System:
         return noise * self.model.schedule.sigma(torch.tensor(self.plan.times[:1], dtype=torch.float64)).item()
 
     def roll(
-        self, path: Sequence[Hop], noise: Tensor, condition: Condition, gradient_steps: Collection[int] = (),
+        self, path: Sequence[Hop], x: Tensor, condition: Condition, gradient_steps: Collection[int] = (),
         renoise: Callable[[int], Tensor] | None = None,
     ) -> Rollout:  # fmt: skip
-        """The experts along a path of the plan, from noise [b, ...]."""
+        """The experts along a path of the plan, from x [b, ...] at its first time."""
 
         def predict(step: int, x: Tensor, t: Tensor) -> Tensor:
             expert = self.plan.expert(step)
             return self.roles.predict(expert_role(expert.phase), expert.network, x, t, condition)
 
         model, solver = self.model, self.config.plan.solver
-        return rollout(
-            predict, self.start(noise), path, model.schedule, model.prediction, gradient_steps, solver, renoise
-        )
+        return rollout(predict, x, path, model.schedule, model.prediction, gradient_steps, solver, renoise)
 
     def teacher(self, x: Tensor, t: Tensor, condition: Condition, present: Sequence[int] | None = None) -> Tensor:
         """The guided teacher, each sample on the network whose range holds its t. present: see `route`."""
 
         def call(network: int, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            conditional, guidance = self.roles.predict(TEACHER, network, x, t, condition), self.model.guidance[network]
+            guidance = self.model.guidance[network]
             if guidance == 1:
-                return conditional
+                return self.roles.predict(TEACHER, network, x, t, condition)
             negative = condition | self.model.batch([self.negative] * len(x))  # a first frame stays what it is
+            if self.config.engine.batched_guidance:
+                both = joined(condition, negative)
+                pair = self.roles.predict(TEACHER, network, torch.cat([x, x]), torch.cat([t, t]), both)
+                return self.model.guide(pair[: len(x)], pair[len(x) :], guidance)
+            conditional = self.roles.predict(TEACHER, network, x, t, condition)
             return self.model.guide(conditional, self.roles.predict(TEACHER, network, x, t, negative), guidance)
 
         return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition, present)

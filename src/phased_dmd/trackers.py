@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from phased_dmd.config import Config, UserError
+from phased_dmd.config import Config
+from phased_dmd.errors import UserError
 
 Track = Callable[[int, dict[str, float]], object]  # (generator updates so far, over all phases; the logged row)
 

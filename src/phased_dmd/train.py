@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,14 +14,16 @@ from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.conditions import Conditions, fitting
-from phased_dmd.config import Config, Stopped, UserError
+from phased_dmd.config import Config
 from phased_dmd.draws import Draws, bucket_weights
 from phased_dmd.engine.signals import Signals
 from phased_dmd.engine.world import check, first_then_rest, on_first_rank, processes, rank, shares
+from phased_dmd.errors import Stopped, UserError
 from phased_dmd.experts import FAKE, expert_role
 from phased_dmd.media import save_preview
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
 from phased_dmd.optim import Learner, NonFiniteError
+from phased_dmd.paths import Paths
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.sample import Sampler, inside
 from phased_dmd.system import (
@@ -106,8 +108,7 @@ class Job:
     def batch(self, at: Position, update: int) -> Iterator[tuple[Draws, Condition]]:
         """What an update draws, micro-batch by micro-batch; update 0 is the generator's."""
         for samples in self.micro_batches:
-            key = (self.system.config.seed, at.phase, at.iteration, update)
-            draws = Draws(self.system, key, samples, self.weights)
+            draws = Draws(self.system, at.phase, at.iteration, update, samples, self.weights)
             yield draws, draws.condition(self.conditions)
 
 
@@ -129,7 +130,7 @@ def distill(
         if on_first_rank(lambda: run.finished(config)):
             return run.path
         check(config.engine)
-        micro_batches = shares(config.batch_size, config.engine)
+        micro_batches = shares(config.batch_size, config.engine, pairs=config.rollouts.antithetic is not None)
         model, codec, prompts = prepare(config, own, strict)
         with Signals() as signals, run.locked():
             on_first_rank(lambda: run.open(config, [prompt.line() for prompt in prompts]))
@@ -142,7 +143,8 @@ def distill(
             job = Job(run, system, codec, conditions, weights, micro_batches, fresh_fakes, signals, quiet or rank() > 0)
             for phase in range(1, system.plan.num_phases + 1):
                 if learners := begin(job, phase):
-                    train_phase(job, phase, *learners)
+                    with run.scratch(f"pool-{rank()}") if config.rollouts.pool_on_disk else nullcontext() as folder:
+                        train_phase(job, phase, *learners, Paths(folder))
                     end(job, phase, learners[0])
     return run.path
 
@@ -165,7 +167,7 @@ def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
     return expert, Learner(FAKE, roles.parameters(FAKE), config.fake.optimiser, seed=config.seed)
 
 
-def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
+def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Paths) -> None:
     """The phase's iterations from its last checkpoint on: updates of the fake, then one of the expert."""
     run, config = job.run, job.system.config
     state = expert.state() | fake.state()
@@ -176,15 +178,16 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
         while at.iteration < config.iterations:
             started = time.perf_counter()
             for update in range(at.update + 1, config.fake.updates + 1):
-                loss = over(job.batch(at, update), score_matching)
+                loss = over(job.batch(at, update), paths, score_matching)
                 norm = step(job, fake, loss, at, state)
                 if norm is not None:
                     at.fake_norm = norm
                     at.fake_losses.append(loss)
                 at.update = update
                 leave_if_asked(job, at, state)
-            loss = over(job.batch(at, 0), distribution_matching)
-            norm = step(job, expert, loss, at, state)
+            loss = over(job.batch(at, 0), paths, distribution_matching)
+            with job.system.roles.following(expert.role, config.fake.pull):
+                norm = step(job, expert, loss, at, state)
             at.clipped += norm is not None and norm > config.generator.optimiser.clip
             fake_loss = sum(at.fake_losses) / len(at.fake_losses) if at.fake_losses else None
             at.iteration, at.update, at.fake_losses = at.iteration + 1, 0, []

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from phased_dmd.config import UserError
+from phased_dmd.errors import UserError
 
 HEADER = "phased_dmd"  # one key, so that the header's bytes do not depend on a hash's order
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,8 +14,9 @@ from torch import Tensor
 from phased_dmd.checkpoint.files import partial_of, refuse_link, refuse_links, save_tensors, sync, write_atomically
 from phased_dmd.checkpoint.folders import Damaged, Point, check, read_folder, remove, verify, write_folder
 from phased_dmd.checkpoint.lock import locked
-from phased_dmd.config import Config, UserError
+from phased_dmd.config import Config
 from phased_dmd.engine.world import on_first_rank, rank
+from phased_dmd.errors import UserError
 from phased_dmd.overrides import build
 
 OTHERWISE = {"engine", "keep_last", "keep_every", "skips", "trackers"}  # fields in which the same run may differ
@@ -118,6 +120,20 @@ class RunFolder:
         with self._writing(f"samples/{name}"):
             path.parent.mkdir(exist_ok=True)
             write(path)
+
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[Path]:
+        """An empty folder of a process's own, gone afterwards; what a kill left of it is removed first."""
+        folder = self.path / f".{name}"
+        with self._writing(folder.name):
+            refuse_links(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        try:
+            with self._writing(folder.name):
+                yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     # ---------------------------------------------------------------- checkpoints
 

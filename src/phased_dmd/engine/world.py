@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from phased_dmd.config import Engine, LostPeer, UserError
+from phased_dmd.config import Engine
+from phased_dmd.errors import LostPeer, UserError
 
 T = TypeVar("T")
 GONE = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe", "Timed out")  # said of peers
@@ -123,21 +124,26 @@ def most(number: int) -> int:
     return int(found)
 
 
-def shares(batch: int, engine: Engine) -> list[list[range]]:
+def shares(batch: int, engine: Engine, pairs: bool = False) -> list[list[range]]:
     """A global batch in micro-batches: for each the samples of every process; a UserError where it cannot be shared.
 
-    A process's samples are neighbours; those that share sequences have the same.
+    A micro-batch's samples are neighbours, and so are a process's; those that share sequences have the same.
+    pairs: no pair of neighbours may be parted.
     """
     groups = world_size() // engine.sequence_parallel
     own, rest = divmod(batch, groups)
     if rest or not own:
         raise UserError(f"batch_size: {batch} samples cannot be shared by {groups} processes or groups of them")
     size = min(engine.micro_batch or own, own)
+    if pairs and (own % 2 or size % 2):
+        raise UserError(f"rollouts.antithetic: {own} samples in calls of {size} cannot be paired")
     owners = [process // engine.sequence_parallel for process in range(world_size())]
-    return [
-        [range(group * own + start, group * own + min(start + size, own)) for group in owners]
-        for start in range(0, own, size)
-    ]
+    micro_batches = []
+    for start in range(0, own, size):
+        each = min(size, own - start)
+        begins = [start * groups + group * each for group in owners]
+        micro_batches.append([range(begin, begin + each) for begin in begins])
+    return micro_batches
 
 
 def together(action: Callable[[], T]) -> list[T]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phased_dmd.checkpoint import RunFolder, write_atomically
-from phased_dmd.config import AnalyticTeacher, PipelineTeacher, UserError
+from phased_dmd.errors import UserError
 from phased_dmd.evaluate.compare import compare, compare_with_mixture, slug
 from phased_dmd.evaluate.instruments import Readings, load_instruments
 from phased_dmd.evaluate.protocol import Protocol, parse_seeds, sample_sets
@@ -23,6 +23,7 @@ from phased_dmd.evaluate.tables import HEADINGS, NET_OF, shown, table, tables, t
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.sample import EXPORT, Sampler, load
 from phased_dmd.system import Own
+from phased_dmd.teachers import AnalyticTeacher, PipelineTeacher
 
 __all__ = ["HEADINGS", "NET_OF", "Protocol", "evaluate", "parse_seeds", "shown", "slug", "table", "tables", "title"]
 FLOOR_SEEDS = 1_000_000  # added to a set's seeds for the base's other samples

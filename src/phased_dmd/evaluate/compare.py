@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from phased_dmd.checkpoint import write_atomically
-from phased_dmd.config import UserError
+from phased_dmd.errors import UserError
 from phased_dmd.evaluate.instruments import Instruments, Readings
 from phased_dmd.evaluate.measures import Figure, Law, figures, plain, statistics
 from phased_dmd.evaluate.mixtures import mixture_statistics

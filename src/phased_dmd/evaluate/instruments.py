@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from phased_dmd.config import Config, UserError
+from phased_dmd.config import Config
+from phased_dmd.errors import UserError
 from phased_dmd.evaluate.protocol import Protocol, SampleSet, is_nano
 from phased_dmd.evaluate.samples import Row, SampleFolder
 from phased_dmd.media import read_media

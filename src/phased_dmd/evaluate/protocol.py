@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from phased_dmd.config import AnalyticTeacher, Config, PipelineTeacher, Size, UserError, WanTeacher
+from phased_dmd.config import Config
+from phased_dmd.errors import UserError
 from phased_dmd.metrics.digits import DIRECTIONS, SPEEDS, WORDS
 from phased_dmd.models.source import SHIPPED
 from phased_dmd.prompts import Prompt, read_prompts
+from phased_dmd.teachers import AnalyticTeacher, PipelineTeacher, Size, WanTeacher
 
 PICTURE_SEEDS, CLIP_SEEDS = tuple(range(8)), (42,)  # a prompt, Sec. 3.1 and 3.2
 BLOCKS = 10  # of samples, at most, that are left out one after the other

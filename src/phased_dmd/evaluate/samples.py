@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from phased_dmd.checkpoint import load_tensors, save_tensors
-from phased_dmd.config import AnalyticTeacher, PipelineTeacher, UserError
+from phased_dmd.errors import UserError
 from phased_dmd.evaluate.protocol import SampleSet, grouped
 from phased_dmd.media import MEDIA, read_media
 from phased_dmd.phases import step_times
 from phased_dmd.prompts import Prompt
 from phased_dmd.sample import MANIFEST, Sampler, batch_size
+from phased_dmd.teachers import AnalyticTeacher, PipelineTeacher
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phased_dmd.checkpoint import partial_of
-from phased_dmd.config import UserError
+from phased_dmd.errors import UserError
 from phased_dmd.export.comfyui import SCHEDULE, comfyui_tensors, comfyui_times, workflow
 from phased_dmd.export.scripts import nearest_scheduler, render, stock_times
 from phased_dmd.export.subject import Subject

@@ -15,15 +15,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phased_dmd.config import Size, UserError, WanTeacher
 from phased_dmd.engine.randomness import normal
 from phased_dmd.engine.world import device
+from phased_dmd.errors import UserError
 from phased_dmd.export.subject import Piece, Subject
 from phased_dmd.export.weights import lora_tensors
 from phased_dmd.models.qwen_image import PATCH, pack, unpack
 from phased_dmd.models.source import quiet
 from phased_dmd.prompts import Prompt
 from phased_dmd.sample import assemble, read_shards
+from phased_dmd.teachers import Size, WanTeacher
 
 TOLERANCE = 1e-4  # of latents, in full precision
 STILL, CLIP = Size(height=64, width=96), Size(num_frames=5, height=64, width=96)  # small, of any model's strides
@@ -81,7 +82,8 @@ def in_memory(subject: Subject, prompts: Sequence[Prompt], size: Size) -> tuple[
 
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        return noise, system.roll(system.plan.path(system.plan.num_phases), noise, condition, renoise=fresh).x
+        path = system.plan.path(system.plan.num_phases)
+        return noise, system.roll(path, system.start(noise), condition, renoise=fresh).x
 
 
 def load_script(subject: Subject, folder: Path) -> tuple[Any, Callable[..., Any]]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from phased_dmd.config import UserError
 from phased_dmd.engine.world import device
+from phased_dmd.errors import UserError
 from phased_dmd.metrics.features import check_settings, loading, name_of, preprocess
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phased_dmd.config import UserError
 from phased_dmd.engine.world import device
+from phased_dmd.errors import UserError
 
 ROUNDING = 1e-12  # of a difference of traces, in units of their sum
 Moments = tuple[Tensor, Tensor]  # mean [d], covariance [d, d]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from phased_dmd.config import UserError
 from phased_dmd.engine.world import device
+from phased_dmd.errors import UserError
 from phased_dmd.metrics.digits import load_classifier
 from phased_dmd.models.source import quiet
 

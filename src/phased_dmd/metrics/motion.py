@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phased_dmd.config import UserError
 from phased_dmd.engine.world import device
+from phased_dmd.errors import UserError
 
 Flow = Callable[[Tensor, Tensor], Tensor]  # of two frames [h, w, 3]: (right, down) in pixels, [h, w, 2]
 DIS, RAFT = "OpenCV DIS", "RAFT, torchvision"  # names of flows, to stand beside every number made with them

@@ -9,9 +9,10 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from phased_dmd.config import PipelineTeacher, UserError
+from phased_dmd.errors import UserError
 from phased_dmd.models.architectures import architecture, skeleton
 from phased_dmd.models.source import Source, quiet
+from phased_dmd.teachers import PipelineTeacher
 
 META = torch.device("meta")
 

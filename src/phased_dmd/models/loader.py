@@ -5,19 +5,12 @@ from contextlib import contextmanager
 
 import torch
 
-from phased_dmd.config import (
-    AnalyticTeacher,
-    OwnTeacher,
-    PipelineTeacher,
-    QwenImageTeacher,
-    Teacher,
-    UserError,
-    WanTeacher,
-)
 from phased_dmd.engine.world import device
+from phased_dmd.errors import UserError
 from phased_dmd.models.bare import META, BareSource
 from phased_dmd.models.protocol import Codec, VelocityModel
 from phased_dmd.models.source import Source
+from phased_dmd.teachers import AnalyticTeacher, OwnTeacher, PipelineTeacher, QwenImageTeacher, Teacher, WanTeacher
 
 
 def load_model(teacher: Teacher, seed: int, fit: bool = True) -> tuple[VelocityModel, Codec]:

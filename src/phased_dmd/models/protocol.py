@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from phased_dmd.diffusion import Prediction, Schedule
@@ -94,3 +95,16 @@ class Codec(Protocol):
 def rows(condition: Condition, index: Tensor) -> Condition:
     """The chosen rows of a batched condition."""
     return {name: tensor[index.to(tensor.device)] for name, tensor in condition.items()}
+
+
+def joined(first: Condition, second: Condition) -> Condition:
+    """Two batched conditions as one; of two texts the shorter one is padded with zeros, as `batch` pads."""
+    return {name: torch.cat(_of_one_length(tensor, second[name])) for name, tensor in first.items()}
+
+
+def _of_one_length(*tensors: Tensor) -> list[Tensor]:
+    """Zeros appended in the second dimension, if there is one."""
+    if tensors[0].ndim == 1:
+        return list(tensors)
+    longest = max(x.shape[1] for x in tensors)
+    return [torch.cat([x, x.new_zeros(len(x), longest - x.shape[1], *x.shape[2:])], 1) for x in tensors]

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from phased_dmd.config import UserError
+from phased_dmd.errors import UserError
 
 
 def quantise(

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from phased_dmd.config import QwenImageTeacher, UserError
 from phased_dmd.diffusion import FlowSchedule, Prediction, Schedule
+from phased_dmd.errors import UserError
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import (
     Source,
@@ -21,6 +21,7 @@ from phased_dmd.models.source import (
     encoder_dtype,
     guidance_of,
 )
+from phased_dmd.teachers import QwenImageTeacher
 
 PIPELINES = ("QwenImagePipeline",)
 PATCH = 2  # latents a side of one of the transformer's tokens

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from diffusers import ContextParallelConfig, WanTransformer3DModel
 from torch import nn
 
-from phased_dmd.config import UserError
 from phased_dmd.engine.world import sequence_mesh
+from phased_dmd.errors import UserError
 from phased_dmd.models.source import quiet
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from phased_dmd.config import UserError
+from phased_dmd.errors import UserError
 
 LIBRARIES = ("diffusers", "transformers")  # whose classes a pipeline may be made of
 CONFIGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
-from phased_dmd.config import Size, UserError, WanTeacher
 from phased_dmd.diffusion import FlowSchedule, Prediction, Schedule
+from phased_dmd.errors import UserError
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import (
     ASSETS,
@@ -25,6 +25,7 @@ from phased_dmd.models.source import (
     encoder_dtype,
     guidance_of,
 )
+from phased_dmd.teachers import Size, WanTeacher
 
 NANO = ASSETS / "nano"
 ASPECT = 0.05  # by how much a first frame's aspect ratio may differ from its bucket's

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from phased_dmd.config import Config, PipelineTeacher, UserError
+from phased_dmd.config import Config
+from phased_dmd.errors import UserError
 from phased_dmd.experts import TEACHER
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.phases import PhasePlan
@@ -22,6 +23,7 @@ from phased_dmd.plan.memory import (
 )
 from phased_dmd.plan.work import Work, forward_flops, hours, mean_flops, phase_work
 from phased_dmd.prompts import read_prompts
+from phased_dmd.teachers import PipelineTeacher
 
 GB = 1e9
 

@@ -8,10 +8,12 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from phased_dmd.config import AnalyticTeacher, Config, OwnTeacher, UserError
+from phased_dmd.config import Config
+from phased_dmd.errors import UserError
 from phased_dmd.models import loader
 from phased_dmd.models.bare import META
 from phased_dmd.models.protocol import Condition, VelocityModel
+from phased_dmd.teachers import AnalyticTeacher, OwnTeacher
 
 __all__ = ["META", "bare_model", "bytes_of", "condition_of", "image_shapes", "largest", "text_width"]
 

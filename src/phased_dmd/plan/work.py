@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from statistics import fmean
 
-from phased_dmd.config import Config, PipelineTeacher, QwenImageTeacher
+from phased_dmd.config import Config
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.phases import PhasePlan
 from phased_dmd.plan.measure import measure
+from phased_dmd.teachers import PipelineTeacher, QwenImageTeacher
 
 TEXT_TOKENS = 192  # of a prompt, where it is not padded to the most tokens: about 140 words
 
@@ -43,20 +44,29 @@ def phase_work(config: Config, plan: PhasePlan, phase: int, guided: bool) -> Wor
 
     guided: whether the teacher is called twice.
     """
-    checkpointing = config.engine.activation_checkpointing
-    whole = float(len(plan.path(phase)))
-    exits = fmean(len(plan.path(phase, step)) for step in plan.steps(phase))
-    rollout = whole if config.plan.gradient == "all" else exits
-    recorded = len(plan.steps(phase)) if config.plan.gradient == "all" else 1
-    scores = 2 if not guided else 3  # the teacher and the fake
-    steps = recorded * trained_call(config.generator.weights, checkpointing)
-    before = whole if config.plan.fake_rollout == "full" else rollout
-    updates = config.fake.updates
+    rollouts, updates, checkpointing = config.rollouts, config.fake.updates, config.engine.activation_checkpointing
+    frozen, steps = plan.steps(phase).start, len(plan.steps(phase))  # of the phases before, and its own
+    exits = steps if config.plan.gradient == "all" else fmean(range(1, steps + 1))
+    recorded = exits if config.plan.gradient == "all" else 1
+    fakes = steps if config.plan.fake_rollout == "full" else exits
+    runs = updates / 2 if rollouts.antithetic == "noise" else float(updates)  # of the generator, for the fake
+    anew = 1  # of them once more for the generator's update
+    if rollouts.reuse:
+        runs, anew = 1.0, 0
+    before = float(frozen)
+    if rollouts.pool:
+        before *= min(rollouts.pool_refresh / (runs + anew) + rollouts.pool / (config.iterations * (runs + anew)), 1)
+    for_fake = runs * (before + fakes)
+    for_generator = anew * (before + exits - recorded) if anew or fakes == exits else exits - recorded
+    teacher = 2 if guided else 1
+    scores = {"kl": teacher + 1, "fisher": 2 * teacher + 2, "fisher-stop-gradient": teacher + 2}[
+        config.objective.divergence
+    ]
     return Work(
-        generator_calls=rollout + scores,
-        generator_forwards=rollout - recorded + steps + scores,
-        fake_calls=updates * (before + 1),
-        fake_forwards=updates * (before + trained_call(config.fake.weights, checkpointing)),
+        generator_calls=for_generator + recorded + teacher + 1,
+        generator_forwards=for_generator + recorded * trained_call(config.generator.weights, checkpointing) + scores,
+        fake_calls=for_fake + updates,
+        fake_forwards=for_fake + updates * trained_call(config.fake.weights, checkpointing),
     )
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, Template
 
 from phased_dmd.checkpoint import write_atomically
-from phased_dmd.config import Config, UserError
+from phased_dmd.config import Config
+from phased_dmd.errors import UserError
 from phased_dmd.evaluate import HEADINGS
 from phased_dmd.metrics.formats import number
 from phased_dmd.report.curves import colours, make_curves

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageSequence
 
-from phased_dmd.config import UserError
+from phased_dmd.errors import UserError
 from phased_dmd.evaluate import slug
 from phased_dmd.report.runs import Group, Run, base_rows
 

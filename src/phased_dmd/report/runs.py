@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from phased_dmd.checkpoint import RunFolder
-from phased_dmd.config import Config, UserError
+from phased_dmd.config import Config
+from phased_dmd.errors import UserError
 
 ASIDE = {"recipe", "seed", "log_every", "checkpoint_every", "sample_every", "trackers"}  # of a config: no method
 STUDENT = {"hidden", "layers", "fit_steps", "fit_batch", "fit_lr", "lora_targets"}  # of a teacher: no part of the base

@@ -15,10 +15,11 @@ from phased_dmd.draws import Draws
 from phased_dmd.engine.randomness import seed_of
 from phased_dmd.engine.world import shares
 from phased_dmd.experts import FAKE, expert_role
-from phased_dmd.objectives import distribution_matching_loss
+from phased_dmd.paths import Paths
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import resolve
 from phased_dmd.system import add_expert, build_system, load_teacher
+from phased_dmd.updates import distribution_matching
 
 STEPS = (1, 2, 4, 8)
 RECIPE = "nano-t2i"
@@ -59,22 +60,12 @@ def update_bytes(config: Config) -> list[int]:
         role = expert_role(phase)
         add_expert(system, phase, trainable=True)
         roles.add(FAKE, plan.fakes(phase), None, seed=seed_of(config.seed, phase))
-        draws = Draws(system, (config.seed, phase, 0, 0), shares(config.batch_size, config.engine)[0], [1.0])
-        path = plan.path(phase, draws.exit_step(full=False))
-        exits = plan.steps(phase) if config.plan.gradient == "all" else (path[-1].step,)
+        draws = Draws(system, phase, 0, 0, shares(config.batch_size, config.engine)[0], [1.0])
         shared = [p for network in (*model.networks, *model.students) for p in network.parameters()]
         saved = SavedBytes([*shared, *roles.parameters(role).values()])
-        with saved, roles.active(role):
-            end = system.roll(path, draws.noise("start"), condition, exits)
-            s, t = draws.times()
-            loss = distribution_matching_loss(
-                end.x, draws.noise("eps"), s, t, model.schedule, model.prediction,
-                teacher=lambda x, t: system.teacher(x, t, condition),
-                fake=lambda x, t: system.fake(x, t, condition),
-                weighting=config.objective.weighting, x0_generator=end.x0.detach(),
-            ).mean()  # fmt: skip
+        with saved:
+            distribution_matching(draws, condition, Paths())
         totals.append(saved.total)
-        del loss, end  # the graph lives until here
         roles.freeze(role)
         roles.remove(FAKE)
     return totals

@@ -15,7 +15,8 @@ from typing import Self
 import torch
 
 from phased_dmd.checkpoint import RunFolder, write_atomically
-from phased_dmd.config import Config, UserError
+from phased_dmd.config import Config
+from phased_dmd.errors import UserError
 from phased_dmd.evaluate import Protocol, evaluate
 from phased_dmd.prompts import read_prompts
 from phased_dmd.train import distill

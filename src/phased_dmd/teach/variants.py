@@ -12,7 +12,6 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from torch import Tensor
 
-from phased_dmd.config import Size
 from phased_dmd.media import save_image, to_images
 from phased_dmd.metrics.digits import DIRECTIONS, SPEEDS, WORDS
 from phased_dmd.models.wan import NANO, first_frame_condition
@@ -27,6 +26,7 @@ from phased_dmd.teach.nano import (
     normalise,
     train_transformer,
 )
+from phased_dmd.teachers import Size
 
 SWITCH = 0.875  # of nano-moe, as in Wan2.2's text-to-video
 

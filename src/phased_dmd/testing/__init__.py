@@ -12,12 +12,12 @@ from peft.functional import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from phased_dmd.config import nearest
 from phased_dmd.diffusion import check_start
 from phased_dmd.engine.randomness import normal
 from phased_dmd.engine.world import device
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
 from phased_dmd.phases import PhasePlan
+from phased_dmd.teachers import nearest
 from phased_dmd.testing.parts import Complaints, ModelError, Part, call, near, parts_of, tolerance_of
 from phased_dmd.testing.truth import against_truth
 

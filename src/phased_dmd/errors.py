@@ -1,0 +1,20 @@
+"""What ends a run in one line."""
+
+
+class UserError(ValueError):
+    """Something the user can mend: shown as one line, exit status 2."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop by a signal of this number; it is saved, and goes on by the same command."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(number, message)  # both, so that it can be pickled
+        self.number = number
+
+    def __str__(self) -> str:
+        return self.args[1]
+
+
+class LostPeer(RuntimeError):
+    """Another process of the group ended before its time."""
