@@ -169,7 +169,7 @@ def test_phase_1_of_wan22_piles_up_at_the_switch(recipe: str, share: float) -> N
     config = resolve(recipe, OWN)
     (switch,) = switches_of(recipe)
     system: Any = SimpleNamespace(config=config, plan=config.phase_plan((switch,)))
-    times = {phase: Draws(system, (0, phase, 0, 0), [range(4000)], [1.0]).times() for phase in (1, 2)}
+    times = {phase: Draws(system, phase, 0, 0, [range(4000)], [1.0]).times() for phase in (1, 2)}
     s, t = times[1]
     assert torch.equal(s, torch.full_like(s, 5 / 6)) and t.min() == switch and t.max() <= 1
     assert {system.plan.network(time) for time in t.tolist()} == {0}

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -561,10 +561,13 @@ def test_gradients_are_clipped_and_the_clipped_counted(tmp_path: Path, monkeypat
 
 
 class Spy:
-    """What the loop asks of the system, by phase: rollouts (path, gradient steps, gradient mode) and re-noise times."""
+    """What the loop asks of the system, by phase: rollouts (path, gradient steps, gradient mode), each put together
+    from its pieces, and re-noise times."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.phase = 0
+        self._path: tuple[Any, ...] = ()
+        self._end = torch.empty(0)
         self.rolls: dict[int, list[Any]] = defaultdict(list)
         self.times: dict[tuple[int, str], list[float]] = defaultdict(list)
         add_expert, roll = train.add_expert, System.roll
@@ -574,10 +577,14 @@ class Spy:
             add_expert(system, phase, trainable)
 
         def rolled(
-            system: System, path: Any, noise: Tensor, cond: Any, gradient_steps: Any = (), renoise: Any = None
+            system: System, path: Any, x: Tensor, cond: Any, gradient_steps: Any = (), renoise: Any = None
         ) -> Any:
-            end = roll(system, path, noise, cond, gradient_steps, renoise)
-            self.rolls[self.phase].append((path, tuple(gradient_steps), end.x.requires_grad))
+            assert not self._path or torch.equal(x, self._end)  # a piece of a path goes on where the last one ended
+            end = roll(system, path, x, cond, gradient_steps, renoise)
+            self._path, self._end = (*self._path, *path), end.x
+            if self._path and self._path[-1].r == system.plan.end(self.phase):
+                self.rolls[self.phase].append((self._path, tuple(gradient_steps), end.x.requires_grad))
+                self._path = ()
             return end
 
         patch.setattr(train, "add_expert", onset)
@@ -684,13 +691,13 @@ def test_a_fixed_time_is_the_only_one(tmp_path: Path, spy: Spy) -> None:
 
 def test_no_two_updates_share_their_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    original = Draws.noise
+    original = Draws._normal
 
-    def spy_noise(self: Draws, role: str, *more: int) -> Tensor:
-        drawn.append(original(self, role, *more))
+    def spy_noise(self: Draws, samples: Sequence[int], *key: int | str) -> Tensor:
+        drawn.append(original(self, samples, *key))
         return drawn[-1]
 
-    monkeypatch.setattr(Draws, "noise", spy_noise)
+    monkeypatch.setattr(Draws, "_normal", spy_noise)
     distill(toy(plan__solver="renoise", plan__steps=4, plan__phases=2), tmp_path / "run", quiet=True)
     assert len(drawn) == 9 * (2 + 2) + 9 * (2 + 3)  # start and eps, and one renoise a step that ends above 0
     numbers = torch.cat(drawn).flatten()
@@ -699,28 +706,30 @@ def test_no_two_updates_share_their_noise(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_prompts_are_drawn_uniformly_by_sample() -> None:
     """Pearson's chi-squared over 8 prompts: 24.3 is exceeded once in a thousand (7 degrees). Splits agree."""
-    system: Any = SimpleNamespace(
-        model=SimpleNamespace(batch=lambda rows: {"text": torch.tensor([row["text"] for row in rows])})
-    )
+    model = SimpleNamespace(batch=lambda rows: {"text": torch.tensor([row["text"] for row in rows])})
+    system: Any = SimpleNamespace(model=model, config=toy())
     table: Any = SimpleNamespace(eligible=lambda bucket: range(8), row=lambda index, bucket: {"text": index})
 
-    def drawn(key: tuple[int, ...], samples: range) -> Tensor:
-        return Draws(system, key, [samples], [1.0]).condition(table)["text"]
+    def drawn(update: int, samples: range) -> Tensor:
+        return Draws(system, 1, 2, update, [samples], [1.0]).condition(table)["text"]
 
-    whole = drawn((0, 1, 2, 3), range(4000))
+    whole = drawn(3, range(4000))
     assert ((torch.bincount(whole, minlength=8) - 500.0) ** 2 / 500).sum() < 24.3
-    assert torch.equal(drawn((0, 1, 2, 3), range(100, 200)), whole[100:200])
-    assert not torch.equal(drawn((0, 1, 3, 3), range(4000)), whole)
+    assert torch.equal(drawn(3, range(100, 200)), whole[100:200])
+    assert not torch.equal(drawn(2, range(4000)), whole)
 
 
 def test_buckets_are_drawn_by_weight_one_a_batch() -> None:
     """Weights 1, 0, 3: shares 1/4, 0, 3/4 of 4000 batches, within four standard deviations, whatever the samples."""
-    system: Any = None
-    keys = [(0, 1, iteration, 2) for iteration in range(4000)]
-    buckets = [Draws(system, key, [range(2)], [1.0, 0.0, 3.0]).bucket for key in keys]
+    system: Any = SimpleNamespace(config=toy())
+
+    def drawn(samples: range) -> list[int]:
+        return [Draws(system, 1, i, 2, [samples], [1.0, 0.0, 3.0]).bucket for i in range(4000)]
+
+    buckets = drawn(range(2))
     shares = torch.tensor(buckets).bincount(minlength=3) / 4000
     assert shares[1] == 0 and abs(shares[0].item() - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
-    assert buckets == [Draws(system, key, [range(9, 11)], [1.0, 0.0, 3.0]).bucket for key in keys]
+    assert buckets == drawn(range(9, 11))
 
 
 # ---------------------------------------------------------------- LoRA experts on Wan
