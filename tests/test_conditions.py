@@ -1,5 +1,7 @@
 """The cache of encoded prompts: what comes back, what is encoded again and what is not, and damage."""
 
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from phased_dmd import conditions, system
+from phased_dmd.checkpoint import save_tensors
 from phased_dmd.cli import main
 from phased_dmd.conditions import CHUNK, Conditions
 from phased_dmd.config import Config
 from phased_dmd.draws import bucket_weights
-from phased_dmd.errors import UserError
+from phased_dmd.errors import Stopped, UserError
 from phased_dmd.models.analytic import PlainCodec
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import Source
@@ -353,6 +356,30 @@ def test_two_runs_that_share_a_cache_encode_once(tiny_run: Callable, tmp_path: P
     assert [(run / "conditions").exists() for run in runs] == [False, False, True]
     experts = [(run / "experts" / "phase-2.safetensors").read_bytes() for run in runs]
     assert experts[0] == experts[1] == experts[2]
+
+
+def test_a_signal_ends_the_encoding_between_two_files(
+    tiny_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file at hand is finished, and kept."""
+    (tmp_path / "prompts.txt").write_text("".join(f"seven {i}\n" for i in range(2 * CHUNK + 5)))
+    config, asked = tiny_run()
+    saved: list[Path] = []
+
+    def save(path: Path, *rest: Any) -> None:
+        save_tensors(path, *rest)
+        saved.append(path)
+        if len(saved) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(conditions, "save_tensors", save)
+    with pytest.raises(Stopped, match="stopped while prompts were encoded; the same command goes on") as stopped:
+        distill(config, tmp_path / "run", quiet=True)
+    assert stopped.value.number == signal.SIGTERM and len(asked) == 2 * CHUNK and len(saved) == 2
+    assert all(path.exists() for path in saved) and not (tmp_path / "run" / "experts").exists()
+    distill(config, tmp_path / "run", quiet=True)
+    assert len(asked) == 2 * CHUNK + 5 + 1 and len(set(saved)) == 4  # the rest, and the negative prompt
+    assert (tmp_path / "run" / "experts" / "phase-2.safetensors").exists()
 
 
 # ---------------------------------------------------------------- prompts that are too long

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,12 +25,19 @@ class Conditions:
     of its own.
     """
 
-    def __init__(self, codec: Codec, prompts: Sequence[Prompt], negative: str, folder: Path) -> None:
-        """Encodes what is not in the folder yet, and frees the encoder."""
+    def __init__(
+        self, codec: Codec, prompts: Sequence[Prompt], negative: str, folder: Path,
+        between: Callable[[], object] = lambda: None,
+    ) -> None:  # fmt: skip
+        """Encodes what is not in the folder yet, and frees the encoder.
+
+        between: called before each file; what it raises ends the encoding, which goes on another time.
+        """
         self.folder, self.num_prompts = folder, len(prompts)
         self.buckets = fitting(codec, prompts)
         if not codec.takes_images:
             prompts = [Prompt(prompt.text) for prompt in prompts]
+        self._between = between
         self._files: dict[Path, tuple[safe_open, dict[str, str]]] = {}
         self._chunks = [
             self._encode(codec, f"{start // CHUNK:05d}", start, prompts[start : start + CHUNK])
@@ -58,6 +65,7 @@ class Conditions:
         path = self.folder / f"{name}-{key.hexdigest()}.safetensors"
         if _is_whole(path):
             return path
+        self._between()
         tensors = {}
         texts = codec.encode_text([prompt.text for prompt in prompts])
         for i, (prompt, row) in enumerate(zip(prompts, texts, strict=True), first):

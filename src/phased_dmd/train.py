@@ -135,7 +135,7 @@ def distill(
         with Signals() as signals, run.locked():
             on_first_rank(lambda: run.open(config, [prompt.line() for prompt in prompts]))
             with first_then_rest():
-                conditions = encode_prompts(config, codec, prompts, cache or run.path / "conditions")
+                conditions = encode_prompts(config, codec, prompts, cache or run.path / "conditions", signals)
             system = build_system(config, model, conditions.negative if conditions else {})
             fresh_fakes = add_adapters(system)
             system.roles.spread(config.engine)
@@ -265,11 +265,19 @@ def save_samples(job: Job, at: Position, expert: Learner) -> None:
     on_first_rank(lambda: job.run.save_samples(name, lambda path: save_preview(path, preview)))
 
 
-def encode_prompts(config: Config, codec: Codec, prompts: Sequence[Prompt], folder: Path) -> Conditions | None:
-    """The prompts' conditions; None for a teacher that takes no prompts."""
+def encode_prompts(
+    config: Config, codec: Codec, prompts: Sequence[Prompt], folder: Path, signals: Signals
+) -> Conditions | None:
+    """The prompts' conditions; None for a teacher that takes no prompts. Stopped after a signal."""
+
+    def leave_if_asked() -> None:
+        if signals.noted:
+            message = f"{folder}: stopped while prompts were encoded; the same command goes on from there"
+            raise Stopped(signals.noted, message)
+
     if not prompts:
         return None
-    return Conditions(codec, prompts, config.teacher.negative_prompt, folder)
+    return Conditions(codec, prompts, config.teacher.negative_prompt, folder, leave_if_asked)
 
 
 def preview_samples(

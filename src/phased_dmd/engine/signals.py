@@ -12,7 +12,7 @@ class Signals:
     """Inside the context the signals are noted; a second one of the same kind acts as if there were no context."""
 
     def __init__(self) -> None:
-        self._noted = 0
+        self.noted = 0  # the number of a signal that this process has got
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -27,9 +27,9 @@ class Signals:
         self._before.clear()
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self._noted = number
+        self.noted = number
         signal.signal(number, self._before[number])
 
     def asked(self) -> int:
         """The number of a signal that any process has got, or 0; all processes ask together."""
-        return most(self._noted)
+        return most(self.noted)
