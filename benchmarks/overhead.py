@@ -2,25 +2,17 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from large import make_teacher
-from torch import Tensor, nn
 
 from phased_dmd import train
 from phased_dmd.config import Config
 from phased_dmd.engine.randomness import normal
 from phased_dmd.experts import FAKE, TEACHER, expert_role
-from phased_dmd.models.protocol import Condition
-from phased_dmd.recipes import resolve
 from phased_dmd.system import System
-from phased_dmd.teachers import Size
 
 WARM_UP = 3  # iterations of each phase that are not counted
 TWENTY_MILLION = {"num_layers": 8, "num_attention_heads": 6, "attention_head_dim": 64, "ffn_dim": 1536}

@@ -17,7 +17,7 @@ BATCH = 16
 
 
 def sampling(folder: Path, pairs: int = 7) -> dict[str, float]:
-    """Medians of the seconds a loop takes, and of their ratio, on nano. What the experts have learnt does not matter."""
+    """Medians of the seconds a loop takes, and of their ratio, on nano; what the experts learnt does not matter."""
     few = {"iterations": 1, "batch_size": 2, "fake.updates": 1}
     export(distill(resolve("nano-t2i", few), folder / "run", quiet=True), "diffusers", folder / "fused", fused=True)
     system = load(folder / "fused").system

@@ -144,7 +144,7 @@ def distill(
             for phase in range(1, system.plan.num_phases + 1):
                 if learners := begin(job, phase):
                     with run.scratch(f"pool-{rank()}") if config.rollouts.pool_on_disk else nullcontext() as folder:
-                        train_phase(job, phase, *learners, Paths(folder))
+                        train_phase(job, phase, *learners, Paths(config.rollouts.reuse, folder))
                     end(job, phase, learners[0])
     return run.path
 

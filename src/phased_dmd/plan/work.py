@@ -57,7 +57,9 @@ def phase_work(config: Config, plan: PhasePlan, phase: int, guided: bool) -> Wor
     if rollouts.pool:
         before *= min(rollouts.pool_refresh / (runs + anew) + rollouts.pool / (config.iterations * (runs + anew)), 1)
     for_fake = runs * (before + fakes)
-    for_generator = anew * (before + exits - recorded) if anew or fakes == exits else exits - recorded
+    for_generator = anew * (before + exits - recorded)
+    if rollouts.reuse and fakes != exits:
+        for_generator = sum(range(steps - 1)) / steps  # its own way to its exit, unless that is the last step
     teacher = 2 if guided else 1
     scores = {"kl": teacher + 1, "fisher": 2 * teacher + 2, "fisher-stop-gradient": teacher + 2}[
         config.objective.divergence
