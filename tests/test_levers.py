@@ -1,6 +1,7 @@
 """The options that make a run cheaper: what they share, what they leave alone, and that no law changes."""
 
 import math
+import re
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -259,9 +260,10 @@ def test_the_plan_foresees_a_pools_calls(reuse: bool, antithetic: str | None, tm
     levers = {"rollouts__reuse": reuse, "rollouts__antithetic": antithetic, "plan__gradient": "all"}
     config = toy(iterations=30, batch_size=4, rollouts__pool=2, rollouts__pool_refresh=0.25, **levers)
     distill(config, tmp_path / "run", quiet=True)
-    first, second = (phase_work(config, config.phase_plan(), phase, guided=False).calls for phase in (1, 2))
-    found = watch.total(2)["phase_1"] / (30 * 4)
-    assert 0.8 * (second - first) < found < second - first + 1e-9 and found > 0
+    calls = {role: count / (30 * 4) for role, count in watch.total(2).items()}
+    frozen = calls.pop("phase_1")
+    foreseen = phase_work(config, config.phase_plan(), 2, guided=False).calls - sum(calls.values())
+    assert 0.8 * foreseen < frozen < foreseen + 1e-9
 
 
 def test_a_pool_leaves_the_first_phase_alone_and_is_the_same_on_disk(tmp_path: Path) -> None:
@@ -314,8 +316,8 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         run = tmp_path / "disk" / "run"
         with pytest.raises(UserError) as error:
             distill(toy(**big, teacher__fit_steps=1), run, quiet=True)
-        reason = ".pool-0: cannot be written: No space left on device"
-        assert str(error.value) == f"{reason}; {run} goes on from the start of phase 2 by the same command"
+        reason = r"pool-0/\d+\.safetensors: cannot be written: No space left on device"
+        assert re.search(rf"{reason}; the same command goes on from the last checkpoint$", str(error.value))
         assert not list(run.glob(".pool*"))
 
 
@@ -511,6 +513,15 @@ def test_sorted_times_call_fewer_networks(wan: Callable, tmp_path: Path, monkeyp
     assert least <= found[1] <= least + 2 * 3 < found[0] <= 2 * least
 
 
+def test_levers_that_do_not_go_together_are_refused() -> None:
+    for levers, message in (
+        ({"renoise__sort": True, "rollouts__pool": 2}, r"renoise\.sort: with a rollouts\.pool"),
+        ({"objective__divergence": "fisher", "engine__sequence_parallel": 2}, r"objective\.divergence: only 'kl'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            toy(**levers)
+
+
 @pytest.mark.parametrize("batched", [False, True])
 def test_the_plan_foresees_guidance(batched: bool, wan: Callable, tmp_path: Path, watch: Watch) -> None:
     """Two samples a call or two calls: the work is the same. All four steps, so that there is no exit to draw."""
@@ -531,7 +542,7 @@ def test_a_run_with_every_lever_is_byte_identical_when_it_is_stopped_between_upd
 ) -> None:
     levers = {
         "rollouts__reuse": True, "rollouts__antithetic": "noise", "rollouts__pool": 2, "rollouts__pool_refresh": 0.5,
-        "rollouts__pool_on_disk": True, "plan__exits": "shuffled", "plan__solver": "renoise", "renoise__sort": True,
+        "rollouts__pool_on_disk": True, "plan__exits": "shuffled", "plan__solver": "renoise",
         "objective__divergence": divergence, "fake__pull": 0.5, "engine__micro_batch": 2,
         "engine__batched_guidance": True, "batch_size": 4, "iterations": 3,
     }  # fmt: skip

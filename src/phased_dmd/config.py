@@ -49,8 +49,8 @@ class Rollouts(Section):
         default=False, description="one run for all updates until the generator changes, its own included"
     )
     antithetic: Literal["noise", "start"] | None = Field(
-        default=None, description="pairs of the fake's samples: one sample re-noised with eps and -eps, "
-        "or samples from a first noise and its negative, re-noised alike",
+        default=None, description="pairs of samples: for the fake, one sample re-noised with eps and -eps; or, for "
+        "all, two from a first noise and its negative, which the fake sees re-noised alike",
     )  # fmt: skip
     pool: int = Field(
         default=0, ge=0, le=10**6, description="batches whose states at a phase's begin are kept, instead of made anew"
@@ -123,7 +123,9 @@ class Engine(Section):
     )
     offload: bool = Field(default=False, description="weights, gradients and optimisers in the host's memory")
     compile: bool = Field(default=False, description="the repeated blocks, with torch.compile")
-    batched_guidance: bool = Field(default=False, description="the teacher with and without the prompt in one call")
+    batched_guidance: bool = Field(
+        default=False, description="the teacher with and without the prompt in one call, of twice the samples"
+    )
 
 
 class Config(Section):
@@ -172,6 +174,8 @@ class Config(Section):
         quantised = isinstance(self.teacher, PipelineTeacher) and self.teacher.quantise is not None
         if quantised and (self.generator.weights == "full" or self.fake.weights == "full"):
             raise ValueError("teacher.quantise: full weights cannot be copied from it; fake.weights=lora is needed")
+        if self.renoise.sort and self.rollouts.pool:
+            raise ValueError("renoise.sort: with a rollouts.pool, the same samples would always get the same times")
         if self.fake.pull and self.fake.weights == "lora":
             raise ValueError("fake.pull: needs fake.weights=full")
         if self.objective.divergence != "kl" and self.engine.sequence_parallel > 1:

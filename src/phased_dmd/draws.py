@@ -96,19 +96,23 @@ class Draws:
         return self.system.plan.path(self.phase, self._exit_step())
 
     @property
+    def _both_signs(self) -> bool:
+        """Whether the update re-noises one sample of each pair with both signs, and the other not."""
+        return self.update > 0 and self.system.config.rollouts.antithetic == "noise"
+
+    @property
     def rolled(self) -> range:
-        """The samples whose paths an update needs: one of each pair that re-noises the same one with both signs."""
-        rollouts = self.system.config.rollouts
-        halved = self.update > 0 and rollouts.antithetic == "noise" and not rollouts.reuse
-        return self.samples[::2] if halved else self.samples
+        """The samples whose paths an update needs; all of those that other updates share."""
+        shares = self.system.config.rollouts.reuse or self.place is not None
+        return self.samples[::2] if self._both_signs and not shares else self.samples
 
     @property
     def shared(self) -> Tensor | None:
         """Where among those rolled each sample's path is [b]; None: in its own place."""
-        rollouts, number = self.system.config.rollouts, torch.arange(len(self.samples))
-        if self.update == 0 or rollouts.antithetic != "noise":
+        if not self._both_signs:
             return None
-        return number - number % 2 + self.update % 2 if rollouts.reuse else number // 2
+        number = torch.arange(len(self.samples))
+        return number // 2 if len(self.rolled) < len(number) else number - number % 2 + self.update % 2
 
     def start(self) -> Tensor:
         """Standard normal [rolled, ...]: the path's first noise, in pairs of both signs if `antithetic` says so."""

@@ -142,15 +142,18 @@ def fisher_stop_gradient_loss(
     """|sg(E_T[x_s | x_t]) - E_F[x_s | x_t]|^2, [b], differentiated through the fake's input alone.
 
     On x_s, never on a velocity: only there does it descend. It is no Fisher gradient but the KL's, preconditioned by
-    the covariance of x_0 given x_t; the Fisher divergence itself is `score_matching_loss` of the teacher minus the
+    the covariance of x_s given x_t; the Fisher divergence itself is `score_matching_loss` of the teacher minus the
     fake's, on samples with their graph.
     """
     x_s, eps = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (x_s, eps))
     x_t = forward(x_s, eps, s, t, schedule)
+    alpha_s, sigma_s, sigma_t = schedule.alpha(s), schedule.sigma(s), schedule.sigma(t)
+    alpha_ts, sigma_ts = schedule.transition(s, t)
+
+    def expected_x_s(predict: Predict) -> Samples:
+        x0 = predicted_x0(predict(x_t, t), x_t, t, schedule, prediction)
+        return on(alpha_ts * sigma_s**2 / sigma_t**2, x_s) * x_t + on(alpha_s * sigma_ts**2 / sigma_t**2, x_s) * x0
+
     with torch.no_grad():
-        psi_teacher = teacher(x_t, t)
-    sigma_t = schedule.sigma(t)
-    _, sigma_ts = schedule.transition(s, t)
-    kappa = schedule.alpha(s) * sigma_ts**2 / sigma_t**2  # d E[x_s | x_t] / d x0_hat
-    on_psi = kappa * sigma_t / determinant(prediction, schedule.alpha(t), sigma_t)
-    return _mean((on(on_psi, x_s) * (fake(x_t, t) - psi_teacher)) ** 2)
+        wanted = expected_x_s(teacher)
+    return _mean((expected_x_s(fake) - wanted) ** 2)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from phased_dmd.draws import Draws
 from phased_dmd.engine.world import device
+from phased_dmd.errors import UserError
 from phased_dmd.models.protocol import Condition
 from phased_dmd.phases import Hop
 
@@ -27,11 +28,15 @@ class Kept:
             tensor = make()
             self._kept[slot] = version, tensor if self._folder is None else self._write(self._folder, slot, tensor)
         found = self._kept[slot][1]
-        return load_file(found)["x"].to(device()) if isinstance(found, Path) else found
+        return load_file(found)["x"].to(device(), copy=True) if isinstance(found, Path) else found
 
     def _write(self, folder: Path, slot: Hashable, tensor: Tensor) -> Path:
         path = self._files.setdefault(slot, folder / f"{len(self._files)}.safetensors")
-        path.write_bytes(save({"x": tensor.contiguous()}))
+        try:
+            path.write_bytes(save({"x": tensor.contiguous()}))
+        except OSError as error:
+            reason = f"{path}: cannot be written: {error.strerror}"
+            raise UserError(f"{reason}; the same command goes on from the last checkpoint") from error
         return path
 
 

@@ -130,8 +130,7 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
         try:
-            with self._writing(folder.name):
-                yield folder
+            yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

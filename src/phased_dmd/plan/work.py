@@ -49,21 +49,22 @@ def phase_work(config: Config, plan: PhasePlan, phase: int, guided: bool) -> Wor
     exits = steps if config.plan.gradient == "all" else fmean(range(1, steps + 1))
     recorded = exits if config.plan.gradient == "all" else 1
     fakes = steps if config.plan.fake_rollout == "full" else exits
-    runs = updates / 2 if rollouts.antithetic == "noise" else float(updates)  # of the generator, for the fake
-    anew = 1  # of them once more for the generator's update
+    runs, anew = float(updates), 1  # of the generator for the fake, and once more for its own update
+    before = float(frozen)  # a run's calls of the experts before the phase
     if rollouts.reuse:
         runs, anew = 1.0, 0
-    before = float(frozen)
+    elif rollouts.antithetic == "noise" and not (rollouts.pool and frozen):
+        runs = updates / 2
     if rollouts.pool:
-        before *= min(rollouts.pool_refresh / (runs + anew) + rollouts.pool / (config.iterations * (runs + anew)), 1)
+        made = rollouts.pool_refresh + rollouts.pool / config.iterations  # batches an iteration
+        before *= min(made / (runs + anew), 1)
     for_fake = runs * (before + fakes)
     for_generator = anew * (before + exits - recorded)
-    if rollouts.reuse and fakes != exits:
-        for_generator = sum(range(steps - 1)) / steps  # its own way to its exit, unless that is the last step
+    if not anew and fakes > exits:  # its path is the fake's at the last exit alone
+        for_generator = exits - recorded - (steps - 1) / steps
     teacher = 2 if guided else 1
-    scores = {"kl": teacher + 1, "fisher": 2 * teacher + 2, "fisher-stop-gradient": teacher + 2}[
-        config.objective.divergence
-    ]
+    differentiated = {"kl": 0, "fisher": teacher + 1, "fisher-stop-gradient": 1}[config.objective.divergence]
+    scores = teacher + 1 + differentiated * (1 + checkpointing)
     return Work(
         generator_calls=for_generator + recorded + teacher + 1,
         generator_forwards=for_generator + recorded * trained_call(config.generator.weights, checkpointing) + scores,
