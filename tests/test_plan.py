@@ -369,6 +369,22 @@ def test_processes_that_share_samples_have_a_share_of_the_activations() -> None:
     assert not any("batch_size" in warning for warning in pairs.warnings)
 
 
+def test_a_pool_and_a_divergence_that_differentiates_the_teacher_take_memory() -> None:
+    """A pool of 10 batches of 64 latents of 16 x 90 x 160 in float32, over 8 GPUs; three graphs of one call."""
+
+    def activations(**overrides: Any) -> list[int]:
+        config = resolve("wan21-t2i", {key.replace("__", "."): value for key, value in overrides.items()})
+        return [phase.memory.activations for phase in needs(config, 8, 80).phases]
+
+    plain = activations(engine__micro_batch=1)
+    first, second = activations(engine__micro_batch=1, rollouts__pool=10)
+    assert (first, second) == (plain[0], plain[1] + 10 * 8 * 16 * 90 * 160 * 4)
+    assert activations(engine__micro_batch=1, rollouts__pool=10, rollouts__pool_on_disk=True) == plain
+    lora = {"engine__micro_batch": 1, "fake__weights": "lora"}  # else the fake's own graph may be the larger one
+    one, three = (activations(**lora, objective__divergence=name)[0] for name in ("kl", "fisher"))
+    assert three == pytest.approx(3 * one, rel=1e-3)
+
+
 def test_gathered_are_two_blocks_what_surrounds_them_and_a_block_of_gradients() -> None:
     """By hand, in numbers of d = 5120 and ffn 13824: the block, and all that is left of 14,288,491,584."""
     attention = 4 * (5120**2 + 5120) + 2 * 5120

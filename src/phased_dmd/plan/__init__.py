@@ -9,7 +9,7 @@ from phased_dmd.experts import TEACHER
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.phases import PhasePlan
 from phased_dmd.plan import advice
-from phased_dmd.plan.bare import bare_model, image_shapes, text_width
+from phased_dmd.plan.bare import bare_model, image_shapes, largest, text_width
 from phased_dmd.plan.measure import Forward
 from phased_dmd.plan.memory import (
     RESERVE,
@@ -83,7 +83,8 @@ def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4,
     flops = forward_flops(config, model)
 
     def sizes(config: Config, gpus: int) -> list[Memory]:
-        return [phase_memory(config, plan, networks, phase, gpus, forward) for phase in range(1, plan.num_phases + 1)]
+        phases, shape = range(1, plan.num_phases + 1), largest(model.sample_shapes)
+        return [phase_memory(config, plan, networks, phase, gpus, forward, shape) for phase in phases]
 
     def fits(config: Config, gpus: int) -> bool:
         return max(each.gpu for each in sizes(config, gpus)) <= usable
@@ -98,10 +99,10 @@ def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4,
     costly = not now and (chosen is None or not set(chosen) <= set(advice.FREE))
     prompts = len(read_prompts(config.prompts)) if config.prompts is not None else 0
     alone = forward(1, None if config.fake.weights == "full" else config.fake.lora)
-    largest = _largest(config, model)
+    biggest = _largest(config, model)
     return Needs(
         recipe=config.recipe, method=config.method, gpus=gpus, gpu_memory=memory_gb * GB, usable=usable,
-        micro_batch=micro_batch(config, gpus), largest_bucket=largest,
+        micro_batch=micro_batch(config, gpus), largest_bucket=biggest,
         parameters=parameters_by_role(config, plan, networks),
         forward_flops=dict(zip(_buckets(config, model), flops, strict=True)),
         phases=phases, hours=sum(phase.hours for phase in phases),
@@ -109,7 +110,7 @@ def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4,
         options=advice.flags(chosen) if chosen is not None else None,
         option_notes=tuple(f"{key}: {note}" for key, _, note in chosen or ()),
         enough_gpus=advice.least_gpus(config, gpus, fits) if costly else None,
-        warnings=(*advice.warnings(config, plan, gpus), *_too_long(largest, alone, usable)),
+        warnings=(*advice.warnings(config, plan, gpus), *_too_long(biggest, alone, usable)),
         remarks=tuple(_remarks(networks)),
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Bytes on each GPU: weights, gradients and optimisers in shards, activations, and blocks gathered whole."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -155,11 +155,23 @@ def kept(config: Config, forward: Forward, calls: int = 1) -> int:
 
 
 def activations(config: Config, plan: PhasePlan, phase: int, batch: int, forward: Measure) -> int:
-    """The more of the generator's graph, of one call or all of the phase's, and the fake's."""
+    """The more of the generator's graph, of one call or all of the phase's, and the fake's.
+
+    A Fisher divergence's teacher, or fake, has its own graph while the generator's waits.
+    """
     generator = config.generator.lora if config.generator.weights == "lora" else None
     fake = config.fake.lora if config.fake.weights == "lora" else None
     calls = len(plan.steps(phase)) if config.plan.gradient == "all" else 1
+    calls += {"kl": 0, "fisher": 2, "fisher-stop-gradient": 1}[config.objective.divergence]
     return max(kept(config, forward(batch, generator), calls), kept(config, forward(batch, fake)))
+
+
+def pooled(config: Config, phase: int, gpus: int, shape: Sequence[int]) -> int:
+    """Bytes of a GPU's share of the pool's states."""
+    if phase == 1 or config.rollouts.pool_on_disk:
+        return 0
+    samples = config.rollouts.pool * math.ceil(config.batch_size * config.engine.sequence_parallel / gpus)
+    return samples * math.prod(shape) * 4
 
 
 def gathered(config: Config, networks: list[Network], gpus: int) -> int:
@@ -179,14 +191,16 @@ def gathered(config: Config, networks: list[Network], gpus: int) -> int:
 
 
 def phase_memory(
-    config: Config, plan: PhasePlan, networks: list[Network], phase: int, gpus: int, forward: Measure
-) -> Memory:
-    """Bytes on each GPU in a phase."""
+    config: Config, plan: PhasePlan, networks: list[Network], phase: int, gpus: int, forward: Measure,
+    shape: Sequence[int],
+) -> Memory:  # fmt: skip
+    """Bytes on each GPU in a phase. shape: of the largest bucket's samples."""
     own = [math.ceil(size / shards(config, gpus)) for size in states(config, plan, networks, phase)]
     return Memory(
         *own,
         gathered=gathered(config, networks, gpus),
-        activations=activations(config, plan, phase, micro_batch(config, gpus), forward),
+        activations=activations(config, plan, phase, micro_batch(config, gpus), forward)
+        + pooled(config, phase, gpus, shape),
         host=sum(own) if config.engine.offload else 0,
     )
 
