@@ -11,7 +11,7 @@ space := $(subst ,, )
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos check check-report reproduce clean
+.PHONY: help demo test bench chaos check check-report reproduce clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ chaos: .venv/.stamp-dev ## Kill runs at random moments, resume and compare them;
 	$(BIN)/python scripts/chaos.py
 	$(BIN)/python scripts/fuzz.py
 	NANO_ITERATIONS=20 $(BIN)/pytest tests/test_distributed.py
+
+bench: .venv/.stamp-dev ## Measure overhead, memory and sampling; writes docs/results/performance
+	$(BIN)/python benchmarks/performance.py
 
 check: .venv/.stamp-dev ## Lint, formatting, types, and the order of the layers
 	$(BIN)/ruff check

@@ -9,18 +9,16 @@ The pipeline is nano's but for the transformer, whose weights are random: no dow
 
 import argparse
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from teachers import make_teacher
 
 from phased_dmd.config import Config, Engine, Plan
 from phased_dmd.engine.world import device, on_first_rank, processes, world_size
 from phased_dmd.models.architectures import architecture
-from phased_dmd.models.source import ASSETS, quiet
 from phased_dmd.plan import needs
 from phased_dmd.recipes import resolve
 from phased_dmd.teachers import Size
@@ -30,22 +28,14 @@ BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 CLIP, TINY_CLIP = Size(num_frames=81, height=480, width=832), Size(num_frames=1, height=32, width=32)
 
 
-def make_teacher(folder: Path, tiny: bool) -> None:
-    """nano's folder with a random transformer of the base's shape."""
-    if (folder / "model_index.json").exists():
-        return
+def shape_of(tiny: bool) -> dict[str, Any]:
+    """The base's transformer, or a tiny one with its other fields."""
     shipped = architecture(BASE)
     assert shipped is not None
     shape = json.loads((shipped / "transformer" / "config.json").read_text())
-    shape["text_dim"] = json.loads((ASSETS / "nano" / "transformer" / "config.json").read_text())["text_dim"]
-    if tiny:
-        shape |= {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32}
-    shutil.copytree(ASSETS / "nano", folder.with_name("partial"), ignore=shutil.ignore_patterns("transformer"))
-    torch.manual_seed(0)
-    with quiet():
-        network = WanTransformer3DModel.from_config(shape).to(torch.bfloat16)
-    network.save_pretrained(folder.with_name("partial") / "transformer")
-    folder.with_name("partial").replace(folder)
+    return (
+        shape | {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32} if tiny else shape
+    )
 
 
 def config_of(folder: Path, arguments: argparse.Namespace) -> Config:
@@ -114,7 +104,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     with processes():
-        on_first_rank(lambda: make_teacher(arguments.work / "teacher", arguments.tiny))
+        on_first_rank(lambda: make_teacher(arguments.work / "teacher", shape_of(arguments.tiny), torch.bfloat16))
         config = config_of(arguments.work / "teacher", arguments)
         found = measure(config, arguments.work / "run", arguments.memory_gb, arguments.tflops)
         on_first_rank(lambda: write(found, arguments.output))

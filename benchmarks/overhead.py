@@ -15,7 +15,6 @@ from phased_dmd.experts import FAKE, TEACHER, expert_role
 from phased_dmd.system import System
 
 WARM_UP = 3  # iterations of each phase that are not counted
-TWENTY_MILLION = {"num_layers": 8, "num_attention_heads": 6, "attention_head_dim": 64, "ffn_dim": 1536}
 
 
 def overhead(config: Config, folder: Path) -> list[dict[str, float]]:

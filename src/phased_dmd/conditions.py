@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from phased_dmd.checkpoint import HEADER, save_tensors
+from phased_dmd.checkpoint import HEADER, awaited, save_tensors
 from phased_dmd.errors import UserError
 from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.prompts import Prompt
@@ -65,7 +65,13 @@ class Conditions:
         path = self.folder / f"{name}-{key.hexdigest()}.safetensors"
         if _is_whole(path):
             return path
-        self._between()
+        with awaited(self.folder / ".lock"):  # of a folder that runs share
+            if not _is_whole(path):
+                self._between()
+                self._write(codec, path, first, prompts)
+        return path
+
+    def _write(self, codec: Codec, path: Path, first: int, prompts: Sequence[Prompt]) -> None:
         tensors = {}
         texts = codec.encode_text([prompt.text for prompt in prompts])
         for i, (prompt, row) in enumerate(zip(prompts, texts, strict=True), first):
@@ -75,7 +81,6 @@ class Conditions:
                     row = codec.encode_image(prompt.image, bucket)
                     tensors |= {f"{i}.{bucket}.{part}": tensor for part, tensor in row.items()}
         save_tensors(path, tensors, {"hashes": {name: _hash(tensor) for name, tensor in tensors.items()}})
-        return path
 
     def _read(self, path: Path, prefix: str) -> Condition:
         if path not in self._files:

@@ -2,16 +2,18 @@
 
 - `files`: single files, written atomically; safetensors with a header.
 - `folders`: one checkpoint: staged, summed, committed by a rename; verified before it is read.
-- `lock`: one writer at a time.
+- `lock`: one writer at a time, or one after the other.
 - `runfolder`: all of it, as one run.
 """
 
 from phased_dmd.checkpoint.files import HEADER, load_tensors, partial_of, save_tensors, write_atomically
+from phased_dmd.checkpoint.lock import awaited
 from phased_dmd.checkpoint.runfolder import RunFolder
 
 __all__ = [
     "HEADER",
     "RunFolder",
+    "awaited",
     "load_tensors",
     "partial_of",
     "save_tensors",

@@ -1,4 +1,4 @@
-"""One writer at a time: a lock that the kernel frees however its holder dies."""
+"""One writer at a time, or one after the other: locks that the kernel frees however their holder dies."""
 
 import errno
 import fcntl
@@ -33,6 +33,22 @@ def locked(path: Path) -> Iterator[None]:
                 path.unlink()
                 if made:
                     folder.rmdir()
+        os.close(descriptor)
+
+
+@contextmanager
+def awaited(path: Path) -> Iterator[None]:
+    """Holds an exclusive `flock` on the file, which stays, once no other process does; OSError if it cannot be made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+        yield
+    finally:
         os.close(descriptor)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from phased_dmd.checkpoint import load_tensors, save_tensors
+from phased_dmd.checkpoint import awaited, load_tensors, save_tensors
 from phased_dmd.errors import UserError
 from phased_dmd.evaluate.protocol import SampleSet, grouped
 from phased_dmd.media import MEDIA, read_media
@@ -49,23 +49,25 @@ class Base:
         """
         system = self.sampler.system
         size = batch_size(system.model.sample_shapes[self.sampler.bucket])
-        chunks = [self._chunk(prompts[i : i + size], seeds[i : i + size], steps) for i in range(0, len(seeds), size)]
+        key = self._key(prompts, seeds, steps)
+        lock, parts = self.folder / f".{key}.lock", [slice(i, i + size) for i in range(0, len(seeds), size)]
+        chunks = [self._chunk(prompts[part], seeds[part], steps, lock) for part in parts]
         latents = torch.cat([part for part, _ in chunks])
         times = step_times(steps, system.config.plan.shift, system.config.plan.start)[:steps]
         calls = sum(2 if system.model.guidance[system.plan.network(t)] > 1 else 1 for t in times)
         seconds = sum(took for _, took in chunks) / len(seeds)
-        return of_latents(self.sampler, latents, calls, seconds, self._key(prompts, seeds, steps))
+        return of_latents(self.sampler, latents, calls, seconds, key)
 
-    def _chunk(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int) -> tuple[Tensor, float]:
+    def _chunk(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int, lock: Path) -> tuple[Tensor, float]:
         path = self.folder / f"{self._key(prompts, seeds, steps)}.safetensors"
-        if path.exists():
-            tensors, header = load_tensors(path)
-            return tensors["latents"], header["seconds"]
-        started = time.perf_counter()
-        latents = self.sampler(prompts, seeds, steps)
-        seconds = time.perf_counter() - started
-        save_tensors(path, {"latents": latents}, {"seconds": seconds})
-        return latents, seconds
+        if not path.exists():
+            with awaited(lock):  # another process may be at it
+                if not path.exists():
+                    started = time.perf_counter()
+                    latents = self.sampler(prompts, seeds, steps)
+                    save_tensors(path, {"latents": latents}, {"seconds": time.perf_counter() - started})
+        tensors, header = load_tensors(path)
+        return tensors["latents"], header["seconds"]
 
     def _key(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int) -> str:
         """A hash of the teacher's weights and settings, the encoder, prompts and seeds, and the grid."""

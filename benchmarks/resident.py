@@ -1,0 +1,43 @@
+"""What stays in memory throughout a phase: weights and optimiser, beside the layout of three whole networks."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from phased_dmd.config import Config
+from phased_dmd.experts import FAKE, expert_role
+from phased_dmd.optim import Learner
+from phased_dmd.system import add_adapters, add_expert, add_fake, build_system, load_teacher
+
+
+def resident(config: Config) -> dict[str, Any]:
+    """Bytes of the last phase, counted over distinct storages, and those of a teacher, generator and fake that are
+    networks of their own, the last two trained in full by AdamW with both moments.
+    """
+    model, codec = load_teacher(config)
+    system = build_system(config, model, codec.encode_text([config.teacher.negative_prompt])[0])
+    base = _bytes(list(_parameters(model.networks)))
+    fresh, phase = add_adapters(system), system.plan.num_phases
+    add_expert(system, phase, trainable=True)
+    add_fake(system, phase, fresh.get(phase))
+    own = [expert_role(earlier) for earlier in range(1, phase + 1)]
+    adapters = _bytes([p for role in own for p in system.roles.parameters(role).values()])
+    learners = [
+        Learner(own[-1], system.roles.parameters(own[-1]), config.generator.optimiser),
+        Learner(FAKE, system.roles.parameters(FAKE), config.fake.optimiser),
+    ]
+    optimisers = _bytes([t for learner in learners for name, t in learner.state().items() if "/weights/" not in name])
+    fake = _bytes(list(system.roles.parameters(FAKE).values()))
+    return {
+        "base": base, "experts": adapters, "fake": fake, "optimisers": optimisers,
+        "in_all": base + adapters + fake + optimisers, "three_copies": 3 * base + 2 * 2 * base,
+    }  # fmt: skip
+
+
+def _parameters(networks: Any) -> list[Tensor]:
+    return [p for network in networks for p in nn.Module.parameters(network)]
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
