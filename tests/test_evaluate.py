@@ -1,7 +1,9 @@
 """`evaluate`: intervals against closed forms, the base against itself, the cache, folders of files, real pipelines."""
 
 import json
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +215,24 @@ def test_the_base_is_sampled_once_and_goes_on_where_it_was_stopped(
     assert torch.allclose(found.pixels([149]), alone, atol=1e-4)
     base = Base(sampler, tmp_path)
     assert found.key not in (base.row(prompts, seeds, 3).key, base.row(prompts, range(1, 151), 2).key)
+
+
+def test_two_at_once_sample_the_base_once(nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits for the chunk that the other has in hand. `flock` tells open files apart: threads do for processes."""
+    samplers, sampled = [load(nano), load(nano)], []
+    shape = samplers[0].system.model.sample_shapes[0]
+
+    def slow(self: Sampler, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int | None = None) -> Tensor:
+        sampled.append(seeds[0])
+        time.sleep(0.2)
+        return torch.full((len(seeds), *shape), float(seeds[0]))
+
+    monkeypatch.setattr(Sampler, "__call__", slow)
+    prompts, seeds = [Prompt("a handwritten digit")] * 150, range(150)
+    with ThreadPoolExecutor() as pool:
+        keys = list(pool.map(lambda sampler: Base(sampler, tmp_path).row(prompts, seeds, 2).key, samplers))
+    assert sorted(sampled) == [0, 64, 128] and keys[0] == keys[1]
+    assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize(
