@@ -30,8 +30,7 @@ class FluxModel:
         return {name: torch.stack([row[name] for row in rows]).to(self.device, self.dtype) for name in rows[0]}
 
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        b, c, h, w = x.shape
-        text, pooled = condition["text"], condition["pooled"]
+        (b, c, h, w), text, pooled = x.shape, condition["text"], condition["pooled"]
         tokens = FluxPipeline._pack_latents(x, b, c, h, w).to(self.dtype)
         ids = FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, x.device, x.dtype)
         guidance = torch.full((b,), self.embedded, device=x.device) if network.config.guidance_embeds else None

@@ -16,9 +16,10 @@ os.environ["OMP_NUM_THREADS"], os.environ["HF_HUB_OFFLINE"] = "1", "1"
 
 import torch  # noqa: E402
 
-from phased_dmd.config import Config, Stopped  # noqa: E402
+from phased_dmd.config import Config  # noqa: E402
 from phased_dmd.engine.signals import Signals  # noqa: E402
 from phased_dmd.engine.world import processes, rank, world_size  # noqa: E402
+from phased_dmd.errors import Stopped  # noqa: E402
 from phased_dmd.train import distill  # noqa: E402
 
 if torch.accelerator.device_count() == 0:
