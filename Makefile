@@ -30,7 +30,7 @@ chaos: .venv/.stamp-dev ## Kill runs at random moments, resume and compare them;
 	$(BIN)/python scripts/fuzz.py
 	NANO_ITERATIONS=20 $(BIN)/pytest tests/test_distributed.py
 
-bench: .venv/.stamp-dev ## Measure overhead, memory and sampling; writes docs/results/performance
+bench: .venv/.stamp-dev ## Measure overhead, memory, sampling and what a quality costs; writes docs/results/performance
 	$(BIN)/python benchmarks/performance.py
 
 check: .venv/.stamp-dev ## Lint, formatting, types, and the order of the layers

@@ -27,8 +27,8 @@ def overhead(config: Config, folder: Path) -> list[dict[str, float]]:
         systems.append(build(*arguments))
         return systems[-1]
 
-    def timed(run: Any, row: dict[str, Any], seconds: float) -> None:
-        log(run, row, seconds)
+    def timed(run: Any, row: dict[str, Any], seconds: float, cpu_seconds: float) -> None:
+        log(run, row, seconds, cpu_seconds)
         found.setdefault(row["phase"], []).append((seconds, bare_iteration(systems[-1], row["phase"])))
 
     with mock.patch.object(train, "build_system", built), mock.patch.object(train, "log", timed):

@@ -1,4 +1,4 @@
-"""What training costs beyond its network calls, what it holds in memory, and what few steps save in sampling.
+"""What training costs beyond its network calls, what it holds in memory, what few steps save, and what quality costs.
 
 python benchmarks/performance.py --output docs/results/performance      # one thread, on a quiet machine
 """
@@ -8,14 +8,18 @@ import datetime
 import json
 import platform
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from cost import CONTESTS, cost, draw
+from cost import page as cost_page
 from overhead import overhead
 from resident import resident
 from sampling import sampling
 from teachers import TWENTY_MILLION, make_teacher
+from variance import variances
 
 from phased_dmd.checkpoint import write_atomically
 from phased_dmd.plan import needs
@@ -54,57 +58,116 @@ def memory() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def page(found: dict[str, Any]) -> str:
+def page(found: Mapping[str, Any]) -> str:
     """The figures as Markdown."""
+    about = f"`make bench`, {found['date']}; {found['machine']}. Medians of paired runs in one process of one thread."
+    lines = ["# Performance", "", about]
+    shown = {
+        "overhead": show_overhead, "memory": show_memory, "sampling": show_sampling, "variance": show_variance,
+        "cost": cost_page,
+    }  # fmt: skip
+    for part, show in shown.items():
+        if part in found["parts"]:
+            lines += ["", f"## {part.capitalize()}", "", *show(found["parts"][part])]
+    return "\n".join(lines) + "\n"
+
+
+def show_overhead(found: Mapping[str, Any]) -> list[str]:
     lines = [
-        "# Performance", "",
-        f"`make bench`, {found['date']}; {found['machine']}. Medians of paired runs in one process of one thread.", "",
-        "## Overhead", "",
         "An iteration's time over that of the bare network calls that it must make, forward and backward.", "",
         "| model | phase | iteration, s | calls, s | ratio |", "|---|---|---|---|---|",
     ]  # fmt: skip
-    for model, phases in found["overhead"].items():
-        lines += [
-            f"| {model} | {p['phase']:.0f} | {p['iteration']:.3f} | {p['calls']:.3f} | {p['ratio']:.3f} |"
-            for p in phases
-        ]
-    saved, mib = found["memory"]["saved"], 2**20
-    lines += ["", "## Memory", "", "What a generator's update saves for its backward, MiB.", ""]
+    return lines + [
+        f"| {model} | {p['phase']:.0f} | {p['iteration']:.3f} | {p['calls']:.3f} | {p['ratio']:.3f} |"
+        for model, phases in found.items()
+        for p in phases
+    ]
+
+
+def show_memory(found: Mapping[str, Any]) -> list[str]:
+    saved, mib = found["saved"], 2**20
+    lines = ["What a generator's update saves for its backward, MiB.", ""]
     lines += ["| steps | DMD, all steps | Phased, the largest phase |", "|---|---|---|"]
     for n, size in saved["dmd"].items():
         own = f"{saved['phased'][n] / mib:.1f}" if n in saved["phased"] else ""
         lines.append(f"| {n} | {size / mib:.1f} | {own} |")
     lines += ["", "Weights and optimisers, beside a teacher, generator and fake of their own trained by AdamW.", ""]
     lines += ["| model | here, GB | three networks, GB |", "|---|---|---|"]
-    for model in ("nano", "wan21-14b"):
-        sizes = found["memory"][model]
-        lines.append(f"| {model} | {sizes['in_all'] / 1e9:.3g} | {sizes['three_copies'] / 1e9:.3g} |")
-    s = found["sampling"]
-    lines += [
-        "", "## Sampling", "",
-        f"{s['steps']} steps without guidance take {s['student']:.3f} s, {s['base_steps']} with it {s['base']:.2f} s: "
-        f"{s['ratio']:.1f} times (nano, {s['batch']} samples, the denoising loop alone).",
+    return lines + [
+        f"| {model} | {found[model]['in_all'] / 1e9:.3g} | {found[model]['three_copies'] / 1e9:.3g} |"
+        for model in ("nano", "wan21-14b")
+    ]
+
+
+def show_sampling(found: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{found['steps']} steps without guidance take {found['student']:.3f} s, {found['base_steps']} with it "
+        f"{found['base']:.2f} s: {found['ratio']:.1f} times (nano, {found['batch']} samples, the denoising loop alone)."
+    ]
+
+
+def show_variance(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "The variance of a gradient over batches of nano, summed over the parameters, at the end of a short phase; of "
+        "batches of as many pairs (`rollouts.antithetic`) over that of independent samples.", "",
+        "| phase | fake, noise | fake, start | expert, start |", "|---|---|---|---|",
     ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    return lines + [
+        f"| {row['phase']} | {row['fake']['noise']:.2f} | {row['fake']['start']:.2f} | {row['expert']['start']:.2f} |"
+        for row in found
+    ]
+
+
+PARTS = ("overhead", "memory", "sampling", "variance", "cost")
+
+
+def measure(part: str, folder: Path, runs: Path, output: Path, jobs: int) -> Any:
+    match part:
+        case "overhead":
+            return overheads(folder)
+        case "memory":
+            return memory()
+        case "sampling":
+            return sampling(folder / "sampling")
+        case "variance":
+            return variances(folder / "variance")
+        case _:
+            found = cost(CONTESTS, runs, output.parent, jobs)
+            draw(found, output.parent / "cost.png")
+            return found
+
+
+def keys(found: Mapping[str, Any]) -> dict[str, float]:
+    """The figures that are watched, of the parts that are there."""
+    watched = {}
+    for model, phases in found.get("overhead", {}).items():
+        watched[f"overhead_{model}"] = max(p["ratio"] for p in phases)
+    for recipe, contest in found.get("cost", {}).items():
+        name = recipe.removesuffix("-t2i").replace("-", "")
+        watched |= {f"{unit.split('_')[-1]}_ratio_{name}": ratio for unit, ratio in contest["ratios"].items()}
+    if "sampling" in found:
+        watched["sampling_ratio_nano"] = found["sampling"]["ratio"]
+    return watched
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/results/performance"))
-    output = parser.parse_args().output
+    parser.add_argument("--part", choices=PARTS, action="append", help="these alone; the others stay as they are")
+    parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="of the part cost; finished ones stay")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of the part cost")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
+    path = arguments.output.with_suffix(".json")
+    parts = json.loads(path.read_text())["parts"] if path.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        measured = {"overhead": overheads(Path(folder)), "sampling": sampling(Path(folder) / "sampling")}
-    found = {
-        "date": f"{datetime.date.today()}", "machine": f"{platform.machine()}, torch {torch.__version__}",
-        **measured, "memory": memory(),
-        "overhead_nano": max(p["ratio"] for p in measured["overhead"]["nano"]),
-        "overhead_20m": max(p["ratio"] for p in measured["overhead"]["20m"]),
-        "sampling_ratio_nano": measured["sampling"]["ratio"],
-    }  # fmt: skip
-    write_atomically(output.with_suffix(".json"), (json.dumps(found, indent=1) + "\n").encode())
-    write_atomically(output.with_suffix(".md"), page(found).encode())
-    print(page(found))
+        for part in arguments.part or PARTS:
+            parts[part] = measure(part, Path(folder), arguments.runs, arguments.output, arguments.jobs)
+            machine = f"{platform.machine()}, torch {torch.__version__}"
+            found = {"date": f"{datetime.date.today()}", "machine": machine, **keys(parts), "parts": parts}
+            write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
+            parts = json.loads(path.read_text())["parts"]
+            write_atomically(path.with_suffix(".md"), page(found).encode())
 
 
 if __name__ == "__main__":

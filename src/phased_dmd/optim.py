@@ -15,6 +15,8 @@ from phased_dmd.config import Optimiser
 from phased_dmd.engine.randomness import seed_of
 from phased_dmd.engine.world import most, rank
 
+CLIP_EPS = 1e-6  # torch scales by clip / (norm + this), or by 1 at most
+
 
 class MomentumFreeAdamW(torch.optim.Optimizer):
     """`torch.optim.AdamW` with betas (0, beta2), which needs no first moment and stores none.
@@ -135,7 +137,8 @@ class Learner:
         norm = get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         check_finite(loss, norm.item(), self.parameters, f"{where}, {self.role}")
-        clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
+        if norm + CLIP_EPS > self.config.clip:  # else it would multiply all gradients by 1
+            clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
         for group in self.optimiser.param_groups:
             group["lr"] = decayed(self.config.lr, self.config.decay, *progress)
         self.optimiser.step()

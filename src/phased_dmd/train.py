@@ -175,8 +175,9 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Pat
     on_first_rank(lambda: run.rewind_metrics(phase, at.iteration))
     trackers = [open_tracker(name, run.path, config) for name in config.trackers] if rank() == 0 else []
     with progress_bar(phase, job.system.plan.num_phases, at.iteration, config.iterations, job.quiet) as show:
+        cpu_seconds = 0.0  # since the last line
         while at.iteration < config.iterations:
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             for update in range(at.update + 1, config.fake.updates + 1):
                 loss = over(job.batch(at, update), paths, score_matching)
                 norm = step(job, fake, loss, at, state)
@@ -191,6 +192,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Pat
             at.clipped += norm is not None and norm > config.generator.optimiser.clip
             fake_loss = sum(at.fake_losses) / len(at.fake_losses) if at.fake_losses else None
             at.iteration, at.update, at.fake_losses = at.iteration + 1, 0, []
+            cpu_seconds += time.process_time() - cpu_started
 
             last = at.iteration == config.iterations
             show(at.iteration, f"fake {fake_loss or 0:.4f} generator {loss:.4f}")
@@ -202,8 +204,8 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Pat
                     "generator_gradient_norm": norm, "clipped": at.clipped / since,
                 }  # fmt: skip
                 row |= {"skipped": at.skipped} if config.skips else {}
-                at.clipped = 0
-                on_first_rank(partial(log, run, row, time.perf_counter() - started))
+                on_first_rank(partial(log, run, row, time.perf_counter() - started, cpu_seconds))
+                at.clipped, cpu_seconds = 0, 0.0
                 for track in trackers:
                     track((phase - 1) * config.iterations + at.iteration, row)
             if at.iteration % config.sample_every == 0 or last:
@@ -253,9 +255,11 @@ def leave_if_asked(job: Job, at: Position, state: Mapping[str, Tensor]) -> None:
         raise Stopped(number, f"{job.run.path}: stopped and saved at {where}; the same command goes on from there")
 
 
-def log(run: RunFolder, row: Mapping[str, Any], seconds: float) -> None:
+def log(run: RunFolder, row: Mapping[str, Any], seconds: float, cpu_seconds: float) -> None:
+    """seconds: of the iteration just done; cpu_seconds: of the first process, in all iterations since the last line."""
     run.log("metrics.jsonl", row)
-    run.log("timing.jsonl", {"phase": row["phase"], "iteration": row["iteration"], "seconds": seconds})
+    where = {"phase": row["phase"], "iteration": row["iteration"]}
+    run.log("timing.jsonl", {**where, "seconds": seconds, "cpu_seconds": cpu_seconds})
 
 
 def save_samples(job: Job, at: Position, expert: Learner) -> None:
