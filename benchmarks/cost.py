@@ -219,7 +219,7 @@ def verdict(contest: Mapping[str, Any]) -> list[str]:
     told = [f"Target: {targets}. {costs}: **{ratios['calls']:.2f} times fewer calls, "
             f"{ratios['cpu_seconds']:.2f} times less CPU time**."]  # fmt: skip
     both = " against ".join(contest["compared"][side] for side in (FAST, PAPER))
-    told += ["", f"{both}, the same seeds, above {1 (a ratio; a difference: 0)} `fast` is better:", ""]
+    told += ["", f"{both}, the same seeds, above 1 for a ratio and 0 for a difference `fast` is better:", ""]
     told += ["| measure | | 95 % interval | it shows |", "|---|---|---|---|"]
     words = {"as claimed": "`fast` better", "the reverse": "`fast` worse", "nothing": "nothing", None: "-"}
     for c in contest["comparisons"]:
