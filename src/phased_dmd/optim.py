@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.adamw import adamw
 
 from phased_dmd.config import Optimiser
 from phased_dmd.engine.randomness import seed_of
@@ -40,7 +41,8 @@ class MomentumFreeAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 dtype = second_moment if second_moment == torch.bfloat16 else p.dtype
-                self.state[p] = {"step": torch.zeros(()), "exp_avg_sq": torch.zeros_like(p, dtype=dtype)}
+                step = torch.zeros((), device=p.device)
+                self.state[p] = {"step": step, "exp_avg_sq": torch.zeros_like(p, dtype=dtype)}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -53,30 +55,25 @@ class MomentumFreeAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params: list[Parameter] = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                self.state[p]["step"] += 1
-            if params:
+            if params := [p for p in group["params"] if p.grad is not None]:
                 self._update(group, params)
         return loss
 
     def _update(self, group: dict, params: list[Parameter]) -> None:
-        """Every element for itself, so that a process updates its shards alone."""
-        grads = [_own(p.grad) for p in params if p.grad is not None]
-        stored = [_own(self.state[p]["exp_avg_sq"]) for p in params]
+        """Every element for itself, so that a process updates its shards alone; in one pass over memory.
+
+        The gradients stand in the place of the first moments, which are equal to them.
+        """
+        weights, grads = [_own(p) for p in params], [_own(p.grad) for p in params if p.grad is not None]
+        steps, stored = [self.state[p]["step"] for p in params], [_own(self.state[p]["exp_avg_sq"]) for p in params]
         squares = [v.to(g.dtype) for v, g in zip(stored, grads, strict=True)]
-        torch._foreach_mul_(squares, group["beta2"])
-        torch._foreach_addcmul_(squares, grads, grads, 1 - group["beta2"])
-        steps = [self.state[p]["step"].item() for p in params]
+        adamw(
+            weights, grads, grads, squares, [], steps, fused=True, amsgrad=False, maximize=False,
+            lr=group["lr"], beta1=0.0, beta2=group["beta2"], eps=group["eps"], weight_decay=group["weight_decay"],
+        )  # fmt: skip
         for i, (v, square) in enumerate(zip(stored, squares, strict=True)):
             if v is not square:
                 v.copy_(_round_at_random(square, seed_of(self.seed, i, int(steps[i]), rank())))
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, [(1 - group["beta2"] ** step) ** 0.5 for step in steps])
-        torch._foreach_add_(denominators, group["eps"])
-        weights = [_own(p) for p in params]
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_addcdiv_(weights, grads, denominators, -group["lr"])
 
 
 def _own(tensor: Tensor) -> Tensor:
