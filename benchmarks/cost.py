@@ -12,7 +12,8 @@ from scipy.optimize import isotonic_regression
 
 from phased_dmd.config import Config
 from phased_dmd.plan.work import phase_work
-from phased_dmd.reproduce.claim import MODES, Budget, Measure, Variant
+from phased_dmd.reproduce.claim import FRECHET, MODES, Budget, Measure, Variant
+from phased_dmd.reproduce.claims import DIVERSITY
 from phased_dmd.reproduce.intervals import compare, shown
 from phased_dmd.reproduce.study import Study, collect, planned, plus_minus
 from phased_dmd.reproduce.workers import Run, Workers
@@ -106,7 +107,7 @@ def point(contest: Contest, study: Study, label: str) -> dict[str, Any]:
     """A label's cost, means over seeds, and its measures by seed."""
     runs = [run for (other, _), run in study.runs.items() if other == label]
     return {
-        "label": label, "iterations": runs[0].config.iterations, "calls": forwards(runs[0].config),
+        "label": label, "updates": runs[0].config.updates, "calls": forwards(runs[0].config),
         "cpu_seconds": fmean(cpu_seconds(run.folder) for run in runs),
         "values": {
             f"{m.table}/{m.name}": study.summary[m.table][label][m.name]
@@ -122,8 +123,8 @@ def mean(found: Mapping[str, Any], measure: Measure) -> float:
 def forwards(config: Config) -> float:
     """Network calls of a run a sample of the batch, in forwards of the network."""
     plan, guidance = config.phase_plan(), getattr(config.teacher, "guidance", (1.0,))
-    phases = range(1, plan.num_phases + 1)
-    return config.iterations * sum(phase_work(config, plan, k, guidance[0] != 1).forwards for k in phases)
+    guided, phases = guidance[0] != 1, range(1, plan.num_phases + 1)
+    return sum(config.phase_iterations(k) * phase_work(config, plan, k, guided).forwards for k in phases)
 
 
 def cpu_seconds(run: Path) -> float:
@@ -186,7 +187,7 @@ def page(found: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     for recipe, contest in found.items():
         names = list(contest["base"])
-        head = [f"| {recipe} | iterations a phase | forwards | CPU s | {' | '.join(names)} |"]
+        head = [f"| {recipe} | generator updates | forwards | CPU s | {' | '.join(names)} |"]
         head += ["|" + "---|" * (len(names) + 4), f"| base, 40 steps | | | | {bases(contest)} |"]
         rows = [line(p, names) for side in (PAPER, FAST) for p in contest["curves"][side]]
         lines += ["", *head, *rows, "", *verdict(contest), ""]
@@ -201,9 +202,7 @@ def bases(contest: Mapping[str, Any]) -> str:
 
 def line(found: Mapping[str, Any], names: Sequence[str]) -> str:
     cells = " | ".join(plus_minus(found["values"][name]) for name in names)
-    return (
-        f"| {found['label']} | {found['iterations']} | {found['calls']:,.0f} | {found['cpu_seconds']:,.1f} | {cells} |"
-    )
+    return f"| {found['label']} | {found['updates']} | {found['calls']:,.0f} | {found['cpu_seconds']:,.1f} | {cells} |"
 
 
 def verdict(contest: Mapping[str, Any]) -> list[str]:
@@ -274,4 +273,14 @@ TOY = Contest(
     ladders={PAPER: (0.25, 0.5, 1.0), FAST: (0.25, 0.5, 0.75, 1.0, 1.25)},
     paper={}, levers_of=PAPER, levers=ALONE, share=0.5,
 )  # fmt: skip
-CONTESTS = (TOY,)
+LEFT_OUT = {
+    "no reuse": {"rollouts.reuse": False}, "5 fake updates": {"fake.updates": 5}, "no pull": {"fake.pull": 0.0},
+    "no antithetic start": {"rollouts.antithetic": None}, "equal phases": {"phase_shares": [0.8125] * 4},
+}  # fmt: skip
+NANO = Contest(
+    recipe="nano-t2i", samples=1000, measures=(FRECHET,),
+    diversity=(*DIVERSITY, Measure("specific", "frechet_features")),
+    ladders={PAPER: (0.25, 0.5, 1.0), FAST: (0.5, 0.75, 1.0, 1.5)},
+    paper={"generator.ema": 0.9, "fake.optimiser.lr": 1.5e-4}, levers_of=FAST, levers=LEFT_OUT,
+)  # fmt: skip
+CONTESTS = (TOY, NANO)

@@ -35,6 +35,7 @@ def test_fast_makes_at_most_half_of_the_calls_an_iteration(contest) -> None:
 
 @pytest.mark.parametrize("contest", CONTESTS, ids=lambda contest: contest.recipe)
 def test_every_lever_makes_a_config_of_its_own(contest) -> None:
-    made = [resolve(contest.recipe, {**contest.paper, **lever}) for lever in contest.levers.values()]
+    variants, recipe = contest.lever_variants().values(), contest.name(contest.levers_of)
+    made = [resolve(recipe, variant.overrides) for variant in variants]
     assert len({config.model_dump_json() for config in made}) == len(made)
     assert math.isfinite(sum(map(forwards, made)))

@@ -113,6 +113,8 @@ REFUSED = [
     ("toy-1d", {"teacher.weights": [1.0, 2.0]}, "teacher: weights: needs one positive weight a mean"),
     ("toy-1d", {"generator.optimiser.lr": -1.0}, "generator.optimiser.lr: Input should be greater than 0"),
     ("toy-1d", {"generator.ema": 1.0}, "generator.ema: Input should be less than 1"),
+    ("toy-1d", {"phase_shares": [1.0]}, "phase_shares: 1 of them for 2 phases"),
+    ("toy-1d", {"phase_shares": [1.0, 0.0]}, "phase_shares.1: Input should be greater than 0"),
     ("toy-1d", {"iterations": 2.5}, "iterations: Input should be a valid integer"),
     ("nano-t2i", {"teacher.guidance": 0.5}, "teacher.guidance.0: Input should be greater than or equal to 1"),
 ]
@@ -383,6 +385,19 @@ def test_a_method_rescales_the_iterations_of_a_file_too(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps(data_of("toy-2d", **{"plan.steps": 6, "plan.phases": 3, "iterations": 50})))
     assert [resolve(str(file), {}, method).iterations for method in METHODS] == [150, 150, 25, 50]
+
+
+@pytest.mark.parametrize(("method", "shares"), [(None, (0.5, 0.5, 1.0, 1.5)), ("phased", (0.5, 0.5, 1.0, 1.5)),
+                                                ("dmd", None), ("phased-sgts", None)])  # fmt: skip
+def test_a_method_of_other_phases_drops_their_shares_and_keeps_the_updates(
+    method: Any, shares: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(data_of("toy-2d", iterations=40, phase_shares=[0.5, 0.5, 1.0, 1.5])))
+    config = resolve(str(file), {}, method)
+    assert config.phase_shares == shares and config.updates == 20 + 20 + 40 + 60
+    if shares:
+        assert [config.phase_iterations(phase) for phase in (1, 2, 3, 4)] == [20, 20, 40, 60]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -168,6 +168,10 @@ def test_hours_follow_from_flops_and_peak() -> None:
     assert plan.hours == pytest.approx((144 + 195) / 2, rel=0.01)
     half = needs(resolve("wan22-t2v", changes | {"engine.activation_checkpointing": True}), 32, 80, 0.8, 494.5)
     assert half.hours == pytest.approx(2 * plan.hours)
+    uneven = needs(
+        resolve("wan22-t2v", changes | {"engine.activation_checkpointing": True, "phase_shares": [2, 0.5]}), 64, 80
+    )
+    assert uneven.hours == pytest.approx((2 * 144 + 0.5 * 195) / 2, rel=0.01)
 
 
 # Against reality

@@ -526,6 +526,10 @@ def test_linear_decay_reaches_both_optimisers(tmp_path: Path, monkeypatch: pytes
     constant = {"fake__optimiser__decay": "constant", "generator__optimiser__decay": "constant"}
     distill(toy(iterations=4, **rate, **constant), tmp_path / "b", quiet=True)
     assert rates == [8e-3, 8e-3, 4e-3] * 8
+    rates.clear()
+    run = distill(toy(iterations=4, phase_shares=[0.5, 1.0], **rate), tmp_path / "c", quiet=True)
+    assert rates == pytest.approx([8e-3, 8e-3, 4e-3, 4e-3, 4e-3, 2e-3] + one_phase, rel=1e-12)
+    assert [(row["phase"], row["iteration"]) for row in metrics(run)] == [(1, 2), (2, 2), (2, 4)]
 
 
 def test_gradients_are_clipped_and_the_clipped_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,8 +36,8 @@ def distill(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="toy-1d, toy-2d, toy-2d-fast, nano-t2i, nano-t2v, nano-moe, nano-i2v, wan21-t2i, wan21-t2v-1.3b, "
-            "wan22-t2i, wan22-t2v, wan22-i2v, qwen-image, or a YAML or JSON file"
+            help="toy-1d, toy-2d, toy-2d-fast, nano-t2i, nano-t2i-fast, nano-t2v, nano-moe, nano-i2v, wan21-t2i, "
+            "wan21-t2v-1.3b, wan22-t2i, wan22-t2v, wan22-i2v, qwen-image, or a YAML or JSON file"
         ),
     ],
     output: Annotated[

@@ -148,6 +148,9 @@ class Config(Section):
         default=None, description="a run whose experts these start from, step by step"
     )
     iterations: Count = Field(default=400, description="generator updates a phase")
+    phase_shares: tuple[Annotated[float, Field(gt=0, le=1000)], ...] | None = Field(
+        default=None, description="a factor on `iterations` for each phase: later ones may need more"
+    )
     batch_size: Count = 64
     seed: int = Field(default=0, ge=0, lt=2**63)
     log_every: Count = 10
@@ -164,6 +167,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         self.phase_plan()
+        if self.phase_shares is not None and len(self.phase_shares) != self.plan.phases:
+            raise ValueError(f"phase_shares: {len(self.phase_shares)} of them for {self.plan.phases} phases")
         analytic = isinstance(self.teacher, AnalyticTeacher)
         if analytic and (self.generator.weights == "lora" or self.fake.weights == "lora"):
             raise ValueError("generator.weights, fake.weights: an analytic teacher has only 'full' students")
@@ -192,6 +197,17 @@ class Config(Section):
         if self.plan.phases == self.plan.steps:
             return "phased"
         return "phased-sgts" if self.plan.gradient == "last" else "phased-all"
+
+    def phase_iterations(self, phase: int) -> int:
+        """Generator updates of a phase."""
+        if self.phase_shares is None:
+            return self.iterations
+        return max(1, round(self.iterations * self.phase_shares[phase - 1]))
+
+    @property
+    def updates(self) -> int:
+        """Generator updates in all."""
+        return sum(self.phase_iterations(phase) for phase in range(1, self.plan.phases + 1))
 
     def phase_plan(self, switches: Sequence[float] = ()) -> PhasePlan:
         """The plan over a teacher's switches; a phase that is left without re-noise times is a ValueError."""

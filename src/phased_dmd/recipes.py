@@ -55,6 +55,18 @@ def nano_t2i() -> Config:
     )  # fmt: skip
 
 
+def nano_t2i_fast() -> Config:
+    """The same with a third of the network calls; docs/results/performance.md weighs it."""
+    nano = nano_t2i()
+    changes = {
+        "recipe": "nano-t2i-fast", "rollouts": Rollouts(reuse=True, antithetic="start"),
+        "generator": nano.generator.model_copy(update={"ema": 0.9}),
+        "fake": Fake(optimiser=Optimiser(lr=1.5e-4, decay="linear"), updates=2, pull=1.0),
+        "phase_shares": (0.5, 0.5, 1.0, 1.25),
+    }  # fmt: skip
+    return nano.model_copy(update=changes)
+
+
 def nano_t2v() -> Config:
     """The same teacher, text-to-video: nine frames of a digit that moves."""
     image = nano_t2i()
@@ -162,7 +174,8 @@ def qwen_image() -> Config:
 
 RECIPES = {
     "toy-1d": toy_1d, "toy-2d": toy_2d, "toy-2d-fast": toy_2d_fast,
-    "nano-t2i": nano_t2i, "nano-t2v": nano_t2v, "nano-moe": nano_moe, "nano-i2v": nano_i2v,
+    "nano-t2i": nano_t2i, "nano-t2i-fast": nano_t2i_fast,
+    "nano-t2v": nano_t2v, "nano-moe": nano_moe, "nano-i2v": nano_i2v,
     "wan21-t2i": wan21_t2i, "wan21-t2v-1.3b": wan21_t2v_small,
     "wan22-t2i": wan22_t2i, "wan22-t2v": wan22_t2v, "wan22-i2v": wan22_i2v, "qwen-image": qwen_image,
 }  # fmt: skip
@@ -179,7 +192,7 @@ def resolve(recipe: str, overrides: Mapping[str, Any], method: Method | None = N
         data = json.loads(build(read_file(Path(recipe))).model_dump_json())
     else:
         raise UserError(f"recipe: unknown recipe {recipe!r}{nearest(recipe, list(RECIPES))}")
-    updates = data["iterations"] * data["plan"]["phases"]
+    updates = build(data).updates
     data = apply_overrides(data, overrides)
     if data["prompts"] == FIRST_FRAMES and not Path(FIRST_FRAMES).is_file():
         raise UserError(
@@ -192,5 +205,7 @@ def resolve(recipe: str, overrides: Mapping[str, Any], method: Method | None = N
     config = build(data)
     if config.method != method:
         raise UserError(f"method: {method} contradicts plan.phases or plan.gradient, which make {config.method}")
-    iterations = data["iterations"] if "iterations" in overrides else max(1, updates // config.plan.phases)
+    if "iterations" in overrides:
+        return config
+    iterations = max(1, int(updates // sum(config.phase_shares or (1,) * config.plan.phases)))
     return config.model_copy(update={"iterations": iterations})

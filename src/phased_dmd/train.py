@@ -170,13 +170,13 @@ def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
 def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Paths) -> None:
     """The phase's iterations from its last checkpoint on: updates of the fake, then one of the expert."""
     run, config = job.run, job.system.config
-    state = expert.state() | fake.state()
+    state, iterations = expert.state() | fake.state(), config.phase_iterations(phase)
     at = Position(**(run.load_checkpoint(phase, state) or {"phase": phase}))
     on_first_rank(lambda: run.rewind_metrics(phase, at.iteration))
     trackers = [open_tracker(name, run.path, config) for name in config.trackers] if rank() == 0 else []
-    with progress_bar(phase, job.system.plan.num_phases, at.iteration, config.iterations, job.quiet) as show:
+    with progress_bar(phase, job.system.plan.num_phases, at.iteration, iterations, job.quiet) as show:
         cpu_seconds = 0.0  # since the last line
-        while at.iteration < config.iterations:
+        while at.iteration < iterations:
             started, cpu_started = time.perf_counter(), time.process_time()
             for update in range(at.update + 1, config.fake.updates + 1):
                 loss = over(job.batch(at, update), paths, score_matching)
@@ -194,7 +194,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Pat
             at.iteration, at.update, at.fake_losses = at.iteration + 1, 0, []
             cpu_seconds += time.process_time() - cpu_started
 
-            last = at.iteration == config.iterations
+            last = at.iteration == iterations
             show(at.iteration, f"fake {fake_loss or 0:.4f} generator {loss:.4f}")
             if at.iteration % config.log_every == 0 or last:
                 since = (at.iteration - 1) % config.log_every + 1
@@ -207,7 +207,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Pat
                 on_first_rank(partial(log, run, row, time.perf_counter() - started, cpu_seconds))
                 at.clipped, cpu_seconds = 0, 0.0
                 for track in trackers:
-                    track((phase - 1) * config.iterations + at.iteration, row)
+                    track(sum(map(config.phase_iterations, range(1, phase))) + at.iteration, row)
             if at.iteration % config.sample_every == 0 or last:
                 save_samples(job, at, expert)
             if at.iteration % config.checkpoint_every == 0:
@@ -232,7 +232,7 @@ def step(job: Job, learner: Learner, loss: float, at: Position, state: Mapping[s
     config = job.system.config
     where = f"phase {at.phase}, iteration {at.iteration}"
     try:
-        return learner.step(loss, where, (at.iteration, config.iterations))
+        return learner.step(loss, where, (at.iteration, config.phase_iterations(at.phase)))
     except NonFiniteError as error:
         learner.skip()
         if at.skipped < config.skips:

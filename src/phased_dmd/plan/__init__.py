@@ -146,7 +146,7 @@ def _cost(
 ) -> PhaseCost:  # fmt: skip
     flops = work.forwards * mean * config.batch_size
     each = hours(flops, *speed)
-    return PhaseCost(phase, plan.end(phase), held, work, flops, each * 3600, each * config.iterations)
+    return PhaseCost(phase, plan.end(phase), held, work, flops, each * 3600, each * config.phase_iterations(phase))
 
 
 def prompt_cache(config: Config, model: VelocityModel, prompts: int) -> int:

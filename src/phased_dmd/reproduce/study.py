@@ -109,9 +109,8 @@ def collect(recipe: str, runs: Mapping[tuple[str, int], Run], budget: Budget, re
 def facts_of(run: Run) -> dict[str, int]:
     """A run's phases, generator updates in all, and trainable parameters of all experts together."""
     plan = run.config.plan
-    updates = run.config.iterations * plan.phases
-    if run.heir_of:
-        updates = run.config.iterations + (plan.phases - 1) * RunFolder(run.heir_of).config().iterations
+    before = RunFolder(run.heir_of).config() if run.heir_of else run.config
+    updates = sum(map(before.phase_iterations, range(1, plan.phases))) + run.config.phase_iterations(plan.phases)
     parameters = 0
     for phase in range(1, plan.phases + 1):
         with safe_open(RunFolder(run.folder).expert_path(phase), "pt") as file:
