@@ -34,6 +34,7 @@ class PhaseCost:
 
     phase: int
     boundary: float
+    iterations: int
     memory: Memory
     work: Work
     iteration_flops: float
@@ -145,8 +146,8 @@ def _cost(
     speed: tuple[int, float, float],
 ) -> PhaseCost:  # fmt: skip
     flops = work.forwards * mean * config.batch_size
-    each = hours(flops, *speed)
-    return PhaseCost(phase, plan.end(phase), held, work, flops, each * 3600, each * config.phase_iterations(phase))
+    each, iterations = hours(flops, *speed), config.phase_iterations(phase)
+    return PhaseCost(phase, plan.end(phase), iterations, held, work, flops, each * 3600, each * iterations)
 
 
 def prompt_cache(config: Config, model: VelocityModel, prompts: int) -> int:

@@ -68,13 +68,14 @@ def _memory(plan: Needs) -> Table:
 
 def _work(plan: Needs) -> Table:
     table = Table(
-        "phase", "ends at", "network calls", "forwards", "PFLOP an iteration", "s an iteration", "hours",
-        title="Work; calls and forwards (with backwards) an iteration and sample", title_justify="left",
+        "phase", "ends at", "iterations", "calls", "forwards", "PFLOP", "s", "hours",
+        title="Work of an iteration: calls and forwards a sample, PFLOP, seconds", title_justify="left",
     )  # fmt: skip
     for phase in plan.phases:
         table.add_row(
-            str(phase.phase), f"{phase.boundary:.4g}", f"{phase.work.calls:g}", f"{phase.work.forwards:g}",
-            f"{phase.iteration_flops / 1e15:.4g}", f"{phase.iteration_seconds:.3g}", f"{phase.hours:.3g}",
+            str(phase.phase), f"{phase.boundary:.4g}", str(phase.iterations),
+            f"{phase.work.calls:g}", f"{phase.work.forwards:g}",
+            f"{phase.iteration_flops / 1e15:.3g}", f"{phase.iteration_seconds:.3g}", f"{phase.hours:.3g}",
         )  # fmt: skip
     return table
 
