@@ -275,12 +275,12 @@ TOY = Contest(
 )  # fmt: skip
 LEFT_OUT = {
     "no reuse": {"rollouts.reuse": False}, "5 fake updates": {"fake.updates": 5}, "no pull": {"fake.pull": 0.0},
-    "no antithetic start": {"rollouts.antithetic": None}, "equal phases": {"phase_shares": [0.8125] * 4},
+    "no antithetic start": {"rollouts.antithetic": None}, "equal phases": {"phase_shares": [1.0625] * 4},
 }  # fmt: skip
 NANO = Contest(
-    recipe="nano-t2i", samples=1000, measures=(FRECHET,),
+    recipe="nano-t2i", samples=2000, measures=(FRECHET,),
     diversity=(*DIVERSITY, Measure("specific", "frechet_features")),
-    ladders={PAPER: (0.25, 0.5, 1.0), FAST: (0.5, 0.75, 1.0, 1.5)},
-    paper={"generator.ema": 0.9, "fake.optimiser.lr": 1.5e-4}, levers_of=FAST, levers=LEFT_OUT,
+    ladders={PAPER: (0.25, 0.5, 1.0), FAST: (0.5, 0.75, 1.0, 1.125)},
+    paper={"generator.ema": 0.9, "fake.optimiser.lr": 1.5e-4}, levers_of=FAST, levers=LEFT_OUT, share=0.5,
 )  # fmt: skip
 CONTESTS = (TOY, NANO)

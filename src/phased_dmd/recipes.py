@@ -62,7 +62,7 @@ def nano_t2i_fast() -> Config:
         "recipe": "nano-t2i-fast", "rollouts": Rollouts(reuse=True, antithetic="start"),
         "generator": nano.generator.model_copy(update={"ema": 0.9}),
         "fake": Fake(optimiser=Optimiser(lr=1.5e-4, decay="linear"), updates=2, pull=1.0),
-        "phase_shares": (0.5, 0.5, 1.0, 1.25),
+        "phase_shares": (0.5, 0.5, 1.0, 2.25),
     }  # fmt: skip
     return nano.model_copy(update=changes)
 
