@@ -78,10 +78,10 @@ def weigh(contest: Contest, studies: Mapping[str, Study]) -> dict[str, Any]:
     curves = {
         side: [point(contest, studies[side], label) for label in contest.variants(side)] for side in (PAPER, FAST)
     }
-    targets = {m.name: smoothed([mean(p, m) for p in curves[PAPER]])[-1] for m in contest.measures}
+    targets = {key(m): smoothed([mean(p, m) for p in curves[PAPER]])[-1] for m in contest.measures}
     reached = {
         side: {
-            unit: most(reach([p[unit] for p in curves[side]], [mean(p, m) for p in curves[side]], targets[m.name])
+            unit: most(reach([p[unit] for p in curves[side]], [mean(p, m) for p in curves[side]], targets[key(m)])
                        for m in contest.measures)
             for unit in ("calls", "cpu_seconds")
         }
@@ -93,7 +93,7 @@ def weigh(contest: Contest, studies: Mapping[str, Study]) -> dict[str, Any]:
         "measures": [[m.table, m.name, m.direction] for m in contest.measures],
         "diversity": [[m.table, m.name, m.direction] for m in contest.diversity],
         "base": {
-            f"{m.table}/{m.name}": next(iter(studies[PAPER].summary[m.table].values()))[m.name]["mean"]
+            key(m): next(iter(studies[PAPER].summary[m.table].values()))[m.name]["mean"]
             for m in (*contest.measures, *contest.diversity)
         },
         "curves": curves, "targets": targets, "reached": reached, "ratios": ratios,
@@ -110,14 +110,18 @@ def point(contest: Contest, study: Study, label: str) -> dict[str, Any]:
         "label": label, "updates": runs[0].config.updates, "calls": forwards(runs[0].config),
         "cpu_seconds": fmean(cpu_seconds(run.folder) for run in runs),
         "values": {
-            f"{m.table}/{m.name}": study.summary[m.table][label][m.name]
+            key(m): study.summary[m.table][label][m.name]
             for m in (*contest.measures, *contest.diversity)
         },
     }  # fmt: skip
 
 
+def key(measure: Measure) -> str:
+    return f"{measure.table}/{measure.name}"
+
+
 def mean(found: Mapping[str, Any], measure: Measure) -> float:
-    return found["values"][f"{measure.table}/{measure.name}"]["mean"]
+    return found["values"][key(measure)]["mean"]
 
 
 def forwards(config: Config) -> float:
@@ -248,10 +252,11 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
                     [p["calls"] for p in points], [c["mean"] for c in cells], [c["half_width"] or 0 for c in cells],
                     fmt=style, capsize=3, markersize=4, linewidth=1.2, label=side,
                 )  # fmt: skip
-            panel.axhline(base, color="#999999", linewidth=1, linestyle=":", zorder=0)
-            if (target := contest["targets"].get(name.split("/")[1])) is not None:
-                panel.axhline(target, color="#36648b", linewidth=0.8, zorder=0)
+            panel.axhline(base, color="#999999", linewidth=1, linestyle=":", zorder=0, label="base, 40 steps")
+            if (target := contest["targets"].get(name)) is not None:
+                panel.axhline(target, color="#36648b", linewidth=0.8, zorder=0, label="target")
             panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter("{x:,.0f}")
             panel.set_title(f"{recipe}: {name}", fontsize=8)
             panel.set_xlabel("forwards a sample of the batch", fontsize=8)
             panel.tick_params(labelsize=7)
