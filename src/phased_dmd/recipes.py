@@ -56,7 +56,7 @@ def nano_t2i() -> Config:
 
 
 def nano_t2i_fast() -> Config:
-    """The same with a third of the network calls; docs/results/performance.md weighs it."""
+    """The same with less than half of the network calls; docs/results/performance.md weighs it."""
     nano = nano_t2i()
     changes = {
         "recipe": "nano-t2i-fast", "rollouts": Rollouts(reuse=True, antithetic="start"),
