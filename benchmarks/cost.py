@@ -265,12 +265,15 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
+SGTS = {"plan.phases": 2, "plan.gradient": "last", "iterations": 1000}  # as many updates in all; exits need it
 ALONE = {
     "neither": {}, "reuse": {"rollouts.reuse": True}, "pool": {"rollouts.pool": 32},
     "antithetic noise": {"rollouts.antithetic": "noise"}, "antithetic start": {"rollouts.antithetic": "start"},
     "2 fake updates": {"fake.updates": 2}, "1 fake update": {"fake.updates": 1}, "pull": {"fake.pull": 1.0},
     "slower fake": {"fake.optimiser.lr": 1e-3}, "Fisher": {"objective.divergence": "fisher"},
     "Fisher, stop gradient": {"objective.divergence": "fisher-stop-gradient"},
+    "shares": {"phase_shares": [0.5, 0.5, 1.0, 2.0]}, "2 phases, SGTS": SGTS,
+    "2 phases, SGTS, shuffled exits": {**SGTS, "plan.exits": "shuffled"},
 }  # fmt: skip
 TOY = Contest(
     recipe="toy-2d", samples=4000, measures=(Measure("mixture", "distance_to_nearest_mode"),),
