@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cost import CONTESTS, cost, draw
-from cost import page as cost_page
+from contests import CONTESTS
+from cost import cost
+from cost_page import draw
+from cost_page import page as cost_page
 from overhead import overhead
 from resident import resident
 from sampling import sampling
@@ -66,21 +68,21 @@ def memory() -> dict[str, Any]:
 
 def page(found: Mapping[str, Any]) -> str:
     """The figures as Markdown."""
-    about = f"`make bench`, {found['date']}; {found['machine']}. Medians of paired runs in one process of one thread."
-    lines = ["# Performance", "", about]
+    lines = ["# Performance", "", f"`make bench`; {found['machine']}, one thread a process."]
     shown = {
         "overhead": show_overhead, "memory": show_memory, "sampling": show_sampling, "variance": show_variance,
         "cost": cost_page,
     }  # fmt: skip
     for part, show in shown.items():
         if part in found["parts"]:
-            lines += ["", f"## {part.capitalize()}", "", *show(found["parts"][part])]
+            lines += ["", f"## {part.capitalize()}, {found['dates'][part]}", "", *show(found["parts"][part])]
     return "\n".join(lines) + "\n"
 
 
 def show_overhead(found: Mapping[str, Any]) -> list[str]:
     lines = [
-        "An iteration's time over that of the bare network calls that it must make, forward and backward.", "",
+        "An iteration's time over that of the bare network calls that it must make, forward and backward; medians of "
+        "pairs timed in turn.", "",
         "| model | phase | iteration, s | calls, s | ratio |", "|---|---|---|---|---|",
     ]  # fmt: skip
     return lines + [
@@ -108,14 +110,15 @@ def show_memory(found: Mapping[str, Any]) -> list[str]:
 def show_sampling(found: Mapping[str, Any]) -> list[str]:
     return [
         f"{found['steps']} steps without guidance take {found['student']:.3f} s, {found['base_steps']} with it "
-        f"{found['base']:.2f} s: {found['ratio']:.1f} times (nano, {found['batch']} samples, the denoising loop alone)."
+        f"{found['base']:.2f} s: {found['ratio']:.1f} times (nano, {found['batch']} samples, the denoising loop alone; "
+        "medians of pairs)."
     ]
 
 
 def show_variance(found: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         "The variance of a gradient over batches of nano, summed over the parameters, at the end of a short phase; of "
-        "batches of as many pairs (`rollouts.antithetic`) over that of independent samples.", "",
+        "batches of pairs (`rollouts.antithetic`) over that of as many independent samples.", "",
         "| phase | fake, noise | fake, start | expert, start |", "|---|---|---|---|",
     ]  # fmt: skip
     return lines + [
@@ -165,14 +168,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path = arguments.output.with_suffix(".json")
-    parts = json.loads(path.read_text())["parts"] if path.exists() else {}
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    parts, dates = earlier.get("parts", {}), earlier.get("dates", {})
     with tempfile.TemporaryDirectory() as folder:
         for part in arguments.part or PARTS:
             parts[part] = measure(part, Path(folder), arguments.runs, arguments.output, arguments.jobs)
+            dates[part] = f"{datetime.date.today()}"
             machine = f"{platform.machine()}, torch {torch.__version__}"
-            found = {"date": f"{datetime.date.today()}", "machine": machine, **keys(parts), "parts": parts}
+            found = json.loads(json.dumps({"machine": machine, **keys(parts), "dates": dates, "parts": parts}))
             write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
-            parts = json.loads(path.read_text())["parts"]
             write_atomically(path.with_suffix(".md"), page(found).encode())
 
 

@@ -23,7 +23,7 @@ def resident(config: Config) -> dict[str, Any]:
     own = [expert_role(earlier) for earlier in range(1, phase + 1)]
     adapters = _bytes([p for role in own for p in system.roles.parameters(role).values()])
     learners = [
-        Learner(own[-1], system.roles.parameters(own[-1]), config.generator.optimiser),
+        Learner(own[-1], system.roles.parameters(own[-1]), config.generator.optimiser, config.generator.ema),
         Learner(FAKE, system.roles.parameters(FAKE), config.fake.optimiser),
     ]
     optimisers = _bytes([t for learner in learners for name, t in learner.state().items() if "/weights/" not in name])

@@ -3,7 +3,8 @@
 import math
 
 import pytest
-from cost import CONTESTS, forwards, reach, smoothed
+from contests import CONTESTS
+from cost import forwards, reach, smoothed
 
 from phased_dmd.recipes import resolve
 

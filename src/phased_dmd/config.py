@@ -68,6 +68,11 @@ class Objective(Section):
         default="unbiased", description="the last two are ablations"
     )
 
+    @property
+    def descends(self) -> str:
+        """What every result says that made it: the weighting of KL's gradient, or the divergence that has none."""
+        return self.weighting if self.divergence == "kl" else self.divergence
+
 
 class Optimiser(Section):
     lr: float = Field(gt=0)
@@ -168,7 +173,8 @@ class Config(Section):
     def _possible(self) -> Self:
         self.phase_plan()
         if self.phase_shares is not None and len(self.phase_shares) != self.plan.phases:
-            raise ValueError(f"phase_shares: {len(self.phase_shares)} of them for {self.plan.phases} phases")
+            given = f"{len(self.phase_shares)} of them for {self.plan.phases} phases"
+            raise ValueError(f"phase_shares: {given}; null makes all phases alike")
         analytic = isinstance(self.teacher, AnalyticTeacher)
         if analytic and (self.generator.weights == "lora" or self.fake.weights == "lora"):
             raise ValueError("generator.weights, fake.weights: an analytic teacher has only 'full' students")
@@ -181,6 +187,8 @@ class Config(Section):
             raise ValueError("teacher.quantise: full weights cannot be copied from it; fake.weights=lora is needed")
         if self.renoise.sort and self.rollouts.pool:
             raise ValueError("renoise.sort: with a rollouts.pool, the same samples would always get the same times")
+        if self.rollouts.antithetic and (self.batch_size % 2 or (self.engine.micro_batch or 0) % 2):
+            raise ValueError("rollouts.antithetic: needs an even batch_size, and engine.micro_batch if there is one")
         if self.fake.pull and self.fake.weights == "lora":
             raise ValueError("fake.pull: needs fake.weights=full")
         if self.objective.divergence != "kl" and self.engine.sequence_parallel > 1:

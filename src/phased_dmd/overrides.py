@@ -31,8 +31,9 @@ def with_method(method: Method, data: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"method: {method} needs fewer phases than steps, and {plan['steps']} steps allow none")
         plan["phases"] = fewer[0]
     plan["gradient"] = "all" if method in ("dmd", "phased") else "last"
-    shares = data["phase_shares"] if plan["phases"] == data["plan"]["phases"] else None
-    return {**data, "plan": plan, "phase_shares": shares}
+    shares = data["phase_shares"]
+    fit = isinstance(shares, Sequence) and len(shares) == plan["phases"]
+    return {**data, "plan": plan, "phase_shares": shares if fit else None}
 
 
 def build(data: Mapping[str, Any]) -> Config:

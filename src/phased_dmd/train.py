@@ -143,7 +143,7 @@ def distill(
             job = Job(run, system, codec, conditions, weights, micro_batches, fresh_fakes, signals, quiet or rank() > 0)
             for phase in range(1, system.plan.num_phases + 1):
                 if learners := begin(job, phase):
-                    with run.scratch(f"pool-{rank()}") if config.rollouts.pool_on_disk else nullcontext() as folder:
+                    with run.scratch("pool") if config.rollouts.pool_on_disk else nullcontext() as folder:
                         train_phase(job, phase, *learners, Paths(config.rollouts.reuse, folder))
                     end(job, phase, learners[0])
     return run.path
@@ -305,7 +305,7 @@ def expert_header(config: Config, system: System, phase: int) -> dict[str, objec
         "shift": config.plan.shift, "boundary": system.plan.end(phase), "solver": config.plan.solver,
         "weights": config.generator.weights,
         "rank": lora and lora.rank, "alpha": lora and lora.alpha, "method": config.method,
-        "weighting": config.objective.weighting,
+        "weighting": config.objective.descends,
     }  # fmt: skip
 
 

@@ -123,15 +123,19 @@ class RunFolder:
 
     @contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
-        """An empty folder of a process's own, gone afterwards; what a kill left of it is removed first."""
-        folder = self.path / f".{name}"
+        """An empty folder of a process's own, gone afterwards; what a kill left of all processes' is removed first."""
+        on_first_rank(lambda: self._remove_scratch(name))
+        folder = self.path / f".{name}-{rank()}"
         with self._writing(folder.name):
-            refuse_links(folder)
-            shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
         try:
             yield folder
         finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _remove_scratch(self, name: str) -> None:
+        for folder in self.path.glob(f".{name}-*"):
+            refuse_links(folder)
             shutil.rmtree(folder, ignore_errors=True)
 
     # ---------------------------------------------------------------- checkpoints

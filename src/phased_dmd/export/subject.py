@@ -162,7 +162,7 @@ class Subject:
             "steps": list(piece.steps), "shift": config.plan.shift, "boundary": self.plan.end(piece.phase),
             "boundary_ratio": self.boundary_ratio, "solver": config.plan.solver, "guidance": 1.0,
             "phase": piece.phase, "network": piece.network, "part": piece.part, "rank": rank, "alpha": rank,
-            "method": config.method, "weighting": config.objective.weighting,
+            "method": config.method, "weighting": config.objective.descends,
         }  # fmt: skip
 
     def portable_config(self) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def phase_work(config: Config, plan: PhasePlan, phase: int, guided: bool) -> Wor
     elif rollouts.antithetic == "noise" and not (rollouts.pool and frozen):
         runs = updates / 2
     if rollouts.pool:
-        made = rollouts.pool_refresh + rollouts.pool / config.phase_iterations(phase)  # batches an iteration
+        made = min(rollouts.pool_refresh, rollouts.pool)  # batches an iteration
+        made += rollouts.pool / config.phase_iterations(phase)
         before *= min(made / (runs + anew), 1)
     for_fake = runs * (before + fakes)
     for_generator = anew * (before + exits - recorded)

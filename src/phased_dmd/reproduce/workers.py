@@ -56,7 +56,9 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
     def distil(self, runs: Sequence[Run]) -> None:
-        """Distils what is not finished; heirs come last."""
+        """Distils what is not finished; heirs come last. A folder of another config is a UserError."""
+        for run in unique(runs):
+            RunFolder(run.folder).check(run.config)
         missing = [run for run in unique(runs) if not RunFolder(run.folder).finished(run.config)]
         for wave in ([run for run in missing if not run.heir_of], [run for run in missing if run.heir_of]):
             self._each(partial(_distil, quiet=self.jobs > 1), [[run] for run in wave], "distilled")

@@ -1,0 +1,77 @@
+"""Who runs against whom, over what budgets, and with which levers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from phased_dmd.reproduce.claim import FRECHET, MODES, Measure, Variant
+from phased_dmd.reproduce.claims import DIVERSITY
+
+SEEDS = 3
+PAPER, FAST = "paper's", "fast"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The paper's schedule of a recipe against `fast`, which is the recipe of that name with -fast.
+
+    measures: of quality; a target is reached where each of them reaches the best that the paper's schedule does.
+    diversity: what must not be lost by it. ladders: by side, shares of its recipe's iterations. paper: what tuning
+    lays over the recipe for the paper's side. levers: what the table of levers has, at `share` of the iterations, over
+    the recipe of the side `levers_of`; each is compared with the label `reference` of that side.
+    """
+
+    recipe: str
+    samples: int
+    measures: tuple[Measure, ...]
+    diversity: tuple[Measure, ...]
+    ladders: Mapping[str, Sequence[float]]
+    paper: Mapping[str, Any]
+    levers_of: str
+    levers: Mapping[str, Mapping[str, Any]]
+    reference: str
+    share: float = 1.0
+
+    def variants(self, side: str) -> dict[str, Variant]:
+        overrides = self.paper if side == PAPER else {}
+        return {f"{side}, x {share:g}": Variant(None, overrides, share) for share in self.ladders[side]}
+
+    def lever_variants(self) -> dict[str, Variant]:
+        return {label: Variant(None, lever, self.share) for label, lever in self.levers.items()}
+
+    def name(self, side: str) -> str:
+        return self.recipe if side == PAPER else f"{self.recipe}-fast"
+
+
+def key(measure: Measure) -> str:
+    return f"{measure.table}/{measure.name}"
+
+
+SGTS = {"plan.phases": 2, "plan.gradient": "last", "iterations": 1000}  # as many updates in all; exits need it
+SHARES = {"phase_shares": [0.5, 0.5, 1.0, 2.0]}
+ALONE = {
+    "none": {}, "none, twice the iterations": {"iterations": 1000},
+    "reuse": {"rollouts.reuse": True}, "pool": {"rollouts.pool": 32},
+    "antithetic noise": {"rollouts.antithetic": "noise"}, "antithetic start": {"rollouts.antithetic": "start"},
+    "2 fake updates": {"fake.updates": 2}, "1 fake update": {"fake.updates": 1}, "pull": {"fake.pull": 1.0},
+    "slower fake": {"fake.optimiser.lr": 1e-3}, "shares": SHARES, "Fisher": {"objective.divergence": "fisher"},
+    "Fisher, stop gradient": {"objective.divergence": "fisher-stop-gradient"},
+    "2 phases, SGTS": SGTS, "2 phases, SGTS, shuffled exits": {**SGTS, "plan.exits": "shuffled"},
+}  # fmt: skip
+TOY = Contest(
+    recipe="toy-2d", samples=4000, measures=(Measure("mixture", "distance_to_nearest_mode"),),
+    diversity=(MODES, Measure("mixture", "energy_distance")),
+    ladders={PAPER: (0.25, 0.5, 0.75, 1.0), FAST: (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)},
+    paper=SHARES, levers_of=PAPER, levers=ALONE, reference="none", share=0.5,
+)  # fmt: skip
+LEFT_OUT = {
+    "no reuse": {"rollouts.reuse": False}, "5 fake updates": {"fake.updates": 5}, "no pull": {"fake.pull": 0.0},
+    "no antithetic start": {"rollouts.antithetic": None}, "equal phases": {"phase_shares": [1.0625] * 4},
+}  # fmt: skip
+NANO = Contest(
+    recipe="nano-t2i", samples=2000, measures=(FRECHET, Measure("specific", "frechet_features")),
+    diversity=DIVERSITY, ladders={PAPER: (0.25, 0.5, 0.75, 1.0), FAST: (0.5, 0.75, 1.0, 1.125)},
+    paper={"generator.ema": 0.9, "fake.optimiser.lr": 1.5e-4}, levers_of=FAST, levers=LEFT_OUT,
+    reference="fast, x 0.5", share=0.5,
+)  # fmt: skip
+CONTESTS = (TOY, NANO)
