@@ -1,12 +1,17 @@
 """What the benchmarks say of curves, without running any."""
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
+import cost_page
 import pytest
-from contests import CONTESTS
-from cost import forwards, reach, smoothed
+from contests import CONTESTS, FAST, PAPER, key
+from cost import UNITS, cpu_seconds, forwards, race, reach, smoothed
 
 from phased_dmd.recipes import resolve
+from phased_dmd.reproduce.claim import Measure
 
 
 def test_a_rise_is_averaged_with_what_it_rises_from() -> None:
@@ -25,6 +30,41 @@ def test_a_target_is_reached_on_the_line_between_two_budgets() -> None:
 def test_a_schedules_own_best_costs_the_least_budget_from_which_it_is_kept() -> None:
     costs, values = [1, 2, 4, 8], [5, 2, 1.5, 2.5]
     assert reach(costs, values, smoothed(values)[-1]) == 2
+
+
+def curve(measure: Measure, calls: list[float], values: list[list[float]]) -> list[dict[str, Any]]:
+    """Points of a side, the values by seed."""
+    cells = [{key(measure): {"values": by_seed}} for by_seed in values]
+    return [{"calls": c, "cpu_seconds": 2 * c, "values": v} for c, v in zip(calls, cells, strict=True)]
+
+
+def test_a_race_is_decided_by_the_seeds_and_measures_it_names() -> None:
+    """Both reach the paper's best of seed 0 at once, fast that of seed 1 never."""
+    measure, other = Measure("a", "b"), Measure("a", "c")
+    curves = {
+        PAPER: curve(measure, [100, 200], [[2, 2], [1, 1]]), FAST: curve(measure, [10, 20], [[1, 9], [1, 5]]),
+    }  # fmt: skip
+    first = race(curves, [measure], [0])
+    assert first["targets"] == {"a/b": 1} and first["reached"][FAST] == {"calls": 10, "cpu_seconds": 20}
+    assert first["ratios"] == {"calls": 20, "cpu_seconds": 20}
+    assert race(curves, [measure], [1])["ratios"] == race(curves, [measure], [0, 1])["ratios"] == dict.fromkeys(UNITS)
+    for side, values in ((PAPER, [[4, 4], [3, 3]]), (FAST, [[5, 5], [3, 3]])):
+        for point, more in zip(curves[side], curve(other, [0, 0], values), strict=True):
+            point["values"] |= more["values"]
+    both = race(curves, [measure, other], [0])
+    assert both["targets"] == {"a/b": 1, "a/c": 3} and both["reached"][FAST]["calls"] == 20, "the slower of the two"
+    lines = cost_page.verdict({"races": [first, race(curves, [measure], [1])], "curves": curves, "comparisons": []})
+    assert lines[-2:] == [
+        "| **a/b** | **0** | **1** | **200** | **10** | **20.00** | **20.00** |",
+        "| a/b | 1 | 1 | 200 | more than 20 | - | - |",
+    ]
+
+
+def test_a_killed_runs_seconds_count_each_iteration_once(tmp_path: Path) -> None:
+    rows = [(1, 5, 1.0), (1, 10, 2.0), (1, 10, 2.5), (2, 5, 4.0)]
+    lines = [json.dumps({"phase": p, "iteration": i, "cpu_seconds": s}) for p, i, s in rows]
+    (tmp_path / "timing.jsonl").write_text("\n".join(lines) + "\n")
+    assert cpu_seconds(tmp_path) == 1 + 2.5 + 4
 
 
 @pytest.mark.parametrize("contest", CONTESTS, ids=lambda contest: contest.recipe)

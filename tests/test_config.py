@@ -113,7 +113,7 @@ REFUSED = [
     ("toy-1d", {"teacher.weights": [1.0, 2.0]}, "teacher: weights: needs one positive weight a mean"),
     ("toy-1d", {"generator.optimiser.lr": -1.0}, "generator.optimiser.lr: Input should be greater than 0"),
     ("toy-1d", {"generator.ema": 1.0}, "generator.ema: Input should be less than 1"),
-    ("toy-1d", {"phase_shares": [1.0]}, "phase_shares: 1 of them for 2 phases"),
+    ("toy-1d", {"phase_shares": [1.0]}, "phase_shares: 1 of them for 2 phases; null makes all phases alike"),
     ("toy-1d", {"phase_shares": [1.0, 0.0]}, "phase_shares.1: Input should be greater than 0"),
     ("toy-1d", {"iterations": 2.5}, "iterations: Input should be a valid integer"),
     ("nano-t2i", {"teacher.guidance": 0.5}, "teacher.guidance.0: Input should be greater than or equal to 1"),
@@ -396,6 +396,8 @@ def test_a_method_of_other_phases_drops_their_shares_and_keeps_the_updates(
     file.write_text(json.dumps(data_of("toy-2d", iterations=40, phase_shares=[0.5, 0.5, 1.0, 1.5])))
     config = resolve(str(file), {}, method)
     assert config.phase_shares == shares and config.updates == 20 + 20 + 40 + 60
+    phases = config.plan.phases
+    assert resolve(str(file), {"plan.phases": phases}, method) == config, "said twice, it is no contradiction"
     if shares:
         assert [config.phase_iterations(phase) for phase in (1, 2, 3, 4)] == [20, 20, 40, 60]
 

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.config import Config, Engine, Fake, Generator, Lora, Optimiser, Plan
+from phased_dmd.overrides import apply_overrides
 from phased_dmd.recipes import resolve
 from phased_dmd.teachers import Size
 
@@ -52,6 +53,10 @@ def tiny_wan22(folder: Path, **changes: Any) -> Config:
     return config.model_copy(update=changes)
 
 
+def laid_over(config: Config, overrides: dict[str, Any]) -> Config:
+    return Config.model_validate(apply_overrides(config.model_dump(), overrides))
+
+
 def nano(**overrides: Any) -> Config:
     quick = {
         "batch_size": 4, "iterations": NANO_ITERATIONS, "log_every": 1, "checkpoint_every": NANO_ITERATIONS,
@@ -71,10 +76,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def changed(section: str, **changes: Any) -> Config:
         return three.model_copy(update={section: getattr(three, section).model_copy(update=changes)})
 
+    fast = {"rollouts.reuse": True, "rollouts.antithetic": "start", "fake.pull": 1.0, "phase_shares": [1, 1.5],
+            "renoise.sort": True, "engine.micro_batch": 2, "plan.exits": "shuffled"}  # fmt: skip
+    fisher = {"rollouts.pool": 2, "rollouts.pool_refresh": 0.5, "rollouts.antithetic": "noise",
+              "objective.divergence": "fisher", "engine.batched_guidance": True}  # fmt: skip
     clips = changed("teacher", sizes=(Size(num_frames=5, height=32, width=32),))
     split = Engine(sequence_parallel=2, micro_batch=2, activation_checkpointing=True)
     everywhere = {
         "wan22": wan22, "nano": nano(), "lora": changed("fake", weights="lora"),
+        "fast": laid_over(three, fast), "fisher": laid_over(three, fisher),
         "single": changed("teacher", dtype="float32"), "half": changed("teacher", dtype="bfloat16"),
     }  # fmt: skip
     alone = {"plain": three, "offloaded": changed("engine", offload=True), "clips": clips}
@@ -126,6 +136,7 @@ def state(run: Path) -> dict[str, Tensor]:
     ("first", "second"),
     [
         ("wan22-1", "wan22-2"), ("nano-1", "nano-2"), ("lora-1", "lora-2"),
+        ("fast-1", "fast-2"), ("fisher-1", "fisher-2"),  # what saves network calls, and the other divergence
         ("plain-1", "plain-2"),  # micro-batches, all weights in both processes, blocks recomputed
         ("clips-1", "clips-2"),  # each sample shared by both
         ("plain-1", "offloaded-1"),
@@ -134,7 +145,8 @@ def state(run: Path) -> dict[str, Tensor]:
 def test_however_it_is_shared_out_the_same_is_trained(first: str, second: str, runs: Path) -> None:
     """Losses, experts and every tensor of the optimisers, of both phases."""
     one, two, name = runs / first, runs / second, first.split("-")[0]
-    assert len(losses(one)) == 2 * {"wan22": 20, "nano": NANO_ITERATIONS}.get(name, 3)
+    each = {"wan22": (20, 20), "nano": (NANO_ITERATIONS, NANO_ITERATIONS), "fast": (3, 4)}.get(name, (3, 3))
+    assert len(losses(one)) == sum(each)
     torch.testing.assert_close(losses(two), losses(one), rtol=EXACT, atol=EXACT)
     for phase in (1, 2):
         assert difference(trained(two, phase), trained(one, phase)) < EXACT

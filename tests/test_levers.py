@@ -18,7 +18,7 @@ from torch import Tensor
 
 from phased_dmd import draws as drawing
 from phased_dmd import system, train, updates
-from phased_dmd.checkpoint import RunFolder
+from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.config import Config
 from phased_dmd.diffusion import FlowSchedule
 from phased_dmd.draws import Draws
@@ -266,6 +266,14 @@ def test_the_plan_foresees_a_pools_calls(reuse: bool, antithetic: str | None, tm
     assert 0.8 * foreseen < frozen < foreseen + 1e-9
 
 
+def test_a_place_is_made_anew_once_an_iteration_at_most(tmp_path: Path, watch: Watch) -> None:
+    config = toy(iterations=30, batch_size=4, rollouts__pool=2, rollouts__pool_refresh=6, fake__updates=5)
+    distill(config, tmp_path / "run", quiet=True)
+    assert watch.total(2)["phase_1"] <= 2 * 2 * 4 * 30  # places, steps, samples and iterations
+    plain, pooled = (phase_work(c, c.phase_plan(), 2, guided=False).calls for c in (toy(fake__updates=5), config))
+    assert plain - pooled == pytest.approx(2 * (6 - (2 + 2 / 30)))  # steps; draws, of which these are new
+
+
 def test_a_pool_leaves_the_first_phase_alone_and_is_the_same_on_disk(tmp_path: Path) -> None:
     runs = {
         name: files(distill(toy(rollouts__reuse=True, **levers), tmp_path / name, quiet=True))
@@ -298,6 +306,8 @@ def test_what_a_kill_left_of_a_pool_is_removed_and_a_link_is_refused(tmp_path: P
     assert "phase 2" in stopped_after(4 * 3 + 5, config, run)
     assert not list(run.glob(".pool*"))  # an orderly end leaves none
     (run / ".pool-0").mkdir()
+    (run / ".pool-3").mkdir()  # of more processes
+    (run / ".pool-3" / "0.safetensors").write_text("rubbish")
     for rubbish in ("0.safetensors", "1.safetensors", "other"):
         (run / ".pool-0" / rubbish).write_text("rubbish")
     (tmp_path / "precious").mkdir()
@@ -307,7 +317,7 @@ def test_what_a_kill_left_of_a_pool_is_removed_and_a_link_is_refused(tmp_path: P
     assert (run / ".pool-0" / "other").exists()
     (run / ".pool-0" / "link").unlink()
     distill(config, run, quiet=True)
-    assert files(run) == whole and not (run / ".pool-0").exists() and (tmp_path / "precious").is_dir()
+    assert files(run) == whole and not list(run.glob(".pool*")) and (tmp_path / "precious").is_dir()
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
@@ -371,13 +381,16 @@ def test_each_noise_of_a_pair_is_standard_normal(antithetic: str) -> None:
         assert abs(torch.corrcoef(torch.stack([draws.eps()[: len(draws.rolled)], draws.start()]).squeeze())[0, 1]) < 0.1
 
 
-def test_samples_that_cannot_be_paired_are_refused(tmp_path: Path) -> None:
-    for levers, message in (
-        ({"batch_size": 5}, "5 samples in calls of 5"), ({"engine__micro_batch": 3}, "8 samples in calls of 3"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=f"^rollouts.antithetic: {message} cannot be paired$"):
-            distill(toy(rollouts__antithetic="noise", **levers), tmp_path / "run", quiet=True)
-    assert not (tmp_path / "run").exists()
+def test_samples_that_cannot_be_paired_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the config alone where they are odd, and where processes would have an odd number each."""
+    for levers in ({"batch_size": 5}, {"engine__micro_batch": 3}):
+        with pytest.raises(
+            UserError, match=r"^rollouts\.antithetic: needs an even batch_size, and engine\.micro_batch"
+        ):
+            toy(rollouts__antithetic="noise", **levers)
+    monkeypatch.setattr(world, "world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"^rollouts\.antithetic: 3 samples in calls of 3 cannot be paired$"):
+        world.shares(6, toy().engine, pairs=True)
 
 
 FEATURES = torch.tensor([0.3, 1.1, 0.2], dtype=torch.float64)  # of the fake: of 1, x and tanh x
@@ -551,6 +564,8 @@ def test_a_run_with_every_lever_is_byte_identical_when_it_is_stopped_between_upd
     assert said.count("stopped and saved at phase 2, iteration 1, update 1;") == 1
     distill(wan(**levers), tmp_path / "run", quiet=True)
     assert files(tmp_path / "run") == whole
+    _, header = load_tensors(RunFolder(tmp_path / "run").expert_path(2))
+    assert header["weighting"] == divergence, "it has none of KL's"
 
 
 @pytest.mark.parametrize(

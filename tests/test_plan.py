@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from phased_dmd.cli import app
 from phased_dmd.config import Config, Engine, Fake, Generator, Lora, Optimiser
+from phased_dmd.engine import world
 from phased_dmd.errors import UserError
 from phased_dmd.experts import FAKE, Roles, expert_role
 from phased_dmd.models.architectures import architecture, skeleton
@@ -374,7 +375,8 @@ def test_processes_that_share_samples_have_a_share_of_the_activations() -> None:
 
 
 def test_a_pool_and_a_divergence_that_differentiates_the_teacher_take_memory() -> None:
-    """A pool of 10 batches of 64 latents of 16 x 90 x 160 in float32, over 8 GPUs; three graphs of one call."""
+    """A pool of 10 batches of 64 latents of 16 x 90 x 160 in float32, over 8 GPUs; graphs of the generator's call, and
+    of the teacher's two or the fake's, whichever is larger."""
 
     def activations(**overrides: Any) -> list[int]:
         config = resolve("wan21-t2i", {key.replace("__", "."): value for key, value in overrides.items()})
@@ -384,9 +386,14 @@ def test_a_pool_and_a_divergence_that_differentiates_the_teacher_take_memory() -
     first, second = activations(engine__micro_batch=1, rollouts__pool=10)
     assert (first, second) == (plain[0], plain[1] + 10 * 8 * 16 * 90 * 160 * 4)
     assert activations(engine__micro_batch=1, rollouts__pool=10, rollouts__pool_on_disk=True) == plain
-    lora = {"engine__micro_batch": 1, "fake__weights": "lora"}  # else the fake's own graph may be the larger one
-    one, three = (activations(**lora, objective__divergence=name)[0] for name in ("kl", "fisher"))
-    assert three == pytest.approx(3 * one, rel=1e-3)
+    lora = {"engine__micro_batch": 1, "fake__weights": "lora"}
+    one, three, two = (
+        activations(**lora, objective__divergence=name)[0] for name in ("kl", "fisher", "fisher-stop-gradient")
+    )
+    assert three == pytest.approx(3 * one, rel=1e-3) and two == pytest.approx(2 * one, rel=1e-3)
+    whole = activations(engine__micro_batch=1, objective__divergence="fisher-stop-gradient")[0]
+    assert whole == pytest.approx(one + plain[0], rel=1e-3), "plain: the graph of a fake with all weights"
+    assert activations(engine__micro_batch=1, objective__divergence="fisher")[0] == one + max(2 * one, plain[0])
 
 
 def test_gathered_are_two_blocks_what_surrounds_them_and_a_block_of_gradients() -> None:
@@ -415,7 +422,9 @@ def test_advice_is_the_cheapest_that_fits_and_its_flags_make_it_fit() -> None:
     tight = needs(config, 3, 80)
     assert tight.options is not None and "second_moment" not in tight.options and "offload" not in tight.options
     assert "fake.weights=lora" in tight.options and "fake.weights: loses quality" in tight.option_notes
-    assert tight.enough_gpus is not None and needs(advice.changed(config, advice.FREE), tight.enough_gpus, 80).fits
+    assert (
+        tight.enough_gpus is not None and needs(advice.changed(config, advice.free(config)), tight.enough_gpus, 80).fits
+    )
 
 
 def test_the_least_number_of_gpus_is_found_with_what_changes_no_result() -> None:
@@ -426,6 +435,26 @@ def test_the_least_number_of_gpus_is_found_with_what_changes_no_result() -> None
 
     assert advice.least_gpus(config, 8, fits) == 64
     assert advice.least_gpus(config, 8, lambda config, gpus: False) is None
+
+
+def test_what_does_not_go_with_the_rest_is_not_advised() -> None:
+    """A fake that is pulled along has all weights, and so have the students of an analytic teacher."""
+    pulled = resolve("wan22-t2v", {"fake.pull": 1.0})
+    for config in (pulled, resolve("toy-2d", {})):
+        assert advice.cheapest(config, 8, lambda config, _: config.engine.offload) == advice.OPTIONS[-1:]
+        assert advice.cheapest(config, 8, lambda config, _: config.fake.weights == "lora") is None
+    assert "lora" not in (needs(pulled, 8, 80).options or "")
+
+
+def test_what_is_advised_for_pairs_parts_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolve("wan22-t2i", {"rollouts.antithetic": "start"})
+    assert (needs(config, 8, 80).options or "").startswith("--set engine.micro_batch=2 ")
+    assert advice.least_gpus(config, 8, lambda _, gpus: gpus >= 20) == 32
+    assert advice.least_gpus(config, 8, lambda _, gpus: gpus >= 33) is None, "64 would have a sample each"
+    assert "of 1 samples on each of 64 GPUs no pairs can be made" in needs(config, 64, 80).warnings[0]
+    monkeypatch.setattr(world, "world_size", lambda: 64)
+    with pytest.raises(UserError, match="1 samples in calls of 1 cannot be paired$"):
+        world.shares(64, config.engine, pairs=True)
 
 
 def _pair(text: str) -> tuple[str, Any]:
@@ -444,7 +473,7 @@ def _pair(text: str) -> tuple[str, Any]:
 )
 def test_no_option_is_advised_that_is_not_needed(least: set[str], chosen: tuple[str, ...]) -> None:
     config = resolve("qwen-image", {})
-    done = {key: value for key, value, _ in advice.OPTIONS}
+    done = {key: value for key, value, _ in (*advice.free(config), *advice.OPTIONS)}
 
     def fits(config: Config, gpus: int) -> bool:
         return all(advice._is_set(config, key, done[key]) for key in least)

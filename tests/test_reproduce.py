@@ -233,6 +233,18 @@ def test_a_claims_files_agree_and_a_second_call_makes_only_what_is_missing(
     assert again == body["comparisons"], "the same run gives the same numbers"
 
 
+def test_a_folder_of_another_config_is_no_finished_run(claim: Claim, distilled: list[str], tmp_path: Path) -> None:
+    """A recipe that has changed since: the folder's name does not tell."""
+    (first, *_) = planned("toy-2d", claim.trials["toy-2d"].variants, Budget(1, 64), tmp_path).values()
+    with Workers(1, lambda _: None) as alone:
+        alone.distil([first])
+        alone.distil([first])
+        changed = replace(first, config=first.config.model_copy(update={"batch_size": 2 * first.config.batch_size}))
+        with pytest.raises(UserError, match="differs in batch_size$"):
+            alone.distil([changed])
+    assert len(distilled) == 1
+
+
 def test_more_samples_are_evaluated_again_on_the_same_runs(claim: Claim, distilled: list[str], tmp_path: Path) -> None:
     numbers = []
     for samples in (64, 128):

@@ -97,7 +97,7 @@ def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4,
         for phase, own in enumerate(sizes(config, gpus), 1)
     )
     chosen = None if now else advice.cheapest(config, gpus, fits)
-    costly = not now and (chosen is None or not set(chosen) <= set(advice.FREE))
+    costly = not now and (chosen is None or not set(chosen) <= set(advice.free(config)))
     prompts = len(read_prompts(config.prompts)) if config.prompts is not None else 0
     alone = forward(1, None if config.fake.weights == "full" else config.fake.lora)
     biggest = _largest(config, model)

@@ -4,22 +4,30 @@ from collections.abc import Callable
 from typing import Any
 
 from phased_dmd.config import Config
+from phased_dmd.errors import UserError
 from phased_dmd.overrides import apply_overrides, build
 from phased_dmd.phases import PhasePlan
 
 NEAR = 1e-6  # of a time: what a pipeline's float32 grid may be off by
-OPTIONS: tuple[tuple[str, Any, str], ...] = (  # cheapest first
-    ("engine.micro_batch", 1, "more calls, each of one sample"),
-    ("engine.activation_checkpointing", True, "a forward more in every update"),
+Options = tuple[tuple[str, Any, str], ...]
+OPTIONS: Options = (
     ("fake.optimiser.second_moment", "bfloat16", "rounded at random"),
     ("fake.weights", "lora", "loses quality"),
     ("engine.offload", True, "slow: weights cross to the host and back"),
-)
-FREE = OPTIONS[:2]  # what changes no result
+)  # cheapest first, after those of `free`
 Fits = Callable[[Config, int], bool]
 
 
-def changed(config: Config, options: tuple[tuple[str, Any, str], ...]) -> Config:
+def free(config: Config) -> Options:
+    """What changes no result."""
+    paired = config.rollouts.antithetic is not None
+    return (
+        ("engine.micro_batch", 2 if paired else 1, f"more calls, each of one {'pair' if paired else 'sample'}"),
+        ("engine.activation_checkpointing", True, "a forward more in every update"),
+    )
+
+
+def changed(config: Config, options: Options) -> Config:
     """The config with some options set."""
     return build(apply_overrides(config.model_dump(mode="json"), {key: value for key, value, _ in options}))
 
@@ -31,13 +39,18 @@ def _is_set(config: Config, key: str, value: Any) -> bool:
     return node == value
 
 
-def cheapest(config: Config, gpus: int, fits: Fits) -> tuple[tuple[str, Any, str], ...] | None:
+def _is_possible(config: Config, option: tuple[str, Any, str]) -> bool:
+    """Whether it goes with the rest."""
+    try:
+        changed(config, (option,))
+    except UserError:
+        return False
+    return True
+
+
+def cheapest(config: Config, gpus: int, fits: Fits) -> Options | None:
     """The options to add until it fits, no dearer one than needed, and none that is not needed; None if none do."""
-    analytic = config.teacher.kind == "analytic"
-    open_ = [
-        option for option in OPTIONS
-        if not _is_set(config, *option[:2]) and not (analytic and option[0] == "fake.weights")
-    ]  # fmt: skip
+    open_ = [o for o in free(config) + OPTIONS if not _is_set(config, *o[:2]) and _is_possible(config, o)]
     for length in range(1, len(open_) + 1):
         chosen = tuple(open_[:length])
         if not fits(changed(config, chosen), gpus):
@@ -52,12 +65,13 @@ def cheapest(config: Config, gpus: int, fits: Fits) -> tuple[tuple[str, Any, str
 
 def least_gpus(config: Config, gpus: int, fits: Fits) -> int | None:
     """How many GPUs would do, with the options that change no result; they must share the batch equally."""
-    free, batch = changed(config, FREE), config.batch_size
-    candidates = (n for n in range(gpus + 1, batch + 1) if batch % n == 0 and n % config.engine.replicas == 0)
-    return next((n for n in candidates if fits(free, n)), None)
+    slower, batch = changed(config, free(config)), config.batch_size
+    least = 1 if config.rollouts.antithetic is None else 2  # samples that are not parted
+    candidates = (n for n in range(gpus + 1, batch + 1) if batch % (n * least) == 0 and n % config.engine.replicas == 0)
+    return next((n for n in candidates if fits(slower, n)), None)
 
 
-def flags(options: tuple[tuple[str, Any, str], ...]) -> str:
+def flags(options: Options) -> str:
     """As they are typed."""
     return " ".join(f"--set {key}={str(value).lower()}" for key, value, _ in options)
 
@@ -69,7 +83,12 @@ def warnings(config: Config, plan: PhasePlan, gpus: int) -> list[str]:
 
 def _batch(config: Config, gpus: int) -> list[str]:
     ways = config.engine.sequence_parallel
-    if config.batch_size * ways % gpus == 0:
+    each, rest = divmod(config.batch_size * ways, gpus)
+    if not rest and each % 2 and config.rollouts.antithetic is not None:
+        return [
+            f"rollouts.antithetic: of {each} samples on each of {gpus} GPUs no pairs can be made: distill refuses them"
+        ]
+    if not rest:
         return []
     idle = f", {gpus - config.batch_size * ways} of which have none" if config.batch_size * ways < gpus else ""
     return [

@@ -157,13 +157,15 @@ def kept(config: Config, forward: Forward, calls: int = 1) -> int:
 def activations(config: Config, plan: PhasePlan, phase: int, batch: int, forward: Measure) -> int:
     """The more of the generator's graph, of one call or all of the phase's, and the fake's.
 
-    A Fisher divergence's teacher, or fake, has its own graph while the generator's waits.
+    A Fisher divergence's guided teacher and fake have graphs of their own, one after the other, while the generator's
+    waits.
     """
     generator = config.generator.lora if config.generator.weights == "lora" else None
     fake = config.fake.lora if config.fake.weights == "lora" else None
-    calls = len(plan.steps(phase)) if config.plan.gradient == "all" else 1
-    calls += {"kl": 0, "fisher": 2, "fisher-stop-gradient": 1}[config.objective.divergence]
-    return max(kept(config, forward(batch, generator), calls), kept(config, forward(batch, fake)))
+    own = kept(config, forward(batch, generator), len(plan.steps(phase)) if config.plan.gradient == "all" else 1)
+    scored, guided = kept(config, forward(batch, fake)), kept(config, forward(batch, generator), 2)
+    beside = {"kl": 0, "fisher": max(guided, scored), "fisher-stop-gradient": scored}[config.objective.divergence]
+    return max(own + beside, scored)
 
 
 def pooled(config: Config, phase: int, gpus: int, shape: Sequence[int]) -> int:
