@@ -8,7 +8,7 @@ from phased_dmd.reproduce.claim import FRECHET, MODES, Measure, Variant
 from phased_dmd.reproduce.claims import DIVERSITY
 
 SEEDS = 3
-PAPER, FAST = "paper's", "fast"
+PAPER, PAPER_SHARES, FAST = "paper's", "paper's with shares", "fast"
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,10 @@ class Contest:
     """The paper's schedule of a recipe against `fast`, which is the recipe of that name with -fast.
 
     measures: of quality; a target is reached where each of them reaches the best that the paper's schedule does.
-    diversity: what must not be lost by it. ladders: by side, shares of its recipe's iterations. paper: what tuning
-    lays over the recipe for the paper's side. levers: what the table of levers has, at `share` of the iterations, over
-    the recipe of the side `levers_of`; each is compared with the label `reference` of that side.
+    diversity: what must not be lost by it. ladders: by side, shares of its recipe's iterations. rivals: what is laid
+    over the recipe by side: the paper's schedule, as tuned with every lever off, and others beside it. levers: what the
+    table of levers has, at `share` of the iterations, over the recipe of the side `levers_of`; each is compared with
+    the label `reference` of that side.
     """
 
     recipe: str
@@ -26,21 +27,21 @@ class Contest:
     measures: tuple[Measure, ...]
     diversity: tuple[Measure, ...]
     ladders: Mapping[str, Sequence[float]]
-    paper: Mapping[str, Any]
+    rivals: Mapping[str, Mapping[str, Any]]
     levers_of: str
     levers: Mapping[str, Mapping[str, Any]]
     reference: str
     share: float = 1.0
 
     def variants(self, side: str) -> dict[str, Variant]:
-        overrides = self.paper if side == PAPER else {}
+        overrides = self.rivals.get(side, {})
         return {f"{side}, x {share:g}": Variant(None, overrides, share) for share in self.ladders[side]}
 
     def lever_variants(self) -> dict[str, Variant]:
         return {label: Variant(None, lever, self.share) for label, lever in self.levers.items()}
 
     def name(self, side: str) -> str:
-        return self.recipe if side == PAPER else f"{self.recipe}-fast"
+        return f"{self.recipe}-fast" if side == FAST else self.recipe
 
 
 def key(measure: Measure) -> str:
@@ -50,7 +51,7 @@ def key(measure: Measure) -> str:
 SGTS = {"plan.phases": 2, "plan.gradient": "last", "iterations": 1000}  # as many updates in all; exits need it
 SHARES = {"phase_shares": [0.5, 0.5, 1.0, 2.0]}
 ALONE = {
-    "none": {}, "none, twice the iterations": {"iterations": 1000},
+    "none": {},
     "reuse": {"rollouts.reuse": True}, "pool": {"rollouts.pool": 32},
     "antithetic noise": {"rollouts.antithetic": "noise"}, "antithetic start": {"rollouts.antithetic": "start"},
     "2 fake updates": {"fake.updates": 2}, "1 fake update": {"fake.updates": 1}, "pull": {"fake.pull": 1.0},
@@ -61,8 +62,10 @@ ALONE = {
 TOY = Contest(
     recipe="toy-2d", samples=4000, measures=(Measure("mixture", "distance_to_nearest_mode"),),
     diversity=(MODES, Measure("mixture", "energy_distance")),
-    ladders={PAPER: (0.25, 0.5, 0.75, 1.0), FAST: (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)},
-    paper=SHARES, levers_of=PAPER, levers=ALONE, reference="none", share=0.5,
+    ladders={
+        PAPER: (0.25, 0.5, 0.75, 1.0), PAPER_SHARES: (0.25, 0.5, 0.75, 1.0), FAST: (0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
+    },
+    rivals={PAPER: {}, PAPER_SHARES: SHARES}, levers_of=PAPER, levers=ALONE, reference="none", share=0.5,
 )  # fmt: skip
 LEFT_OUT = {
     "no reuse": {"rollouts.reuse": False}, "5 fake updates": {"fake.updates": 5}, "no pull": {"fake.pull": 0.0},
@@ -71,7 +74,7 @@ LEFT_OUT = {
 NANO = Contest(
     recipe="nano-t2i", samples=2000, measures=(FRECHET, Measure("specific", "frechet_features")),
     diversity=DIVERSITY, ladders={PAPER: (0.25, 0.5, 0.75, 1.0), FAST: (0.5, 0.75, 1.0, 1.125)},
-    paper={"generator.ema": 0.9, "fake.optimiser.lr": 1.5e-4}, levers_of=FAST, levers=LEFT_OUT,
+    rivals={PAPER: {"generator.ema": 0.9, "fake.optimiser.lr": 1.5e-4}}, levers_of=FAST, levers=LEFT_OUT,
     reference="fast, x 0.5", share=0.5,
 )  # fmt: skip
 CONTESTS = (TOY, NANO)

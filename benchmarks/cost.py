@@ -26,7 +26,7 @@ def cost(contests: Sequence[Contest], runs: Path, results: Path, jobs: int) -> d
     parts: list[tuple[Contest, str, Budget, dict[tuple[str, int], Run]]] = []
     for contest in contests:
         budget = Budget(SEEDS, contest.samples)
-        for side in (PAPER, FAST):
+        for side in contest.ladders:
             variants = contest.variants(side) | (contest.lever_variants() if side == contest.levers_of else {})
             parts.append((contest, side, budget, planned(contest.name(side), variants, budget, runs)))
     with Workers(jobs, print) as workers:
@@ -43,13 +43,13 @@ def cost(contests: Sequence[Contest], runs: Path, results: Path, jobs: int) -> d
 def weigh(contest: Contest, studies: Mapping[str, Study]) -> dict[str, Any]:
     """Curves of both sides, what reaching the target costs each, and the levers."""
     curves = {
-        side: [point(contest, studies[side], label) for label in contest.variants(side)] for side in (PAPER, FAST)
+        side: [point(contest, studies[side], label) for label in contest.variants(side)] for side in contest.ladders
     }
     seeds, several = range(SEEDS), len(contest.measures) > 1
     decided_by = [(contest.measures, seeds)]
     decided_by += [((measure,), seeds) for measure in contest.measures if several]
     decided_by += [(contest.measures, [other for other in seeds if other != seed]) for seed in seeds]
-    races = [race(curves, measures, chosen) for measures, chosen in decided_by]
+    races = [race(curves, rival, measures, chosen) for rival in contest.rivals for measures, chosen in decided_by]
     at = {side: first(curves[side], races[0]["reached"][side]["calls"]) for side in (PAPER, FAST)}
     return {
         "measures": [[m.table, m.name, m.direction] for m in contest.measures],
@@ -66,22 +66,22 @@ def weigh(contest: Contest, studies: Mapping[str, Study]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def race(curves: Curves, measures: Sequence[Measure], seeds: Sequence[int]) -> dict[str, Any]:
-    """What the target costs each side by some measures and seeds: the paper schedule's own best, of each measure."""
+def race(curves: Curves, rival: str, measures: Sequence[Measure], seeds: Sequence[int]) -> dict[str, Any]:
+    """What the target costs a rival and `fast` by some measures and seeds: the rival's own best, of each measure."""
 
     def means(side: str, measure: Measure) -> list[float]:
         return [fmean(p["values"][key(measure)]["values"][seed] for seed in seeds) for p in curves[side]]
 
-    targets = {key(m): smoothed(means(PAPER, m))[-1] for m in measures}
+    targets = {key(m): smoothed(means(rival, m))[-1] for m in measures}
     reached = {
         side: {
             unit: most(reach([p[unit] for p in curves[side]], means(side, m), targets[key(m)]) for m in measures)
             for unit in UNITS
         }
-        for side in (PAPER, FAST)
+        for side in (rival, FAST)
     }
-    ratios = {unit: quotient(reached[PAPER][unit], reached[FAST][unit]) for unit in UNITS}
-    return {"seeds": list(seeds), "targets": targets, "reached": reached, "ratios": ratios}
+    ratios = {unit: quotient(reached[rival][unit], reached[FAST][unit]) for unit in UNITS}
+    return {"rival": rival, "seeds": list(seeds), "targets": targets, "reached": reached, "ratios": ratios}
 
 
 def weighed(contest: Contest, study: Study, label: str) -> dict[str, Any]:

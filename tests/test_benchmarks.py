@@ -44,19 +44,25 @@ def test_a_race_is_decided_by_the_seeds_and_measures_it_names() -> None:
     curves = {
         PAPER: curve(measure, [100, 200], [[2, 2], [1, 1]]), FAST: curve(measure, [10, 20], [[1, 9], [1, 5]]),
     }  # fmt: skip
-    first = race(curves, [measure], [0])
+    first = race(curves, PAPER, [measure], [0])
     assert first["targets"] == {"a/b": 1} and first["reached"][FAST] == {"calls": 10, "cpu_seconds": 20}
     assert first["ratios"] == {"calls": 20, "cpu_seconds": 20}
-    assert race(curves, [measure], [1])["ratios"] == race(curves, [measure], [0, 1])["ratios"] == dict.fromkeys(UNITS)
+    assert (
+        race(curves, PAPER, [measure], [1])["ratios"]
+        == race(curves, PAPER, [measure], [0, 1])["ratios"]
+        == dict.fromkeys(UNITS)
+    )
     for side, values in ((PAPER, [[4, 4], [3, 3]]), (FAST, [[5, 5], [3, 3]])):
         for point, more in zip(curves[side], curve(other, [0, 0], values), strict=True):
             point["values"] |= more["values"]
-    both = race(curves, [measure, other], [0])
+    both = race(curves, PAPER, [measure, other], [0])
     assert both["targets"] == {"a/b": 1, "a/c": 3} and both["reached"][FAST]["calls"] == 20, "the slower of the two"
-    lines = cost_page.verdict({"races": [first, race(curves, [measure], [1])], "curves": curves, "comparisons": []})
+    lines = cost_page.verdict(
+        {"races": [first, race(curves, PAPER, [measure], [1])], "curves": curves, "comparisons": []}
+    )
     assert lines[-2:] == [
-        "| **a/b** | **0** | **1** | **200** | **10** | **20.00** | **20.00** |",
-        "| a/b | 1 | 1 | 200 | more than 20 | - | - |",
+        "| **paper's** | **a/b** | **0** | **1** | **200** | **10** | **20.00** | **20.00** |",
+        "| paper's | a/b | 1 | 1 | 200 | more than 20 | - | - |",
     ]
 
 
