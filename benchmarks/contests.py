@@ -7,34 +7,35 @@ from typing import Any
 from phased_dmd.reproduce.claim import FRECHET, MODES, Measure, Variant
 from phased_dmd.reproduce.claims import DIVERSITY
 
-SEEDS = 3
-PAPER, PAPER_SHARES, FAST = "paper's", "paper's with shares", "fast"
+LEVER_SEEDS = 3
+PAPER, FAST = "paper's", "fast"
 
 
 @dataclass(frozen=True)
 class Contest:
     """The paper's schedule of a recipe against `fast`, which is the recipe of that name with -fast.
 
-    measures: of quality; a target is reached where each of them reaches the best that the paper's schedule does.
-    diversity: what must not be lost by it. ladders: by side, shares of its recipe's iterations. rivals: what is laid
-    over the recipe by side: the paper's schedule, as tuned with every lever off, and others beside it. levers: what the
-    table of levers has, at `share` of the iterations, over the recipe of the side `levers_of`; each is compared with
-    the label `reference` of that side.
+    seeds: how many, 0 and up. measures: of quality; a target is reached where each of them reaches the best that the
+    paper's schedule does. diversity: what must not be lost by it. ladders: by side, shares of its recipe's iterations.
+    tuned: what is laid over the recipe on the paper's side, as its own tuning found best. levers: what the table of
+    levers has, of LEVER_SEEDS seeds, at `share` of the iterations, over the recipe of the side `levers_of` as it is;
+    each is compared with the label `reference`, which is among them or a point of that side.
     """
 
     recipe: str
+    seeds: int
     samples: int
     measures: tuple[Measure, ...]
     diversity: tuple[Measure, ...]
     ladders: Mapping[str, Sequence[float]]
-    rivals: Mapping[str, Mapping[str, Any]]
+    tuned: Mapping[str, Any]
     levers_of: str
     levers: Mapping[str, Mapping[str, Any]]
     reference: str
     share: float = 1.0
 
     def variants(self, side: str) -> dict[str, Variant]:
-        overrides = self.rivals.get(side, {})
+        overrides = self.tuned if side == PAPER else {}
         return {f"{side}, x {share:g}": Variant(None, overrides, share) for share in self.ladders[side]}
 
     def lever_variants(self) -> dict[str, Variant]:
@@ -49,7 +50,7 @@ def key(measure: Measure) -> str:
 
 
 SGTS = {"plan.phases": 2, "plan.gradient": "last", "iterations": 1000}  # as many updates in all; exits need it
-SHARES = {"phase_shares": [0.5, 0.5, 1.0, 2.0]}
+SHARES = {"phase_shares": [0.125, 0.125, 0.25, 3.5]}
 ALONE = {
     "none": {},
     "reuse": {"rollouts.reuse": True}, "pool": {"rollouts.pool": 32},
@@ -60,21 +61,19 @@ ALONE = {
     "2 phases, SGTS": SGTS, "2 phases, SGTS, shuffled exits": {**SGTS, "plan.exits": "shuffled"},
 }  # fmt: skip
 TOY = Contest(
-    recipe="toy-2d", samples=4000, measures=(Measure("mixture", "distance_to_nearest_mode"),),
+    recipe="toy-2d", seeds=9, samples=4000, measures=(Measure("mixture", "distance_to_nearest_mode"),),
     diversity=(MODES, Measure("mixture", "energy_distance")),
-    ladders={
-        PAPER: (0.25, 0.5, 0.75, 1.0), PAPER_SHARES: (0.25, 0.5, 0.75, 1.0), FAST: (0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
-    },
-    rivals={PAPER: {}, PAPER_SHARES: SHARES}, levers_of=PAPER, levers=ALONE, reference="none", share=0.5,
+    ladders={PAPER: (0.25, 0.5, 0.75, 1.0), FAST: (0.5, 0.75, 1.0, 1.25, 1.5)},
+    tuned=SHARES, levers_of=PAPER, levers=ALONE, reference="none", share=0.5,
 )  # fmt: skip
 LEFT_OUT = {
     "no reuse": {"rollouts.reuse": False}, "5 fake updates": {"fake.updates": 5}, "no pull": {"fake.pull": 0.0},
     "no antithetic start": {"rollouts.antithetic": None}, "equal phases": {"phase_shares": [1.0625] * 4},
 }  # fmt: skip
 NANO = Contest(
-    recipe="nano-t2i", samples=2000, measures=(FRECHET, Measure("specific", "frechet_features")),
+    recipe="nano-t2i", seeds=6, samples=2000, measures=(FRECHET, Measure("specific", "frechet_features")),
     diversity=DIVERSITY, ladders={PAPER: (0.25, 0.5, 0.75, 1.0), FAST: (0.5, 0.75, 1.0, 1.125)},
-    rivals={PAPER: {"generator.ema": 0.9, "fake.optimiser.lr": 1.5e-4}}, levers_of=FAST, levers=LEFT_OUT,
+    tuned={"generator.ema": 0.9, "fake.optimiser.lr": 1.5e-4}, levers_of=FAST, levers=LEFT_OUT,
     reference="fast, x 0.5", share=0.5,
 )  # fmt: skip
 CONTESTS = (TOY, NANO)

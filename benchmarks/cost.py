@@ -2,12 +2,13 @@
 
 import json
 import math
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from contests import FAST, PAPER, SEEDS, Contest, key
+from contests import FAST, LEVER_SEEDS, PAPER, Contest, key
 from scipy.optimize import isotonic_regression
 
 from phased_dmd.config import Config
@@ -17,26 +18,30 @@ from phased_dmd.reproduce.intervals import compare, shown
 from phased_dmd.reproduce.study import Study, collect, planned
 from phased_dmd.reproduce.workers import Run, Workers
 
+LEVERS = "levers"
 UNITS = ("calls", "cpu_seconds")
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]  # by side; each point is a budget
 
 
 def cost(contests: Sequence[Contest], runs: Path, results: Path, jobs: int) -> dict[str, Any]:
     """What each contest shows; distils and evaluates what is missing in the folder `runs`, on `jobs` processes."""
-    parts: list[tuple[Contest, str, Budget, dict[tuple[str, int], Run]]] = []
+    parts: list[tuple[Contest, str, str, Budget, dict[tuple[str, int], Run]]] = []
     for contest in contests:
-        budget = Budget(SEEDS, contest.samples)
         for side in contest.ladders:
-            variants = contest.variants(side) | (contest.lever_variants() if side == contest.levers_of else {})
-            parts.append((contest, side, budget, planned(contest.name(side), variants, budget, runs)))
+            variants, budget = contest.variants(side), Budget(contest.seeds, contest.samples)
+            parts.append((contest, side, side, budget, planned(contest.name(side), variants, budget, runs)))
+        side, budget = contest.levers_of, Budget(LEVER_SEEDS, contest.samples)
+        variants = contest.variants(side) | contest.lever_variants()
+        wanted = {label: variants[label] for label in (contest.reference, *contest.levers)}
+        parts.append((contest, LEVERS, side, budget, planned(contest.name(side), wanted, budget, runs)))
     with Workers(jobs, print) as workers:
         everything = [run for *_, planned_runs in parts for run in planned_runs.values()]
         workers.distil(everything)
         workers.evaluate(everything)
     found: dict[str, dict[str, Study]] = {}
-    for contest, side, budget, planned_runs in parts:
+    for contest, part, side, budget, planned_runs in parts:
         studied = collect(contest.name(side), planned_runs, budget, results / "cost")
-        found.setdefault(contest.recipe, {})[side] = studied
+        found.setdefault(contest.recipe, {})[part] = studied
     return {contest.recipe: weigh(contest, found[contest.recipe]) for contest in contests}
 
 
@@ -45,11 +50,11 @@ def weigh(contest: Contest, studies: Mapping[str, Study]) -> dict[str, Any]:
     curves = {
         side: [point(contest, studies[side], label) for label in contest.variants(side)] for side in contest.ladders
     }
-    seeds, several = range(SEEDS), len(contest.measures) > 1
+    seeds = range(contest.seeds)
     decided_by = [(contest.measures, seeds)]
-    decided_by += [((measure,), seeds) for measure in contest.measures if several]
-    decided_by += [(contest.measures, [other for other in seeds if other != seed]) for seed in seeds]
-    races = [race(curves, rival, measures, chosen) for rival in contest.rivals for measures, chosen in decided_by]
+    decided_by += [((measure,), seeds) for measure in contest.measures if len(contest.measures) > 1]
+    decided_by += [(contest.measures, some) for some in (seeds[:LEVER_SEEDS], seeds[LEVER_SEEDS:]) if some]
+    races = [race(curves, measures, some) | likely(curves, measures, some) for measures, some in decided_by]
     at = {side: first(curves[side], races[0]["reached"][side]["calls"]) for side in (PAPER, FAST)}
     return {
         "measures": [[m.table, m.name, m.direction] for m in contest.measures],
@@ -58,30 +63,45 @@ def weigh(contest: Contest, studies: Mapping[str, Study]) -> dict[str, Any]:
             key(m): next(iter(studies[PAPER].summary[m.table].values()))[m.name]["mean"]
             for m in (*contest.measures, *contest.diversity)
         },
-        "curves": curves, "races": races, "targets": races[0]["targets"], "ratios": races[0]["ratios"],
+        "tuned": contest.tuned, "curves": curves, "races": races,
         "compared": {side: point_at["label"] if point_at else None for side, point_at in at.items()},
         "comparisons": comparisons(contest, studies, at),
         "levers_of": contest.levers_of, "reference": contest.reference,
-        "levers": [weighed(contest, studies[contest.levers_of], label) for label in contest.lever_variants()],
+        "levers": [weighed(contest, studies[LEVERS], label) for label in studies[LEVERS].facts],
     }  # fmt: skip
 
 
-def race(curves: Curves, rival: str, measures: Sequence[Measure], seeds: Sequence[int]) -> dict[str, Any]:
-    """What the target costs a rival and `fast` by some measures and seeds: the rival's own best, of each measure."""
+def race(curves: Curves, measures: Sequence[Measure], seeds: Sequence[int]) -> dict[str, Any]:
+    """What the target costs both sides by some measures and seeds: the paper's own best, of each measure."""
 
     def means(side: str, measure: Measure) -> list[float]:
         return [fmean(p["values"][key(measure)]["values"][seed] for seed in seeds) for p in curves[side]]
 
-    targets = {key(m): smoothed(means(rival, m))[-1] for m in measures}
+    targets = {key(m): smoothed(means(PAPER, m))[-1] for m in measures}
     reached = {
         side: {
             unit: most(reach([p[unit] for p in curves[side]], means(side, m), targets[key(m)]) for m in measures)
             for unit in UNITS
         }
-        for side in (rival, FAST)
+        for side in (PAPER, FAST)
     }
-    ratios = {unit: quotient(reached[rival][unit], reached[FAST][unit]) for unit in UNITS}
-    return {"rival": rival, "seeds": list(seeds), "targets": targets, "reached": reached, "ratios": ratios}
+    ratios = {unit: quotient(reached[PAPER][unit], reached[FAST][unit]) for unit in UNITS}
+    return {"seeds": list(seeds), "targets": targets, "reached": reached, "ratios": ratios}
+
+
+def likely(curves: Curves, measures: Sequence[Measure], seeds: Sequence[int], draws: int = 1000) -> dict[str, Any]:
+    """Where the ratios of `race` lie, by unit: the middle 95 % over bootstrap draws of the seeds, and the share from 2.
+
+    A draw in which `fast` does not keep the target within its budgets counts as a ratio of zero.
+    """
+    generator = random.Random(0)
+    drawn = [race(curves, measures, generator.choices(seeds, k=len(seeds)))["ratios"] for _ in range(draws)]
+    ratios = {unit: sorted(ratio[unit] or 0.0 for ratio in drawn) for unit in UNITS}
+    tail = round(0.025 * draws)
+    return {
+        "middle": {unit: [found[tail], found[-1 - tail]] for unit, found in ratios.items()},
+        "twice": {unit: fmean(ratio >= 2 for ratio in found) for unit, found in ratios.items()},
+    }
 
 
 def weighed(contest: Contest, study: Study, label: str) -> dict[str, Any]:

@@ -153,7 +153,9 @@ def keys(found: Mapping[str, Any]) -> dict[str, float]:
         watched[f"overhead_{model}"] = max(p["ratio"] for p in phases)
     for recipe, contest in found.get("cost", {}).items():
         name = recipe.removesuffix("-t2i").replace("-", "")
-        watched |= {f"{unit.split('_')[-1]}_ratio_{name}": ratio for unit, ratio in contest["ratios"].items()}
+        watched |= {
+            f"{unit.split('_')[-1]}_ratio_{name}": ratio for unit, ratio in contest["races"][0]["ratios"].items()
+        }
     if "sampling" in found:
         watched["sampling_ratio_nano"] = found["sampling"]["ratio"]
     return watched

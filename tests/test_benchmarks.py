@@ -8,7 +8,7 @@ from typing import Any
 import cost_page
 import pytest
 from contests import CONTESTS, FAST, PAPER, key
-from cost import UNITS, cpu_seconds, forwards, race, reach, smoothed
+from cost import UNITS, cpu_seconds, forwards, likely, race, reach, smoothed
 
 from phased_dmd.recipes import resolve
 from phased_dmd.reproduce.claim import Measure
@@ -44,25 +44,35 @@ def test_a_race_is_decided_by_the_seeds_and_measures_it_names() -> None:
     curves = {
         PAPER: curve(measure, [100, 200], [[2, 2], [1, 1]]), FAST: curve(measure, [10, 20], [[1, 9], [1, 5]]),
     }  # fmt: skip
-    first = race(curves, PAPER, [measure], [0])
+    first = race(curves, [measure], [0])
     assert first["targets"] == {"a/b": 1} and first["reached"][FAST] == {"calls": 10, "cpu_seconds": 20}
     assert first["ratios"] == {"calls": 20, "cpu_seconds": 20}
-    assert (
-        race(curves, PAPER, [measure], [1])["ratios"]
-        == race(curves, PAPER, [measure], [0, 1])["ratios"]
-        == dict.fromkeys(UNITS)
-    )
+    assert race(curves, [measure], [1])["ratios"] == race(curves, [measure], [0, 1])["ratios"] == dict.fromkeys(UNITS)
     for side, values in ((PAPER, [[4, 4], [3, 3]]), (FAST, [[5, 5], [3, 3]])):
         for point, more in zip(curves[side], curve(other, [0, 0], values), strict=True):
             point["values"] |= more["values"]
-    both = race(curves, PAPER, [measure, other], [0])
+    both = race(curves, [measure, other], [0])
     assert both["targets"] == {"a/b": 1, "a/c": 3} and both["reached"][FAST]["calls"] == 20, "the slower of the two"
-    lines = cost_page.verdict(
-        {"races": [first, race(curves, PAPER, [measure], [1])], "curves": curves, "comparisons": []}
-    )
+
+
+def test_a_race_over_draws_of_its_seeds_shows_what_a_seed_decides() -> None:
+    """Three times fewer calls by seed 0, more than the ladder has by seed 1: half of the draws of one are of each."""
+    measure = Measure("a", "b")
+    curves = {
+        PAPER: curve(measure, [100, 300], [[2, 2], [1, 1]]), FAST: curve(measure, [10, 100], [[3, 9], [1, 5]]),
+    }  # fmt: skip
+    for seed, low in ((0, 3), (1, 0)):
+        sure = likely(curves, [measure], [seed])
+        assert sure == {"middle": {unit: [low, low] for unit in UNITS}, "twice": dict.fromkeys(UNITS, low == 3)}
+    found = likely(curves, [measure], [0, 1])
+    assert found["middle"]["calls"] == [0, 3]
+    assert found["twice"]["calls"] == pytest.approx(1 / 4, abs=0.05), "where both draws are of seed 0"
+    races = [race(curves, [measure], seeds) | likely(curves, [measure], seeds) for seeds in ([0], [1])]
+    lines = cost_page.verdict({"tuned": {"a": 2}, "races": races, "curves": curves, "comparisons": []})
+    cell = "**3.00 (3.00 to 3.00)**"
     assert lines[-2:] == [
-        "| **paper's** | **a/b** | **0** | **1** | **200** | **10** | **20.00** | **20.00** |",
-        "| paper's | a/b | 1 | 1 | 200 | more than 20 | - | - |",
+        f"| **a/b** | **0** | **1** | **300** | **100** | {cell} | {cell} | **100%** |",
+        "| a/b | 1 | 1 | 300 | more than 100 | - (0.00 to 0.00) | - (0.00 to 0.00) | 0% |",
     ]
 
 

@@ -39,9 +39,9 @@ def toy_2d() -> Config:
 def toy_2d_fast() -> Config:
     """The same with less than half of the network calls; docs/results/performance.md weighs it."""
     changes = {
-        "recipe": "toy-2d-fast", "rollouts": Rollouts(reuse=True),
-        "fake": Fake(optimiser=Optimiser(lr=1e-3, decay="linear"), updates=2, pull=1.0),
-        "phase_shares": (0.5, 0.5, 1.0, 2.0),
+        "recipe": "toy-2d-fast", "rollouts": Rollouts(reuse=True, antithetic="start"),
+        "fake": Fake(optimiser=Optimiser(lr=1e-3, decay="linear"), updates=1, pull=1.0),
+        "phase_shares": (0.125, 0.125, 0.25, 3.5),
     }  # fmt: skip
     return toy_2d().model_copy(update=changes)
 
