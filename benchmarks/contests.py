@@ -7,7 +7,7 @@ from typing import Any
 from phased_dmd.reproduce.claim import FRECHET, MODES, Measure, Variant
 from phased_dmd.reproduce.claims import DIVERSITY
 
-LEVER_SEEDS = 3
+LEVER_SEEDS = range(3)
 PAPER, FAST = "paper's", "fast"
 
 
@@ -15,15 +15,15 @@ PAPER, FAST = "paper's", "fast"
 class Contest:
     """The paper's schedule of a recipe against `fast`, which is the recipe of that name with -fast.
 
-    seeds: how many, 0 and up. measures: of quality; a target is reached where each of them reaches the best that the
-    paper's schedule does. diversity: what must not be lost by it. ladders: by side, shares of its recipe's iterations.
-    tuned: what is laid over the recipe on the paper's side, as its own tuning found best. levers: what the table of
-    levers has, of LEVER_SEEDS seeds, at `share` of the iterations, over the recipe of the side `levers_of` as it is;
-    each is compared with the label `reference`, which is among them or a point of that side.
+    measures: of quality; a target is reached where each of them reaches the best that the paper's schedule does.
+    diversity: what must not be lost by it. ladders: by side, shares of its recipe's iterations. tuned: what is laid
+    over the recipe on the paper's side, as its own tuning found best. levers: what the table of levers has, of
+    LEVER_SEEDS, at `share` of the iterations, over the recipe of the side `levers_of` as it is; each is compared with
+    the label `reference`, which is among them or a point of that side.
     """
 
     recipe: str
-    seeds: int
+    seeds: range
     samples: int
     measures: tuple[Measure, ...]
     diversity: tuple[Measure, ...]
@@ -51,27 +51,29 @@ def key(measure: Measure) -> str:
 
 SGTS = {"plan.phases": 2, "plan.gradient": "last", "iterations": 1000}  # as many updates in all; exits need it
 SHARES = {"phase_shares": [0.125, 0.125, 0.25, 3.5]}
+SLOWER = {"generator.optimiser.lr": 5e-4}
 ALONE = {
     "none": {},
     "reuse": {"rollouts.reuse": True}, "pool": {"rollouts.pool": 32},
     "antithetic noise": {"rollouts.antithetic": "noise"}, "antithetic start": {"rollouts.antithetic": "start"},
     "2 fake updates": {"fake.updates": 2}, "1 fake update": {"fake.updates": 1}, "pull": {"fake.pull": 1.0},
-    "slower fake": {"fake.optimiser.lr": 1e-3}, "shares": SHARES, "Fisher": {"objective.divergence": "fisher"},
+    "slower fake": {"fake.optimiser.lr": 1e-3}, "slower generator": SLOWER, "shares": SHARES,
+    "Fisher": {"objective.divergence": "fisher"},
     "Fisher, stop gradient": {"objective.divergence": "fisher-stop-gradient"},
     "2 phases, SGTS": SGTS, "2 phases, SGTS, shuffled exits": {**SGTS, "plan.exits": "shuffled"},
 }  # fmt: skip
 TOY = Contest(
-    recipe="toy-2d", seeds=9, samples=4000, measures=(Measure("mixture", "distance_to_nearest_mode"),),
+    recipe="toy-2d", seeds=range(16, 28), samples=4000, measures=(Measure("mixture", "distance_to_nearest_mode"),),
     diversity=(MODES, Measure("mixture", "energy_distance")),
-    ladders={PAPER: (0.25, 0.5, 0.75, 1.0), FAST: (0.5, 0.75, 1.0, 1.25, 1.5)},
-    tuned=SHARES, levers_of=PAPER, levers=ALONE, reference="none", share=0.5,
+    ladders={PAPER: (0.25, 0.5, 0.75, 1.0), FAST: (0.4, 0.8, 1.2, 1.6)},
+    tuned=SHARES | SLOWER, levers_of=PAPER, levers=ALONE, reference="none", share=0.5,
 )  # fmt: skip
 LEFT_OUT = {
     "no reuse": {"rollouts.reuse": False}, "5 fake updates": {"fake.updates": 5}, "no pull": {"fake.pull": 0.0},
     "no antithetic start": {"rollouts.antithetic": None}, "equal phases": {"phase_shares": [1.0625] * 4},
 }  # fmt: skip
 NANO = Contest(
-    recipe="nano-t2i", seeds=6, samples=2000, measures=(FRECHET, Measure("specific", "frechet_features")),
+    recipe="nano-t2i", seeds=range(10), samples=2000, measures=(FRECHET, Measure("specific", "frechet_features")),
     diversity=DIVERSITY, ladders={PAPER: (0.25, 0.5, 0.75, 1.0), FAST: (0.5, 0.75, 1.0, 1.125)},
     tuned={"generator.ema": 0.9, "fake.optimiser.lr": 1.5e-4}, levers_of=FAST, levers=LEFT_OUT,
     reference="fast, x 0.5", share=0.5,

@@ -5,7 +5,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from contests import FAST, LEVER_SEEDS, PAPER, Contest, key
@@ -13,69 +13,74 @@ from scipy.optimize import isotonic_regression
 
 from phased_dmd.config import Config
 from phased_dmd.plan.work import phase_work
-from phased_dmd.reproduce.claim import Budget, Measure
-from phased_dmd.reproduce.intervals import compare, shown
+from phased_dmd.reproduce.claim import Budget, Measure, Variant
+from phased_dmd.reproduce.intervals import compare, difference, ratio, shown
 from phased_dmd.reproduce.study import Study, collect, planned
-from phased_dmd.reproduce.workers import Run, Workers
+from phased_dmd.reproduce.workers import Workers
 
-LEVERS = "levers"
 UNITS = ("calls", "cpu_seconds")
+TWICE = 2  # times fewer calls, at which diversity is compared
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]  # by side; each point is a budget
 
 
-def cost(contests: Sequence[Contest], runs: Path, results: Path, jobs: int) -> dict[str, Any]:
-    """What each contest shows; distils and evaluates what is missing in the folder `runs`, on `jobs` processes."""
-    parts: list[tuple[Contest, str, str, Budget, dict[tuple[str, int], Run]]] = []
-    for contest in contests:
-        for side in contest.ladders:
-            variants, budget = contest.variants(side), Budget(contest.seeds, contest.samples)
-            parts.append((contest, side, side, budget, planned(contest.name(side), variants, budget, runs)))
-        side, budget = contest.levers_of, Budget(LEVER_SEEDS, contest.samples)
-        variants = contest.variants(side) | contest.lever_variants()
-        wanted = {label: variants[label] for label in (contest.reference, *contest.levers)}
-        parts.append((contest, LEVERS, side, budget, planned(contest.name(side), wanted, budget, runs)))
-    with Workers(jobs, print) as workers:
-        everything = [run for *_, planned_runs in parts for run in planned_runs.values()]
-        workers.distil(everything)
-        workers.evaluate(everything)
-    found: dict[str, dict[str, Study]] = {}
-    for contest, part, side, budget, planned_runs in parts:
-        studied = collect(contest.name(side), planned_runs, budget, results / "cost")
-        found.setdefault(contest.recipe, {})[part] = studied
-    return {contest.recipe: weigh(contest, found[contest.recipe]) for contest in contests}
+def cost(contest: Contest, runs: Path, results: Path, jobs: int) -> dict[str, Any]:
+    """Curves of both sides, what reaching the target costs each, and whether `fast` loses anything with half the calls.
 
-
-def weigh(contest: Contest, studies: Mapping[str, Study]) -> dict[str, Any]:
-    """Curves of both sides, what reaching the target costs each, and the levers."""
-    curves = {
-        side: [point(contest, studies[side], label) for label in contest.variants(side)] for side in contest.ladders
-    }
-    seeds = range(contest.seeds)
-    decided_by = [(contest.measures, seeds)]
-    decided_by += [((measure,), seeds) for measure in contest.measures if len(contest.measures) > 1]
-    decided_by += [(contest.measures, some) for some in (seeds[:LEVER_SEEDS], seeds[LEVER_SEEDS:]) if some]
-    races = [race(curves, measures, some) | likely(curves, measures, some) for measures, some in decided_by]
-    at = {side: first(curves[side], races[0]["reached"][side]["calls"]) for side in (PAPER, FAST)}
+    Distils and evaluates what is missing in the folder `runs`, on `jobs` processes.
+    """
+    variants = {side: contest.variants(side) for side in contest.ladders}
+    studies = studied(contest, variants, contest.seeds, runs, results, jobs)
+    curves = {side: [point(contest, studies[side], label) for label in variants[side]] for side in variants}
+    decided_by = [contest.measures, *([measure] for measure in contest.measures if len(contest.measures) > 1)]
+    which = range(len(contest.seeds))
     return {
-        "measures": [[m.table, m.name, m.direction] for m in contest.measures],
-        "diversity": [[m.table, m.name, m.direction] for m in contest.diversity],
-        "base": {
-            key(m): next(iter(studies[PAPER].summary[m.table].values()))[m.name]["mean"]
-            for m in (*contest.measures, *contest.diversity)
-        },
-        "tuned": contest.tuned, "curves": curves, "races": races,
-        "compared": {side: point_at["label"] if point_at else None for side, point_at in at.items()},
-        "comparisons": comparisons(contest, studies, at),
-        "levers_of": contest.levers_of, "reference": contest.reference,
-        "levers": [weighed(contest, studies[LEVERS], label) for label in studies[LEVERS].facts],
+        "seeds": list(contest.seeds), "tuned": contest.tuned, "base": base(contest, studies[PAPER]), "curves": curves,
+        "races": [race(curves, measures, which) | likely(curves, measures, which) for measures in decided_by],
+        "comparisons": comparisons(contest, studies, pairs(curves)),
     }  # fmt: skip
 
 
-def race(curves: Curves, measures: Sequence[Measure], seeds: Sequence[int]) -> dict[str, Any]:
-    """What the target costs both sides by some measures and seeds: the paper's own best, of each measure."""
+def levers(contest: Contest, runs: Path, results: Path, jobs: int) -> dict[str, Any]:
+    """What each lever alone does to one side, and whether it is told from the reference by the same seeds."""
+    side = contest.levers_of
+    variants = contest.variants(side) | contest.lever_variants()
+    wanted = {label: variants[label] for label in (contest.reference, *contest.levers)}
+    study = studied(contest, {side: wanted}, LEVER_SEEDS, runs, results, jobs)[side]
+    return {
+        "seeds": list(LEVER_SEEDS), "levers_of": side, "reference": contest.reference, "base": base(contest, study),
+        "levers": [weighed(contest, study, label) for label in wanted],
+    }  # fmt: skip
+
+
+def studied(
+    contest: Contest, variants: Mapping[str, Mapping[str, Variant]], seeds: range, runs: Path, results: Path, jobs: int
+) -> dict[str, Study]:
+    """A study of each side's variants, by side."""
+    budget = Budget(len(seeds), contest.samples, first=seeds.start)
+    asked = {side: planned(contest.name(side), wanted, budget, runs) for side, wanted in variants.items()}
+    with Workers(jobs, print) as workers:
+        everything = [run for runs_of_side in asked.values() for run in runs_of_side.values()]
+        workers.distil(everything)
+        workers.evaluate(everything)
+    return {side: collect(contest.name(side), asked[side], budget, results) for side in asked}
+
+
+def base(contest: Contest, study: Study) -> dict[str, float]:
+    """The measures of the teacher's samples."""
+    return {
+        key(m): next(iter(study.summary[m.table].values()))[m.name]["mean"]
+        for m in (*contest.measures, *contest.diversity)
+    }
+
+
+def race(curves: Curves, measures: Sequence[Measure], which: Sequence[int]) -> dict[str, Any]:
+    """What the target costs both sides: the paper's own best, of each measure, in the mean over some of the seeds.
+
+    which: those seeds, by their places in the values of a point.
+    """
 
     def means(side: str, measure: Measure) -> list[float]:
-        return [fmean(p["values"][key(measure)]["values"][seed] for seed in seeds) for p in curves[side]]
+        return [fmean(p["values"][key(measure)]["values"][i] for i in which) for p in curves[side]]
 
     targets = {key(m): smoothed(means(PAPER, m))[-1] for m in measures}
     reached = {
@@ -86,22 +91,61 @@ def race(curves: Curves, measures: Sequence[Measure], seeds: Sequence[int]) -> d
         for side in (PAPER, FAST)
     }
     ratios = {unit: quotient(reached[PAPER][unit], reached[FAST][unit]) for unit in UNITS}
-    return {"seeds": list(seeds), "targets": targets, "reached": reached, "ratios": ratios}
+    return {"targets": targets, "reached": reached, "ratios": ratios}
 
 
-def likely(curves: Curves, measures: Sequence[Measure], seeds: Sequence[int], draws: int = 1000) -> dict[str, Any]:
+def likely(curves: Curves, measures: Sequence[Measure], which: Sequence[int], draws: int = 1000) -> dict[str, Any]:
     """Where the ratios of `race` lie, by unit: the middle 95 % over bootstrap draws of the seeds, and the share from 2.
 
     A draw in which `fast` does not keep the target within its budgets counts as a ratio of zero.
     """
     generator = random.Random(0)
-    drawn = [race(curves, measures, generator.choices(seeds, k=len(seeds)))["ratios"] for _ in range(draws)]
+    drawn = [race(curves, measures, generator.choices(which, k=len(which)))["ratios"] for _ in range(draws)]
     ratios = {unit: sorted(ratio[unit] or 0.0 for ratio in drawn) for unit in UNITS}
     tail = round(0.025 * draws)
     return {
         "middle": {unit: [found[tail], found[-1 - tail]] for unit, found in ratios.items()},
-        "twice": {unit: fmean(ratio >= 2 for ratio in found) for unit, found in ratios.items()},
+        "twice": {unit: fmean(ratio >= TWICE for ratio in found) for unit, found in ratios.items()},
     }
+
+
+def pairs(curves: Curves) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """`fast`'s largest budget of half the calls at most, with each of the paper's budgets for which there is one.
+
+    All of a ladder, since a single budget that is picked by what it reached is one where chance was kind.
+    """
+    found = []
+    for paper in curves[PAPER]:
+        affordable = [fast for fast in curves[FAST] if TWICE * fast["calls"] <= paper["calls"]]
+        if affordable:
+            found.append((affordable[-1], paper))
+    return found
+
+
+def comparisons(
+    contest: Contest, studies: Mapping[str, Study], paired: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
+) -> list[dict[str, Any]]:
+    """`fast` against the paper's schedule with the same seeds, over all pairs together and in each.
+
+    Above neutral `fast` is better. Of a seed, all pairs count as one: their geometric mean, or mean difference.
+    """
+    found = []
+    for m in (*contest.measures, *contest.diversity):
+        rows = {side: studies[side].summary[m.table] for side in (FAST, PAPER)}
+        each = [
+            compare(m, rows[FAST][fast["label"]][m.name], rows[PAPER][paper["label"]][m.name]) for fast, paper in paired
+        ]
+        by_seed = list(zip(*(c["values"] for c in each), strict=True))
+        if m.scale == "ratio":
+            together = ratio([geometric_mean(values) for values in by_seed], [1.0] * len(by_seed))
+        else:
+            together = difference([fmean(values) for values in by_seed], [0.0] * len(by_seed))
+        labels = [f"{fast['label']} against {paper['label']}" for fast, paper in paired]
+        found.append({
+            "measure": key(m), **together, "shows": shown(together),
+            "each": {label: {**c, "shows": shown(c)} for label, c in zip(labels, each, strict=True)},
+        })  # fmt: skip
+    return found
 
 
 def weighed(contest: Contest, study: Study, label: str) -> dict[str, Any]:
@@ -166,24 +210,3 @@ def most(costs: Any) -> float | None:
 
 def quotient(paper: float | None, fast: float | None) -> float | None:
     return None if paper is None or fast is None else paper / fast
-
-
-def first(curve: Sequence[Mapping[str, Any]], cost: float | None) -> Mapping[str, Any] | None:
-    """The least budget that pays the cost."""
-    return next((p for p in curve if cost is not None and p["calls"] >= cost * (1 - 1e-9)), None)
-
-
-def comparisons(
-    contest: Contest, studies: Mapping[str, Study], at: Mapping[str, Mapping[str, Any] | None]
-) -> list[dict[str, Any]]:
-    """`fast` against the paper's schedule, each at the budget that reaches the target: above neutral it is better."""
-    paper, fast = at[PAPER], at[FAST]
-    if paper is None or fast is None:
-        return []
-    found = []
-    for measure in (*contest.measures, *contest.diversity):
-        cells = (s.summary[measure.table][p["label"]][measure.name]
-                 for s, p in ((studies[FAST], fast), (studies[PAPER], paper)))  # fmt: skip
-        comparison = compare(measure, *cells)
-        found.append({"table": measure.table, "measure": measure.name, **comparison, "shows": shown(comparison)})
-    return found

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from contests import CONTESTS
-from cost import cost
-from cost_page import draw
-from cost_page import page as cost_page
+from cost import cost, levers
+from cost_page import draw, show_cost, show_levers
 from overhead import overhead
 from resident import resident
 from sampling import sampling
@@ -71,11 +70,13 @@ def page(found: Mapping[str, Any]) -> str:
     lines = ["# Performance", "", f"`make bench`; {found['machine']}, one thread a process."]
     shown = {
         "overhead": show_overhead, "memory": show_memory, "sampling": show_sampling, "variance": show_variance,
-        "cost": cost_page,
+        "cost": show_cost, "levers": show_levers,
     }  # fmt: skip
-    for part, show in shown.items():
+    for part in PARTS:
         if part in found["parts"]:
-            lines += ["", f"## {part.capitalize()}, {found['dates'][part]}", "", *show(found["parts"][part])]
+            kind, _, recipe = part.partition(" ")
+            lines += ["", f"## {part.capitalize()}, {found['dates'][part]}", ""]
+            lines += shown[kind](*[recipe] * bool(recipe), found["parts"][part])
     return "\n".join(lines) + "\n"
 
 
@@ -127,23 +128,25 @@ def show_variance(found: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-PARTS = ("overhead", "memory", "sampling", "variance", "cost")
+RECIPES = {contest.recipe: contest for contest in CONTESTS}
+PARTS = (
+    "overhead", "memory", "sampling", "variance",
+    *(f"cost {recipe}" for recipe in RECIPES), *(f"levers {recipe}" for recipe in RECIPES),
+)  # fmt: skip
 
 
 def measure(part: str, folder: Path, runs: Path, output: Path, jobs: int) -> Any:
-    match part:
-        case "overhead":
+    match part.split():
+        case ["overhead"]:
             return overheads(folder)
-        case "memory":
+        case ["memory"]:
             return memory()
-        case "sampling":
+        case ["sampling"]:
             return sampling(folder / "sampling")
-        case "variance":
+        case ["variance"]:
             return variances(folder / "variance")
-        case _:
-            found = cost(CONTESTS, runs, output.parent, jobs)
-            draw(found, output.parent / "cost.png")
-            return found
+        case [kind, recipe]:
+            return (cost if kind == "cost" else levers)(RECIPES[recipe], runs, output.parent / "cost", jobs)
 
 
 def keys(found: Mapping[str, Any]) -> dict[str, float]:
@@ -151,7 +154,7 @@ def keys(found: Mapping[str, Any]) -> dict[str, float]:
     watched = {}
     for model, phases in found.get("overhead", {}).items():
         watched[f"overhead_{model}"] = max(p["ratio"] for p in phases)
-    for recipe, contest in found.get("cost", {}).items():
+    for recipe, contest in contests(found).items():
         name = recipe.removesuffix("-t2i").replace("-", "")
         watched |= {
             f"{unit.split('_')[-1]}_ratio_{name}": ratio for unit, ratio in contest["races"][0]["ratios"].items()
@@ -161,12 +164,17 @@ def keys(found: Mapping[str, Any]) -> dict[str, float]:
     return watched
 
 
+def contests(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `cost` found, of the recipes that are there."""
+    return {recipe: found[f"cost {recipe}"] for recipe in RECIPES if f"cost {recipe}" in found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/results/performance"))
     parser.add_argument("--part", choices=PARTS, action="append", help="these alone; the others stay as they are")
-    parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="of the part cost; finished ones stay")
-    parser.add_argument("--jobs", type=int, default=2, help="processes of the part cost")
+    parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="of cost and levers; finished ones stay")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of cost and levers")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path = arguments.output.with_suffix(".json")
@@ -180,6 +188,8 @@ def main() -> None:
             found = json.loads(json.dumps({"machine": machine, **keys(parts), "dates": dates, "parts": parts}))
             write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
             write_atomically(path.with_suffix(".md"), page(found).encode())
+            if drawn := contests(parts):
+                draw(drawn, arguments.output.parent / "cost.png")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cost_page
 import pytest
 from contests import CONTESTS, FAST, PAPER, key
-from cost import UNITS, cpu_seconds, forwards, likely, race, reach, smoothed
+from cost import UNITS, comparisons, cpu_seconds, forwards, likely, pairs, race, reach, smoothed
 
 from phased_dmd.recipes import resolve
-from phased_dmd.reproduce.claim import Measure
+from phased_dmd.reproduce.claim import Budget, Measure
+from phased_dmd.reproduce.study import Study, planned
 
 
 def test_a_rise_is_averaged_with_what_it_rises_from() -> None:
@@ -67,13 +69,38 @@ def test_a_race_over_draws_of_its_seeds_shows_what_a_seed_decides() -> None:
     found = likely(curves, [measure], [0, 1])
     assert found["middle"]["calls"] == [0, 3]
     assert found["twice"]["calls"] == pytest.approx(1 / 4, abs=0.05), "where both draws are of seed 0"
-    races = [race(curves, [measure], seeds) | likely(curves, [measure], seeds) for seeds in ([0], [1])]
-    lines = cost_page.verdict({"tuned": {"a": 2}, "races": races, "curves": curves, "comparisons": []})
-    cell = "**3.00 (3.00 to 3.00)**"
+    races = [race(curves, [measure], which) | likely(curves, [measure], which) for which in ([0], [1])]
+    lines = cost_page.verdict({"tuned": {"a": 2}, "seeds": [3, 4], "races": races, "curves": curves})
+    cell = "**3 (3 to 3)**"
     assert lines[-2:] == [
-        f"| **a/b** | **0** | **1** | **300** | **100** | {cell} | {cell} | **100%** |",
-        "| a/b | 1 | 1 | 300 | more than 100 | - (0.00 to 0.00) | - (0.00 to 0.00) | 0% |",
+        f"| **a/b** | **1** | **300** | **100** | {cell} | {cell} | **100%** |",
+        "| a/b | 1 | 300 | more than 100 | - (0 to 0) | - (0 to 0) | 0% |",
     ]
+
+
+def test_each_of_the_papers_budgets_is_paired_with_the_largest_of_half_its_calls() -> None:
+    measure = Measure("a", "b")
+    curves = {
+        PAPER: curve(measure, [100, 200, 300], [[1]] * 3), FAST: curve(measure, [60, 90, 100, 130], [[1]] * 4),
+    }  # fmt: skip
+    assert [(fast["calls"], paper["calls"]) for fast, paper in pairs(curves)] == [(100, 200), (130, 300)]
+
+
+def test_a_loss_is_told_over_all_pairs_that_no_single_one_shows() -> None:
+    """In each of three pairs another seed has twice the divergence."""
+    contest = replace(CONTESTS[0], measures=(Measure("a", "b"),), diversity=(Measure("a", "c", "closer"),))
+    labels = [str(i) for i in range(3)]
+    paper = {label: {"b": {"values": [1.0] * 3}, "c": {"values": [1.0] * 3, "gaps": [0.3] * 3}} for label in labels}
+    fast = {
+        label: {"b": {"values": [2.0 if i == j else 1.1 for i in range(3)]}, "c": {"values": [], "gaps": [-0.2] * 3}}
+        for j, label in enumerate(labels)
+    }
+    studies = {side: Study("", Budget(3, 1), {}, {}, {"a": rows}, {}) for side, rows in ((PAPER, paper), (FAST, fast))}
+    points = [({"label": label}, {"label": label}) for label in labels]
+    worse, closer = comparisons(contest, studies, points)
+    assert worse["shows"] == "the reverse" and {c["shows"] for c in worse["each"].values()} == {"nothing"}
+    assert worse["value"] == pytest.approx((2 * 1.1 * 1.1) ** (-1 / 3))
+    assert closer["value"] == pytest.approx(0.1) and closer["shows"] == "as claimed"
 
 
 def test_a_killed_runs_seconds_count_each_iteration_once(tmp_path: Path) -> None:
@@ -96,3 +123,10 @@ def test_every_lever_makes_a_config_of_its_own(contest) -> None:
     made = [resolve(recipe, variant.overrides) for variant in variants]
     assert len({config.model_dump_json() for config in made}) == len(made)
     assert math.isfinite(sum(map(forwards, made)))
+
+
+@pytest.mark.parametrize("contest", CONTESTS, ids=lambda contest: contest.recipe)
+def test_what_decides_are_the_seeds_of_the_contest(contest, tmp_path: Path) -> None:
+    budget = Budget(len(contest.seeds), contest.samples, first=contest.seeds.start)
+    asked = planned(contest.recipe, contest.variants(PAPER), budget, tmp_path)
+    assert {run.config.seed for run in asked.values()} == set(contest.seeds)

@@ -40,6 +40,7 @@ def toy_2d_fast() -> Config:
     """The same with less than half of the network calls; docs/results/performance.md weighs it."""
     changes = {
         "recipe": "toy-2d-fast", "rollouts": Rollouts(reuse=True, antithetic="start"),
+        "generator": Generator(weights="full", optimiser=Optimiser(lr=5e-4, decay="linear")),
         "fake": Fake(optimiser=Optimiser(lr=1e-3, decay="linear"), updates=1, pull=1.0),
         "phase_shares": (0.125, 0.125, 0.25, 3.5),
     }  # fmt: skip

@@ -68,11 +68,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of everything: seeds 0, 1, ..., samples a cell, and the share of a recipe's generator updates."""
+    """How much of everything: seeds from `first` on, samples a cell, and the share of a recipe's generator updates."""
 
     seeds: int
     samples: int
     updates: float = 1.0
+    first: int = 0
 
 
 FULL = {

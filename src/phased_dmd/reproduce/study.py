@@ -72,7 +72,7 @@ def planned(recipe: str, variants: Mapping[str, Variant], budget: Budget, runs: 
     """The runs that a budget asks for, by (label, seed)."""
     found = {}
     for label, variant in variants.items():
-        for seed in range(budget.seeds):
+        for seed in range(budget.first, budget.first + budget.seeds):
             config, folder = prepared(recipe, variant, seed, budget, runs)
             heir_of = prepared(recipe, replace(variant, last=1.0), seed, budget, runs)[1] if variant.last < 1 else None
             found[label, seed] = Run(config, folder, budget.samples, heir_of)
