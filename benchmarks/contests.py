@@ -15,11 +15,11 @@ PAPER, FAST = "paper's", "fast"
 class Contest:
     """The paper's schedule of a recipe against `fast`, which is the recipe of that name with -fast.
 
-    measures: of quality; a target is reached where each of them reaches the best that the paper's schedule does.
-    diversity: what must not be lost by it. ladders: by side, shares of its recipe's iterations. tuned: what is laid
-    over the recipe on the paper's side, as its own tuning found best. levers: what the table of levers has, of
-    LEVER_SEEDS, at `share` of the iterations, over the recipe of the side `levers_of` as it is; each is compared with
-    the label `reference`, which is among them or a point of that side.
+    seeds: those that decide. measures: of quality; a target is reached where each of them reaches the best that the
+    paper's schedule does. diversity: what must not be lost by it. ladders: by side, shares of its recipe's iterations.
+    tuned: what is laid over the recipe on the paper's side, as its own tuning found best. levers: what the table of
+    levers has, of LEVER_SEEDS, at `share` of the iterations, over the recipe of the side `levers_of` as it is; each is
+    compared with the label `reference`, which is among them or a point of that side.
     """
 
     recipe: str

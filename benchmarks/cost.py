@@ -34,7 +34,8 @@ def cost(contest: Contest, runs: Path, results: Path, jobs: int) -> dict[str, An
     decided_by = [contest.measures, *([measure] for measure in contest.measures if len(contest.measures) > 1)]
     which = range(len(contest.seeds))
     return {
-        "seeds": list(contest.seeds), "tuned": contest.tuned, "base": base(contest, studies[PAPER]), "curves": curves,
+        "recipe": contest.recipe, "seeds": list(contest.seeds), "tuned": contest.tuned,
+        "base": base(contest, studies[PAPER]), "curves": curves,
         "races": [race(curves, measures, which) | likely(curves, measures, which) for measures in decided_by],
         "comparisons": comparisons(contest, studies, pairs(curves)),
     }  # fmt: skip
@@ -47,7 +48,8 @@ def levers(contest: Contest, runs: Path, results: Path, jobs: int) -> dict[str, 
     wanted = {label: variants[label] for label in (contest.reference, *contest.levers)}
     study = studied(contest, {side: wanted}, LEVER_SEEDS, runs, results, jobs)[side]
     return {
-        "seeds": list(LEVER_SEEDS), "levers_of": side, "reference": contest.reference, "base": base(contest, study),
+        "recipe": contest.recipe, "seeds": list(LEVER_SEEDS), "levers_of": side, "reference": contest.reference,
+        "base": base(contest, study),
         "levers": [weighed(contest, study, label) for label in wanted],
     }  # fmt: skip
 

@@ -13,26 +13,26 @@ STYLES = ("o-", "s--")
 WORDS = {"as claimed": "better", "the reverse": "worse", "nothing": "nothing", None: "-"}
 
 
-def show_cost(recipe: str, found: Mapping[str, Any]) -> list[str]:
+def show_cost(found: Mapping[str, Any]) -> list[str]:
     """Curves, ratios and losses as lines of Markdown."""
     rows = [line(p, found["base"]) for points in found["curves"].values() for p in points]
-    return [*head(recipe, found), *rows, "", *verdict(found), "", *losses(found)]
+    return [*head(found), *rows, "", *verdict(found), "", *losses(found)]
 
 
-def show_levers(recipe: str, found: Mapping[str, Any]) -> list[str]:
+def show_levers(found: Mapping[str, Any]) -> list[str]:
     """The levers as lines of Markdown."""
     told = "Alone, over the paper's schedule" if found["levers_of"] == PAPER else "Left out of `fast`"
     return [
         f"{told}; seeds {seeds(found)}. Better or worse than {found['reference']} where the 95 % interval over seeds "
         "says so, as one in twenty does where there is nothing.", "",
-        *head(recipe, found), *(line(p, found["base"]) for p in found["levers"]),
+        *head(found), *(line(p, found["base"]) for p in found["levers"]),
     ]  # fmt: skip
 
 
-def head(recipe: str, found: Mapping[str, Any]) -> list[str]:
+def head(found: Mapping[str, Any]) -> list[str]:
     names, bases = list(found["base"]), " | ".join(f"{value:.4g}" for value in found["base"].values())
     return [
-        f"| {recipe} | generator updates | forwards | CPU s | {' | '.join(names)} |",
+        f"| {found['recipe']} | generator updates | forwards | CPU s | {' | '.join(names)} |",
         "|" + "---|" * (len(names) + 4), f"| base, 40 steps | | | | {bases} |",
     ]  # fmt: skip
 

@@ -74,9 +74,8 @@ def page(found: Mapping[str, Any]) -> str:
     }  # fmt: skip
     for part in PARTS:
         if part in found["parts"]:
-            kind, _, recipe = part.partition(" ")
-            lines += ["", f"## {part.capitalize()}, {found['dates'][part]}", ""]
-            lines += shown[kind](*[recipe] * bool(recipe), found["parts"][part])
+            show = shown[part.split()[0]]
+            lines += ["", f"## {part.capitalize()}, {found['dates'][part]}", "", *show(found["parts"][part])]
     return "\n".join(lines) + "\n"
 
 

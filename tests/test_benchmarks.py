@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import cost_page
+import performance
 import pytest
 from contests import CONTESTS, FAST, PAPER, key
 from cost import UNITS, comparisons, cpu_seconds, forwards, likely, pairs, race, reach, smoothed
@@ -14,6 +15,8 @@ from cost import UNITS, comparisons, cpu_seconds, forwards, likely, pairs, race,
 from phased_dmd.recipes import resolve
 from phased_dmd.reproduce.claim import Budget, Measure
 from phased_dmd.reproduce.study import Study, planned
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "performance"
 
 
 def test_a_rise_is_averaged_with_what_it_rises_from() -> None:
@@ -101,6 +104,12 @@ def test_a_loss_is_told_over_all_pairs_that_no_single_one_shows() -> None:
     assert worse["shows"] == "the reverse" and {c["shows"] for c in worse["each"].values()} == {"nothing"}
     assert worse["value"] == pytest.approx((2 * 1.1 * 1.1) ** (-1 / 3))
     assert closer["value"] == pytest.approx(0.1) and closer["shows"] == "as claimed"
+
+
+def test_the_committed_page_is_what_its_figures_say() -> None:
+    figures = json.loads(RESULTS.with_suffix(".json").read_text())
+    assert performance.page(figures) == RESULTS.with_suffix(".md").read_text()
+    assert performance.keys(figures["parts"]).items() <= figures.items()
 
 
 def test_a_killed_runs_seconds_count_each_iteration_once(tmp_path: Path) -> None:
