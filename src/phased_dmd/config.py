@@ -22,7 +22,9 @@ class Plan(Section):
         default="last", description="through all of a phase's steps, or the exit (SGTS)"
     )
     solver: Literal["ddim", "renoise"] = "ddim"
-    fake_rollout: Literal["same", "full"] = Field(default="same", description="full is a biased ablation")
+    fake_rollout: Literal["full", "same", "each"] = Field(
+        default="full", description="of SGTS: what the finished sampler makes, or the exits' mixture; each: a fake an exit"
+    )
     exits: Literal["independent", "shuffled"] = Field(
         default="independent", description="of SGTS: drawn each time, or every step once before any comes again"
     )
