@@ -19,7 +19,7 @@ from gaussians import (
 )
 from torch import Tensor, nn
 
-from phased_dmd.diffusion import forward
+from phased_dmd.diffusion import forward, renoise_times
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.objectives import (
     biased_target,
@@ -30,6 +30,7 @@ from phased_dmd.objectives import (
     score_matching_weight,
     subinterval_target,
 )
+from phased_dmd.recipes import resolve
 
 S = (0.0, 0.3, 0.75, 5 / 6)
 WEIGHTINGS = ("normalised", "paper", "public")
@@ -601,3 +602,65 @@ def test_teacher_and_fake_see_the_renoised_sample_at_its_time():
     assert len(seen) == 2
     for x, time in seen:
         assert torch.equal(x, x_t) and torch.equal(time, t) and not x.requires_grad
+
+
+def descended(weighting: str, iterations: int = 150, batch: int = 128) -> tuple[float, float]:
+    """(m, sigma) that a generator m + sigma z of 16 dimensions ends at, for two modes (.7 at -1, .3 at 1; std .4).
+
+    Exact scores of both; m and sigma are means over the last third of the descent.
+    """
+    rng, world = torch.Generator().manual_seed(0), ((0.7, -1.0, 0.4), (0.3, 1.0, 0.4))  # weight, mean, std
+
+    def flow(x: Tensor, t: Tensor, modes) -> Tensor:
+        t = t[:, None]
+        logs, scores = [], []
+        for share, mean, std in modes:
+            variance, distance = ((1 - t) * std) ** 2 + t**2, x - (1 - t) * mean
+            logs.append(math.log(share) - ((distance**2).sum(1, keepdim=True) / variance + 16 * variance.log()) / 2)
+            scores.append(-distance / variance)
+        score = (torch.stack(logs).softmax(0) * torch.stack(scores)).sum(0)
+        return -(t + t**2 / (1 - t)) * score - x / (1 - t)
+
+    student, tail = torch.tensor([-0.4, 1.0], dtype=torch.float64, requires_grad=True), []
+    optimiser = torch.optim.Adam([student], lr=0.03, betas=(0.5, 0.99))
+    for i in range(iterations):
+        optimiser.param_groups[0]["lr"] = 0.03 * max(0.02, 1 - i / iterations)
+        z, eps = (torch.randn(batch, 16, generator=rng, dtype=torch.float64) for _ in range(2))
+        t = renoise_times(torch.rand(batch, generator=rng, dtype=torch.float64), 0.02, 1.0, 1.0)
+        m, sigma = student
+        own = [(1.0, m.item(), sigma.item())]
+        optimiser.zero_grad()
+        distribution_matching_loss(
+            m + sigma * z, eps, full(0.0, z), t, SCHEDULES["flow"], "flow", lambda x, t: flow(x, t, world),
+            lambda x, t, own=own: flow(x, t, own), weighting,
+        ).mean().backward()  # fmt: skip
+        optimiser.step()
+        tail.append(student.detach().clone())
+    m, sigma = torch.stack(tail[iterations * 2 // 3 :]).mean(0).tolist()
+    return m, sigma
+
+
+def test_where_a_generator_cannot_reach_the_law_the_weighting_moves_the_end() -> None:
+    """The figures of docs/equations.md: `normalised` and `paper` have one fixed point only where F can equal T."""
+    assert descended("paper") == pytest.approx((-0.998, 0.400), abs=0.002)
+    assert descended("normalised") == pytest.approx((-0.89, 0.41), abs=0.01)
+
+
+@pytest.mark.parametrize(("dims", "low", "high"), [(1, 0.45, 0.65), (2, 0.1, 0.25), (16, 0.01, 0.03)])
+def test_in_one_dimension_normalised_rests_on_a_few_samples(dims: int, low: float, high: float) -> None:
+    """The share of 1 % of the samples in the weight of all, of a unit Gaussian at s = .5, t = .75. `paper` has 1 %."""
+    x_s, eps = randn(20_000, dims, seed=1) * law("flow", 0.5, 0.0, 1.0)[1] ** 0.5, randn(20_000, dims, seed=2)
+    teacher = exact_prediction("flow", "flow", 0.75, 0.0, 1.0)
+    shares = {}
+    for weighting in ("normalised", "paper"):
+        gradient = matching_gradient(
+            x_s, eps, full(0.5, x_s), full(0.75, x_s), SCHEDULES["flow"], "flow", teacher,
+            lambda x, t: teacher(x, t) + 1, weighting,
+        )[:, 0].abs()  # fmt: skip
+        shares[weighting] = (gradient.sort(descending=True).values[:200].sum() / gradient.sum()).item()
+    assert low < shares["normalised"] < high
+    assert shares["paper"] == pytest.approx(0.01)
+
+
+def test_toy_1d_descends_a_weighting_that_is_none_of_a_few_samples() -> None:
+    assert resolve("toy-1d", {}).objective.weighting == "paper"
