@@ -49,7 +49,9 @@ def key(measure: Measure) -> str:
     return f"{measure.table}/{measure.name}"
 
 
-SGTS = {"plan.phases": 2, "plan.gradient": "last", "iterations": 1000}  # as many updates in all; exits need it
+SGTS = {  # as many updates in all; exits need it
+    "plan.phases": 2, "plan.gradient": "last", "plan.fake_rollout": "same", "iterations": 1000,
+}  # fmt: skip
 SHARES = {"phase_shares": [0.125, 0.125, 0.25, 3.5]}
 SLOWER = {"generator.optimiser.lr": 5e-4}
 ALONE = {

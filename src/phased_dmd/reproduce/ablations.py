@@ -80,7 +80,7 @@ ABLATIONS = {
         says="The fake must learn from the same truncated rollouts as the generator: full ones bias its gradient.",
         shown="None: the paper does not say which it uses.",
         trials=trials(
-            {"same": PHASED_SGTS, "full": Variant("phased-sgts", {"plan.fake_rollout": "full"})},
+            {"same": Variant("phased-sgts", {"plan.fake_rollout": "same"}), "full": PHASED_SGTS},
             (("same", "full"),),
         ),
     ),
