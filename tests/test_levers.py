@@ -147,7 +147,7 @@ def drawn(config: Config, update: int, samples: int, phase: int = 1, iteration: 
 @pytest.mark.parametrize("gradient", ["last", "all"])
 def test_reuse_gives_every_update_of_a_cycle_the_same_path(gradient: str, tmp_path: Path, watch: Watch) -> None:
     """x_s bit for bit, the generator's own end with gradient included; t and eps anew; the next cycle has another."""
-    config = toy(plan__gradient=gradient, rollouts__reuse=True, fake__updates=3)
+    config = toy(plan__gradient=gradient, plan__fake_rollout="same", rollouts__reuse=True, fake__updates=3)
     distill(config, tmp_path / "run", quiet=True)
     for phase in (1, 2):
         ends = []
@@ -163,7 +163,7 @@ def test_reuse_gives_every_update_of_a_cycle_the_same_path(gradient: str, tmp_pa
 @pytest.mark.parametrize(
     "levers",
     [
-        {"rollouts__reuse": True}, {"rollouts__reuse": True, "plan__fake_rollout": "full"}, POOLED,
+        {"rollouts__reuse": True}, {"rollouts__reuse": True, "plan__fake_rollout": "same"}, POOLED,
         POOLED | {"rollouts__reuse": True, "rollouts__pool_on_disk": True}, POOLED | {"rollouts__antithetic": "noise"},
     ],
 )  # fmt: skip
@@ -184,10 +184,10 @@ def test_a_state_that_is_kept_is_the_one_computed_afresh(levers: Any, tmp_path: 
 LEVERS: dict[str, dict[str, Any]] = {
     "none": {},
     "all": {"plan__gradient": "all"},
-    "full": {"plan__fake_rollout": "full"},
-    "reuse": {"rollouts__reuse": True},
+    "same": {"plan__fake_rollout": "same"},
+    "reuse, same": {"rollouts__reuse": True, "plan__fake_rollout": "same"},
     "reuse, all": {"rollouts__reuse": True, "plan__gradient": "all"},
-    "reuse, full": {"rollouts__reuse": True, "plan__fake_rollout": "full", "plan__steps": 6, "iterations": 3},
+    "reuse, full": {"rollouts__reuse": True, "plan__steps": 6, "iterations": 3},
     "noise": {"rollouts__antithetic": "noise"},
     "start": {"rollouts__antithetic": "start"},
     "reuse, noise": {"rollouts__reuse": True, "rollouts__antithetic": "noise"},
@@ -445,6 +445,7 @@ def test_shuffled_exits_come_once_each_before_any_comes_again(reuse: bool) -> No
 
     def exits(seed: int, phase: int, generator: bool) -> list[int]:
         shuffled = {"plan__steps": 8, "plan__gradient": "last", "plan__exits": "shuffled", "fake__updates": 3}
+        shuffled |= {"plan__fake_rollout": "same"}
         config = toy(**shuffled, rollouts__reuse=reuse, seed=seed)
         turns = [(i, u) for i in range(16) for u in ([0] if generator else [1, 2, 3])]
         return [drawn(config, u, 1, phase, i).path[-1].step for i, u in turns]
@@ -581,7 +582,7 @@ def test_with_every_lever_off_the_draws_are_what_they_always_were(
     update: int, exit_step: int, start: Any, eps: Any, t: Any, prompts: Any, x_s: Any
 ) -> None:
     """Written down when there was none of them: six steps, seed 0, phase 2, iteration 3."""
-    asked = gaussian(toy(plan__steps=6, plan__gradient="last", plan__solver="renoise"))
+    asked = gaussian(toy(plan__steps=6, plan__gradient="last", plan__fake_rollout="same", plan__solver="renoise"))
     asked.model.sample_shapes = [(1,), (1,)]
     draws = Draws(asked, 2, 3, update, [range(2)], [1.0, 2.0])
     table: Any = SimpleNamespace(eligible=lambda bucket: range(1000), row=lambda index, bucket: {"text": index})
