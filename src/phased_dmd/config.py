@@ -22,8 +22,8 @@ class Plan(Section):
         default="last", description="through all of a phase's steps, or the exit (SGTS)"
     )
     solver: Literal["ddim", "renoise"] = "ddim"
-    fake_rollout: Literal["full", "same", "each"] = Field(
-        default="full", description="of SGTS: what the finished sampler makes, or the exits' mixture; each: a fake an exit"
+    fake_rollout: Literal["full", "same"] = Field(
+        default="full", description="of SGTS: what the finished sampler makes, or exits drawn as the generator's are"
     )
     exits: Literal["independent", "shuffled"] = Field(
         default="independent", description="of SGTS: drawn each time, or every step once before any comes again"

@@ -133,12 +133,6 @@ class Draws:
         chosen = (uniform(samples, *self.origin, "prompt") * len(prompts)).long().tolist()
         return self.system.model.batch([conditions.row(prompts[i], self.bucket) for i in chosen])
 
-    @property
-    def told(self) -> int | None:
-        """The exit that chooses among several fakes."""
-        plan = self.system.config.plan
-        return self.path[-1].step if plan.gradient == "last" and plan.fake_rollout == "each" else None
-
     def _exit_step(self) -> int:
         config, steps = self.system.config, self.system.plan.steps(self.phase)
         if config.plan.gradient == "all" or (self.update and config.plan.fake_rollout == "full"):

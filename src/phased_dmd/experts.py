@@ -30,11 +30,6 @@ from phased_dmd.models.sequence import split_sequences
 TEACHER, FAKE = "teacher", "fake"
 
 
-def fake_role(exit_step: int | None) -> str:
-    """The fake, or where there is one an exit, that of its rollouts."""
-    return FAKE if exit_step is None else f"{FAKE}_{exit_step}"
-
-
 def expert_role(phase: int) -> str:
     return f"phase_{phase}"
 

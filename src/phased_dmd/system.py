@@ -10,7 +10,7 @@ from phased_dmd.config import Config
 from phased_dmd.diffusion import check_start
 from phased_dmd.engine.randomness import seed_of
 from phased_dmd.errors import UserError
-from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role, fake_role, route
+from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role, route
 from phased_dmd.models.loader import load_model
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel, joined
 from phased_dmd.phases import Hop, PhasePlan, step_times
@@ -64,13 +64,11 @@ class System:
 
         return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition, present)
 
-    def fake(
-        self, x: Tensor, t: Tensor, condition: Condition, present: Sequence[int] | None = None, told: int | None = None
-    ) -> Tensor:
+    def fake(self, x: Tensor, t: Tensor, condition: Condition, present: Sequence[int] | None = None) -> Tensor:
         """The fake score network, without guidance. present: see `route`."""
 
         def call(network: int, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            return self.roles.predict(fake_role(told), network, x, t, condition)
+            return self.roles.predict(FAKE, network, x, t, condition)
 
         return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition, present)
 
@@ -147,25 +145,15 @@ def add_fake(system: System, phase: int, fresh: dict[str, Tensor] | None) -> Non
     """The phase's fakes, computing what the teacher does: copies, or the adapter that starts from `fresh`."""
     config, plan, roles = system.config, system.plan, system.roles
     if fresh is None:
-        for role in fake_roles(system, phase):
-            roles.add(role, plan.fakes(phase, config.support(plan, phase)), None, seed=config.seed)
+        roles.add(FAKE, plan.fakes(phase, config.support(plan, phase)), None, seed=config.seed)
     else:
         roles.load(FAKE, fresh)
         roles.train(FAKE)
 
 
-def fake_roles(system: System, phase: int) -> list[str]:
-    """One, or one an exit."""
-    plan = system.config.plan
-    if plan.gradient == "last" and plan.fake_rollout == "each":
-        return [fake_role(step) for step in system.plan.steps(phase)]
-    return [FAKE]
-
-
-def remove_fake(system: System, phase: int) -> None:
+def remove_fake(system: System) -> None:
     """Frees copies; adapters stay for the next phase."""
     if system.config.fake.weights == "full":
-        for role in fake_roles(system, phase):
-            system.roles.remove(role)
+        system.roles.remove(FAKE)
     else:
         system.roles.freeze(FAKE)

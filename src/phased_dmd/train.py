@@ -33,7 +33,6 @@ from phased_dmd.system import (
     add_expert,
     add_fake,
     build_system,
-    fake_roles,
     load_teacher,
     remove_fake,
 )
@@ -165,8 +164,7 @@ def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
             raise UserError(f"init_experts: {error.args[0]}") from error
     add_fake(job.system, phase, job.fresh_fakes.get(phase))
     expert = Learner(role, roles.parameters(role), config.generator.optimiser, config.generator.ema, config.seed)
-    own = {f"{role}.{name}" if role != FAKE else name: p for role in fake_roles(job.system, phase) for name, p in roles.parameters(role).items()}
-    return expert, Learner(FAKE, own, config.fake.optimiser, seed=config.seed)
+    return expert, Learner(FAKE, roles.parameters(FAKE), config.fake.optimiser, seed=config.seed)
 
 
 def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Paths) -> None:
@@ -224,7 +222,7 @@ def end(job: Job, phase: int, expert: Learner) -> None:
     tensors, header = job.system.roles.state(expert_role(phase)), expert_header(job.system.config, job.system, phase)
     on_first_rank(lambda: job.run.save_expert(phase, tensors, header))
     job.system.roles.freeze(expert_role(phase))
-    remove_fake(job.system, phase)
+    remove_fake(job.system)
 
 
 def step(job: Job, learner: Learner, loss: float, at: Position, state: Mapping[str, Tensor]) -> float | None:
