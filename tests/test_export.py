@@ -335,7 +335,7 @@ def test_fresh_noise_is_drawn_from_the_generator_that_is_given(make: Make, works
 def test_what_cleans_prompts_as_in_training_is_named_and_asked_for_at_once(
     name: str, cleans: bool, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without ftfy one of Wan's pipelines samples other tokens without a word, and the other fails once it is loaded."""
+    """Without ftfy one of Wan's pipelines samples other tokens without a word, and the other fails once it is there."""
     export(make(name), "diffusers", tmp_path / "out")
     for file in ("README.md", "sample.py"):
         assert ("ftfy" in (tmp_path / "out" / file).read_text()) == cleans

@@ -18,13 +18,12 @@ from phased_dmd.config import Config
 from phased_dmd.engine.randomness import normal
 from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
-from phased_dmd.experts import expert_role
 from phased_dmd.media import grid, save_clip, save_image, save_preview
 from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.models.source import SHIPPED
 from phased_dmd.overrides import build
 from phased_dmd.prompts import Prompt
-from phased_dmd.system import Own, System, add_expert, build_system, load_teacher
+from phased_dmd.system import Own, System, add_expert, build_system, load_expert, load_teacher
 from phased_dmd.teachers import Section, WanTeacher
 
 BATCH, BATCH_NUMBERS = 64, 2**18  # samples a network call when sampling, and the most numbers that they hold
@@ -134,10 +133,7 @@ def assemble(config: Config, experts: Experts, own: Own | None = None, bucket: i
     system = build_system(config, model, negative)
     for phase in range(1, system.plan.num_phases + 1):
         add_expert(system, phase, trainable=False)
-        try:
-            system.roles.load(expert_role(phase), experts(phase))
-        except KeyError as error:
-            raise UserError(f"experts: {error.args[0]}") from error
+        load_expert(system, phase, experts(phase), "experts")
     return Sampler(system, codec, bucket)
 
 
@@ -158,7 +154,7 @@ def read_expert(run: RunFolder, phase: int) -> tuple[dict[str, Tensor], dict[str
     path = inside(run.path, run.expert_path(phase))
     tensors, header = load_tensors(path)
     if (found := header.get("phase")) != phase:
-        raise UserError(f"{path}: its header says that it is the expert of phase {found}, not of {phase}; was it renamed?")
+        raise UserError(f"{path}: its header says phase {found}, not {phase}; was it renamed?")
     return tensors, header
 
 

@@ -124,6 +124,14 @@ def add_expert(system: System, phase: int, trainable: bool) -> None:
         system.roles.train(role)
 
 
+def load_expert(system: System, phase: int, tensors: dict[str, Tensor], where: str) -> None:
+    """Gives the phase's expert these tensors; a UserError, begun with `where`, if they are not exactly its own."""
+    try:
+        system.roles.load(expert_role(phase), tensors)
+    except KeyError as error:
+        raise UserError(f"{where}: {error.args[0]}") from error
+
+
 def expert_shapes(config: Config, model: VelocityModel, plan: PhasePlan) -> dict[int, dict[str, torch.Size]]:
     """What each phase's expert holds, by name; of a model on the meta device, to which the adapters are added."""
     phases = {k: sorted({expert.network for expert in plan.experts(k)}) for k in range(1, plan.num_phases + 1)}

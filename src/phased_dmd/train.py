@@ -33,6 +33,7 @@ from phased_dmd.system import (
     add_expert,
     add_fake,
     build_system,
+    load_expert,
     load_teacher,
     remove_fake,
 )
@@ -162,14 +163,11 @@ def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
     run, roles, config, role = job.run, job.system.roles, job.system.config, expert_role(phase)
     add_expert(job.system, phase, trainable=True)
     if on_first_rank(run.expert_path(phase).exists):
-        roles.load(role, read_expert(run, phase)[0])
+        load_expert(job.system, phase, read_expert(run, phase)[0], str(run.expert_path(phase)))
         roles.freeze(role)
         return None
     if config.init_experts:
-        try:
-            roles.load(role, initial_expert(config, job.system.model, phase))
-        except KeyError as error:
-            raise UserError(f"init_experts: {error.args[0]}") from error
+        load_expert(job.system, phase, initial_expert(config, job.system.model, phase), "init_experts")
     add_fake(job.system, phase, job.fresh_fakes.get(phase))
     expert = Learner(role, roles.parameters(role), config.generator.optimiser, config.generator.ema, config.seed)
     return expert, Learner(FAKE, roles.parameters(FAKE), config.fake.optimiser, seed=config.seed)

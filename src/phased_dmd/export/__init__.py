@@ -84,9 +84,7 @@ def finish(
     """
     shown, comfyui = numbers(times), format == "comfyui"
     padding = odd_padding(subject, comfyui)
-    card = render(
-        subject, "README.md.j2", comfyui=comfyui, scheduler=scheduler, stock=shown, gap=gap, padding=padding
-    )
+    card = render(subject, "README.md.j2", comfyui=comfyui, scheduler=scheduler, stock=shown, gap=gap, padding=padding)
     (folder / "README.md").write_text(card)
     files = [{"phase": piece.phase, "network": piece.network, "file": piece.file} for piece in subject.pieces]
     about: dict[str, Any] = {

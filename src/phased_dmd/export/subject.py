@@ -161,7 +161,7 @@ class Subject:
         """A UserError where an expert's file has not exactly the tensors of its adapter or network, name and shape."""
         source = BareSource(self.teacher)
         source.folder = self.source.folder
-        shapes = expert_shapes(self.config, bare_model(self.teacher, self.config.seed, source), self.plan)
+        shapes = expert_shapes(self.config, bare_model(self.config.teacher, self.config.seed, source), self.plan)
         for phase, needed in shapes.items():
             check_shapes(f"{self.run}: expert of phase {phase}", needed, self.experts(phase))
 

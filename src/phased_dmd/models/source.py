@@ -199,7 +199,9 @@ def check_sizes(
             )
         if most and any(a > b for a, b in zip((size.num_frames, size.height, size.width), most, strict=True)):
             limit = "x".join(map(str, most))
-            raise UserError(f"teacher.sizes.{i}: {size} is beyond the network's table of positions, which ends at {limit}")
+            raise UserError(
+                f"teacher.sizes.{i}: {size} is beyond the network's table of positions, which ends at {limit}"
+            )
 
 
 def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
