@@ -78,8 +78,8 @@ class Source:
     def load(self, kind: type, name: str, **options: Any) -> Any:
         """One part by its class; weights only from safetensors, all of them, and no code but the libraries' own."""
         folder = self.part_folder(name)
-        weighs = issubclass(kind, nn.Module)
-        if weighs:
+        is_network = issubclass(kind, nn.Module)
+        if is_network:
             self.check_weights(name)
             options |= {"use_safetensors": True} | REPORTED
         check_part(folder, kind)
@@ -88,7 +88,7 @@ class Source:
                 loaded = kind.from_pretrained(folder, **options)  # type: ignore[attr-defined] every part has it
         except Exception as error:  # safetensors and tokenizers raise their own: all mean a folder that is damaged
             raise UserError(f"teacher.path: {folder} cannot be loaded: {' '.join(str(error).split())}") from error
-        if not weighs:
+        if not is_network:
             return loaded
         part, report = loaded
         check_loaded(f"teacher.path: {folder}", part, report)
