@@ -214,6 +214,16 @@ def test_first_frames_are_checked_against_the_sizes_of_a_base_that_is_not_here(t
         ("wan22-t2v", {"teacher.sizes": [{"num_frames": 81, "height": 481, "width": 832}]}, "nearest is 81x480x832"),
         ("qwen-image", {"teacher.max_tokens": 2000}, "teacher.max_tokens: 2000 is more than Qwen-Image's 1024"),
         ("toy-1d", {"teacher.prediction": "eps"}, "eps prediction cannot start at t = 1"),
+        (
+            "nano-t2i",
+            {"teacher.sizes": [{"height": 272, "width": 32}]},
+            "teacher.sizes.0: 1x272x32 is beyond the network's table of positions, which ends at 125x256x256",
+        ),
+        (
+            "wan22-t2v",
+            {"teacher.sizes": [{"num_frames": 81, "height": 480, "width": 16400}]},
+            "table of positions, which ends at 4093x16384x16384",
+        ),
         ("nano-t2i", {"init_experts": "nowhere"}, "init_experts: nowhere: not a run folder"),
     ],
 )
@@ -238,7 +248,8 @@ def test_initial_experts_must_fit_the_runs_own(change: str, tmp_path: Path) -> N
         tensors["0.surplus"] = torch.zeros(1)
     if change == "full":
         tensors = {f"0.{name}": p for name, p in teacher.networks[0].named_parameters()}
-    save_tensors(tmp_path / "run" / "experts" / "phase-1.safetensors", tensors, {})
+    header = {"phase": 1, "weights": "full" if change == "full" else "lora", "rank": 2, "alpha": 2.0}
+    save_tensors(tmp_path / "run" / "experts" / "phase-1.safetensors", tensors, header)
     more = {"generator.lora.rank": 3} if change == "rank" else {}
     config = resolve("nano-t2i", overrides | more | {"init_experts": str(tmp_path / "run")})
     if change == "as they are":

@@ -12,6 +12,7 @@ import torch
 from conftest import draw
 from PIL import Image
 from pipelines import build, teacher
+from safetensors.torch import load_file, save_file
 from test_metrics import dino
 from torch import Tensor
 
@@ -478,6 +479,11 @@ def test_fit_to_the_prompt_is_the_cosine_of_the_stock_models_embeddings(tmp_path
     assert torch.allclose(found(pixels, texts), known, atol=1e-5)
     with pytest.raises(UserError, match="no hub id or folder of a CLIP model"):
         load_alignment(str(tmp_path))
+    tensors = load_file(tmp_path / "clip" / "model.safetensors")
+    tensors["visual_projection.weight"] = tensors["visual_projection.weight"][:1].clone()
+    save_file(tensors, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"visual_projection\.weight is \[1, 16\], where its CLIPModel has \[8, 16\]"):
+        load_alignment(str(tmp_path / "clip"))
 
 
 def test_pictures_higher_than_a_strip_are_shrunk_in_it_and_small_ones_kept() -> None:

@@ -7,6 +7,7 @@ truth is the gradient of the same network without peft: its weights W + (alpha /
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointError
 
+from phased_dmd.checkpoint import RunFolder
 from phased_dmd.config import Lora
+from phased_dmd.errors import UserError
 from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role, route
 from phased_dmd.optim import MomentumFreeAdamW
+from phased_dmd.recipes import resolve
+from phased_dmd.system import build_system
+from phased_dmd.train import expert_header, initial_expert
 
 LORA = Lora(rank=3, alpha=6)
 ONE, TWO = expert_role(1), expert_role(2)
@@ -529,3 +535,50 @@ def test_route_equals_a_call_a_sample(owners: list[int]) -> None:
     assert seen == [(network, owners.count(network)) for network in sorted(set(owners))]  # one call a network
     (out[1] * PROBE[1]).sum().backward()  # gradients go home as well
     assert x.grad is not None and x.grad[1].any() and not x.grad[0].any() and not x.grad[2].any()
+
+
+# ---------------------------------------------------------------- experts that start from another run's
+
+
+def finished(folder: Path, lora: Lora | None) -> tuple[Path, list[Tensor]]:
+    """A run of one phase over two networks, as if trained, and what its expert predicts on each."""
+    weights = {"generator.lora": lora.model_dump()} if lora else {"generator.weights": "full"}
+    config, model = resolve("nano-t2i", {"plan.phases": 1, "plan.gradient": "last"} | weights), double_wan(2)
+    model.switches = (0.9,)
+    system = build_system(config, model, {})
+    system.roles.add(ONE, [0, 1], lora, seed=0)
+    randomise(system.roles.parameters(ONE), seed=1)
+    run = RunFolder(folder)
+    folder.mkdir()
+    run.config_path.write_text(config.model_dump_json())
+    run.save_expert(1, system.roles.state(ONE), expert_header(config, system, 1))
+    return folder, [predict(system.roles, ONE, network) for network in (0, 1)]
+
+
+@pytest.mark.parametrize(("lora", "alpha"), [(LORA, 6.0), (LORA, 1.5), (LORA, 24.0), (None, 8.0)])
+def test_an_expert_starts_as_the_function_it_was_in_a_run_of_another_alpha(
+    lora: Lora | None, alpha: float, tmp_path: Path
+) -> None:
+    """W + (alpha / rank) B A is the same: with a quarter of the alpha, four times the B. Full weights have no scale."""
+    other, expected = finished(tmp_path / "other", lora)
+    settings = {"plan.phases": 1, "plan.gradient": "last", "init_experts": str(other), "generator.lora.alpha": alpha}
+    weights = {"generator.lora.rank": lora.rank} if lora else {"generator.weights": "full"}
+    config, model = resolve("nano-t2i", settings | weights), double_wan(2)
+    model.switches = (0.9,)
+    roles = Roles(model)
+    roles.add(ONE, [0, 1], config.generator.lora if lora else None, seed=5)
+    roles.load(ONE, initial_expert(config, model, 1))
+    for network in (0, 1):
+        torch.testing.assert_close(predict(roles, ONE, network), expected[network], rtol=0, atol=1e-9)
+        assert (expected[network] - predict(roles, TEACHER, network)).abs().max() > 0.01
+
+
+def test_experts_that_were_swapped_by_name_are_not_started_from(tmp_path: Path) -> None:
+    other, _ = finished(tmp_path / "other", LORA)
+    experts = other / "experts"
+    (experts / "phase-1.safetensors").rename(experts / "phase-2.safetensors")
+    settings = {"plan.phases": 2, "plan.gradient": "last"}
+    (other / "config.json").write_text(resolve("nano-t2i", settings).model_dump_json())
+    config, model = resolve("nano-t2i", settings | {"init_experts": str(other)}), TinyWan()
+    with pytest.raises(UserError, match="phase-2.safetensors: its header says phase 1, not 2"):
+        initial_expert(config, model, 2)

@@ -313,6 +313,78 @@ def test_a_hub_teacher_is_named_with_its_revision_and_a_local_one_is_not(
     assert asked == [("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "abc123")]
 
 
+def test_fresh_noise_is_drawn_from_the_generator_that_is_given(make: Make, workshop: Path, tmp_path: Path) -> None:
+    """Of the re-noising solver, whose first noise is the same here; diffusers' pipelines pass their scheduler none."""
+    export(make("wan21_t2v", None, plan__solver="renoise"), "diffusers", tmp_path / "out")
+    script = runpy.run_path(str(tmp_path / "out" / "sample.py"))
+    pipe, first = script["load"](str(workshop / "teachers" / "wan21_t2v"), device="cpu"), draw(1, 16, 1, 8, 12, seed=1)
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample(seed: int) -> torch.Tensor:
+        rng = torch.Generator().manual_seed(seed)
+        size = {"height": 64, "width": 96, "num_frames": 1}
+        return script["sample"](pipe, "a boat", generator=rng, latents=first, output_type="latent", **size)
+
+    made = sample(0)
+    torch.manual_seed(7)
+    assert torch.equal(sample(0), made)
+    assert (sample(1) - made).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("name", "cleans"), [("wan21_t2v", True), ("wan21_i2v", True), ("qwen_image", False)])
+def test_what_cleans_prompts_as_in_training_is_named_and_asked_for_at_once(
+    name: str, cleans: bool, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without ftfy one of Wan's pipelines samples other tokens without a word, and the other fails once it is there."""
+    export(make(name), "diffusers", tmp_path / "out")
+    for file in ("README.md", "sample.py"):
+        assert ("ftfy" in (tmp_path / "out" / file).read_text()) == cleans
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    if cleans:
+        with pytest.raises(ImportError, match="ftfy"):
+            runpy.run_path(str(tmp_path / "out" / "sample.py"))
+    else:
+        runpy.run_path(str(tmp_path / "out" / "sample.py"))
+
+
+def reconfigured(run: Path, to: Path, **teacher: Any) -> Path:
+    """A copy of a finished run whose config says another thing of the teacher."""
+    shutil.copytree(run, to)
+    config = json.loads((to / "config.json").read_text())
+    config["teacher"] |= teacher
+    config["fake"]["weights"] = "lora"
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+@pytest.mark.parametrize("format", ["diffusers", "comfyui"])
+def test_text_padded_to_another_length_than_wans_is_warned_of(format: Any, make: Make, tmp_path: Path) -> None:
+    """Wan attends to the zeros behind a prompt, and everybody else appends as many as make 512."""
+    run = make("wan21_t2v")  # of 24 tokens
+    (line,) = [line for line in export(run, format, tmp_path / "out") if line.startswith("warning")]
+    assert line.startswith("warning: teacher.max_tokens: text was padded to 24 tokens")
+    assert "padded to 24 tokens" in (tmp_path / "out" / "README.md").read_text()
+    usual = reconfigured(run, tmp_path / "run", max_tokens=512)
+    assert not [line for line in export(usual, format, tmp_path / "usual") if line.startswith("warning")]
+    assert "padded" not in (tmp_path / "usual" / "README.md").read_text()
+    qwen = make("qwen_image")  # of 24 tokens too, but it masks them
+    assert not [line for line in export(qwen, format, tmp_path / "qwen") if line.startswith("warning")]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_run_on_a_packed_base_is_exported_and_verified_on_the_full_one(
+    fused: bool, make: Make, workshop: Path, tmp_path: Path
+) -> None:
+    full, teacher = make("wan21_t2v"), str(workshop / "teachers" / "wan21_t2v")
+    packed = reconfigured(full, tmp_path / "run", quantise="nf4")
+    lines = export(packed, "diffusers", tmp_path / "out", fused=fused, verify=True)
+    assert verified(lines) == "verified: samples at 1, 0.9375, 0.833333, 0.625"
+    assert "trained on one packed to `nf4`" in (tmp_path / "out" / "README.md").read_text()
+    expected = load(full)(["a boat"], [0])
+    torch.testing.assert_close(load(tmp_path / "out", base=teacher)(["a boat"], [0]), expected, rtol=0, atol=1e-5)
+    assert (load(packed)(["a boat"], [0]) - expected).abs().max() > 1e-3, "it is packed in the run itself"
+
+
 # ---------------------------------------------------------------- ComfyUI
 
 WAN_KEY = re.compile(  # FACTS: diffusion_model.<original name>.lora_down/up.weight or .alpha
@@ -504,7 +576,9 @@ def test_a_damaged_export_is_one_clear_error(make: Make, workshop: Path, tmp_pat
     export(make("wan21_t2v"), "diffusers", tmp_path / "out")
     path, teacher = next((tmp_path / "out").glob("*phase2.safetensors")), str(workshop / "teachers" / "wan21_t2v")
     tensors = load_file(path)
-    save_file({name: tensor for name, tensor in tensors.items() if "to_q" not in name}, path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({name: tensor for name, tensor in tensors.items() if "to_q" not in name}, path, metadata)
     with pytest.raises(UserError, match="experts: phase_2: 8 tensors missing or surplus"):
         load(tmp_path / "out", base=teacher)
     torch.save(tensors, path)  # a pickle
@@ -513,6 +587,52 @@ def test_a_damaged_export_is_one_clear_error(make: Make, workshop: Path, tmp_pat
     (tmp_path / "out" / "export.json").write_text("{}")
     with pytest.raises(UserError, match="export.json cannot be read"):
         load(tmp_path / "out", base=teacher)
+
+
+@pytest.mark.parametrize(("format", "fused"), [("diffusers", False), ("comfyui", False), ("diffusers", True)])
+def test_files_of_an_export_that_were_swapped_by_name_are_named(
+    format: Any, fused: bool, make: Make, workshop: Path, tmp_path: Path
+) -> None:
+    folder, teacher = tmp_path / "out", str(workshop / "teachers" / "wan22_t2v")
+    export(make("wan22_t2v"), format, folder, fused=fused)
+    first, second = (folder / entry["file"] for entry in json.loads((folder / "export.json").read_text())["experts"])
+    first.rename(tmp_path / "aside")
+    second.rename(first)
+    (tmp_path / "aside").rename(second)
+    says = f"{first.name}: its header says phase 2, network 1, but export.json that it is phase 1, network 0"
+    with pytest.raises(UserError, match=re.escape(says)):
+        load(folder, base=teacher)
+
+
+def test_a_fused_export_with_a_stale_shard_beside_its_weights_is_refused(
+    make: Make, workshop: Path, tmp_path: Path
+) -> None:
+    export(make("wan22_t2v"), "diffusers", tmp_path / "out", fused=True)
+    stale = tmp_path / "out" / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    save_file({"proj_out.bias": torch.zeros(64)}, stale)
+    with pytest.raises(UserError, match=r"proj_out\.bias is in another file of its folder, too"):
+        load(tmp_path / "out", base=str(workshop / "teachers" / "wan22_t2v"))
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+@pytest.mark.parametrize("damage", ["lacks", "shape"])
+def test_an_expert_that_lacks_a_tensor_or_has_one_of_another_shape_is_not_exported(
+    weights: str, damage: str, make: Make, tmp_path: Path
+) -> None:
+    """What is not in its file would be the base's, and a tensor of one number would be spread over a whole one."""
+    run = make("wan21_t2v", generator__weights=weights) if weights == "full" else make("wan21_t2v")
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    tensors, header = load_tensors(RunFolder(folder).expert_path(2))
+    for name in [name for name in tensors if name.startswith("0.blocks.1.ffn.net.2.")]:
+        if damage == "lacks":
+            del tensors[name]
+        else:
+            tensors[name] = tensors[name].flatten()[:1]
+    save_tensors(RunFolder(folder).expert_path(2), tensors, header)
+    says = rf"expert of phase 2: 0\.blocks\.1\.ffn\.net\.2\.\S+ is {'missing' if damage == 'lacks' else r'.1.'}, where"
+    with pytest.raises(UserError, match=says):
+        export(folder, "diffusers", tmp_path / "out", fused=weights == "full")
+    assert not (tmp_path / "out").exists()
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
@@ -529,7 +649,7 @@ def test_the_command_prints_what_it_wrote_and_samples_it(
 ) -> None:
     assert command(monkeypatch, "export", make("nano-moe"), "--output", tmp_path / "out", "--verify") == 0
     shown = capsys.readouterr().out.splitlines()
-    assert len(shown) == 6 and shown[-1].startswith("verified: samples at 1, 0.9375, 0.833333, 0.625 differ")
+    assert len(shown) == 7 and shown[-1].startswith("verified: samples at 1, 0.9375, 0.833333, 0.625 differ")
     assert command(monkeypatch, "sample", tmp_path / "out", "--output", tmp_path / "s", "--prompt", "a digit") == 0
     assert (tmp_path / "s" / "contact-sheet.png").exists()
 

@@ -82,8 +82,23 @@ def test_step_to_expert_to_network(phases, switches, experts, fakes):
 
 def test_network_at_the_switch_is_the_noisier_one():
     plan = PhasePlan.even(steps=4, phases=2, switches=(0.875, 0.5))
-    times = (1.0, 0.875, math.nextafter(0.875, 0), 0.5, math.nextafter(0.5, 0), 0.0)
+    times = (1.0, 0.875, 0.87499, 0.5, 0.49999, 0.0)
     assert [plan.network(t) for t in times] == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("steps", [20, 40, 50])
+def test_a_grid_point_that_rounding_moved_below_the_switch_is_still_the_noisier_ones(steps):
+    """Shift 3 has the point .7 -> .875, as .8749999999999999; a stock pipeline's UniPC is told whole timesteps, 875."""
+    from diffusers import UniPCMultistepScheduler
+
+    plan = PhasePlan.even(steps=steps, phases=steps, shift=3.0, switches=(0.875,))
+    at = min(range(steps), key=lambda step: abs(plan.times[step] - 0.875))
+    assert 0 < 0.875 - plan.times[at] < 1e-15
+    stock = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    stock.set_timesteps(steps)
+    assert [plan.expert(step).network for step in range(steps)] == [int(t < 875) for t in stock.timesteps]
+    assert plan.expert(at) == Expert(at + 1, 0) and plan.floor(at + 1) == 0.875
+    assert plan.fakes(at) == (0,)  # that phase ends at the switch, so that its times are the noisier network's
 
 
 def test_a_phase_that_ends_at_the_switch_needs_no_fake_beyond_it():
@@ -109,9 +124,10 @@ def test_fakes_follow_the_renoise_times_that_are_given():
     plan = PhasePlan.even(steps=4, phases=2, shift=5.0, switches=(0.875, 0.5))
     assert plan.fakes(1) == (0, 1)
     assert plan.fakes(1, (0.875, 1.0)) == (0,)
-    assert plan.fakes(1, (math.nextafter(0.875, 0) - 1e-9, 1.0)) == (0, 1)
+    assert plan.fakes(1, (math.nextafter(0.875, 0), 1.0)) == (0,)
+    assert plan.fakes(1, (0.87499, 1.0)) == (0, 1)
     assert plan.fakes(2, (0.02, 0.8333)) == (1, 2)  # disjoint
-    for t, network in ((0.9, 0), (0.875, 0), (math.nextafter(0.875, 0), 1), (0.5, 1), (0.1, 2)):
+    for t, network in ((0.9, 0), (0.875, 0), (0.87499, 1), (0.5, 1), (0.1, 2)):
         assert plan.fakes(2, (t, t)) == (network,)  # one t for all
 
 

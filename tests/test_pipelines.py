@@ -17,7 +17,7 @@ from conftest import draw, killed_after
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from PIL import Image
 from pipelines import NAMES, build, teacher
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -273,6 +273,17 @@ def test_the_guided_teacher_is_what_the_stock_pipeline_steps_with(tiny: Tiny, to
     assert used == set(range(len(tiny.model.networks)))
 
 
+def test_a_guided_token_of_zeros_is_zero(tinies: Callable[[str], Tiny]) -> None:
+    """Where both predictions are, and where guidance cancels them; Qwen-Image divides by its norm."""
+    model = tinies("qwen_image").model
+    x = draw(1, *model.sample_shapes[0], seed=4)
+    x[..., :2, :2] = 0  # a token
+    guided = model.guide(x, x / 3, 4.0)
+    assert torch.equal(guided[..., :2, :2], torch.zeros_like(x[..., :2, :2]))
+    torch.testing.assert_close(guided, x)  # of one direction: its norm is the conditional's
+    assert torch.equal(model.guide(x, 2 * x, 2.0), torch.zeros_like(x))
+
+
 def test_pixels_are_the_stock_pipelines(tiny: Tiny, told: Callable[[Tiny], Told]) -> None:
     latents = told(tiny).latents
     if "first_frame" in tiny.condition:
@@ -492,6 +503,81 @@ def test_a_damaged_folder_is_refused_before_anything_is_encoded(
         load_model(teacher_of(name, folders, path=str(path)), 0)
 
 
+def without(name: str, tensors: dict[str, Tensor]) -> None:
+    del tensors[name]
+
+
+def of_another_shape(name: str, tensors: dict[str, Tensor]) -> None:
+    tensors[name] = tensors[name].flatten()[:1].clone()
+
+
+def prefixed(_name: str, tensors: dict[str, Tensor]) -> None:
+    for key in list(tensors):
+        tensors[f"module.{key}"] = tensors.pop(key)
+
+
+PARTIAL = [  # a pipeline, a part, a tensor of it
+    ("wan21_i2v", "text_encoder", "encoder.block.0.layer.1.DenseReluDense.wo.weight"),
+    ("wan21_i2v", "image_encoder", "encoder.layers.0.mlp.fc1.weight"),
+    ("wan21_i2v", "transformer", "blocks.1.ffn.net.2.weight"),
+    ("wan21_i2v", "vae", "decoder.conv_in.weight"),
+    ("qwen_image", "text_encoder", "model.layers.0.mlp.up_proj.weight"),
+    ("qwen_image", "transformer", "img_in.weight"),
+    ("qwen_image", "vae", "encoder.conv_in.weight"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "shards"), [(without, False), (without, True), (of_another_shape, False), (prefixed, False)]
+)
+@pytest.mark.parametrize(("name", "part", "tensor"), PARTIAL)
+def test_a_part_whose_file_lacks_a_tensor_or_has_another_is_named_and_never_filled_in(
+    name: str, part: str, tensor: str, change: Callable[[str, dict[str, Tensor]], None], shards: bool,
+    folders: Callable[[str], Path], tmp_path: Path,
+) -> None:  # fmt: skip
+    """As one file, and as shards whose index still speaks of what they held before."""
+    path = Path(shutil.copytree(folders(name), tmp_path / "copy"))
+    (weights,) = (path / part).glob("*.safetensors")
+    tensors = load_file(weights)
+    assert tensor in tensors
+    if shards:
+        shard = f"{weights.stem}-00001-of-00001.safetensors"
+        index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors, shard)}
+        weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
+        weights.unlink()
+        weights = weights.with_name(shard)
+    first = min(tensors) if change is prefixed else tensor
+    change(tensor, tensors)
+    save_file(tensors, weights, {"format": "pt"})
+    found = (
+        rf"{part}: {first} is \[1\], where its"
+        if change is of_another_shape
+        else rf"{part} lacks {first}( and| of its)"
+    )
+    found = found.replace("model.layers", r"model\.(language_model\.)?layers")
+    with pytest.raises(UserError, match=rf"^teacher\.path: \S+/{found}"):
+        codec = load_model(teacher_of(name, folders, path=str(path)), 0)[1]
+        codec.encode_text(PROMPTS)
+
+
+@pytest.mark.parametrize("names", [["shared"], ["encoder.embed_tokens"], ["shared", "encoder.embed_tokens"]])
+def test_a_tied_tensor_may_be_in_the_file_by_any_of_its_names(
+    names: list[str], folders: Callable[[str], Path], tinies: Callable[[str], Tiny], tmp_path: Path
+) -> None:
+    """UMT5's token embedding: of either name alone, and of both, the text is encoded as before; of none, refused."""
+    path = Path(shutil.copytree(folders("wan21_t2v"), tmp_path / "copy"))
+    (weights,) = (path / "text_encoder").glob("*.safetensors")
+    tensors = load_file(weights)
+    shared = tensors.pop("shared.weight")
+    save_file(tensors | {f"{name}.weight": shared.clone() for name in names}, weights, {"format": "pt"})
+    found = load_model(teacher_of("wan21_t2v", folders, path=str(path)), 0)[1].encode_text(PROMPTS)
+    for ours, expected in zip(found, tinies("wan21_t2v").codec.encode_text(PROMPTS), strict=True):
+        assert torch.equal(ours["text"], expected["text"])
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks encoder\.embed_tokens\.weight and 1 more tensors of its UMT5Encoder"):
+        load_model(teacher_of("wan21_t2v", folders, path=str(path)), 0)[1].encode_text(PROMPTS)
+
+
 def sized(num_frames: int, height: int, width: int) -> dict[str, Any]:
     return {"sizes": [{"num_frames": num_frames, "height": height, "width": width}]}
 
@@ -503,6 +589,8 @@ WRONG = [  # a pipeline, what its section says instead, what the line says
     ("ti2v_5b", sized(5, 32, 48), r"strides 4, 32, 32 .* nearest is 5x32x64"),
     ("qwen_image", sized(1, 32, 40), r"teacher.sizes.0: 1x32x40 .* nearest is 1x32x32"),
     ("qwen_image", sized(5, 32, 48), r"teacher.sizes.0: .* 5 frames"),
+    ("wan21_t2v", sized(1, 32, 528), r"sizes.0: 1x32x528 is beyond .* positions, which ends at 125x512x512"),
+    ("wan21_t2v", sized(129, 32, 48), r"sizes.0: 129x32x48 is beyond .* positions, which ends at 125x512x512"),
     ("qwen_image", {"max_tokens": 2000}, r"teacher.max_tokens: 2000 is more than Qwen-Image's 1024"),
     ("qwen_image", {"guidance": (3.0, 2.0)}, r"teacher.guidance: 2 values for 1 network"),
     ("wan22_t2v", {"guidance": (3.0, 2.0, 1.0)}, r"teacher.guidance: 3 values for 2 network"),

@@ -16,7 +16,7 @@ from scipy.stats import ttest_1samp
 from torch import nn
 
 from phased_dmd import cli, train
-from phased_dmd.checkpoint import RunFolder
+from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.config import Config, Fake, Generator, Optimiser, Plan
 from phased_dmd.diffusion import FlowSchedule
 from phased_dmd.errors import UserError
@@ -221,7 +221,7 @@ def test_a_claims_files_agree_and_a_second_call_makes_only_what_is_missing(
     ]
     tensors = RunFolder(tmp_path / "runs" / "toy-2d-phased-0")
     assert files[0][0]["trainable_parameters"] == sum(
-        tensor.numel() for phase in range(1, 5) for tensor in train.load_tensors(tensors.expert_path(phase))[0].values()
+        tensor.numel() for phase in range(1, 5) for tensor in load_tensors(tensors.expert_path(phase))[0].values()
     )
     with Image.open(tmp_path / "results" / "claim.png") as picture:
         assert picture.width >= 900

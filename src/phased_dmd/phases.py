@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")  # a float, or a tensor of them
+NEAR = 1e-6  # of a time: what rounding may move it by, here in float64 or in a pipeline's float32
 
 
 def shift_time(u: T, shift: float) -> T:
@@ -62,7 +63,8 @@ class PhasePlan:
     """The steps of a few-step sampler, split into phases and laid over the teacher's networks.
 
     times: t_0 > ... > t_N = 0. starts: the first step of each phase, beginning with 0.
-    switches: the teacher's own switch times, decreasing; network i serves t >= switches[i], the last one the rest.
+    switches: the teacher's own switch times, decreasing; network i serves t >= switches[i], up to rounding, the last
+    one the rest.
     A phase's *boundary* (its end s_k) and the teacher's *switch* are different things.
     """
 
@@ -118,7 +120,7 @@ class PhasePlan:
 
     def network(self, t: float) -> int:
         """The teacher network whose range holds t."""
-        return sum(t < switch for switch in self.switches)
+        return sum(t < switch - NEAR for switch in self.switches)
 
     def expert(self, step: int) -> Expert:
         """Who runs step `step`: its phase's expert on the network whose range holds t_step."""
@@ -137,7 +139,7 @@ class PhasePlan:
         """The networks whose range meets the re-noise times, (s_k, t_0) if not given: each needs a fake then."""
         low, high = renoised or (self.end(phase), self.times[0])
         first = self.network(high)
-        return tuple(range(first, max(first, self.network(low + 1e-12)) + 1))
+        return tuple(range(first, max(first, self.network(low)) + 1))
 
     def path(self, phase: int, exit_step: int | None = None) -> tuple[Hop, ...]:
         """From t_0 to the phase's end (Sec. 2.3). With an exit step (SGTS), that step jumps straight to the end."""

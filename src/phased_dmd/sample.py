@@ -8,22 +8,22 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors, write_atomically
+from phased_dmd.checkpoint import HEADER, RunFolder, load_tensors, save_tensors, write_atomically
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config
 from phased_dmd.engine.randomness import normal
 from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
-from phased_dmd.experts import expert_role
 from phased_dmd.media import grid, save_clip, save_image, save_preview
 from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.models.source import SHIPPED
 from phased_dmd.overrides import build
 from phased_dmd.prompts import Prompt
-from phased_dmd.system import Own, System, add_expert, build_system, load_teacher
+from phased_dmd.system import Own, System, add_expert, build_system, load_expert, load_teacher
 from phased_dmd.teachers import Section, WanTeacher
 
 BATCH, BATCH_NUMBERS = 64, 2**18  # samples a network call when sampling, and the most numbers that they hold
@@ -31,6 +31,7 @@ SHEET, SHEET_HEIGHT = 64, 96  # samples on a contact sheet, and the most pixels 
 NANO_FPS, WAN_FPS = 8.0, 16.0
 MANIFEST = "samples.jsonl"  # beside written samples: the prompt, seed and file of each
 EXPORT = "export.json"  # in an export's folder: the run's config, and the file of each expert
+HEADER_FILE = f"{HEADER}.json"  # in the folder of an export's full transformer: what a LoRA file's header says
 Experts = Callable[[int], dict[str, Tensor]]  # of a phase
 
 
@@ -132,10 +133,7 @@ def assemble(config: Config, experts: Experts, own: Own | None = None, bucket: i
     system = build_system(config, model, negative)
     for phase in range(1, system.plan.num_phases + 1):
         add_expert(system, phase, trainable=False)
-        try:
-            system.roles.load(expert_role(phase), experts(phase))
-        except KeyError as error:
-            raise UserError(f"experts: {error.args[0]}") from error
+        load_expert(system, phase, experts(phase), "experts")
     return Sampler(system, codec, bucket)
 
 
@@ -148,7 +146,16 @@ def read_run(folder: Path) -> tuple[Config, Experts]:
         raise UserError(
             f"{folder}: the run is not finished; `phased-dmd distill` with the same arguments goes on with it"
         )
-    return config, lambda phase: load_tensors(inside(folder, run.expert_path(phase)))[0]
+    return config, lambda phase: read_expert(run, phase)[0]
+
+
+def read_expert(run: RunFolder, phase: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A phase's expert and its header; one that leads out of the run, or is another phase's, is a UserError."""
+    path = inside(run.path, run.expert_path(phase))
+    tensors, header = load_tensors(path)
+    if (found := header.get("phase")) != phase:
+        raise UserError(f"{path}: its header says phase {found}, not {phase}; was it renamed?")
+    return tensors, header
 
 
 class Entry(Section):
@@ -187,20 +194,27 @@ def read_export(folder: Path, base: str | None) -> tuple[Config, Experts]:
     config = build(data | {"teacher": teacher})
     reader = WanLoraLoaderMixin if config.teacher.kind == "wan" else QwenImageLoraLoaderMixin
 
-    def read(file: str) -> dict[str, Tensor]:
-        path = inside(folder, folder / file)
+    def read(entry: Entry) -> dict[str, Tensor]:
+        path = inside(folder, folder / entry.file)
         try:
             if path.is_dir():
-                return read_shards(path)
-            if path.suffix != ".safetensors":
+                header = json.loads(inside(folder, path / HEADER_FILE).read_text())
+                tensors = read_shards(path)
+            elif path.suffix != ".safetensors":
                 raise ValueError("only safetensors is read")
-            tensors = reader.lora_state_dict(str(folder), weight_name=file, use_safetensors=True)
+            else:
+                with safe_open(path, "pt") as file:
+                    header = json.loads(file.metadata()[HEADER])
+                tensors = reader.lora_state_dict(str(folder), weight_name=entry.file, use_safetensors=True)
+            found = f"phase {header['phase']}, network {header['network']}"
         except Exception as error:  # safetensors raises its own, OSError, KeyError, ValueError: all mean a bad file
             raise UserError(f"{path}: not a file of an export, or damaged ({error})") from error
+        if found != (named := f"phase {entry.phase}, network {entry.network}"):
+            raise UserError(f"{path}: its header says {found}, but {EXPORT} that it is {named}; was it renamed?")
         return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}  # type: ignore[union-attr] a dictionary unless asked for more
 
     def expert(phase: int) -> dict[str, Tensor]:
-        mine = [(entry.network, read(entry.file)) for entry in about.experts if entry.phase == phase]
+        mine = [(entry.network, read(entry)) for entry in about.experts if entry.phase == phase]
         return {f"{network}.{name}": tensor for network, tensors in mine for name, tensor in tensors.items()}
 
     return config, expert
@@ -214,9 +228,14 @@ def inside(folder: Path, path: Path) -> Path:
 
 
 def read_shards(folder: Path) -> dict[str, Tensor]:
-    """The weights of a network that diffusers has saved, in one file or several."""
-    files = [load_file(inside(folder, path)) for path in sorted(folder.glob("*.safetensors"))]
-    return {name: tensor for file in files for name, tensor in file.items()}
+    """The weights of a network that diffusers has saved, in one file or several; a tensor in two is a UserError."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found = load_file(inside(folder, path))
+        if twice := min(found.keys() & tensors.keys(), default=None):
+            raise UserError(f"{path}: {twice} is in another file of its folder, too")
+        tensors |= found
+    return tensors
 
 
 def write_samples(

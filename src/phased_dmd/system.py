@@ -1,6 +1,6 @@
 """The roles bound to a model and a plan: what training and sampling ask of the networks goes through here."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from phased_dmd.diffusion import check_start
 from phased_dmd.engine.randomness import seed_of
 from phased_dmd.errors import UserError
 from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role, route
+from phased_dmd.models.bare import META
 from phased_dmd.models.loader import load_model
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel, joined
 from phased_dmd.phases import Hop, PhasePlan, step_times
@@ -121,6 +122,38 @@ def add_expert(system: System, phase: int, trainable: bool) -> None:
         system.roles.add(role, networks, lora, seed=system.config.seed, trainable=trainable)
     if trainable:
         system.roles.train(role)
+
+
+def load_expert(system: System, phase: int, tensors: dict[str, Tensor], where: str) -> None:
+    """Gives the phase's expert these tensors; a UserError, begun with `where`, if they are not exactly its own."""
+    try:
+        system.roles.load(expert_role(phase), tensors)
+    except KeyError as error:
+        raise UserError(f"{where}: {error.args[0]}") from error
+
+
+def expert_shapes(config: Config, model: VelocityModel, plan: PhasePlan) -> dict[int, dict[str, torch.Size]]:
+    """What each phase's expert holds, by name; of a model on the meta device, to which the adapters are added."""
+    phases = {k: sorted({expert.network for expert in plan.experts(k)}) for k in range(1, plan.num_phases + 1)}
+    networks = sorted({network for own in phases.values() for network in own})
+    if config.generator.weights == "lora":
+        roles, role = Roles(model), expert_role(1)  # those on one network are alike
+        with META:
+            roles.add(role, networks, config.generator.lora, seed=0)
+        held = {name: p.shape for name, p in roles.parameters(role).items()}
+    else:
+        named = [(network, model.students[network].named_parameters()) for network in networks]
+        held = {f"{network}.{name}": p.shape for network, parameters in named for name, p in parameters}
+    return {k: {n: shape for n, shape in held.items() if int(n.partition(".")[0]) in own} for k, own in phases.items()}
+
+
+def check_shapes(where: str, needed: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> None:
+    """A UserError where what an expert is to be has other tensors than it, by name or shape."""
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    for name in sorted(needed.keys() | shapes.keys()):
+        if needed.get(name) != shapes.get(name):
+            has, needs = (list(each[name]) if name in each else "missing" for each in (shapes, needed))
+            raise UserError(f"{where}: {name} is {has}, where this run has {needs}")
 
 
 def add_adapters(system: System) -> dict[int, dict[str, Tensor]]:

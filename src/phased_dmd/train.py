@@ -12,7 +12,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from phased_dmd.checkpoint import RunFolder, load_tensors
+from phased_dmd.checkpoint import RunFolder
 from phased_dmd.conditions import Conditions, fitting
 from phased_dmd.config import Config
 from phased_dmd.draws import Draws, bucket_weights
@@ -25,7 +25,7 @@ from phased_dmd.models.protocol import Codec, Condition, VelocityModel
 from phased_dmd.optim import Learner, NonFiniteError
 from phased_dmd.paths import Paths
 from phased_dmd.prompts import Prompt, read_prompts
-from phased_dmd.sample import Sampler, inside
+from phased_dmd.sample import Sampler, read_expert
 from phased_dmd.system import (
     Own,
     System,
@@ -33,6 +33,7 @@ from phased_dmd.system import (
     add_expert,
     add_fake,
     build_system,
+    load_expert,
     load_teacher,
     remove_fake,
 )
@@ -65,17 +66,25 @@ def check_prompts(codec: Codec, prompts: Sequence[Prompt], strict: bool) -> None
 
 
 def initial_expert(config: Config, model: VelocityModel, phase: int) -> dict[str, Tensor]:
-    """What the run `init_experts` holds for the time a phase begins at: its expert that serves the nearest step."""
+    """What the run `init_experts` holds for the time a phase begins at: its expert that serves the nearest step.
+
+    An adapter is rescaled to this run's alpha / rank, so that it computes what it did there.
+    """
     other, t = RunFolder(config.init_experts or ""), config.phase_plan(model.switches).begin(phase)
     try:
         plan = other.config().phase_plan(model.switches)
     except ValueError as error:
         raise UserError(f"init_experts: {error}") from error
     step = min(range(plan.num_steps), key=lambda step: abs(plan.times[step] - t))
-    path = other.expert_path(plan.expert(step).phase)
-    if not path.exists():
+    nearest = plan.expert(step).phase
+    if not (path := other.expert_path(nearest)).exists():
         raise UserError(f"init_experts: {path} is not there yet")
-    return load_tensors(inside(other.path, path))[0]
+    tensors, header = read_expert(other, nearest)
+    if header["weights"] == "full":
+        return tensors
+    lora = config.generator.lora
+    scale = (header["alpha"] / header["rank"]) / (lora.alpha / lora.rank)
+    return {name: scale * tensor if ".lora_B." in name else tensor for name, tensor in tensors.items()}
 
 
 @dataclass
@@ -154,14 +163,11 @@ def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
     run, roles, config, role = job.run, job.system.roles, job.system.config, expert_role(phase)
     add_expert(job.system, phase, trainable=True)
     if on_first_rank(run.expert_path(phase).exists):
-        roles.load(role, load_tensors(run.expert_path(phase))[0])
+        load_expert(job.system, phase, read_expert(run, phase)[0], str(run.expert_path(phase)))
         roles.freeze(role)
         return None
     if config.init_experts:
-        try:
-            roles.load(role, initial_expert(config, job.system.model, phase))
-        except KeyError as error:
-            raise UserError(f"init_experts: {error.args[0]}") from error
+        load_expert(job.system, phase, initial_expert(config, job.system.model, phase), "init_experts")
     add_fake(job.system, phase, job.fresh_fakes.get(phase))
     expert = Learner(role, roles.parameters(role), config.generator.optimiser, config.generator.ema, config.seed)
     return expert, Learner(FAKE, roles.parameters(FAKE), config.fake.optimiser, seed=config.seed)

@@ -15,8 +15,10 @@ from phased_dmd.export.verify import verify_comfyui, verify_diffusers
 from phased_dmd.export.weights import copy_base, lora_tensors, save_full, save_lora
 from phased_dmd.models.source import quiet
 from phased_dmd.sample import EXPORT
+from phased_dmd.teachers import WanTeacher
 
 Format = Literal["diffusers", "comfyui"]
+WAN_TOKENS = 512  # that Wan's text is padded to, by stock pipelines and ComfyUI alike
 
 
 def export(run: Path, format: Format, output: Path, fused: bool = False, verify: bool = False) -> list[str]:
@@ -32,6 +34,7 @@ def export(run: Path, format: Format, output: Path, fused: bool = False, verify:
         raise UserError(f"{run}: its experts are full weights, not LoRA; export them with --format diffusers --fused")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} exists and is not an empty folder")
+    subject.check_experts()
     partial = partial_of(output.absolute())
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -79,8 +82,9 @@ def finish(
 
     times: those of the stock scheduler, off the trained ones by at most gap. Returns what there is to say.
     """
-    shown = numbers(times)
-    card = render(subject, "README.md.j2", comfyui=format == "comfyui", scheduler=scheduler, stock=shown, gap=gap)
+    shown, comfyui = numbers(times), format == "comfyui"
+    padding = odd_padding(subject, comfyui)
+    card = render(subject, "README.md.j2", comfyui=comfyui, scheduler=scheduler, stock=shown, gap=gap, padding=padding)
     (folder / "README.md").write_text(card)
     files = [{"phase": piece.phase, "network": piece.network, "file": piece.file} for piece in subject.pieces]
     about: dict[str, Any] = {
@@ -88,7 +92,24 @@ def finish(
     }  # fmt: skip
     (folder / EXPORT).write_text(json.dumps(about, indent=2) + "\n")
     lines = [f"{piece.file}: {piece.part} from {numbers(piece.times)}" for piece in subject.pieces]
+    lines += [f"warning: teacher.max_tokens: text was {padding}"] if padding else []
     return [*lines, f"stock times ({scheduler}): {shown}; off the trained ones by at most {gap:.2g}"]
+
+
+def odd_padding(subject: Subject, comfyui: bool) -> str | None:
+    """What has to be known where Wan's text was padded to another length than everywhere else; else None.
+
+    Wan attends to the padding: another length is another sample.
+    """
+    length = subject.teacher.max_tokens
+    if not isinstance(subject.teacher, WanTeacher) or length == WAN_TOKENS:
+        return None
+    where = (
+        f"ComfyUI pads it to {WAN_TOKENS} at least, so its samples differ from the run's"
+        if comfyui
+        else f"`sample.py` says so by `max_sequence_length`; a pipeline that is not told pads it to {WAN_TOKENS}"
+    )
+    return f"padded to {length} tokens in training, and the network attends to the padding; {where}"
 
 
 def numbers(times: Sequence[float]) -> str:

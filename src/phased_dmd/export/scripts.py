@@ -61,11 +61,12 @@ def render(subject: Subject, template: str, **more: Any) -> str:
         undefined=StrictUndefined,
     )  # fmt: skip
     environment.filters["python"] = lambda value: "None" if value is None else json.dumps(value)
-    plan, config = subject.plan, subject.config
+    plan, config, wan = subject.plan, subject.config, isinstance(subject.teacher, WanTeacher)
+    needs = ["torch", "diffusers 0.42 or later", "transformers", *["ftfy"] * wan, *["peft"] * (not subject.fused)]
     return environment.get_template(template).render(
         subject=subject, config=config, plan=plan, pieces=subject.pieces, size=subject.teacher.sizes[0],
         pipeline=subject.pipeline.__name__, transformer=subject.transformer.__name__,
         times=list(plan.times[:-1]), steps=sorted((step, piece) for piece in subject.pieces for step in piece.steps),
-        wan=isinstance(subject.teacher, WanTeacher), image=subject.task == "i2v",
+        wan=wan, image=subject.task == "i2v", needs=f"{', '.join(needs[:-1])} and {needs[-1]}",
         stochastic=config.plan.solver == "renoise", **more,
     )  # fmt: skip

@@ -19,12 +19,15 @@ from torch import Tensor, nn
 
 from phased_dmd.config import Config
 from phased_dmd.errors import UserError
+from phased_dmd.models.bare import BareSource
+from phased_dmd.models.loader import bare_model
 from phased_dmd.models.qwen_image import PIPELINES as QWEN_PIPELINES
 from phased_dmd.models.source import SHIPPED, Source, check_pipeline
 from phased_dmd.models.wan import PIPELINES as WAN_PIPELINES
 from phased_dmd.models.wan import takes_first_frame
 from phased_dmd.phases import PhasePlan
 from phased_dmd.sample import Experts, read_run
+from phased_dmd.system import check_shapes, expert_shapes
 from phased_dmd.teachers import PipelineTeacher, QwenImageTeacher, WanTeacher
 
 PARTS = ("transformer", "transformer_2")
@@ -154,6 +157,14 @@ class Subject:
         mine = {name: t for name, t in self.experts(piece.phase).items() if name.startswith(prefix)}
         return {name.removeprefix(prefix): tensor for name, tensor in mine.items()}
 
+    def check_experts(self) -> None:
+        """A UserError where an expert's file has not exactly the tensors of its adapter or network, name and shape."""
+        source = BareSource(self.teacher)
+        source.folder = self.source.folder
+        shapes = expert_shapes(self.config, bare_model(self.config.teacher, self.config.seed, source), self.plan)
+        for phase, needed in shapes.items():
+            check_shapes(f"{self.run}: expert of phase {phase}", needed, self.experts(phase))
+
     def header(self, piece: Piece) -> dict[str, Any]:
         """What a reader needs to run the file: its place on the grid, its base, and how it was made."""
         config, rank = self.config, self.config.generator.lora.rank
@@ -170,7 +181,7 @@ class Subject:
         data, lora = self.config.model_dump(mode="json"), self.config.generator.lora
         data["generator"]["lora"]["alpha"] = lora.rank
         data["generator"]["weights"] = "full" if self.fused else "lora"
-        data["teacher"]["path"] = self.base or self.model
+        data["teacher"] |= {"path": self.base or self.model, "quantise": None}
         data["init_experts"] = None
         data["prompts"] = Path(data["prompts"]).name
         return data

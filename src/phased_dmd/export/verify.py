@@ -70,18 +70,20 @@ def verify_comfyui(subject: Subject, folder: Path) -> list[str]:
 
 
 def in_memory(subject: Subject, prompts: Sequence[Prompt], size: Size) -> tuple[Tensor, Tensor]:
-    """Noise, and what the package's own sampler makes of it."""
-    teacher = subject.teacher.model_copy(update={"dtype": "float32", "sizes": (size,)})
+    """Noise, and what the package's own sampler makes of it, on the full base even if the run's was packed."""
+    teacher = subject.teacher.model_copy(update={"dtype": "float32", "sizes": (size,), "quantise": None})
     sampler = assemble(subject.config.model_copy(update={"teacher": teacher}), subject.experts)
     system, known = sampler.system, sampler.encode(prompts)
     condition = system.model.batch([known[prompt] for prompt in prompts])
     noise = normal(system.model.sample_shapes[0], range(len(prompts)), "verify").to(device())
 
-    def fresh(step: int) -> Tensor:  # as the stock scheduler draws it
-        return from_pipeline(subject, torch.randn_like(to_pipeline(subject, noise)), size)
+    generator = fresh_noise()
 
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
+    def fresh(step: int) -> Tensor:  # as the script's scheduler draws it
+        drawn = torch.randn(to_pipeline(subject, noise).shape, generator=generator)
+        return from_pipeline(subject, drawn.to(device()), size)
+
+    with torch.no_grad():
         path = system.plan.path(system.plan.num_phases)
         return noise, system.roll(path, system.start(noise), condition, renoise=fresh).x
 
@@ -136,10 +138,15 @@ def stock(
         options["num_frames"] = size.num_frames
     if prompts[0].image:
         options["image"] = Image.open(prompts[0].image)
-    with quiet(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = sample(pipe, [prompt.text for prompt in prompts], output_type="latent", **options)
+    with quiet():
+        texts = [prompt.text for prompt in prompts]
+        made = sample(pipe, texts, generator=fresh_noise(), output_type="latent", **options)
     return from_pipeline(subject, made, size)
+
+
+def fresh_noise() -> torch.Generator:
+    """What re-noising draws from; the first noise is given."""
+    return torch.Generator().manual_seed(0)
 
 
 def to_pipeline(subject: Subject, latents: Tensor) -> Tensor:

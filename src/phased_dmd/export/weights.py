@@ -13,6 +13,7 @@ from torch import Tensor
 from phased_dmd.checkpoint import HEADER, write_atomically
 from phased_dmd.export.subject import Piece, Subject
 from phased_dmd.models.source import Source, quiet
+from phased_dmd.sample import HEADER_FILE
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 
@@ -54,6 +55,7 @@ def save_full(subject: Subject, folder: Path) -> None:
         network.register_to_config(_name_or_path=subject.base or subject.model)  # else the folder it came from
         with quiet():
             network.save_pretrained(folder / piece.file)
+        (folder / piece.file / HEADER_FILE).write_text(json.dumps(subject.header(piece), sort_keys=True) + "\n")
 
 
 def copy_base(source: Source, folder: Path) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from phased_dmd.engine.world import device
-from phased_dmd.errors import UserError
 from phased_dmd.metrics.features import check_settings, loading, name_of, preprocess
+from phased_dmd.models.source import REPORTED, check_loaded
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,8 @@ def load_alignment(source: str) -> Alignment:
     with loading(f"{where} is no hub id or folder of a CLIP model that loads"):
         settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model, report = CLIPModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)  # type: ignore[misc] a pair when asked
-    if report["missing_keys"]:
-        raise UserError(f"{where} lacks weights, {min(report['missing_keys'])} for one")
+        model, report = CLIPModel.from_pretrained(source, use_safetensors=True, **REPORTED)  # type: ignore[misc] a pair when asked
+    check_loaded(where, model, report)
     check_settings(settings, where)
     model.eval().to(device())
 

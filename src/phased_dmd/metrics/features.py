@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.metrics.digits import load_classifier
-from phased_dmd.models.source import quiet
+from phased_dmd.models.source import REPORTED, check_loaded, quiet
 
 BATCH = 16  # pictures a network call
 DIGIT_SIDE = 32  # pixels, of what the digit classifier reads
@@ -111,11 +111,8 @@ def _transformers(source: str) -> FeatureNet:
     where = f"features: {source}"
     with loading(f"{where} is no {DIGITS}, {EFFICIENTNET}, hub id or folder that loads"):
         settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
-        model, report = AutoModel.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, trust_remote_code=False
-        )
-    if report["missing_keys"]:
-        raise UserError(f"{where} lacks weights of its {type(model).__name__}, {min(report['missing_keys'])} for one")
+        model, report = AutoModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **REPORTED)
+    check_loaded(where, model, report)
     check_settings(settings, where)
     model.eval().to(device())
 

@@ -78,10 +78,11 @@ class QwenImageModel:
         return unpack(velocity, height, width).to(x.dtype)
 
     def guide(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-        """Each token of the guided prediction is rescaled to the norm of the conditional's."""
+        """Each token of the guided prediction is rescaled to the norm of the conditional's; one of zeros stays so."""
         guided = unconditional + guidance * (conditional - unconditional)
         tokens = pack(guided)
-        scale = pack(conditional).norm(dim=2, keepdim=True) / tokens.norm(dim=2, keepdim=True)
+        norm = tokens.norm(dim=2, keepdim=True)
+        scale = pack(conditional).norm(dim=2, keepdim=True) / norm.masked_fill(norm == 0, 1)
         return unpack(tokens * scale, guided.shape[3] // PATCH, guided.shape[4] // PATCH)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from phased_dmd.teachers import PipelineTeacher, Size
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = ("nano", "nano-moe", "nano-i2v")
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # of `from_pretrained`: see `check_loaded`
 SAMPLE_BYTES = 1 << 16  # of either end of a file, in its fingerprint
 
 
@@ -75,18 +76,23 @@ class Source:
             raise UserError(f"teacher.path: {self.part_folder(name)} holds no weights in safetensors")
 
     def load(self, kind: type, name: str, **options: Any) -> Any:
-        """One part by its class; weights only from safetensors, and no code but the libraries' own."""
+        """One part by its class; weights only from safetensors, all of them, and no code but the libraries' own."""
         folder = self.part_folder(name)
-        if issubclass(kind, nn.Module):
+        is_network = issubclass(kind, nn.Module)
+        if is_network:
             self.check_weights(name)
-            options["use_safetensors"] = True
+            options |= {"use_safetensors": True} | REPORTED
         check_part(folder, kind)
         try:
             with quiet():
-                part = kind.from_pretrained(folder, **options)  # type: ignore[attr-defined] every part has it
+                loaded = kind.from_pretrained(folder, **options)  # type: ignore[attr-defined] every part has it
         except Exception as error:  # safetensors and tokenizers raise their own: all mean a folder that is damaged
             raise UserError(f"teacher.path: {folder} cannot be loaded: {' '.join(str(error).split())}") from error
-        return part.eval().requires_grad_(False) if isinstance(part, nn.Module) else part
+        if not is_network:
+            return loaded
+        part, report = loaded
+        check_loaded(f"teacher.path: {folder}", part, report)
+        return part.eval().requires_grad_(False)
 
     def network(self, kind: type, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """A teacher's network on the device. Where it will be sharded: on the CPU, and of the first process alone.
@@ -142,6 +148,22 @@ def quiet() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(before[1])
 
 
+def check_loaded(where: str, part: nn.Module, report: Mapping[str, Iterable[Any]]) -> None:
+    """A UserError that names a tensor which a library's loader, asked by REPORTED, did not find, or of another shape.
+
+    diffusers believes an index of shards; what it does not find in them is left on the meta device.
+    """
+    unread = {name for name, tensor in part.state_dict().items() if tensor.is_meta}
+    if odd := min(report["mismatched_keys"], default=None):
+        name, found, needed = odd
+        raise UserError(f"{where}: {name} is {list(found)}, where its {type(part).__name__} has {list(needed)}")
+    if missing := unread | set(report["missing_keys"]):
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        surplus = min(report["unexpected_keys"], default=None)
+        instead = f"; it holds {surplus} instead" if surplus else ""
+        raise UserError(f"{where} lacks {min(missing)}{more} of its {type(part).__name__}{instead}")
+
+
 def dtype_of(teacher: PipelineTeacher) -> torch.dtype:
     return {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}[teacher.dtype]
 
@@ -157,8 +179,13 @@ def check_pipeline(source: Source, names: Sequence[str]) -> None:
         raise UserError(f"teacher.path: {source.path} is a {found}, not a {' or '.join(names)}")
 
 
-def check_sizes(sizes: Sequence[Size], spatial: tuple[int, int], temporal: int) -> None:
-    """A UserError, with the nearest size that is valid, where one does not fit the strides in pixels and frames."""
+def check_sizes(
+    sizes: Sequence[Size], spatial: tuple[int, int], temporal: int, most: tuple[int, int, int] | None = None
+) -> None:
+    """A UserError, with the nearest size that is valid, where one does not fit the strides in pixels and frames.
+
+    most: the frames, height and width up to which the network knows positions.
+    """
     for i, size in enumerate(sizes):
         frames = 1 + temporal * round((size.num_frames - 1) / temporal)
         height, width = (
@@ -169,6 +196,11 @@ def check_sizes(sizes: Sequence[Size], spatial: tuple[int, int], temporal: int) 
             raise UserError(
                 f"teacher.sizes.{i}: {size} does not fit the strides {temporal}, {spatial[0]}, {spatial[1]} of frames, "
                 f"height and width; nearest is {frames}x{height}x{width}"
+            )
+        if most and any(a > b for a, b in zip((size.num_frames, size.height, size.width), most, strict=True)):
+            limit = "x".join(map(str, most))
+            raise UserError(
+                f"teacher.sizes.{i}: {size} is beyond the network's table of positions, which ends at {limit}"
             )
 
 

@@ -55,7 +55,10 @@ class WanModel:
         shape = source.config(WanTransformer3DModel, parts[0])
         self.patch = tuple(shape["patch_size"])
         space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
-        check_sizes(config.sizes, (space * self.patch[1], space * self.patch[2]), time)
+        strides = space * self.patch[1], space * self.patch[2]
+        positions = shape["rope_max_seq_len"]  # tokens a side
+        most = (positions * self.patch[0] - 1) * time + 1, positions * strides[0], positions * strides[1]
+        check_sizes(config.sizes, strides, time, most)
         self.sample_shapes: Sequence[tuple[int, ...]] = [
             (vae["z_dim"], (size.num_frames - 1) // time + 1, size.height // space, size.width // space)
             for size in config.sizes

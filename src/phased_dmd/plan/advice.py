@@ -6,9 +6,8 @@ from typing import Any
 from phased_dmd.config import Config
 from phased_dmd.errors import UserError
 from phased_dmd.overrides import apply_overrides, build
-from phased_dmd.phases import PhasePlan
+from phased_dmd.phases import NEAR, PhasePlan
 
-NEAR = 1e-6  # of a time: what a pipeline's float32 grid may be off by
 Options = tuple[tuple[str, Any, str], ...]
 OPTIONS: Options = (
     ("fake.optimiser.second_moment", "bfloat16", "rounded at random"),
@@ -102,8 +101,8 @@ def _switches(plan: PhasePlan) -> list[str]:
     for switch in plan.switches:
         if any(abs(time - switch) < NEAR for time in plan.times):
             found.append(
-                f"plan.shift: the teacher's switch {switch:g} is a point of the grid, and rounding decides which "
-                "network runs the step from there, here and in a pipeline that runs the first at t >= switch"
+                f"plan.shift: the teacher's switch {switch:g} is a point of the grid: the noisier network runs the "
+                "step from there; in a pipeline that runs it at t >= switch, rounding may decide otherwise"
             )
     served = {plan.expert(step).network for step in range(plan.num_steps)}
     for network in range(len(plan.switches) + 1):

@@ -2,8 +2,6 @@
 
 import warnings
 
-import torch
-
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config
 from phased_dmd.diffusion import check_start
@@ -14,11 +12,10 @@ from phased_dmd.models.loader import bare_codec, bare_model
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.phases import PhasePlan
 from phased_dmd.prompts import read_prompts
+from phased_dmd.system import check_shapes, expert_shapes
 from phased_dmd.teachers import OwnTeacher, PipelineTeacher
 from phased_dmd.trackers import check_trackers
 from phased_dmd.train import check_prompts, initial_expert
-
-EXPERT = "expert"  # the role of all experts: those on one network are alike
 
 
 def dry_run(config: Config, strict: bool = False) -> None:
@@ -51,28 +48,11 @@ def dry_run(config: Config, strict: bool = False) -> None:
 
 def check_roles(config: Config, model: VelocityModel, plan: PhasePlan) -> None:
     """Adds the adapters of all experts and fakes; a UserError where an initial expert does not fit its own."""
-    generator, phases = config.generator, range(1, plan.num_phases + 1)
-    experts = sorted({expert.network for phase in phases for expert in plan.experts(phase)})
+    phases, shapes = range(1, plan.num_phases + 1), expert_shapes(config, model, plan)
     fakes = sorted({network for phase in phases for network in plan.fakes(phase, config.support(plan, phase))})
-    students = {
-        f"{network}.{name}": p.shape for network in experts for name, p in model.students[network].named_parameters()
-    }
-    roles = Roles(model)
-    with META:
-        if generator.weights == "lora":
-            roles.add(EXPERT, experts, generator.lora, seed=0)
-        if config.fake.weights == "lora":
-            roles.add(FAKE, fakes, config.fake.lora, seed=0)
-    shapes = {name: p.shape for name, p in roles.parameters(EXPERT).items()} or students
+    if config.fake.weights == "lora":
+        with META:
+            Roles(model).add(FAKE, fakes, config.fake.lora, seed=0)
     for phase in phases if config.init_experts else ():
-        networks = {str(expert.network) for expert in plan.experts(phase)}
-        mine = {name: shape for name, shape in shapes.items() if name.partition(".")[0] in networks}
-        check_initial(config, mine, {name: t.shape for name, t in initial_expert(config, model, phase).items()})
-
-
-def check_initial(config: Config, shapes: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
-    """A UserError where what an expert is to start from has other tensors than it."""
-    for name in sorted(shapes.keys() | found.keys()):
-        if shapes.get(name) != found.get(name):
-            has, needs = (list(each[name]) if name in each else "missing" for each in (found, shapes))
-            raise UserError(f"init_experts: {config.init_experts}: {name} is {has}, where this run has {needs}")
+        found = initial_expert(config, model, phase)
+        check_shapes(f"init_experts: {config.init_experts}", shapes[phase], found)
