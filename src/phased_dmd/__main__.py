@@ -1,4 +1,4 @@
-"""The command from its first moment on, `phased-dmd` or `python -m phased_dmd`: Ctrl-C while it is being imported too."""
+"""`phased-dmd`, or `python -m phased_dmd`, from its first moment on: Ctrl-C while modules are imported too."""
 
 import os
 import signal
