@@ -105,15 +105,17 @@ def distill(
         return
     plan = config.plan
     about = f"{config.method} on {config.recipe}, {_count(plan.steps, 'step')} in {_count(plan.phases, 'phase')}"
-    tell(f"{folder}: {about}, {_count(config.updates, 'update')} in all", sys.stderr if dry_run else None)
+    about = f"{folder}: {about}, {_count(config.updates, 'update')} in all"
     if dry_run:
         from phased_dmd.plan.dry_run import dry_run as check
 
         check(config, strict)
+        tell(about, sys.stderr)
         print(config.model_dump_json(indent=2))
     else:
         from phased_dmd.train import distill as run
 
+        tell(about)
         run(config, folder, cache=cache, strict=strict)
         after = f"`phased-dmd sample {folder} --output FOLDER`, `phased-dmd evaluate {folder}`"
         tell(f"{folder}: done; experts in {folder / 'experts'}; next: {after}")
