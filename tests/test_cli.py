@@ -1,15 +1,28 @@
 """The command as a user meets it: fast help, one clear line for a mistake, nothing half-written."""
 
+import errno
 import importlib.util
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
+import tomllib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import wraps
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from phased_dmd.cli import main
+from phased_dmd import __main__ as entry
+from phased_dmd.cli import app, main
+from phased_dmd.recipes import resolve
+from phased_dmd.reproduce.begin import begin_worker
 
 FAST = ["--set", "teacher.fit_steps=3", "--iterations", "2", "--set", "batch_size=8", "--set", "teacher.hidden=8"]
 
@@ -34,6 +47,166 @@ def test_help_is_fast() -> None:
         seconds.append(time.perf_counter() - started)
     assert "distill" in shown.stdout
     assert min(seconds) < 1.0
+
+
+COMMANDS = {  # the least that each one takes
+    "distill": ["toy-1d"], "sample": [".", "--output", "out"], "export": [".", "--output", "out"], "evaluate": ["."],
+    "report": ["."], "plan": ["toy-1d", "--gpus", "1", "--memory-gb", "80"], "reproduce": ["all"],
+    "teach": ["nano", "--output", "out"],
+}  # fmt: skip
+
+
+def replace(command: str, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a command do this instead of its work."""
+    (info,) = [info for info in app.registered_commands if info.callback and info.callback.__name__ == command]
+
+    @wraps(info.callback)  # type: ignore[arg-type]
+    def instead(**_: Any) -> None:
+        action()
+
+    monkeypatch.setattr(info, "callback", instead)
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_every_command_is_interrupted_below() -> None:
+    assert set(COMMANDS) == {info.callback.__name__ for info in app.registered_commands if info.callback}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_is_130_and_one_line_in_every_command(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], signals: None
+) -> None:
+    replace(command, lambda: signal.raise_signal(signal.SIGINT), monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["phased-dmd", command, *COMMANDS[command]])
+    with pytest.raises(SystemExit) as stop:
+        entry.main()
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "phased-dmd: interrupted; an unfinished run goes on by the same command\n"
+
+
+def test_ctrl_c_twice_while_modules_are_imported_is_130_and_one_line(tmp_path: Path) -> None:
+    """While torch is: C++ ends the process, with its own trace, on an exception that it cannot pass on."""
+    command = [sys.executable, "-m", "phased_dmd", "distill", "nano-t2i", "--output", "out"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "libtorch" not in maps.read_text():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1].count("\n") == 1
+    assert process.returncode == 130 and not list(tmp_path.iterdir())
+
+
+def test_the_script_is_the_entry_that_is_there_before_all_imports() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"phased-dmd": "phased_dmd.__main__:main"} and callable(entry.main)
+
+
+def test_ctrl_c_ends_a_worker_of_reproduce_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    with ProcessPoolExecutor(1, get_context("spawn"), begin_worker) as pool, pytest.raises(BrokenProcessPool):
+        pool.submit(signal.raise_signal, signal.SIGINT).result(timeout=60)
+    assert capfd.readouterr().err == ""
+
+
+def test_the_version_is_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert run("--version", monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out == f"phased-dmd {project['version']}\n"
+
+
+EARLY = [
+    ["distill", "nano-t2i", "--prompts", "missing.txt"], ["distill", "toy-1d", "--set", "plan.shfit=1"],
+    ["plan", "wan21-t2i", "--gpus", "8", "--memory-gb", "80", "--prompts", "missing.txt"],
+    ["sample", "missing", "--output", "out"], ["export", "missing", "--output", "out"], ["report", "missing"],
+    ["evaluate", "missing"], ["evaluate", ".", "--prompts", "missing.txt"], ["reproduce", "table-2"],
+]  # fmt: skip
+
+
+def test_what_the_arguments_get_wrong_is_said_before_torch_is_imported(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from phased_dmd.cli import main
+for arguments in {EARLY}:
+    sys.argv = ["phased-dmd", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        print(stop.code, [name for name in ("torch", "peft", "diffusers", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == ["2 []"] * len(EARLY)
+    said = done.stderr.splitlines()
+    assert len(said) == len(EARLY)
+    wrong = ("missing", "shfit", "missing", "missing", "missing", "missing", "missing", "missing", "table-2")
+    assert all(each in line for each, line in zip(wrong, said, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments", "says"),
+    [
+        ((errno.EEXIST, "File exists", "here/x"), ["--output", "here"], "--output: here/x: File exists"),
+        ((errno.EEXIST, "File exists", "here"), ["--output=here"], "--output: here: File exists"),
+        ((errno.ENOSPC, "No space left on device", "/tmp/x"), ["--output", "here"], "/tmp/x: No space left on device"),
+        (("models/x is not a local folder\nand no model of the hub",), ["--output", "here"],
+         "models/x is not a local folder and no model of the hub"),
+    ],
+)  # fmt: skip
+def test_an_error_of_the_system_names_the_file_and_the_flag(
+    error: tuple[Any, ...], arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fail() -> None:
+        raise OSError(*error)
+
+    replace("export", fail, monkeypatch)
+    assert run("export", ".", *arguments, monkeypatch=monkeypatch) == 2
+    assert capsys.readouterr().err == f"phased-dmd: {says}\n"
+
+
+def test_a_folder_that_is_no_run_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("report", str(tmp_path), monkeypatch=monkeypatch) == 2
+    said = "not a run folder: config.json cannot be read (No such file or directory)"
+    assert capsys.readouterr().err == f"phased-dmd: {tmp_path}: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "iterations"),
+    [
+        ([], "phased on toy-2d, 4 steps in 4 phases, 2000 updates in all", 500),
+        (["--iterations", "25"], "phased on toy-2d, 4 steps in 4 phases, 100 updates in all", 25),
+        (["--method", "dmd-sgts"], "dmd-sgts on toy-2d, 4 steps in 1 phase, 2000 updates in all", 2000),
+        (["--method", "dmd-sgts", "--iterations", "25"],
+         "dmd-sgts on toy-2d, 4 steps in 1 phase, 100 updates in all", 100),
+        (["--method", "phased-sgts", "--set", "iterations=25"],
+         "phased-sgts on toy-2d, 4 steps in 2 phases, 100 updates in all", 50),
+    ],
+)  # fmt: skip
+def test_a_methods_run_says_how_many_updates_it_has_in_all(
+    arguments: list[str], says: str, iterations: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert run("distill", "toy-2d", "--dry-run", *arguments, monkeypatch=monkeypatch) == 0
+    shown = capsys.readouterr()
+    assert f"runs/toy-2d: {says}\n" in shown.err and json.loads(shown.out)["iterations"] == iterations
+
+
+def test_a_section_given_to_set_changes_only_what_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("distill", "nano-t2i", "--dry-run", "--set", "generator={lora: {rank: 8}}", monkeypatch=monkeypatch) == 0
+    expected = resolve("nano-t2i", {"generator.lora.rank": 8})
+    assert json.loads(capsys.readouterr().out) == json.loads(expected.model_dump_json())
+    assert expected.generator.optimiser.lr == 1e-3 and expected.generator.ema == 0.97
 
 
 def test_the_package_imports_without_torchvision_and_extras() -> None:
@@ -93,6 +266,9 @@ def test_distil_evaluate_report_sample_and_again(
     assert run("distill", "toy-1d", "--output", str(folder), *FAST, monkeypatch=monkeypatch) == 0
     experts = {path.name: path.read_bytes() for path in (folder / "experts").iterdir()}
     assert sorted(experts) == ["phase-1.safetensors", "phase-2.safetensors"]
+    told = capsys.readouterr().out
+    assert f"{folder}: phased on toy-1d, 2 steps in 2 phases, 4 updates in all\n" in told
+    assert f"next: `phased-dmd sample {folder} --output FOLDER`, `phased-dmd evaluate {folder}`\n" in told
     assert run("distill", "toy-1d", "--output", str(folder), *FAST, monkeypatch=monkeypatch) == 0
     assert "already distilled" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (folder / "experts").iterdir()} == experts

@@ -18,6 +18,7 @@ from phased_dmd.errors import UserError
 from phased_dmd.overrides import apply_overrides, build, read_file, with_method
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.recipes import RECIPES, resolve
+from phased_dmd.teachers import AnalyticTeacher
 
 
 def data_of(recipe: str, **overrides: Any) -> dict[str, Any]:
@@ -334,6 +335,74 @@ def test_overrides_change_only_what_they_name() -> None:
     assert changed == before
 
 
+@pytest.mark.parametrize(
+    ("nested", "dotted"),
+    [
+        ({"generator": {"lora": {"rank": 8}}}, {"generator.lora.rank": 8}),
+        ({"generator.lora": {"rank": 8}, "fake": {}}, {"generator.lora.rank": 8}),
+        ({"generator": {"lora.rank": 8, "ema": None}}, {"generator.lora.rank": 8, "generator.ema": None}),
+        ({"teacher": {"guidance": [2.0]}}, {"teacher.guidance": [2.0]}),
+        ({"teacher": {"kind": "wan", "guidance": [2.0]}}, {"teacher.guidance": [2.0]}),
+        ({"teacher": {"sizes": [{"num_frames": 5}]}}, {"teacher.sizes": [{"num_frames": 5}]}),
+    ],
+)
+def test_a_mapping_changes_the_fields_of_a_section_that_it_names(nested: Any, dotted: Any) -> None:
+    before, given = resolve("nano-t2i"), json.dumps(nested)
+    assert resolve("nano-t2i", nested) == resolve("nano-t2i", dotted) != before
+    assert json.dumps(nested) == given
+
+
+def test_a_teacher_of_another_kind_replaces_all_of_it() -> None:
+    mixture = {"kind": "analytic", "means": [[0.0], [1.0]], "std": 0.5}
+    changes = {"teacher": mixture, "prompts": None, "generator": {"weights": "full"}}
+    config = resolve("nano-t2i", changes)
+    assert config.teacher == AnalyticTeacher(means=((0.0,), (1.0,)), std=0.5)
+    assert config.generator == resolve("nano-t2i").generator.model_copy(update={"weights": "full"})
+
+
+def test_an_unknown_field_of_a_mapping_is_named() -> None:
+    with pytest.raises(UserError, match=r"^generator.lora.rnak: unknown field; did you mean rank\?$"):
+        resolve("nano-t2i", {"generator": {"lora": {"rnak": 8}}})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (({"recipe": "nano-t2i"},), "recipe: a name or a file is needed, not a dict"),
+        ((None,), "recipe: a name or a file is needed, not a NoneType"),
+        (("nano-t2i", "dmd"), "overrides: 'dmd' is no mapping of fields"),
+        (("nano-t2i", {"method": "dmd"}),
+         "method: not a field; from Python it is the third argument, resolve('nano-t2i', {}, 'dmd')"),
+        (("nano-t2i", {}, "phasd"), "method: unknown method 'phasd'; did you mean phased?"),
+    ],
+)  # fmt: skip
+def test_what_resolve_cannot_take_is_one_line(arguments: tuple[Any, ...], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        resolve(*arguments)
+    assert str(error.value).startswith(says) and "\n" not in str(error.value)
+
+
+def test_a_recipe_alone_resolves_to_itself(tmp_path: Path) -> None:
+    assert resolve("nano-t2i") == RECIPES["nano-t2i"]()
+    (tmp_path / "run.json").write_text(resolve("nano-t2v").model_dump_json())
+    assert resolve(tmp_path / "run.json") == RECIPES["nano-t2v"]()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("recipe: nano-t2v\niterations: 10\n", "teacher is missing: .* `phased-dmd distill nano-t2v --dry-run > "),
+        ("recipe: mine\n", "teacher is missing: .* `phased-dmd distill nano-t2i --dry-run > "),
+        ("teacher: {kind: analytic, means: [[0]]}\n", "recipe is missing: .* inherits from no recipe"),
+    ],
+)
+def test_a_file_that_would_inherit_is_told_how_to_get_a_whole_one(text: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"^{file}: {says}"):
+        resolve(str(file))
+
+
 # ---------------------------------------------------------------- methods
 
 METHODS = {  # the paper's Fig. 1 as {phases} x {gradient}, for four steps
@@ -403,12 +472,28 @@ def test_a_method_of_other_phases_drops_their_shares_and_keeps_the_updates(
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("iterations", [7, 1000])
-def test_explicit_iterations_are_updates_a_phase_whatever_the_method(method: Any, iterations: int) -> None:
-    """Overrides come after the method: nothing rescales them, not even those equal to the recipe's own."""
+@pytest.mark.parametrize("iterations", [7, 500])
+def test_a_method_keeps_the_updates_in_all_of_given_iterations_too(method: Any, iterations: int) -> None:
+    """Those of a phase of the recipe's four, the recipe's own 500 among them."""
     config = resolve("toy-2d", {"iterations": iterations}, method)
-    assert config.iterations == iterations and config.method == method
-    assert (config.plan.phases, config.plan.gradient) == METHODS[method]
+    assert config.updates == 4 * iterations == resolve("toy-2d", {"iterations": iterations}).updates
+    assert (config.plan.phases, config.plan.gradient) == METHODS[method] and config.method == method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_iterations_given_with_the_phases_are_theirs(method: Any) -> None:
+    """A method that changes nothing about the phases converts nothing."""
+    phases = METHODS[method][0]
+    assert resolve("toy-2d", {"iterations": 7, "plan.phases": phases}, method).iterations == 7
+    shares = {"phase_shares": [0.5] * phases}
+    assert resolve("toy-2d", {"iterations": 8, "plan.phases": phases, **shares}, method).updates == 4 * phases
+
+
+def test_given_iterations_of_a_recipe_with_shares_keep_their_total() -> None:
+    """nano-t2i-fast has .5, .5, 1 and 2.25 of them in its phases."""
+    assert resolve("nano-t2i-fast", {"iterations": 40}).updates == 170
+    assert resolve("nano-t2i-fast", {"iterations": 40}, "dmd").iterations == 170
+    assert resolve("nano-t2i-fast", {"iterations": 40}, "phased").updates == 170
 
 
 def test_overrides_of_the_plan_come_after_the_method() -> None:

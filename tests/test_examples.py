@@ -1,9 +1,14 @@
 """The worked examples for a model of one's own, run as they stand on tiny teachers trained here for seconds."""
 
 import copy
+import functools
+import io
 import itertools
 import re
+import shlex
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,11 +20,13 @@ from conftest import draw
 from torch import Tensor, nn
 
 from phased_dmd.checkpoint import RunFolder, load_tensors
+from phased_dmd.cli import main
 from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, Plan
 from phased_dmd.diffusion import VPSchedule, renoise_times
 from phased_dmd.engine.randomness import normal
 from phased_dmd.metrics.distances import frechet, moments
 from phased_dmd.models.analytic import ExactMixture, PlainCodec, TimeMLP
+from phased_dmd.recipes import RECIPES
 from phased_dmd.sample import load
 from phased_dmd.teachers import OwnTeacher
 from phased_dmd.testing import ModelError, check_model
@@ -303,3 +310,56 @@ def test_wrong_wrappers_of_a_trained_unet_are_told_what_is_wrong(
         setattr(model, name, value)
     with pytest.raises(ModelError, match=message):
         check_model(model, samples=discs(32, torch.Generator().manual_seed(1)), start=0.98)
+
+
+# ---------------------------------------------------------------- commands that name a number of GPUs
+
+ROOT = EXAMPLES.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def gpu_commands(page: Path) -> list[tuple[list[str], str]]:
+    """Those of a page's blocks: as words, and the line that follows."""
+    text = "\n".join(re.findall(r"```\n(.*?)```", page.read_text(), re.DOTALL)).replace("\\\n", " ")
+    lines = [*text.splitlines(), ""]
+    found = []
+    for line, after in itertools.pairwise(lines):
+        if "--gpus" in line or "--nproc-per-node" in line:
+            found.append((shlex.split(line, comments=True), after))
+    return found
+
+
+def planned(words: list[str]) -> tuple[str, ...]:
+    """The arguments of `plan` that ask for what the command does: of torchrun, on GPUs of 80 GB."""
+    if "--gpus" in words:
+        return tuple(words[1:])
+    count = {flag: int(value) for flag, value in itertools.pairwise(words) if flag in ("--nnodes", "--nproc-per-node")}
+    recipe = words[words.index("distill") + 1]
+    settings = [word for flag, value in itertools.pairwise(words) if flag == "--set" for word in (flag, value)]
+    gpus = count.get("--nnodes", 1) * count["--nproc-per-node"]
+    return "plan", recipe, "--gpus", f"{gpus}", "--memory-gb", "80", *settings
+
+
+@functools.cache
+def plan_of(arguments: tuple[str, ...]) -> list[str]:
+    """The lines that the command prints."""
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(shown):
+        patch.setattr(sys, "argv", ["phased-dmd", *arguments])
+        main()
+    return shown.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if gpu_commands(page)], ids=lambda page: page.name)
+def test_every_command_that_names_a_number_of_gpus_fits_on_them(page: Path) -> None:
+    """By its own plan, whose line stands below the plan's command, and warns of nothing."""
+    for words, after in gpu_commands(page):
+        arguments = planned(words)
+        if arguments[1] in RECIPES:  # else a file of the reader's own
+            lines = plan_of(arguments)
+            assert lines[-1].startswith("it fits: ") and not any("warning" in line for line in lines), arguments
+            assert "torchrun" in words or after == f"# {lines[-1]}", arguments
+
+
+def test_pages_that_name_a_number_of_gpus_are_found() -> None:
+    assert {"README.md", "distributed.md", "plan.md"} <= {page.name for page in PAGES if gpu_commands(page)}

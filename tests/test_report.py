@@ -20,6 +20,7 @@ from phased_dmd.config import Config
 from phased_dmd.errors import UserError
 from phased_dmd.evaluate import HEADINGS
 from phased_dmd.metrics.formats import number
+from phased_dmd.overrides import build
 from phased_dmd.recipes import resolve
 from phased_dmd.report import write_report
 
@@ -359,6 +360,15 @@ def test_what_is_not_ready_is_said(make: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder"):
         write_report([run], tmp_path)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_run_of_ones_own_model_is_not_sent_to_a_command_that_cannot_evaluate_it(tmp_path: Path) -> None:
+    teacher = {"kind": "own", "name": "mine"}
+    write_run(tmp_path / "run", build({"recipe": "mine", "teacher": teacher, "prompts": "nano-t2i"}))
+    with pytest.raises(UserError) as error:
+        write_report([tmp_path / "run"], tmp_path / "page.html")
+    call = f"call phased_dmd.evaluate.evaluate(['{tmp_path / 'run'}'], own=(model, codec)) from Python first"
+    assert str(error.value) == f"{tmp_path / 'run'}: not evaluated yet; {call}"
 
 
 def test_the_command_has_a_place_for_one_run_and_asks_for_that_of_several(

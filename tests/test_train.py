@@ -1,11 +1,13 @@
 """`distill` end to end on tiny teachers: what may not change, bit-exact resume, refusals, the loop's draws."""
 
 import copy
+import io
 import itertools
 import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyCodec, TinyWan, draw, killed_after, newest_checkpoint, teacher_alone
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from phased_dmd import sample, system, train, updates
@@ -305,9 +309,10 @@ def test_a_model_of_ones_own_is_given_from_python_with_a_weight_for_each_of_its_
 
     for asked, own, message in (
         (config(1.0, 2.0), mine, "teacher.weights: 2 for the model's 1 sample_shapes"),
-        (config(1.0), None, "teacher.kind: own without a model given from Python"),
+        (config(1.0), None, "teacher.kind: own means a model given from Python: distill, load and phased_dmd.evaluate"
+         r".evaluate take own=\(model, codec\), see docs/extending.md"),
         (toy(), mine, "teacher.kind: analytic with a model given from Python"),
-    ):
+    ):  # fmt: skip
         with pytest.raises(UserError, match=f"^{message}$"):
             distill(asked, tmp_path / "run", quiet=True, own=own)
     assert not (tmp_path / "run").exists()
@@ -934,3 +939,20 @@ def test_the_header_says_how_to_run_the_expert(wan: Callable, tmp_path: Path) ->
             "phase": phase, "steps": [phase - 1], "shift": 5.0, "solver": "ddim", "weights": "lora", "rank": 3,
             "alpha": 3.0, "method": "phased", "weighting": "normalised",
         }  # fmt: skip
+
+
+# ---------------------------------------------------------------- the bar
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_bar_keeps_count_and_the_runs_time_left_whole(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of four phases of 120 are behind it, 30 of the third are done: 210 updates are left, at one in 10 seconds."""
+    screen, clock = io.StringIO(), iter(range(0, 1000, 10))
+    terminal = Console(file=screen, width=width, force_terminal=True, color_system=None, legacy_windows=False)
+    monkeypatch.setattr(train, "Progress", partial(Progress, console=terminal, auto_refresh=False))
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
+    with train.progress_bar(resolve("nano-t2i"), 3, 29, quiet=False) as show:
+        show(30, "fake 479 generator 0.000123")
+    shown = screen.getvalue()
+    assert "phase 3/4" in shown and " 30/120 run 0:35:00 left 0.1 it/s" in shown
+    assert all(word in shown for word in ("479", "generator", "0.000123"))

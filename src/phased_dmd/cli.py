@@ -4,8 +4,10 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal, NoReturn, TextIO
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small models on spinning threads are far slower
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends torchvision, which nothing here needs
@@ -13,8 +15,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends torchv
 import typer
 from typer.exceptions import TyperException
 
+from phased_dmd import __version__
 from phased_dmd.errors import LostPeer, Stopped, UserError
 from phased_dmd.overrides import read_yaml
+from phased_dmd.prompts import read_prompts
 from phased_dmd.reproduce.claims import NAMES
 from phased_dmd.teachers import nearest
 
@@ -25,10 +29,22 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Distil slow diffusion and flow models into few-step generators with Phased DMD (arXiv 2510.27684).",
 )
 
-Run = Annotated[Path, typer.Argument(help="a run folder", show_default=False)]
+Run = Annotated[Path, typer.Argument(help="a run folder", show_default=False, exists=True)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"phased-dmd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="say which")] = False,
+) -> None:
+    """Distil slow diffusion and flow models into few-step generators with Phased DMD (arXiv 2510.27684)."""
 
 
 @app.command()
@@ -43,12 +59,14 @@ def distill(
     output: Annotated[
         Path | None, typer.Option(help="the run folder [default: runs/RECIPE]", show_default=False)
     ] = None,
-    iterations: Annotated[int | None, typer.Option(help="generator updates a phase")] = None,
+    iterations: Annotated[
+        int | None, typer.Option(help="generator updates a phase, before --method makes more or fewer phases")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="network calls of the distilled generator")] = None,
     phases: Annotated[int | None, typer.Option(help="phases the steps are split into")] = None,
     method: Annotated[
         Literal["dmd", "dmd-sgts", "phased", "phased-sgts"] | None,
-        typer.Option(help="sets phases and gradient; keeps the generator updates in all"),
+        typer.Option(help="sets phases and gradient; keeps the generator updates in all, --iterations or not"),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of every random draw")] = None,
     prompts: Annotated[
@@ -77,21 +95,30 @@ def distill(
     overrides = {key: value for key, value in flags.items() if value is not None} | dict(map(_assignment, set_ or []))
     config = resolve(recipe, overrides, method)
     folder = output or Path("runs") / config.recipe
+    _readable(config.prompts)
 
     from phased_dmd.checkpoint import RunFolder
-    from phased_dmd.plan.dry_run import dry_run as check
-    from phased_dmd.train import distill as run
 
     RunFolder(folder).check(config)
-    if dry_run:
-        check(config, strict)
-        print(config.model_dump_json(indent=2))
-    elif RunFolder(folder).finished(config):
+    if not dry_run and RunFolder(folder).finished(config):
         tell(f"{folder}: already distilled")
+        return
+    plan = config.plan
+    about = f"{config.method} on {config.recipe}, {_count(plan.steps, 'step')} in {_count(plan.phases, 'phase')}"
+    about = f"{folder}: {about}, {_count(config.updates, 'update')} in all"
+    if dry_run:
+        from phased_dmd.plan.dry_run import dry_run as check
+
+        check(config, strict)
+        tell(about, sys.stderr)
+        print(config.model_dump_json(indent=2))
     else:
-        tell(f"{folder}: {config.method} on {config.recipe}, {config.plan.steps} steps in {config.plan.phases} phases")
+        from phased_dmd.train import distill as run
+
+        tell(about)
         run(config, folder, cache=cache, strict=strict)
-        tell(f"{folder}: done; experts in {folder / 'experts'}")
+        after = f"`phased-dmd sample {folder} --output FOLDER`, `phased-dmd evaluate {folder}`"
+        tell(f"{folder}: done; experts in {folder / 'experts'}; next: {after}")
 
 
 @app.command()
@@ -136,7 +163,9 @@ def export(
 
 @app.command()
 def evaluate(
-    subjects: Annotated[list[Path], typer.Argument(help="runs, exports, or folders of samples", show_default=False)],
+    subjects: Annotated[
+        list[Path], typer.Argument(help="runs, exports, or folders of samples", show_default=False, exists=True)
+    ],
     samples: Annotated[int, typer.Option(min=64, help="a set, for the embedded teachers and the toys")] = 1000,
     prompts: Annotated[
         str | None, typer.Option(help="a shipped set's name or a file, instead of the protocol's", show_default=False)
@@ -175,6 +204,8 @@ def evaluate(
     again: Annotated[bool, typer.Option("--again", help="even if evaluated before")] = False,
 ) -> None:
     """Measure runs, exports or folders of samples against their base; writes evaluation.json into each."""
+    _readable(prompts)
+
     from phased_dmd.evaluate import Protocol, parse_seeds, table
     from phased_dmd.evaluate import evaluate as measure
 
@@ -193,7 +224,7 @@ def evaluate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run folders of one teacher", show_default=False)],
+    runs: Annotated[list[Path], typer.Argument(help="run folders of one teacher", show_default=False, exists=True)],
     output: Annotated[
         Path | None, typer.Option(help="an HTML file [default, of one run: RUN/report.html]", show_default=False)
     ] = None,
@@ -218,7 +249,7 @@ def plan(
     ] = None,
     method: Annotated[
         Literal["dmd", "dmd-sgts", "phased", "phased-sgts"] | None,
-        typer.Option(help="sets phases and gradient; keeps the generator updates in all"),
+        typer.Option(help="sets phases and gradient; keeps the generator updates in all, --iterations or not"),
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="any field, as in --set engine.micro_batch=1")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="all figures, sizes in bytes")] = False,
@@ -228,6 +259,7 @@ def plan(
 
     overrides = ({} if prompts is None else {"prompts": prompts}) | dict(map(_assignment, set_ or []))
     config = resolve(recipe, overrides, method)
+    _readable(config.prompts)
 
     from rich.console import Console
 
@@ -295,6 +327,16 @@ def teach(
     lessons[what](output, data, seed, Budget(), print)
 
 
+def _readable(prompts: str | None) -> None:
+    """A UserError for prompts that cannot be read, before the imports that take seconds."""
+    if prompts is not None:
+        read_prompts(prompts)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 def _assignment(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
@@ -315,22 +357,39 @@ def main() -> None:
     """Runs a command; what the user can mend is one line on stderr and exit status 2, and a warning is one line too."""
     warnings.formatwarning = lambda message, *_: f"phased-dmd: {message}\n"  # type: ignore[assignment] fewer parameters
     try:
-        app(standalone_mode=False)
-    except (UserError, OSError, TyperException) as error:
-        message = error.format_message() if isinstance(error, TyperException) else str(error)
-        tell(f"phased-dmd: {' '.join(message.split()) or 'a command is needed'}", sys.stderr)
-        sys.exit(2)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        status = app(standalone_mode=False)  # of a typer.Exit; else None
+    except TyperException as error:
+        _end(2, " ".join(error.format_message().split()) or "a command is needed")
+    except UserError as error:
+        _end(2, " ".join(str(error).split()))
+    except OSError as error:
+        _end(2, _unusable(error, sys.argv[1:]))
     except ArithmeticError as error:
-        tell(f"phased-dmd: {error}", sys.stderr)
-        sys.exit(1)
+        _end(1, str(error))
     except LostPeer as error:
         print(f"phased-dmd: {error}", file=sys.stderr)
         sys.exit(1)
     except Stopped as stop:
-        tell(f"phased-dmd: {stop}", sys.stderr)
-        sys.exit(128 + stop.number)
-    except (typer.Abort, KeyboardInterrupt):
-        print("phased-dmd: interrupted; an unfinished run goes on by the same command", file=sys.stderr)
-        sys.exit(130)
+        _end(128 + stop.number, str(stop))
+    if status == 130:  # typer's, for a KeyboardInterrupt
+        raise KeyboardInterrupt
+    if status:
+        sys.exit(status)
+
+
+def _end(status: int, message: str) -> NoReturn:
+    tell(f"phased-dmd: {message}", sys.stderr)
+    sys.exit(status)
+
+
+def _unusable(error: OSError, arguments: Sequence[str]) -> str:
+    """The file, the flag that led to it if one did, and what is wrong with it."""
+    if not isinstance(error.filename, str) or not error.strerror:
+        return " ".join(str(error).split())
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    flags = [flag for flag, value in pairwise(words) if flag.startswith("--") and _leads(value, error.filename)]
+    return f"{flags[0] + ': ' if flags else ''}{error.filename}: {error.strerror}"
+
+
+def _leads(value: str, file: str) -> bool:
+    return bool(value) and not value.startswith("--") and Path(file).is_relative_to(value)

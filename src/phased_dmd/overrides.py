@@ -58,7 +58,10 @@ def _validated(section: type[S], data: Any, at: Sequence[str] = ()) -> S:
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """data with dotted keys replaced, `{"plan.shift": 3.0}`; an unknown one is a UserError with the nearest name."""
+    """data with dotted keys replaced, `{"plan.shift": 3.0}`; an unknown one is a UserError with the nearest name.
+
+    Of a section, a mapping replaces the fields it names, `{"plan": {"shift": 3.0}}`; all of a teacher of another kind.
+    """
     result = copy.deepcopy(dict(data))
     for key, value in overrides.items():
         *parents, name = key.split(".")
@@ -71,7 +74,11 @@ def apply_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> di
             node = node[parent]
         if name not in node:
             raise UserError(f"{key}: unknown field{nearest(name, list(node))}")
-        node[name] = value
+        old = node[name]
+        if isinstance(value, Mapping) and isinstance(old, dict) and value.get("kind") in (None, old.get("kind")):
+            result = apply_overrides(result, {f"{key}.{field}": each for field, each in value.items()})
+        else:
+            node[name] = value
     return result
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from phased_dmd.config import Config, Fake, Generator, Lora, Method, Objective, Optimiser, Plan, Renoise, Rollouts
 from phased_dmd.errors import UserError
@@ -186,18 +186,20 @@ RECIPES = {
 }  # fmt: skip
 
 
-def resolve(recipe: str, overrides: Mapping[str, Any], method: Method | None = None) -> Config:
+def resolve(recipe: str | Path, overrides: Mapping[str, Any] | None = None, method: Method | None = None) -> Config:
     """The Config of a recipe's name, or of a YAML or JSON file, with dotted overrides and a method.
 
-    A method keeps the generator updates in all, so it sets `iterations`, those of a phase, unless they are given.
+    A method keeps the generator updates in all: where it changes the number of phases, `iterations` are converted, the
+    recipe's or given ones.
     """
-    if recipe in RECIPES:
-        data = json.loads(RECIPES[recipe]().model_dump_json())
-    elif Path(recipe).suffix in (".yaml", ".yml", ".json"):
-        data = json.loads(build(read_file(Path(recipe))).model_dump_json())
-    else:
-        raise UserError(f"recipe: unknown recipe {recipe!r}{nearest(recipe, list(RECIPES))}")
-    updates = build(data).updates
+    data, overrides = _read(recipe), {} if overrides is None else overrides
+    if not isinstance(overrides, Mapping):
+        raise UserError(f"overrides: {overrides!r} is no mapping of fields, as {{'seed': 1}}; a method is an argument")
+    if "method" in overrides:
+        raise UserError(f"method: not a field; from Python it is the third argument, resolve({recipe!r}, {{}}, 'dmd')")
+    if method not in (None, *get_args(Method)):
+        raise UserError(f"method: unknown method {method!r}{nearest(str(method), list(get_args(Method)))}")
+    own = build(data)
     data = apply_overrides(data, overrides)
     if data["prompts"] == FIRST_FRAMES and not Path(FIRST_FRAMES).is_file():
         raise UserError(
@@ -206,11 +208,31 @@ def resolve(recipe: str, overrides: Mapping[str, Any], method: Method | None = N
         )
     if method is None:
         return build(data)
-    data = apply_overrides(with_method(method, data), overrides)
-    config = build(data)
+    config = build(apply_overrides(with_method(method, data), overrides))
     if config.method != method:
         raise UserError(f"method: {method} contradicts plan.phases or plan.gradient, which make {config.method}")
     if "iterations" in overrides:
-        return config
-    iterations = max(1, int(updates // sum(config.phase_shares or (1,) * config.plan.phases)))
+        if config.plan.phases == int(data["plan"]["phases"]):
+            return config
+        own = own.model_copy(update={"iterations": config.iterations})
+    iterations = max(1, int(own.updates // sum(config.phase_shares or (1,) * config.plan.phases)))
     return config.model_copy(update={"iterations": iterations})
+
+
+def _read(recipe: str | Path) -> dict[str, Any]:
+    """All fields of a recipe or of a file."""
+    if not isinstance(recipe, str | Path):
+        raise UserError(f"recipe: a name or a file is needed, not a {type(recipe).__name__}; a Config is resolved")
+    if recipe in RECIPES:
+        return json.loads(RECIPES[str(recipe)]().model_dump_json())
+    if Path(recipe).suffix not in (".yaml", ".yml", ".json"):
+        raise UserError(f"recipe: unknown recipe {str(recipe)!r}{nearest(str(recipe), list(RECIPES))}")
+    data = read_file(Path(recipe))
+    for field in ("recipe", "teacher"):
+        if field not in data:
+            like = data.get("recipe") if data.get("recipe") in list(RECIPES) else "nano-t2i"
+            raise UserError(
+                f"{recipe}: {field} is missing: a file holds a whole configuration, and inherits from no recipe; "
+                f"`phased-dmd distill {like} --dry-run > my-run.json` writes one to begin with"
+            )
+    return json.loads(build(data).model_dump_json())

@@ -93,8 +93,13 @@ def load_teacher(config: Config, own: Own | None = None, fit: bool = True) -> Ow
 
     fit: see `load_model`.
     """
-    if (config.teacher.kind == "own") != (own is not None):
-        raise UserError(f"teacher.kind: {config.teacher.kind} with{'' if own else 'out'} a model given from Python")
+    if own is None and config.teacher.kind == "own":
+        raise UserError(
+            "teacher.kind: own means a model given from Python: distill, load and phased_dmd.evaluate.evaluate take "
+            "own=(model, codec), see docs/extending.md"
+        )
+    if own is not None and config.teacher.kind != "own":
+        raise UserError(f"teacher.kind: {config.teacher.kind} with a model given from Python")
     model, codec = own or load_model(config.teacher, config.seed, fit)
     if isinstance(config.teacher, OwnTeacher) and len(config.teacher.weights) != len(model.sample_shapes):
         raise UserError(

@@ -5,11 +5,13 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder
@@ -180,7 +182,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Pat
     at = Position(**(run.load_checkpoint(phase, state) or {"phase": phase}))
     on_first_rank(lambda: run.rewind_metrics(phase, at.iteration))
     trackers = [open_tracker(name, run.path, config) for name in config.trackers] if rank() == 0 else []
-    with progress_bar(phase, job.system.plan.num_phases, at.iteration, iterations, job.quiet) as show:
+    with progress_bar(config, phase, at.iteration, job.quiet) as show:
         cpu_seconds = 0.0  # since the last line
         while at.iteration < iterations:
             started, cpu_started = time.perf_counter(), time.process_time()
@@ -201,7 +203,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Pat
             cpu_seconds += time.process_time() - cpu_started
 
             last = at.iteration == iterations
-            show(at.iteration, f"fake {fake_loss or 0:.4f} generator {loss:.4f}")
+            show(at.iteration, f"fake {fake_loss or 0:.3g} generator {loss:.3g}")
             if at.iteration % config.log_every == 0 or last:
                 since = (at.iteration - 1) % config.log_every + 1
                 row = {
@@ -316,18 +318,22 @@ def expert_header(config: Config, system: System, phase: int) -> dict[str, objec
 
 
 @contextmanager
-def progress_bar(phase: int, phases: int, done: int, total: int, quiet: bool) -> Iterator:
-    """A bar with phase, losses, rate and time left; yields a function of (iterations done, text)."""
+def progress_bar(config: Config, phase: int, done: int, quiet: bool) -> Iterator:
+    """A bar of a phase with the time left of the run, rate and losses; yields a function of (iterations done, text)."""
+    total, later = config.phase_iterations(phase), range(phase + 1, config.plan.phases + 1)
+    after = sum(map(config.phase_iterations, later))
     columns = (
-        TextColumn(f"phase {phase}/{phases}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[losses]}"),
+        TextColumn(f"phase {phase}/{config.plan.phases}"), BarColumn(20), MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+        TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=False)),  # the one that gives way
     )  # fmt: skip
     with Progress(*columns, disable=quiet) as bar:
-        task = bar.add_task("", total=total, completed=done, losses="", rate="")
+        task = bar.add_task("", total=total, completed=done, left="", figures="")
         started = time.monotonic()
 
         def show(count: int, losses: str) -> None:
-            rate = (count - done) / max(time.monotonic() - started, 1e-9)
-            bar.update(task, completed=count, losses=losses, rate=f"{rate:.2f} it/s")
+            seconds = max(time.monotonic() - started, 1e-9) / (count - done)
+            left = timedelta(seconds=round(seconds * (total - count + after)))
+            bar.update(task, completed=count, left=f"run {left} left", figures=f"{1 / seconds:.3g} it/s {losses}")
 
         yield show

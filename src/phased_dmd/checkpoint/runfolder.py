@@ -58,7 +58,8 @@ class RunFolder:
         try:
             return build(json.loads(self.config_path.read_text()))
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path}: not a run folder: config.json cannot be read ({error})") from error
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"{self.path}: not a run folder: config.json cannot be read ({reason})") from error
 
     def check(self, config: Config) -> None:
         """A UserError where the folder cannot take this run. See OTHERWISE."""

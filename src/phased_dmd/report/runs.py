@@ -141,12 +141,20 @@ def _read(path: Path) -> Run:
     if not folder.finished(config):
         raise UserError(f"{path}: the run is not finished")
     if not (path / "evaluation.json").exists():
-        raise UserError(f"{path}: not evaluated yet; run `phased-dmd evaluate {path}` first")
+        raise UserError(f"{path}: not evaluated yet; {_evaluating(path, config)} first")
     evaluation = _json(path / "evaluation.json")
     if "protocol" not in evaluation:
-        raise UserError(f"{path}: evaluated by an older version; run `phased-dmd evaluate {path} --again`")
+        raise UserError(f"{path}: evaluated by an older version; {_evaluating(path, config, again=True)}")
     files = {name: path / "samples" / name / "shown.json" for name in evaluation["sets"]}
     return Run(path, config, evaluation, folder.metrics(), {name: _json(f) for name, f in files.items() if f.exists()})
+
+
+def _evaluating(path: Path, config: Config, again: bool = False) -> str:
+    """What a user does to have the run evaluated."""
+    if config.teacher.kind != "own":
+        return f"run `phased-dmd evaluate {path}{' --again' if again else ''}`"
+    rest = ", again=True" if again else ""
+    return f"call phased_dmd.evaluate.evaluate(['{path}'], own=(model, codec){rest}) from Python"
 
 
 def _json(path: Path) -> Any:

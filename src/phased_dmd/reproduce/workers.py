@@ -2,8 +2,6 @@
 
 import json
 import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +17,7 @@ from phased_dmd.config import Config
 from phased_dmd.errors import UserError
 from phased_dmd.evaluate import Protocol, evaluate
 from phased_dmd.prompts import read_prompts
+from phased_dmd.reproduce.begin import begin_worker
 from phased_dmd.train import distill
 
 Tell = Callable[[str], object]
@@ -46,7 +45,7 @@ class Workers:
     def __init__(self, jobs: int, tell: Tell) -> None:
         context = multiprocessing.get_context("spawn")
         self.jobs, self.tell = jobs, tell
-        self._pool = ProcessPoolExecutor(jobs, context, _begin_worker) if jobs > 1 else None
+        self._pool = ProcessPoolExecutor(jobs, context, begin_worker) if jobs > 1 else None
 
     def __enter__(self) -> Self:
         return self
@@ -118,14 +117,6 @@ def inherit(run: Run) -> None:
     for phase in range(1, run.config.plan.phases):
         if not folder.expert_path(phase).exists():
             write_atomically(folder.expert_path(phase), source.expert_path(phase).read_bytes())
-
-
-def _begin_worker() -> None:
-    """One thread of torch; and a worker whose parent is killed ends too, so that nobody else writes to its run."""
-    torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _distil(lot: Sequence[Run], quiet: bool) -> None:
