@@ -87,7 +87,7 @@ def distill(
         check(config, strict)
         print(config.model_dump_json(indent=2))
     elif RunFolder(folder).finished(config):
-        tell(f"{folder}: already distilled")
+        tell(f"{run(config, folder)}: already distilled")
     else:
         tell(f"{folder}: {config.method} on {config.recipe}, {config.plan.steps} steps in {config.plan.phases} phases")
         run(config, folder, cache=cache, strict=strict)
