@@ -3,7 +3,6 @@
 import itertools
 import json
 import shutil
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -32,8 +31,12 @@ def first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     key = "kind" if "kind" in differing else differing[0]
     if isinstance(a.get(key), Mapping) and isinstance(b.get(key), Mapping):
         return f"{key}.{first_difference(a[key], b[key])}"
-    there, here = (textwrap.shorten(json.dumps(of.get(key)), LONGEST, placeholder="...") for of in (a, b))
-    return f"{key} is {there} there, {here} here"
+    there, here = (json.dumps(of.get(key), ensure_ascii=False) for of in (a, b))
+    return f"{key} is {_cut(there)} there, {_cut(here)} here"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 class RunFolder:
