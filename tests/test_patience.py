@@ -57,7 +57,7 @@ def slow(rank: int, on_first_item: Callable[[], object]) -> Callable[[int], None
     return work
 
 
-def fail(error: Exception) -> None:
+def fail(error: BaseException) -> None:
     raise error
 
 
@@ -106,6 +106,38 @@ def test_a_process_that_dies_at_work_is_noticed_at_once() -> None:
         os._exit(0)  # there is no group to leave
 
     assert group(2, action) == [0, KILLED]
+
+
+def test_a_process_that_gives_no_sign_of_life_is_given_up_after_a_while(impatient: None, tmp_path: Path) -> None:
+    """As if its machine had lost its power: no connection is closed."""
+
+    def stop() -> None:
+        (tmp_path / "process").write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def action(rank: int) -> None:
+        started = time.monotonic()
+        with pytest.raises(RuntimeError, match="|".join(GONE)):
+            share_out(range(1000), slow(rank, stop))
+        assert 1 < time.monotonic() - started < 15
+        os.kill(int((tmp_path / "process").read_text()), signal.SIGKILL)
+        os._exit(0)
+
+    assert group(2, action) == [0, -signal.SIGKILL]
+
+
+def test_a_process_that_is_interrupted_leaves_at_once_and_the_others_follow() -> None:
+    """By what is no error, such as a second Ctrl-C: it waits for nobody."""
+
+    def action(rank: int) -> None:
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt if rank == 1 else RuntimeError):
+            share_out(range(1000), slow(rank, lambda: fail(KeyboardInterrupt())))
+        assert time.monotonic() - started < (2 if rank == 1 else 15)
+        if rank == 0:
+            os._exit(0)
+
+    assert group(2, action) == [0, 0]
 
 
 def test_of_a_group_one_process_warns(monkeypatch: pytest.MonkeyPatch) -> None:

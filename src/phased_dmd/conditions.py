@@ -52,7 +52,7 @@ class Conditions:
             prompts = [Prompt(prompt.text) for prompt in prompts]
         images = picture_hashes(prompts, between) if pictures is None else pictures
         self._files: dict[Path, tuple[safe_open, dict[str, str]]] = {}
-        fingerprint = on_first_rank(lambda: codec.fingerprint)
+        (fingerprint,) = share_out([codec], lambda codec: codec.fingerprint, between)
 
         def part(name: str, first: int, prompts: Sequence[Prompt], images: Sequence[str]) -> Part:
             key = hashlib.blake2b(fingerprint.encode(), digest_size=16)

@@ -43,11 +43,16 @@ class Company:
                 time.sleep(BEAT * works)
         except RuntimeError as error:
             self.lost, self.failed = error, True
+        else:
+            dist.destroy_process_group(self._group)
         self.over.set()
 
-    def wait(self, meanwhile: Callable[[], object] = lambda: None, failed: bool = False) -> None:
-        """This process works no more; returns once nobody does."""
+    def leave(self, failed: bool) -> None:
+        """This process works no more."""
         self._works, self._failed = False, failed
+
+    def wait(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Returns once nobody works any more."""
         while not self.over.wait(BEAT):
             meanwhile()
 
@@ -61,7 +66,11 @@ def patiently(action: Callable[[Company], T]) -> T:
         result = action(company)
     except Exception as caught:
         error = caught
-    company.wait(failed=error is not None)
+    except BaseException:  # it ends, and waits for nobody
+        company.leave(failed=True)
+        raise
+    company.leave(failed=error is not None)
+    company.wait()
     if company.lost:
         raise company.lost
 
@@ -89,6 +98,7 @@ def share_out(
             if company.failed:
                 return
             done.append(work(item))
+        company.leave(failed=False)
         company.wait(between)
 
     patiently(own_share)
