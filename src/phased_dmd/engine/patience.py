@@ -25,7 +25,7 @@ class Company:
     def __init__(self) -> None:
         self.over = threading.Event()  # nobody works any more
         self.failed = False  # anybody's work
-        self.lost: RuntimeError | None = None
+        self.lost: Exception | None = None
         self._works, self._failed = True, False
         if world_size() == 1:
             self.over.set()
@@ -41,10 +41,9 @@ class Company:
                 dist.all_reduce(found, dist.ReduceOp.MAX, self._group)
                 works, self.failed = map(bool, found.tolist())
                 time.sleep(BEAT * works)
-        except RuntimeError as error:
-            self.lost, self.failed = error, True
-        else:
             dist.destroy_process_group(self._group)
+        except Exception as error:  # whatever it is, this process hears no more of the others
+            self.lost, self.failed = error, True
         self.over.set()
 
     def leave(self, failed: bool) -> None:
