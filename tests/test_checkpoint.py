@@ -821,11 +821,12 @@ def test_a_folder_takes_only_its_own_run(tmp_path: Path) -> None:
     run.open(config, [""])
     assert run.config_path.read_bytes() == before
     for overrides, key in (
-        ({"seed": 4}, "seed"),
-        ({"seed": 3, "plan.shift": 2.0}, "plan.shift"),
-        ({"seed": 3, "fake.updates": 1}, "fake.updates"),
+        ({"seed": 4}, "seed is 3 there, 4 here"),
+        ({"seed": 3, "plan.shift": 2.0}, "plan.shift is 1.0 there, 2.0 here"),
+        ({"seed": 3, "fake.updates": 1}, "fake.updates is 5 there, 1 here"),
     ):
-        with pytest.raises(UserError, match=rf"holds another run of toy-1d, which differs in {re.escape(key)}$"):
+        whole = rf"holds another run of toy-1d: {re.escape(key)}; take another --output$"  # no experts to go on from
+        with pytest.raises(UserError, match=whole):
             run.open(resolve("toy-1d", overrides), [""])
     assert run.config_path.read_bytes() == before
 
@@ -836,6 +837,36 @@ def test_a_run_may_go_on_with_another_engine(tmp_path: Path) -> None:
     before = run.config_path.read_bytes()
     run.open(resolve("toy-1d", {"engine.micro_batch": 8}), [""])
     assert run.config_path.read_bytes() == before
+
+
+@pytest.mark.parametrize("field", ["log_every", "sample_every", "checkpoint_every", "keep_last", "skips"])
+def test_a_run_may_go_on_with_another_cadence(field: str, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.open(resolve("toy-1d", {}), [""])
+    run.open(resolve("toy-1d", {field: 7}), [""])
+
+
+def test_a_run_goes_on_wherever_the_same_contents_lie_and_knows_the_new_places(tmp_path: Path) -> None:
+    """By hashes; its other fields stay as they were when it was begun."""
+    run, begun = RunFolder(tmp_path / "run"), resolve("nano-t2i", {"prompts": "a.txt", "init_experts": "runs/a"})
+    run.open(begun, ['{"prompt": "x"}'], {"prompts": ("prompts: a.txt", "1"), "init_experts": ("...", "2")})
+    places = {
+        "prompts": "/data/b.txt",
+        "init_experts": "/data/a",
+        "teacher.path": "/data/nano",
+        "teacher.revision": "v2",
+    }
+    moved = resolve("nano-t2i", {**places, "log_every": begun.log_every + 1})
+    run.check(moved)
+    assert run.moved(moved) and run.config() == begun
+    run.open(moved, ['{"prompt": "x"}'], {"prompts": ("prompts: /data/b.txt", "1"), "init_experts": ("...", "2")})
+    assert run.config() == moved.model_copy(update={"log_every": begun.log_every}) and not run.moved(moved)
+    with pytest.raises(UserError, match=rf"^prompts: c.txt is not what it was when {run.path} was begun; bring that"):
+        run.open(begun, [""], {"prompts": ("prompts: c.txt", "3"), "init_experts": ("...", "2")})
+    assert run.config().prompts == "/data/b.txt" and (run.path / "prompts.jsonl").read_text() == '{"prompt": "x"}\n'
+    (run.path / "contents.json").write_text('{"pro')
+    with pytest.raises(UserError, match=r"contents.json: damaged"):
+        run.open(moved, [""], {"prompts": ("prompts: /data/b.txt", "1")})
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:

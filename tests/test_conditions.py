@@ -1,6 +1,9 @@
 """The cache of encoded prompts: what comes back, what is encoded again and what is not, and damage."""
 
+import hashlib
+import json
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -10,25 +13,28 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyCodec, TinyWan, draw
+from conftest import TinyCodec, TinyWan, draw, killed_after
+from faults import group
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phased_dmd import conditions, system
-from phased_dmd.checkpoint import save_tensors
+from phased_dmd.checkpoint import RunFolder, awaited, save_tensors
 from phased_dmd.cli import main
-from phased_dmd.conditions import CHUNK, Conditions
+from phased_dmd.conditions import CHUNK, Conditions, picture_hashes
 from phased_dmd.config import Config
 from phased_dmd.draws import bucket_weights
 from phased_dmd.errors import Stopped, UserError
+from phased_dmd.models import contents
 from phased_dmd.models.analytic import PlainCodec
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import Source
-from phased_dmd.models.wan import WanCodec
+from phased_dmd.models.wan import NANO, WanCodec
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
 from phased_dmd.teachers import Size, WanTeacher
-from phased_dmd.train import distill, prepare
+from phased_dmd.train import check_prompts, distill, prepare
 
 MANY = [Prompt(f"prompt {i} {'x' * (i % 7)}") for i in range(2 * CHUNK + 5)]  # three files
 
@@ -382,6 +388,189 @@ def test_a_signal_ends_the_encoding_between_two_files(
     assert (tmp_path / "run" / "experts" / "phase-2.safetensors").exists()
 
 
+# ---------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_each_process_of_a_group_encodes_a_share_of_the_files(already: bool, tmp_path: Path) -> None:
+    """Three files of prompts and one of the negative prompt; or none, where all is there already."""
+    if already:
+        Conditions(Recorder(), MANY, "", tmp_path / "cache")
+
+    def action(rank: int) -> None:
+        codec = Recorder()
+        cache = Conditions(codec, MANY, "", tmp_path / "cache")
+        first = [[prompt.text for prompt in MANY[i : i + CHUNK]] for i in range(0, len(MANY), CHUNK)]
+        assert codec.texts == ([] if already else [first[0], first[2]] if rank == 0 else [first[1], [""]])
+        assert same_rows(cache, MANY) and same(cache.negative, Recorder().encode_text([""])[0])
+
+    assert group(2, action) == [0, 0]
+
+
+def test_a_run_waits_for_another_one_that_fills_the_folder_and_can_be_stopped_meanwhile(tmp_path: Path) -> None:
+    with awaited(tmp_path / ".lock"), pytest.raises(ZeroDivisionError):
+        times = iter([None, None, 0])
+        Conditions(Recorder(), MANY, "", tmp_path, lambda: 1 / 0 if next(times) == 0 else None)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_of_a_group_each_process_reads_a_share_of_the_first_frames(tmp_path: Path) -> None:
+    prompts = pictures(tmp_path, "a.png", "b.png", "c.png")
+
+    def action(rank: int) -> None:
+        read, read_bytes = [], Path.read_bytes
+        Path.read_bytes = lambda path: (read.append(path.name), read_bytes(path))[1]
+        assert picture_hashes(prompts) == [blake2b(name) for name in (b"a.png", b"b.png", b"c.png")]
+        assert read == (["a.png", "c.png"] if rank == 0 else ["b.png"])
+
+    def blake2b(data: bytes) -> str:
+        return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+    assert group(2, action) == [0, 0]
+    assert picture_hashes([Prompt("a fox")]) == [""]
+
+
+# ---------------------------------------------------------------- what a file of weights holds
+
+
+@pytest.fixture
+def hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that were read in whole for their hash; of any size and age they are remembered."""
+    read, digest = [], hashlib.file_digest
+
+    def spy(file: Any, *more: Any) -> Any:
+        read.append(Path(file.name).name)
+        return digest(file, *more)
+
+    monkeypatch.setattr(hashlib, "file_digest", spy)
+    monkeypatch.setattr(contents, "REMEMBERED", 0)
+    monkeypatch.setattr(contents, "SETTLED", -1e9)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    return read
+
+
+def encoder_of(folder: Path, size: int = 300_000) -> Path:
+    """A file of weights in a pipeline's folder."""
+    path = folder / "text_encoder" / "model.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(bytes(size))
+    return path
+
+
+def fingerprint(folder: Path) -> str:
+    return Source(WanTeacher(path=str(folder))).fingerprint(["text_encoder"])
+
+
+@pytest.mark.parametrize("at", [0, 150_000, 299_999])
+def test_an_encoder_that_is_changed_anywhere_has_another_fingerprint(at: int, tmp_path: Path) -> None:
+    path = encoder_of(tmp_path)
+    before = fingerprint(tmp_path)
+    assert fingerprint(tmp_path) == before
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(b"\1")
+    assert fingerprint(tmp_path) != before
+
+
+def test_a_file_of_weights_is_read_again_only_once_it_was_touched(hashed: list[str], tmp_path: Path) -> None:
+    """In place, of the same size, and with its old time put back; a link is the same file."""
+    path = encoder_of(tmp_path / "base")
+    before = fingerprint(tmp_path / "base")
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    assert fingerprint(tmp_path / "base") == fingerprint(tmp_path / "link") == before
+    assert hashed == ["model.safetensors"]
+    stat = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"\1")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_mtime_ns == stat.st_mtime_ns and fingerprint(tmp_path / "base") != before
+    assert hashed == ["model.safetensors"] * 2
+
+
+@pytest.mark.parametrize("fault", ["nowhere to keep it", "damaged", "just written"])
+def test_a_hash_that_cannot_be_relied_on_is_made_again(
+    fault: str, hashed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder_of(tmp_path / "base")
+    if fault == "nowhere to keep it":
+        (tmp_path / "xdg").write_text("a file")
+    if fault == "just written":
+        monkeypatch.setattr(contents, "SETTLED", 1000)
+    before = fingerprint(tmp_path / "base")
+    for note in (tmp_path / "xdg").rglob("*.json"):
+        note.write_bytes(b'{"file"')
+    assert fingerprint(tmp_path / "base") == before and len(hashed) == 2
+
+
+# ---------------------------------------------------------------- a run whose inputs have moved
+
+
+def resharded(base: Path, folder: Path) -> Path:
+    """A copy of a base, with its transformer in two files and in the words of another version of diffusers."""
+    shutil.copytree(base, folder)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    tensors, where = load_file(file), {}
+    for i, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2])):
+        save_file({name: tensors[name] for name in names}, file.with_name(f"part-{i}.safetensors"), {"format": "pt"})
+        where |= dict.fromkeys(names, f"part-{i}.safetensors")
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))  # a variant beside it, which is not loaded
+    (file.parent / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    config = json.loads((file.parent / "config.json").read_text())
+    (file.parent / "config.json").write_text(json.dumps(config | {"_diffusers_version": "1.0", "_name_or_path": "x"}))
+    return folder
+
+
+def test_a_base_is_the_same_however_it_is_cut_and_reached_and_another_once_a_tensor_is(tmp_path: Path) -> None:
+    def held(path: Path | str) -> str:
+        return Source(WanTeacher(path=str(path))).contents()
+
+    copy = resharded(NANO, tmp_path / "copy")
+    assert held("nano") == held(NANO) == held(copy) != held("nano-moe")
+    file = copy / "transformer" / "part-1.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, file, {"format": "pt"})
+    assert held(copy) != held("nano")
+
+
+def test_a_run_goes_on_where_prompts_base_and_initial_experts_have_moved_to(tiny_run: Callable, tmp_path: Path) -> None:
+    """To the byte, and only with the same."""
+    first = distill(tiny_run()[0], tmp_path / "first", quiet=True)
+
+    def config(**places: object) -> Config:
+        here = {"init_experts": first} | places
+        return tiny_run(checkpoint_every=1, **{field: str(place) for field, place in here.items()})[0]
+
+    whole, run, data = distill(config(), tmp_path / "whole", quiet=True), tmp_path / "run", tmp_path / "data"
+    with killed_after(1, 1):
+        distill(config(), run, quiet=True)
+    words = (tmp_path / "prompts.txt").read_text()
+    (tmp_path / "prompts.txt").unlink()
+    shutil.copytree(first, data / "first")
+    (data / "prompts.txt").write_text(words)
+    (data / "others.txt").write_text(words.replace("digit", "number"))
+    moved = {"prompts": data / "prompts.txt", "init_experts": data / "first"}
+    moved["teacher.path"] = resharded(NANO, data / "nano")
+
+    def refused(message: str, **places: object) -> None:
+        with pytest.raises(UserError, match=rf"^{message} is not what it was when {run} was begun"):
+            distill(config(**moved | places), run, quiet=True)
+
+    refused(f"prompts: {data}/others.txt", prompts=data / "others.txt")
+    refused(f"init_experts: {whole}", init_experts=whole)
+    refused("teacher.path: nano-moe", **{"teacher.path": "nano-moe"})
+    assert distill(config(**moved), run, quiet=True) == run
+    for phase in (1, 2):
+        assert RunFolder(run).expert_path(phase).read_bytes() == RunFolder(whole).expert_path(phase).read_bytes()
+    assert RunFolder(run).config() == config(**moved)
+
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    (data / "copy.txt").write_text(words)
+    assert distill(config(**moved | {"prompts": data / "copy.txt"}), run, quiet=True) == run  # finished: left as it is
+    refused(f"prompts: {data}/others.txt", prompts=data / "others.txt")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 # ---------------------------------------------------------------- prompts that are too long
 
 WORDS = ["digit"] * 20  # a token each; the end is one more
@@ -402,6 +591,20 @@ def test_prompts_that_are_cut_off_are_counted_in_a_warning(tmp_path: Path) -> No
     assert [len(cache.row(i, 0)["text"]) for i in range(4)] == [15, 16, 16, 16]
     with pytest.raises(UserError, match=f"^{message}$"):
         prepare(config, strict=True)
+
+
+def test_of_a_group_one_process_warns_of_prompts_that_are_cut_off() -> None:
+    class Short(PlainCodec):
+        def too_long(self, prompts: Sequence[str]) -> int:
+            return 2
+
+    def action(rank: int) -> None:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            check_prompts(Short(), MANY, strict=False)
+        assert len(warned) == (rank == 0)
+
+    assert group(2, action) == [0, 0]
 
 
 def test_prompts_that_fit_are_no_warning(tmp_path: Path) -> None:

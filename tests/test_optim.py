@@ -64,6 +64,20 @@ def test_stores_no_first_moment() -> None:
     assert sum(t.numel() for t in stored) == sum(p.numel() for p in net.parameters())
 
 
+def test_a_second_moment_in_bfloat16_serves_weights_of_any_type() -> None:
+    """A float64 weight takes the step of a float32 one: of the same gradient, rounded by the same draw."""
+    moved = {}
+    for dtype in (torch.float32, torch.float64):
+        p = nn.Parameter(torch.ones(64, dtype=dtype))
+        optimiser = MomentumFreeAdamW([p], lr=0.1, second_moment=torch.bfloat16)
+        for _ in range(3):
+            p.grad = torch.linspace(-1, 1, 64, dtype=torch.float32).to(dtype)
+            optimiser.step()
+        moved[dtype] = p.detach().float()
+    assert not torch.equal(moved[torch.float64], torch.ones(64))
+    torch.testing.assert_close(moved[torch.float64], moved[torch.float32], rtol=1e-2, atol=1e-2)
+
+
 def test_a_second_moment_in_bfloat16_keeps_its_small_steps() -> None:
     """v -> .999 v + .001 g^2 from 0 towards 1: rounded to nearest, it stops where .001 of the rest is half an ulp."""
     p, nearest = nn.Parameter(torch.zeros(4096)), torch.zeros((), dtype=torch.bfloat16)

@@ -252,6 +252,23 @@ def test_a_run_cut_off_between_phases_is_byte_identical(
     assert files(run) == uninterrupted
 
 
+def test_a_run_that_goes_on_with_other_cadences_trains_the_same_and_counts_what_is_clipped_right(
+    tmp_path: Path,
+) -> None:
+    """Killed after iteration 7 of phase 2, between two lines of metrics; every gradient is clipped."""
+    config, run = long(checkpoint_every=7, generator__optimiser__clip=1e-6), tmp_path / "run"
+    whole = distill(config, tmp_path / "whole", quiet=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill(patch, "after a checkpoint")
+        distill(config, run, quiet=True)
+    other = config.model_copy(update={"log_every": 4, "sample_every": 3, "checkpoint_every": 2})
+    distill(other, run, quiet=True)
+    rows = [row for row in metrics(run) if row["phase"] == 2]
+    assert [(row["iteration"], row["clipped"]) for row in rows] == [(2, 1), (4, 1), (6, 1), (8, 1), (10, 1)]
+    for phase in (1, 2):
+        assert RunFolder(run).expert_path(phase).read_bytes() == RunFolder(whole).expert_path(phase).read_bytes()
+
+
 def test_a_run_killed_after_every_iteration_is_byte_identical(tmp_path: Path) -> None:
     config = toy(iterations=3, checkpoint_every=1, generator__ema=0.5)
     whole = files(distill(config, tmp_path / "whole", quiet=True))
@@ -286,16 +303,20 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
 def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     run = distill(toy(), tmp_path / "run", quiet=True)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    for overrides, key in (
-        ({"seed": 1}, "seed"),
-        ({"plan__shift": 2.0}, "plan.shift"),
-        ({"iterations": 4}, "iterations"),
-        ({"generator__optimiser__lr": 2e-3, "iterations": 4}, "generator.optimiser.lr"),  # the first of two
-        ({"generator__ema": 0.5}, "generator.ema"),
+    for overrides, difference in (
+        ({"seed": 1}, "seed is 0 there, 1 here"),
+        ({"plan__shift": 2.0}, "plan.shift is 1.0 there, 2.0 here"),
+        ({"iterations": 4}, "iterations is 3 there, 4 here"),
+        ({"generator__optimiser__lr": 2e-2, "iterations": 4}, "generator.optimiser.lr is 0.0005 there, 0.02 here"),
+        ({"generator__ema": 0.5}, "generator.ema is null there, 0.5 here"),
+        ({"teacher__means": [[0.0]] * 40}, "teacher.means is [["),  # cut
     ):
         with pytest.raises(UserError) as error:
             distill(toy(**overrides), run, quiet=True)
-        assert str(error.value) == f"--output: {run} holds another run of toy-1d, which differs in {key}"
+        said = str(error.value)
+        assert said.startswith(f"--output: {run} holds another run of toy-1d: {difference}")
+        assert len(said) < 250 + 2 * len(str(run))
+        assert said.endswith(f"; take another --output, with --init-experts {run} to go on from its experts")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 

@@ -101,7 +101,9 @@ def distill(
 
     RunFolder(folder).check(config)
     if not dry_run and RunFolder(folder).finished(config):
-        tell(f"{folder}: already distilled")
+        from phased_dmd.train import distill as run
+
+        tell(f"{run(config, folder)}: already distilled")
         return
     plan = config.plan
     about = f"{config.method} on {config.recipe}, {_count(plan.steps, 'step')} in {_count(plan.phases, 'phase')}"

@@ -3,18 +3,30 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from phased_dmd.checkpoint import HEADER, awaited, save_tensors
+from phased_dmd.engine.patience import share_out
+from phased_dmd.engine.world import on_first_rank
 from phased_dmd.errors import UserError
 from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.prompts import Prompt
 
 CHUNK = 64  # prompts a file, and a call of the encoder
+
+
+class Part(NamedTuple):
+    """Some of the prompts, the first of them number `first`, and the file of what they are encoded to."""
+
+    path: Path
+    first: int
+    prompts: Sequence[Prompt]
 
 
 class Conditions:
@@ -27,25 +39,35 @@ class Conditions:
 
     def __init__(
         self, codec: Codec, prompts: Sequence[Prompt], negative: str, folder: Path,
-        between: Callable[[], object] = lambda: None,
+        between: Callable[[], object] = lambda: None, pictures: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
-        """Encodes what is not in the folder yet, and frees the encoder.
+        """Encodes what is not in the folder yet, each process of a group a share of the files, and frees the encoder.
 
-        between: called before each file; what it raises ends the encoding, which goes on another time.
+        between: called before each file, and while others are waited for; what it raises ends the encoding, which goes
+        on another time. pictures: see `picture_hashes`.
         """
         self.folder, self.num_prompts = folder, len(prompts)
         self.buckets = fitting(codec, prompts)
         if not codec.takes_images:
             prompts = [Prompt(prompt.text) for prompt in prompts]
-        self._between = between
+        images = picture_hashes(prompts, between) if pictures is None else pictures
         self._files: dict[Path, tuple[safe_open, dict[str, str]]] = {}
-        self._chunks = [
-            self._encode(codec, f"{start // CHUNK:05d}", start, prompts[start : start + CHUNK])
-            for start in range(0, len(prompts), CHUNK)
+        (fingerprint,) = share_out([codec], lambda codec: codec.fingerprint, between)
+
+        def part(name: str, first: int, prompts: Sequence[Prompt], images: Sequence[str]) -> Part:
+            key = hashlib.blake2b(fingerprint.encode(), digest_size=16)
+            key.update(repr(([prompt.text for prompt in prompts], images)).encode())
+            return Part(folder / f"{name}-{key.hexdigest()}.safetensors", first, prompts)
+
+        chunks = [
+            part(f"{i // CHUNK:05d}", i, prompts[i : i + CHUNK], images[i : i + CHUNK])
+            for i in range(0, len(prompts), CHUNK)
         ]
-        negative_file = self._encode(codec, "negative", 0, [Prompt(negative)])
+        last = part("negative", 0, [Prompt(negative)], [""])
+        self._encode(codec, [*chunks, last], between)
         codec.free()
-        self.negative = self._read(negative_file, "0.")
+        self._chunks = [chunk.path for chunk in chunks]
+        self.negative = self._read(last.path, "0.")
 
     def eligible(self, bucket: int) -> Sequence[int]:
         """The prompts that can be drawn in a bucket: all, or those whose first frame fits it."""
@@ -57,19 +79,17 @@ class Conditions:
         image = self._read(file, f"{index}.{bucket}.") if self.buckets else {}
         return self._read(file, f"{index}.") | image
 
-    def _encode(self, codec: Codec, name: str, first: int, prompts: Sequence[Prompt]) -> Path:
-        """The file of some of the prompts, the first of them number `first`; written if it is not there."""
-        images = [hashlib.blake2b(prompt.image.read_bytes() if prompt.image else b"").hexdigest() for prompt in prompts]
-        key = hashlib.blake2b(codec.fingerprint.encode(), digest_size=16)
-        key.update(repr(([prompt.text for prompt in prompts], images)).encode())
-        path = self.folder / f"{name}-{key.hexdigest()}.safetensors"
-        if _is_whole(path):
-            return path
-        with awaited(self.folder / ".lock"):  # of a folder that runs share
-            if not _is_whole(path):
-                self._between()
-                self._write(codec, path, first, prompts)
-        return path
+    def _encode(self, codec: Codec, parts: Sequence[Part], between: Callable[[], object]) -> None:
+        """Writes the files that are not there. Of the runs that share the folder, one does so at a time."""
+
+        def missing() -> list[int]:
+            return [i for i, part in enumerate(parts) if not _is_whole(part.path)]
+
+        if not on_first_rank(missing):
+            return
+        with ExitStack() as stack:
+            share_out([self.folder / ".lock"], lambda lock: stack.enter_context(awaited(lock, between)), between)
+            share_out(on_first_rank(missing), lambda i: self._write(codec, *parts[i]), between)
 
     def _write(self, codec: Codec, path: Path, first: int, prompts: Sequence[Prompt]) -> None:
         tensors = {}
@@ -93,6 +113,15 @@ class Conditions:
             if _hash(row[name.removeprefix(prefix)]) != hashes[name]:
                 raise UserError(f"{path}: {name} is damaged; remove the file")
         return row
+
+
+def picture_hashes(prompts: Sequence[Prompt], between: Callable[[], object] = lambda: None) -> list[str]:
+    """Of all bytes of the prompts' first frames, empty where there is none; each process reads a share."""
+
+    def picture_hash(prompt: Prompt) -> str:
+        return hashlib.blake2b(prompt.image.read_bytes(), digest_size=16).hexdigest() if prompt.image else ""
+
+    return share_out(prompts, picture_hash, between) if any(prompt.image for prompt in prompts) else [""] * len(prompts)
 
 
 def fitting(codec: Codec, prompts: Sequence[Prompt]) -> list[list[int]]:

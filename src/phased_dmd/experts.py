@@ -75,8 +75,7 @@ class Roles:
     def _copy(self, network: int) -> nn.Module:
         """A copy of the base without its adapters, in float32 at least: a step of 1e-6 is lost in half precision."""
         made = copy.deepcopy(self._outlines[network])
-        dtypes = {p.dtype for p in made.parameters()}
-        trained = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        dtypes, trained = {p.dtype for p in made.parameters()}, _trained_dtype(made)
         for p in made.parameters():
             p.data = p.data.to(trained)
         self._spread(made, torch.bfloat16 if torch.bfloat16 in dtypes else None)
@@ -98,6 +97,7 @@ class Roles:
             ),
         )
         trained = [p for p in base.parameters() if p.requires_grad]
+        dtype = _trained_dtype(base)  # of the base, not of what peft made: that differs where the base has no values
         with torch.random.fork_rng(devices=()), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # that is the point
             torch.manual_seed(seed)
@@ -109,7 +109,7 @@ class Roles:
         self._tuned[network] = [module for module in base.modules() if isinstance(module, LoraLayer)]
         _switch(self._tuned[network], self._on[network])
         for p in self.parameters(role).values():
-            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+            p.data = p.data.to(dtype)
 
     def train(self, role: str) -> None:
         """From now on the role trains."""
@@ -210,6 +210,12 @@ class Roles:
             if adapter != self._on[network]:
                 _switch(self._tuned[network], adapter)
                 self._on[network] = adapter
+
+
+def _trained_dtype(network: nn.Module) -> torch.dtype:
+    """Of what trains on a network: float32, or the widest that it has itself."""
+    dtypes = {p.dtype for p in network.parameters() if p.is_floating_point()}
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def _bare(network: nn.Module) -> nn.Module:

@@ -73,7 +73,7 @@ class MomentumFreeAdamW(torch.optim.Optimizer):
         )  # fmt: skip
         for i, (v, square) in enumerate(zip(stored, squares, strict=True)):
             if v is not square:
-                v.copy_(_round_at_random(square, seed_of(self.seed, i, int(steps[i]), rank())))
+                v.copy_(_round_at_random(square.to(torch.float32), seed_of(self.seed, i, int(steps[i]), rank())))
 
 
 def _own(tensor: Tensor) -> Tensor:

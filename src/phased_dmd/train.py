@@ -1,7 +1,7 @@
 """`distill`: the training of Phased DMD, its baselines and ablations, top to bottom: run, phase, iteration."""
 
+import hashlib
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -15,15 +15,18 @@ from rich.table import Column
 from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder
-from phased_dmd.conditions import Conditions, fitting
+from phased_dmd.conditions import Conditions, fitting, picture_hashes
 from phased_dmd.config import Config
 from phased_dmd.draws import Draws, bucket_weights
+from phased_dmd.engine.patience import patiently
 from phased_dmd.engine.signals import Signals
-from phased_dmd.engine.world import check, first_then_rest, on_first_rank, processes, rank, shares
+from phased_dmd.engine.world import check, on_first_rank, processes, rank, shares, warn
 from phased_dmd.errors import Stopped, UserError
 from phased_dmd.experts import FAKE, expert_role
 from phased_dmd.media import save_preview
+from phased_dmd.models.contents import file_hash
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
+from phased_dmd.models.source import Source
 from phased_dmd.optim import Learner, NonFiniteError
 from phased_dmd.paths import Paths
 from phased_dmd.prompts import Prompt, read_prompts
@@ -39,7 +42,8 @@ from phased_dmd.system import (
     load_teacher,
     remove_fake,
 )
-from phased_dmd.trackers import check_trackers, open_tracker
+from phased_dmd.teachers import PipelineTeacher
+from phased_dmd.trackers import Trackers, check_trackers
 from phased_dmd.updates import distribution_matching, over, score_matching
 
 
@@ -64,7 +68,7 @@ def check_prompts(codec: Codec, prompts: Sequence[Prompt], strict: bool) -> None
         message = f"prompts: {cut} of {len(prompts)} are longer than the text encoder takes, and are cut off"
         if strict:
             raise UserError(message)
-        warnings.warn(message, stacklevel=2)
+        warn(message)
 
 
 def initial_expert(config: Config, model: VelocityModel, phase: int) -> dict[str, Tensor]:
@@ -99,6 +103,7 @@ class Position:
     fake_losses: list[float] = field(default_factory=list)
     fake_norm: float = 0.0
     clipped: int = 0
+    counted: int = 0  # iterations since the last line, of which `clipped` were
     skipped: int = 0
 
 
@@ -114,6 +119,7 @@ class Job:
     micro_batches: Sequence[Sequence[range]]  # see `shares`
     fresh_fakes: Mapping[int, dict[str, Tensor]]  # see `add_adapters`
     signals: Signals
+    trackers: Trackers
     quiet: bool
 
     def batch(self, at: Position, update: int) -> Iterator[tuple[Draws, Condition]]:
@@ -129,8 +135,9 @@ def distill(
 ) -> Path:  # fmt: skip
     """Distils the config's teacher, phase by phase, into the run folder `output` (runs/<recipe>); returns the folder.
 
-    An unfinished run of the same config goes on from its last checkpoint; a finished one is left as it is. In the
-    processes that torchrun starts, all call this, and share the work.
+    An unfinished run of the same config goes on from its last checkpoint; a finished one is left as it is. Where its
+    prompts, base and initial experts lie is no part of a config: they are compared by what they hold. In the processes
+    that torchrun starts, all call this, and share the work.
     own: the model and codec of a teacher of the user's own. cache: a folder of encoded prompts that runs share
     (RUN/conditions). strict: refuse prompts that would be cut off. Raises UserError for what the user can mend,
     NonFiniteError before a step that would spoil the weights, Stopped after SIGTERM or SIGINT.
@@ -139,25 +146,42 @@ def distill(
     with processes(alone=config.engine.offload):
         run.check(config)
         if on_first_rank(lambda: run.finished(config)):
+            on_first_rank(lambda: compare_finished(run, config))
             return run.path
         check(config.engine)
         micro_batches = shares(config.batch_size, config.engine, pairs=config.rollouts.antithetic is not None)
-        model, codec, prompts = prepare(config, own, strict)
-        with Signals() as signals, run.locked():
-            on_first_rank(lambda: run.open(config, [prompt.line() for prompt in prompts]))
-            with first_then_rest():
-                conditions = encode_prompts(config, codec, prompts, cache or run.path / "conditions", signals)
+        model, codec, prompts = patiently(lambda _: prepare(config, own, strict))
+        with (
+            Signals() as signals, run.locked(),
+            Trackers(config.trackers if rank() == 0 else (), run.path, config) as trackers,
+        ):  # fmt: skip
+            kept = cache or run.path / "conditions"
+            between = partial(leave_encoding, signals, kept)
+            pictures = picture_hashes(prompts, between) if codec.takes_images else None
+            lines = [prompt.line() for prompt in prompts]
+            on_first_rank(lambda: run.open(config, lines, contents(config, prompts, pictures)))
+            negative = config.teacher.negative_prompt
+            conditions = Conditions(codec, prompts, negative, kept, between, pictures) if prompts else None
             system = build_system(config, model, conditions.negative if conditions else {})
             fresh_fakes = add_adapters(system)
             system.roles.spread(config.engine)
             weights = bucket_weights(config, conditions)
-            job = Job(run, system, codec, conditions, weights, micro_batches, fresh_fakes, signals, quiet or rank() > 0)
+            job = Job(
+                run, system, codec, conditions, weights, micro_batches, fresh_fakes, signals, trackers,
+                quiet or rank() > 0,
+            )  # fmt: skip
             for phase in range(1, system.plan.num_phases + 1):
                 if learners := begin(job, phase):
                     with run.scratch("pool") if config.rollouts.pool_on_disk else nullcontext() as folder:
                         train_phase(job, phase, *learners, Paths(config.rollouts.reuse, folder))
                     end(job, phase, learners[0])
     return run.path
+
+
+def compare_finished(run: RunFolder, config: Config) -> None:
+    """A UserError where the config's places, if they are others than the run's, lead to something else."""
+    if run.moved(config):
+        run.compare(contents(config, read_prompts(config.prompts) if config.prompts is not None else []))
 
 
 def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
@@ -181,7 +205,8 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Pat
     state, iterations = expert.state() | fake.state(), config.phase_iterations(phase)
     at = Position(**(run.load_checkpoint(phase, state) or {"phase": phase}))
     on_first_rank(lambda: run.rewind_metrics(phase, at.iteration))
-    trackers = [open_tracker(name, run.path, config) for name in config.trackers] if rank() == 0 else []
+    done = sum(map(config.phase_iterations, range(1, phase)))
+    job.trackers.begin(done + at.iteration)
     with progress_bar(config, phase, at.iteration, job.quiet) as show:
         cpu_seconds = 0.0  # since the last line
         while at.iteration < iterations:
@@ -199,23 +224,21 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Pat
                 norm = step(job, expert, loss, at, state)
             at.clipped += norm is not None and norm > config.generator.optimiser.clip
             fake_loss = sum(at.fake_losses) / len(at.fake_losses) if at.fake_losses else None
-            at.iteration, at.update, at.fake_losses = at.iteration + 1, 0, []
+            at.iteration, at.update, at.fake_losses, at.counted = at.iteration + 1, 0, [], at.counted + 1
             cpu_seconds += time.process_time() - cpu_started
 
             last = at.iteration == iterations
             show(at.iteration, f"fake {fake_loss or 0:.3g} generator {loss:.3g}")
             if at.iteration % config.log_every == 0 or last:
-                since = (at.iteration - 1) % config.log_every + 1
                 row = {
                     "phase": phase, "iteration": at.iteration, "fake_loss": fake_loss,
                     "generator_loss": None if norm is None else loss, "fake_gradient_norm": at.fake_norm,
-                    "generator_gradient_norm": norm, "clipped": at.clipped / since,
+                    "generator_gradient_norm": norm, "clipped": at.clipped / at.counted,
                 }  # fmt: skip
                 row |= {"skipped": at.skipped} if config.skips else {}
                 on_first_rank(partial(log, run, row, time.perf_counter() - started, cpu_seconds))
-                at.clipped, cpu_seconds = 0, 0.0
-                for track in trackers:
-                    track(sum(map(config.phase_iterations, range(1, phase))) + at.iteration, row)
+                at.clipped, at.counted, cpu_seconds = 0, 0, 0.0
+                job.trackers.track(done + at.iteration, row)
             if at.iteration % config.sample_every == 0 or last:
                 save_samples(job, at, expert)
             if at.iteration % config.checkpoint_every == 0:
@@ -245,7 +268,7 @@ def step(job: Job, learner: Learner, loss: float, at: Position, state: Mapping[s
         learner.skip()
         if at.skipped < config.skips:
             at.skipped += 1
-            warnings.warn(f"{error}; left out, {at.skipped} of at most {config.skips} in this phase", stacklevel=2)
+            warn(f"{error}; left out, {at.skipped} of at most {config.skips} in this phase")
             return None
         try:
             kept = f"the state before it is in {job.run.save_failure(asdict(at), state)}"
@@ -277,19 +300,34 @@ def save_samples(job: Job, at: Position, expert: Learner) -> None:
     on_first_rank(lambda: job.run.save_samples(name, lambda path: save_preview(path, preview)))
 
 
-def encode_prompts(
-    config: Config, codec: Codec, prompts: Sequence[Prompt], folder: Path, signals: Signals
-) -> Conditions | None:
-    """The prompts' conditions; None for a teacher that takes no prompts. Stopped after a signal."""
+def contents(
+    config: Config, prompts: Sequence[Prompt], pictures: Sequence[str] | None = None
+) -> dict[str, tuple[str, str]]:
+    """For what the config only says the place of: that in words, and a hash of what is there.
 
-    def leave_if_asked() -> None:
-        if signals.noted:
-            message = f"{folder}: stopped while prompts were encoded; the same command goes on from there"
-            raise Stopped(signals.noted, message)
+    pictures: see `picture_hashes`; None where they are not looked at.
+    """
+    teacher = config.teacher
+    experts = sorted(Path(config.init_experts, "experts").glob("phase-*")) if config.init_experts else []
+    held: dict[str, tuple[str, object]] = {
+        "prompts": (f"prompts: {config.prompts}", [prompt.text for prompt in prompts]),
+        "init_experts": (f"init_experts: {config.init_experts}", [file_hash(path) for path in experts]),
+    }
+    if pictures is not None:
+        held["pictures"] = f"prompts: a first frame of {config.prompts}", pictures
+    if isinstance(teacher, PipelineTeacher):
+        held["teacher"] = f"teacher.path: {teacher.path}", Source(teacher).contents()
+    return {
+        name: (where, hashlib.blake2b(repr(what).encode(), digest_size=16).hexdigest())
+        for name, (where, what) in held.items()
+    }
 
-    if not prompts:
-        return None
-    return Conditions(codec, prompts, config.teacher.negative_prompt, folder, leave_if_asked)
+
+def leave_encoding(signals: Signals, folder: Path) -> None:
+    """Raises Stopped after a signal that this process got."""
+    if signals.noted:
+        message = f"{folder}: stopped while prompts were encoded; the same command goes on from there"
+        raise Stopped(signals.noted, message)
 
 
 def preview_samples(

@@ -3,14 +3,16 @@
 import errno
 import fcntl
 import os
-import warnings
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from phased_dmd.engine.world import warn
 from phased_dmd.errors import UserError
 
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems without locks answer
+POLL = 0.1  # seconds
 
 
 @contextmanager
@@ -37,19 +39,32 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def awaited(path: Path) -> Iterator[None]:
-    """Holds an exclusive `flock` on the file, which stays, once no other process does; OSError if it cannot be made."""
+def awaited(path: Path, meanwhile: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Holds an exclusive `flock` on the file, which stays, once no other process does; OSError if it cannot be made.
+
+    meanwhile: called again and again while another process holds it; what it raises ends the waiting.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
+        while not _free(descriptor):
+            meanwhile()
+            time.sleep(POLL)
         yield
     finally:
         os.close(descriptor)
+
+
+def _free(descriptor: int) -> bool:
+    """Whether no other process had the lock; it is this one's now. Where there are no locks, nobody has one."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    return True
 
 
 def _take(path: Path) -> int:
@@ -67,7 +82,7 @@ def _take(path: Path) -> int:
             if error.errno not in UNSUPPORTED:
                 os.close(descriptor)
                 raise
-            warnings.warn(f"{path.parent} cannot be locked: run no second process on it", stacklevel=2)
+            warn(f"{path.parent} cannot be locked: run no second process on it")
         with suppress(FileNotFoundError):  # the former holder may have removed the file between our two calls
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 os.ftruncate(descriptor, 0)

@@ -3,10 +3,10 @@
 import itertools
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -15,19 +15,28 @@ from phased_dmd.checkpoint.files import partial_of, refuse_link, refuse_links, s
 from phased_dmd.checkpoint.folders import Damaged, Point, check, read_folder, remove, verify, write_folder
 from phased_dmd.checkpoint.lock import locked
 from phased_dmd.config import Config
-from phased_dmd.engine.world import on_first_rank, rank
+from phased_dmd.engine.world import on_first_rank, rank, warn
 from phased_dmd.errors import UserError
 from phased_dmd.overrides import build
 
-OTHERWISE = {"engine", "keep_last", "keep_every", "skips", "trackers"}  # fields in which the same run may differ
+CADENCES = {"log_every", "sample_every", "checkpoint_every"}
+OTHERWISE = {"engine", "keep_last", "keep_every", "skips", "trackers", *CADENCES}  # in which the same run may differ
+PLACES = {"prompts": True, "teacher": {"path": True, "revision": True}, "init_experts": True}  # compared by content
+LONGEST = 60  # characters of a value that is shown
 
 
 def first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """The dotted name of the first field in which two nested mappings differ."""
-    key = next(key for key in {**a, **b} if a.get(key) != b.get(key))
+    """The first field in which two nested mappings differ, and both its values, in words."""
+    differing = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    key = "kind" if "kind" in differing else differing[0]
     if isinstance(a.get(key), Mapping) and isinstance(b.get(key), Mapping):
         return f"{key}.{first_difference(a[key], b[key])}"
-    return key
+    there, here = (json.dumps(of.get(key), ensure_ascii=False) for of in (a, b))
+    return f"{key} is {_cut(there)} there, {_cut(here)} here"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 class RunFolder:
@@ -49,10 +58,15 @@ class RunFolder:
     def lock_path(self) -> Path:
         return self.path / ".lock"
 
+    @property
+    def _contents_path(self) -> Path:
+        return self.path / "contents.json"
+
     def _beginnings(self) -> set[Path]:
         """What a kill may leave before the config is written."""
         prompts = self.path / "prompts.jsonl"
-        return {self.lock_path, prompts, partial_of(prompts), partial_of(self.config_path)}
+        first = {prompts, self._contents_path}
+        return {self.lock_path, *first, *map(partial_of, first), partial_of(self.config_path)}
 
     def config(self) -> Config:
         try:
@@ -62,15 +76,34 @@ class RunFolder:
             raise UserError(f"{self.path}: not a run folder: config.json cannot be read ({reason})") from error
 
     def check(self, config: Config) -> None:
-        """A UserError where the folder cannot take this run. See OTHERWISE."""
+        """A UserError where the folder cannot take this run, see OTHERWISE; what PLACES lead to is not looked at."""
         if self.config_path.exists():
             self._refuse_links()
-            mine, other = config.model_dump(exclude=OTHERWISE), self.config().model_dump(exclude=OTHERWISE)
-            if mine != other:
-                key = first_difference(other, mine)
-                raise UserError(f"--output: {self.path} holds another run of {other['recipe']}, which differs in {key}")
+            other, left_out = self.config(), {**PLACES, **dict.fromkeys(OTHERWISE, True)}
+            mine, theirs = (each.model_dump(mode="json", exclude=left_out) for each in (config, other))
+            if mine != theirs:
+                onward = f", with --init-experts {self.path} to go on from its experts" if self.finished(other) else ""
+                where = f"--output: {self.path} holds another run of {other.recipe}"
+                raise UserError(f"{where}: {first_difference(theirs, mine)}; take another --output{onward}")
         elif self.path.exists() and (not self.path.is_dir() or set(self.path.iterdir()) - self._beginnings()):
             raise UserError(f"--output: {self.path} exists and is not a run folder")
+
+    def moved(self, config: Config) -> bool:
+        """Whether the run was begun under other PLACES than the config's."""
+        return config.model_dump(include=PLACES) != self.config().model_dump(include=PLACES)
+
+    def compare(self, contents: Mapping[str, tuple[str, str]]) -> None:
+        """A UserError where something is not what it was when the run was begun; by its name in words, and its hash."""
+        if not self.config_path.exists() or not self._contents_path.exists():
+            return
+        try:
+            kept = dict(json.loads(self._contents_path.read_bytes()))
+        except ValueError as error:
+            raise UserError(f"{self._contents_path}: damaged ({error})") from error
+        for name, (words, found) in contents.items():
+            if kept.get(name) != found:
+                was = f"{words} is not what it was when {self.path} was begun"
+                raise UserError(f"{was}; bring that back, or take another --output")
 
     def _refuse_links(self) -> None:
         """A UserError if anything that a run reads again or appends to is a symlink; the run folder itself may be."""
@@ -86,16 +119,23 @@ class RunFolder:
             on_first_rank(lambda: stack.enter_context(locked(self.lock_path)))
             yield
 
-    def open(self, config: Config, prompts: Sequence[str]) -> None:
-        """Makes the folder with its config and prompts, lines of jsonl, or finds it holding the same run."""
+    def open(
+        self, config: Config, prompts: Sequence[str], contents: Mapping[str, tuple[str, str]] = MappingProxyType({})
+    ) -> None:
+        """Makes the folder with its config and prompts, lines of jsonl, or finds it holding the same run.
+
+        contents: see `compare`. Of a run that has moved, the config has the new places from now on.
+        """
         self.check(config)
-        lines, path = "".join(f"{prompt}\n" for prompt in prompts).encode(), self.path / "prompts.jsonl"
+        self.compare(contents)
+        hashes = {name: found for name, (_, found) in contents.items()}
         try:
-            if path.exists() and path.read_bytes() != lines:
-                raise UserError(f"prompts: {config.prompts} is not what it was when {self.path} was begun")
-            write_atomically(path, lines)
-            if not self.config_path.exists():
-                write_atomically(self.config_path, (config.model_dump_json(indent=2) + "\n").encode())
+            write_atomically(self.path / "prompts.jsonl", "".join(f"{prompt}\n" for prompt in prompts).encode())
+            write_atomically(self._contents_path, json.dumps(hashes, indent=2).encode())
+            begun = dict(self.config()) if self.config_path.exists() else {}
+            if not begun or self.moved(config):
+                kept = config.model_copy(update={field: begun[field] for field in OTHERWISE if begun})
+                write_atomically(self.config_path, (kept.model_dump_json(indent=2) + "\n").encode())
         except OSError as error:
             raise UserError(f"--output: {self.path} cannot be written: {error.strerror}") from error
 
@@ -168,12 +208,12 @@ class RunFolder:
                 at = verify(folder)
             except Damaged as error:
                 self._damaged.add(point)
-                _warn(f"{error}; {point} is passed over")
+                warn(f"{error}; {point} is passed over")
                 continue
             read_folder(folder, state)
             return at
         if points:
-            _warn(f"{self.path / 'checkpoints'}: none of phase {phase} is whole; the phase starts again")
+            warn(f"{self.path / 'checkpoints'}: none of phase {phase} is whole; the phase starts again")
         return None
 
     def save_failure(self, at: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
@@ -260,8 +300,3 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if path.exists():
             sync(path)
-
-
-def _warn(message: str) -> None:
-    if rank() == 0:
-        warnings.warn(message, stacklevel=3)

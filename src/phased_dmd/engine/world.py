@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from phased_dmd.config import Engine
-from phased_dmd.errors import LostPeer, UserError
+from phased_dmd.errors import LostPeer, Stopped, UserError
 
 T = TypeVar("T")
 GONE = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe", "Timed out")  # said of peers
-PATIENCE = timedelta(minutes=30)  # for another process: the first one may be encoding prompts
+PATIENCE = timedelta(minutes=30)  # for a word from another process; for work of unknown length see `patience`
 
 
 def device() -> torch.device:
@@ -96,14 +96,10 @@ def check(engine: Engine) -> None:
             raise UserError(f"engine.{name}: {world_size()} processes cannot be grouped by {size}")
 
 
-@contextmanager
-def first_then_rest() -> Iterator[None]:
-    """The first process goes through the body, then the others do, and find done what it did."""
-    if rank() > 0:
-        dist.barrier()
-    yield
-    if sharded() and rank() == 0:
-        dist.barrier()
+def warn(message: str) -> None:
+    """A warning where the caller was called from; of several processes, the first one speaks for all."""
+    if rank() == 0 if sharded() else os.environ.get("RANK", "0") == "0":
+        warnings.warn(message, stacklevel=3)
 
 
 def mean(value: Tensor) -> float:
@@ -148,7 +144,7 @@ def shares(batch: int, engine: Engine, pairs: bool = False) -> list[list[range]]
 
 def together(action: Callable[[], T]) -> list[T]:
     """What `action` gave on every rank, in their order. If it failed on any, every rank raises: its own error or the
-    first other's, an OSError or UserError as what it was, anything else as a RuntimeError.
+    first other's, an OSError, UserError or Stopped as what it was, anything else as a RuntimeError.
     """
     if not sharded():
         return [action()]
@@ -176,4 +172,6 @@ def _portable(error: Exception) -> Exception:
     """The same error, as one that every process can unpickle."""
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror)
+    if isinstance(error, Stopped):
+        return error
     return type(error)(str(error)) if isinstance(error, UserError) else RuntimeError(f"rank {rank()}: {error!r}")

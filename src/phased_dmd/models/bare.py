@@ -1,6 +1,5 @@
 """Models without weights: from a folder's configurations or the shipped architectures, for what loads nothing."""
 
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,3 @@ class BareSource(Source):
             raise UserError(
                 f"teacher.path: {self.part_folder(name)} makes no {kind.__name__}: {' '.join(str(error).split())}"
             ) from error
-
-    def fingerprint(self, parts: Sequence[str], *more: object) -> str:
-        """None: nothing is encoded."""
-        return ""

@@ -96,8 +96,7 @@ class QwenImageCodec:
         check_pipeline(source, PIPELINES)
         source.check_weights("text_encoder")
         self.source, self.device, self.max_tokens = source, device, config.max_tokens
-        self.text_dtype = encoder_dtype(config, device)
-        self.fingerprint = source.fingerprint(["tokenizer", "text_encoder"], config.max_tokens)
+        self.text_dtype, self._fingerprint = encoder_dtype(config, device), ""
         self.vae: AutoencoderKLQwenImage = source.load(AutoencoderKLQwenImage, "vae", dtype=torch.float32).to(device)
         shape = 1, -1, 1, 1, 1
         self.mean = torch.tensor(self.vae.config["latents_mean"], device=device).reshape(shape)
@@ -107,6 +106,12 @@ class QwenImageCodec:
         self.pipeline = QwenImagePipeline(vae=self.vae, tokenizer=tokenizer, **absent)  # type: ignore[arg-type]
         if config.max_tokens > (most := self.pipeline.tokenizer_max_length):
             raise UserError(f"teacher.max_tokens: {config.max_tokens} is more than Qwen-Image's {most}")
+
+    @property
+    def fingerprint(self) -> str:
+        parts = ["tokenizer", "text_encoder"]
+        self._fingerprint = self._fingerprint or self.source.fingerprint(parts, self.max_tokens)
+        return self._fingerprint
 
     def free(self) -> None:
         self.pipeline.text_encoder = None

@@ -17,15 +17,16 @@ from torch import nn
 from phased_dmd.engine.world import rank, sharded
 from phased_dmd.errors import UserError
 from phased_dmd.models.architectures import skeleton
+from phased_dmd.models.contents import file_hash, tensors_hash
 from phased_dmd.models.quantise import quantise
 from phased_dmd.models.trust import check_index, check_part, read_json
 from phased_dmd.teachers import PipelineTeacher, Size
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = ("nano", "nano-moe", "nano-i2v")
+WEIGHED = ("transformer", "transformer_2", "text_encoder", "image_encoder", "vae")
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # of `from_pretrained`: see `check_loaded`
-SAMPLE_BYTES = 1 << 16  # of either end of a file, in its fingerprint
 
 
 class Source:
@@ -121,16 +122,18 @@ class Source:
         return defaults | read_json(folder / "config.json")
 
     def fingerprint(self, parts: Sequence[str], *more: object) -> str:
-        """A hash of the parts' files, by name, size and both ends, and of more."""
+        """A hash of the parts' files, by name and all bytes, and of more."""
         digest = hashlib.blake2b(repr(more).encode(), digest_size=16)
         for part in parts:
             for path in sorted(path for path in self.part_folder(part).glob("*") if path.is_file()):
-                with path.open("rb") as file:
-                    size = path.stat().st_size
-                    digest.update(f"{part}/{path.name} {size}".encode() + file.read(SAMPLE_BYTES))
-                    file.seek(max(0, size - SAMPLE_BYTES))
-                    digest.update(file.read(SAMPLE_BYTES))
+                digest.update(f"{part}/{path.name} {file_hash(path)} ".encode())
         return digest.hexdigest()
+
+    def contents(self) -> str:
+        """A hash of the networks, encoders and VAE, wherever they lie: it sees `tensors_hash` of each."""
+        hashes = [tensors_hash(self.part_folder(name)) if self.has(name) else "" for name in WEIGHED]
+        about = self.index.get("boundary_ratio"), bool(self.index.get("expand_timesteps")), hashes
+        return hashlib.blake2b(repr(about).encode(), digest_size=16).hexdigest()
 
 
 @contextmanager

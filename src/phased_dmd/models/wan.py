@@ -132,14 +132,19 @@ class WanCodec:
         for name in parts:
             if name.endswith("encoder"):
                 self.source.check_weights(name)
-        sizes = [str(size) for size in config.sizes] if self.takes_images else []
-        self.fingerprint = self.source.fingerprint(parts, config.max_tokens, sizes)
+        self._parts, self._fingerprint = parts, ""
         self.tokenizer = self.source.load(AutoTokenizer, "tokenizer")
         self.vae: AutoencoderKLWan = self.source.load(AutoencoderKLWan, "vae", dtype=torch.float32).to(device)
         shape = 1, -1, 1, 1, 1
         self.mean = torch.tensor(self.vae.config["latents_mean"]).reshape(shape)
         self.std = torch.tensor(self.vae.config["latents_std"]).reshape(shape)
         self._encoder: Any = None
+
+    @property
+    def fingerprint(self) -> str:
+        sizes = [str(size) for size in self.sizes] if self.takes_images else []
+        self._fingerprint = self._fingerprint or self.source.fingerprint(self._parts, self.max_tokens, sizes)
+        return self._fingerprint
 
     @property
     def encoder(self) -> WanImageToVideoPipeline | WanPipeline:

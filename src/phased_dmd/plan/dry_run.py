@@ -1,10 +1,9 @@
 """`distill --dry-run`: all of a run that can be checked without reading a weight, on the meta device."""
 
-import warnings
-
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config
 from phased_dmd.diffusion import check_start
+from phased_dmd.engine.world import warn
 from phased_dmd.errors import UserError
 from phased_dmd.experts import FAKE, Roles
 from phased_dmd.models.bare import META, BareSource
@@ -40,10 +39,10 @@ def dry_run(config: Config, strict: bool = False) -> None:
         check_prompts(codec, prompts, strict)
         return
     fitting(codec, prompts)
-    warnings.warn(
+    warn(
         f"teacher.path: {source.path} is no folder of this machine: its weights, and the lengths of prompts, "
-        "are not checked", stacklevel=2,
-    )  # fmt: skip
+        "are not checked"
+    )
 
 
 def check_roles(config: Config, model: VelocityModel, plan: PhasePlan) -> None:
