@@ -25,7 +25,7 @@ from phased_dmd.models.protocol import Codec, Condition, VelocityModel
 from phased_dmd.optim import Learner, NonFiniteError
 from phased_dmd.paths import Paths
 from phased_dmd.prompts import Prompt, read_prompts
-from phased_dmd.sample import Sampler, inside
+from phased_dmd.sample import Sampler, inside, preview_size
 from phased_dmd.system import (
     Own,
     System,
@@ -124,6 +124,8 @@ def distill(
     (RUN/conditions). strict: refuse prompts that would be cut off. Raises UserError for what the user can mend,
     NonFiniteError before a step that would spoil the weights, Stopped after SIGTERM or SIGINT.
     """
+    if not isinstance(config, Config):
+        raise UserError(f"config: a {type(config).__name__}, where a Config is needed; recipes.resolve makes one")
     run = RunFolder(output or Path("runs") / config.recipe)
     with processes(alone=config.engine.offload):
         run.check(config)
@@ -208,7 +210,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Pat
                 at.clipped, cpu_seconds = 0, 0.0
                 for track in trackers:
                     track(sum(map(config.phase_iterations, range(1, phase))) + at.iteration, row)
-            if at.iteration % config.sample_every == 0 or last:
+            if config.sample_every is not None and (at.iteration % config.sample_every == 0 or last):
                 save_samples(job, at, expert)
             if at.iteration % config.checkpoint_every == 0:
                 run.save_checkpoint(asdict(at), state, config.keep_last, config.keep_every)
@@ -287,13 +289,15 @@ def encode_prompts(
 def preview_samples(
     system: System, codec: Codec, phase: int, conditions: Conditions | None, weights: Sequence[float]
 ) -> Tensor:
-    """16 prompts spread over all there are, or 512 points, in the first bucket that is drawn."""
+    """Prompts spread over all there are, or 512 points, in the first bucket that is drawn."""
     bucket = next(i for i, weight in enumerate(weights) if weight)
+    shape = system.model.sample_shapes[bucket]
+    count = preview_size(shape)
     if conditions is None:
-        rows: list[Condition] = [{}] * (512 if len(system.model.sample_shapes[bucket]) == 1 else 16)
+        rows: list[Condition] = [{}] * (512 if len(shape) == 1 else count)
     else:
         prompts = conditions.eligible(bucket)
-        rows = [conditions.row(prompts[i * len(prompts) // 16], bucket) for i in range(16)]
+        rows = [conditions.row(prompts[i * len(prompts) // count], bucket) for i in range(count)]
     return Sampler(system, codec, bucket).preview(phase, rows)
 
 
