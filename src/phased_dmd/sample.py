@@ -113,23 +113,22 @@ class Sampler:
         Points [n, d], or small pictures [n, k, h, w, 3] of few frames. The processes share the samples, and call the
         networks equally often: those that are left over repeat the last one.
         """
-        system, engine = self.system, self.system.config.engine
-        share = math.ceil(len(rows) * engine.sequence_parallel / world_size())
-        first, size = rank() // engine.sequence_parallel * share, preview_batch(system.config, self.shape)
-        ends = []
-        for start in range(first, first + share, size):
-            samples = [min(i, len(rows) - 1) for i in range(start, min(start + size, first + share))]
-            noise, renoise = self._noise(samples)
-            condition = system.model.batch([rows[i] for i in samples])
-            ends.append(system.roll(system.plan.path(phase), system.start(noise), condition, renoise=renoise).x0)
-        own = max(0, min(share, len(rows) - first)) if rank() % engine.sequence_parallel == 0 else 0
+        ways, size = self.system.config.engine.sequence_parallel, preview_batch(self.system.config, self.shape)
+        share = math.ceil(len(rows) * ways / world_size())
+        first = rank() // ways * share
+        batches = [range(i, min(i + size, first + share)) for i in range(first, first + share, size)]
+        ends = [self._end(phase, rows, [min(i, len(rows) - 1) for i in batch]) for batch in batches]
+        kept = [end[: max(0, len(rows) - batch.start)] for batch, end in zip(batches, ends, strict=True)]
+        own = [end for end in kept if len(end)] if rank() % ways == 0 else []
+        shown = together(lambda: [_small(self.codec.decode(end).cpu(), len(rows)) for end in own])
+        pixels = torch.cat([part for parts in shown for part in parts])
+        return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
 
-        def decoded() -> list[Tensor]:
-            parts = torch.cat(ends)[:own].split(size) if own else ()
-            return [_small(self.codec.decode(part).cpu(), len(rows)) for part in parts]
-
-        shown = torch.cat([part for parts in together(decoded) for part in parts])
-        return shown.float() / 255 if shown.dtype == torch.uint8 else shown
+    def _end(self, phase: int, rows: Sequence[Condition], samples: Sequence[int]) -> Tensor:
+        """x_0 of some of a preview's samples."""
+        system, (noise, renoise) = self.system, self._noise(samples)
+        condition = system.model.batch([rows[i] for i in samples])
+        return system.roll(system.plan.path(phase), system.start(noise), condition, renoise=renoise).x0
 
     @torch.no_grad()
     def _batch(self, rows: Sequence[Condition], seeds: Sequence[int], teacher_steps: int | None) -> Tensor:
