@@ -100,11 +100,10 @@ def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4,
 
     mean, now = mean_flops(config, flops), fits(config, gpus)
     guided = max(model.guidance) > 1
+    shown, speed = preview(config, gpus), (gpus, tflops, utilisation)
     phases = tuple(
-        _cost(
-            config, plan, phase, own, phase_work(config, plan, phase, guided), mean, preview(config, gpus),
-            (gpus, tflops, utilisation),
-        ) for phase, own in enumerate(sizes(config, gpus), 1)
+        _cost(config, plan, phase, own, phase_work(config, plan, phase, guided), mean, shown, speed)
+        for phase, own in enumerate(sizes(config, gpus), 1)
     )
     chosen = None if now else advice.cheapest(config, gpus, fits)
     costly = not now and (chosen is None or not set(chosen) <= set(advice.free(config)))
