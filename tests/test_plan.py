@@ -11,10 +11,13 @@ import pipelines
 import pytest
 import torch
 import yaml
+from conftest import draw
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan, QwenImageTransformer2DModel, WanTransformer3DModel
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
 from typer.testing import CliRunner
 
@@ -24,7 +27,8 @@ from phased_dmd.engine import world
 from phased_dmd.errors import UserError
 from phased_dmd.experts import FAKE, Roles, expert_role
 from phased_dmd.models.architectures import architecture, skeleton
-from phased_dmd.models.loader import load_model
+from phased_dmd.models.bare import META, BareSource
+from phased_dmd.models.loader import bare_codec, load_model
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.models.quantise import quantise
 from phased_dmd.optim import Learner
@@ -32,8 +36,11 @@ from phased_dmd.plan import advice, needs
 from phased_dmd.plan.bare import bare_model, text_width
 from phased_dmd.plan.measure import measure
 from phased_dmd.plan.memory import describe, measured
+from phased_dmd.plan.preview import Peak, decoded, previews
 from phased_dmd.plan.work import forward_flops, phase_work
 from phased_dmd.recipes import RECIPES, resolve
+from phased_dmd.sample import Sampler
+from phased_dmd.system import add_expert, build_system
 from phased_dmd.teachers import OwnTeacher
 
 TINY = ("wan21_t2v", "wan22_t2v", "qwen_image")
@@ -547,3 +554,72 @@ def test_a_folder_without_weights_is_enough(folders: dict[str, Path], tmp_path: 
     config = tiny({"wan22_t2v": tmp_path}, "wan22_t2v")
     whole = needs(tiny(folders, "wan22_t2v"), 1, 80)
     assert needs(config, 1, 80) == whole
+
+
+# Previews
+
+
+def test_a_preview_of_the_largest_clip_stays_within_what_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """wan22-t2v at 81 x 720 x 1280, by the sampler itself on tensors without data, of two blocks a network.
+
+    The other 38 would only keep autocast's copies of their adapters: 2 bytes a number, .6 GB.
+    """
+    config = resolve("wan22-t2v", {"teacher.sizes": [{"num_frames": 81, "height": 720, "width": 1280}]})
+    stated = previews(config, bare_model(config), [0])(config, 64).memory
+    source = BareSource(config.teacher)
+    model, codec = bare_model(config), bare_codec(config.teacher, source)
+    for network in model.networks:
+        network.blocks = network.blocks[:2]  # type: ignore[index]
+    system = build_system(config, model, {})
+    with META:
+        for phase in (1, 2):
+            add_expert(system, phase, trainable=True)
+    model.device, networks = torch.device("cpu"), nn.ModuleList([*model.networks, codec.vae])  # type: ignore[attr-defined]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        networks.to_empty(device="cpu")
+    monkeypatch.setattr("phased_dmd.sample.thumbnails", lambda pixels, most: pixels[:, :1, :1, :1])
+    with Peak(networks) as peak:
+        shown = Sampler(system, codec).preview(2, [{"text": torch.zeros(300, 4096, dtype=torch.bfloat16)}])
+    assert shown.shape == (1, 1, 1, 1, 3)
+    found = peak.most + sum(p.nbytes for p in codec.vae.parameters())  # type: ignore[attr-defined]
+    assert 0.9 * stated < found <= stated
+
+
+@pytest.mark.parametrize(("name", "shape"), [("wan21_t2v", (16, 9, 4, 6)), ("qwen_image", (16, 1, 4, 6))])
+def test_a_decode_holds_and_costs_what_a_real_one_does(
+    folders: dict[str, Path], name: str, shape: tuple[int, ...]
+) -> None:
+    """Counted on real tensors; of nine latent frames all, where the plan runs three and four."""
+    config = tiny(folders, name)
+    codec: Any = load_model(config.teacher, 0)[1]
+    latents = draw(2, *shape, seed=0)
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, Peak(codec.vae) as peak:
+        codec.decode(latents)
+    planned = decoded(config, shape, 2)
+    assert planned.held == pytest.approx(peak.most, rel=0.05) and planned.flops == flops.get_total_flops()
+    assert planned.weights == nbytes(list(codec.vae.parameters()))
+
+
+def test_a_decode_of_wan_holds_what_its_resident_memory_grew_by() -> None:
+    """.50 GB a clip of 5 x 120 x 208 in float32: Wan's architecture with random weights, 1, 2 and 4 clips."""
+    assert decoded(resolve("wan22-t2v", {}), (16, 2, 15, 26), 1).held == pytest.approx(0.5e9, rel=0.15)
+
+
+def test_what_fits_is_the_more_of_training_and_preview(folders: dict[str, Path]) -> None:
+    """A preview stands in the place of gradients and activations; without previews there is neither memory nor time."""
+    config = tiny(folders, "wan21_t2v")
+    plan = needs(config, 1, 80)
+    for memory in (phase.memory for phase in plan.phases):
+        assert memory.preview > memory.gradients + memory.activations
+        assert memory.gpu == memory.weights + memory.optimiser + memory.gathered + memory.preview
+    assert [phase.previews for phase in plan.phases] == [4, 4]  # of 400 iterations, every 100th
+    assert plan.preview_hours == pytest.approx(4 * sum(phase.preview_seconds for phase in plan.phases) / 3600)
+    assert all(phase.preview_seconds > 0 for phase in plan.phases)
+
+    tight = needs(config, 1, plan.phases[0].memory.preview / 0.92e9)
+    assert not tight.fits
+    assert tight.options == "--set engine.micro_batch=1"
+    never = config.model_copy(update={"sample_every": None})
+    assert previews(never, bare_model(never), [0])(never, 1).memory == 0
+    assert advice.flags((("sample_every", None, ""),)) == "--set sample_every=null"
+    assert advice.cheapest(config, 1, lambda config, _: config.sample_every is None) == (advice.OPTIONS[0],)

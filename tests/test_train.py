@@ -977,3 +977,35 @@ def test_the_bar_keeps_count_and_the_runs_time_left_whole(width: int, monkeypatc
     shown = screen.getvalue()
     assert "phase 3/4" in shown and " 30/120 run 0:35:00 left 0.1 it/s" in shown
     assert all(word in shown for word in ("479", "generator", "0.000123"))
+
+
+# ---------------------------------------------------------------- previews
+
+
+def test_a_run_calls_no_network_with_more_than_a_micro_batch(wan: Callable, tmp_path: Path) -> None:
+    """Previews among them, whose pictures are decoded as few at a time."""
+    config, model = wan(engine__micro_batch=2, sample_every=1)
+    network, decoded, predict, decode = [], [], TinyWan.predict, TinyCodec.decode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TinyWan, "predict", lambda self, n, x, *a: (network.append(len(x)), predict(self, n, x, *a))[1])
+        patch.setattr(TinyCodec, "decode", lambda self, z: (decoded.append(len(z)), decode(self, z))[1])
+        distill(config, tmp_path / "run", quiet=True)
+    assert set(network) == {1, 2} and decoded == [2] * 8 * 4, "16 pictures, twice in each of two phases"
+
+
+@pytest.mark.parametrize(("every", "made"), [(2, ["1-000002", "1-000003", "2-000002", "2-000003"]), (None, [])])
+def test_previews_are_made_now_and_then_and_at_the_end_or_never(
+    every: int | None, made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "save_preview", lambda path, samples: path.write_bytes(bytes(len(samples))))
+    run = distill(toy(sample_every=every), tmp_path / "run", quiet=True)
+    found = {path.stem: path.stat().st_size for path in sorted((run / "samples").glob("*"))}
+    iterations = [name.replace("-0", "-iteration-0", 1) for name in made]
+    assert found == {f"phase-{name}": 512 for name in iterations}
+
+
+@pytest.mark.parametrize("given", ["nano-t2i", {"recipe": "nano-t2i"}, None])
+def test_what_is_no_config_is_not_distilled(given: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"config: a {type(given).__name__}, where a Config is needed; recipes.resolve"):
+        distill(given, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

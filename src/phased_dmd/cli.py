@@ -16,7 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from phased_dmd import __version__
-from phased_dmd.errors import LostPeer, Stopped, UserError
+from phased_dmd.errors import LostPeer, Stopped, UserError, refuse_full
 from phased_dmd.overrides import read_yaml
 from phased_dmd.prompts import read_prompts
 from phased_dmd.reproduce.claims import NAMES
@@ -132,19 +132,29 @@ def sample(
     prompts: Annotated[
         str | None, typer.Option(help="a shipped set's name, or a txt, jsonl, csv or parquet file")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="samples a prompt: seeds 0, 1, ...")] = 1,
+    seeds: Annotated[str, typer.Option(help="how many samples of a prompt: seeds 0, 1, ...")] = "1",
     base: Annotated[int | None, typer.Option(min=1, help="sample the teacher with that many steps instead")] = None,
     bucket: Annotated[int, typer.Option(min=0, help="which of the run's teacher.sizes")] = 0,
     teacher: Annotated[str | None, typer.Option(help="the base's folder, for an export of a local teacher")] = None,
 ) -> None:
     """Sample a finished run or an export: PNG pictures, or WebP clips, with a contact sheet."""
     from phased_dmd.prompts import Prompt, read_prompts
-    from phased_dmd.sample import load, write_samples
 
+    refuse_full(output)
+    if not seeds.isdecimal() or int(seeds) < 1:
+        raise UserError(f"--seeds: {seeds!r} is no count of samples; 8 makes those of seeds 0 to 7")
+    if image is not None and not prompt:
+        raise UserError("--image: the first frame of every --prompt, and there is none; --prompts FILE names its own")
     asked = [Prompt(text, image) for text in prompt or []] + (read_prompts(prompts) if prompts is not None else [])
-    for path in write_samples(
-        load(run, base=teacher, bucket=bucket), asked or [Prompt("", image)], seeds, output, base
-    ):
+
+    from phased_dmd.sample import assemble, prompts_for, read, write_samples
+
+    config, experts = read(run, teacher)
+    asked = prompts_for(config, asked)
+    sampler = assemble(config, experts, bucket=bucket)
+    if image is not None and not sampler.codec.takes_images:
+        raise UserError(f"--image: {config.recipe} takes no first frame")
+    for path in write_samples(sampler, asked, int(seeds), output, base):
         print(path)
 
 

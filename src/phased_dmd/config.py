@@ -169,7 +169,7 @@ class Config(Section):
     )
     engine: Engine = Engine()
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    sample_every: Count = 100
+    sample_every: Count | None = Field(default=100, description="iterations between previews; null makes none")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

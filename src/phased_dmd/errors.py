@@ -1,5 +1,7 @@
 """What ends a run in one line."""
 
+from pathlib import Path
+
 
 class UserError(ValueError):
     """Something the user can mend: shown as one line, exit status 2."""
@@ -18,3 +20,9 @@ class Stopped(Exception):
 
 class LostPeer(RuntimeError):
     """Another process of the group ended before its time."""
+
+
+def refuse_full(output: Path) -> None:
+    """A UserError where a command that makes a folder would find something in its place."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output: {output} exists and is not an empty folder")

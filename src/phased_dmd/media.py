@@ -17,12 +17,34 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # of PICTURES, whatever a file is name
 MEDIA = PICTURES + VIDEOS
 CLIP_SIZE = 128  # pixels a side, at least, of a written clip
 COUNT = "frames"  # after their number, in a written clip: WebP joins equal frames into a longer one
+FRAMES = 9  # of a clip, at most, among thumbnails
 MARGIN = 0.6  # about the points that axes are laid around
 
 
 def to_images(frames: Tensor) -> list[Image.Image]:
     """[n, h, w, 3] in [0, 1] to images."""
-    return [Image.fromarray(frame) for frame in (frames.clamp(0, 1) * 255).round().byte().numpy()]
+    return [Image.fromarray(to_bytes(frame).numpy()) for frame in frames]
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """[0, 1] to 0, ..., 255."""
+    return (pixels.clamp(0, 1) * 255).round().byte()
+
+
+def shrunk(frames: Tensor, most: int) -> Tensor:
+    """Frames [n, h, w, 3] no higher than that."""
+    h, w = frames.shape[1:3]
+    if h <= most:
+        return frames
+    size = max(1, most), max(1, round(w * most / h))
+    return F.interpolate(frames.permute(0, 3, 1, 2), size, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+
+
+def thumbnails(pixels: Tensor, most: int) -> Tensor:
+    """Bytes [n, k, h, w, 3] of clips [n, f, h, w, 3]: frames spread over each, no higher than that."""
+    n, f = pixels.shape[:2]
+    few = pixels[:, torch.linspace(0, f - 1, min(f, FRAMES)).round().long()]
+    return to_bytes(shrunk(few.flatten(0, 1), most)).unflatten(0, (n, -1))
 
 
 def grid(pixels: Tensor, columns: int | None = None, most: int | None = None) -> Image.Image:
@@ -30,12 +52,10 @@ def grid(pixels: Tensor, columns: int | None = None, most: int | None = None) ->
 
     most: pixels of a picture's height; higher ones are shrunk.
     """
-    n, f, h, w, _ = pixels.shape
+    n, f, h = pixels.shape[:3]
     columns = columns or (f if f > 1 else math.ceil(math.sqrt(n)))
-    cells = pixels.flatten(0, 1)
-    if most is not None and h > most:
-        h, w = most, max(1, round(w * most / h))
-        cells = F.interpolate(cells.permute(0, 3, 1, 2), (h, w), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+    cells = shrunk(pixels.flatten(0, 1), most or h)
+    h, w = cells.shape[1:3]
     lines = -(-len(cells) // columns)
     cells = torch.cat([cells, torch.zeros(lines * columns - len(cells), h, w, 3)])
     sheet = cells.reshape(lines, columns, h, w, 3).transpose(1, 2).reshape(1, lines * h, columns * w, 3)
@@ -50,7 +70,8 @@ def save_image(image: Image.Image, path: Path) -> None:
 def save_clip(frames: Tensor, path: Path, fps: float) -> None:
     """A clip [f, h, w, 3] as a looping animated WebP: a small one enlarged without smoothing and kept lossless."""
     factor = max(1, round(CLIP_SIZE / frames.shape[1]))
-    frames = F.interpolate(frames.permute(0, 3, 1, 2), scale_factor=factor, mode="nearest").permute(0, 2, 3, 1)
+    if factor > 1:
+        frames = F.interpolate(frames.permute(0, 3, 1, 2), scale_factor=factor, mode="nearest").permute(0, 2, 3, 1)
     first, *rest = to_images(frames)
     path.parent.mkdir(parents=True, exist_ok=True)
     first.save(

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,9 +17,9 @@ from phased_dmd.checkpoint import HEADER, RunFolder, load_tensors, save_tensors,
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config
 from phased_dmd.engine.randomness import normal
-from phased_dmd.engine.world import device
-from phased_dmd.errors import UserError
-from phased_dmd.media import grid, save_clip, save_image, save_preview
+from phased_dmd.engine.world import device, rank, together, world_size
+from phased_dmd.errors import UserError, refuse_full
+from phased_dmd.media import FRAMES, grid, save_clip, save_image, save_preview, thumbnails
 from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.models.source import SHIPPED
 from phased_dmd.overrides import build
@@ -27,6 +28,8 @@ from phased_dmd.system import Own, System, add_expert, build_system, load_expert
 from phased_dmd.teachers import Section, WanTeacher
 
 BATCH, BATCH_NUMBERS = 64, 2**18  # samples a network call when sampling, and the most numbers that they hold
+PREVIEWS, LEAST_PREVIEWS, PREVIEW_NUMBERS = 16, 4, 2**23  # samples of a preview, and the numbers that more may hold
+PREVIEW_PIXELS = 2**22  # of its picture, about
 SHEET, SHEET_HEIGHT = 64, 96  # samples on a contact sheet, and the most pixels of their height
 NANO_FPS, WAN_FPS = 8.0, 16.0
 MANIFEST = "samples.jsonl"  # beside written samples: the prompt, seed and file of each
@@ -42,6 +45,16 @@ class Sampler:
         self.system, self.codec, self.bucket = system, codec, bucket
         self._known: dict[Prompt, Condition] = {}
 
+    def __repr__(self) -> str:
+        config, plan = self.system.config, self.system.plan
+        steps = f"{plan.num_steps} steps in {plan.num_phases} phase{'s' if plan.num_phases > 1 else ''}"
+        return f"Sampler({config.recipe}, {config.method}, {steps}, samples {list(self.shape)}, bucket {self.bucket})"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample's latents."""
+        return tuple(self.system.model.sample_shapes[self.bucket])
+
     @property
     def fps(self) -> float:
         """Frames a second of the teacher's clips: of nano's, or of Wan's."""
@@ -51,15 +64,21 @@ class Sampler:
     def __call__(
         self, prompts: Sequence[Prompt | str], seeds: Sequence[int], teacher_steps: int | None = None
     ) -> Tensor:
-        """Latents [n, ...] for n prompts with n seeds, on the CPU; teacher_steps: from the guided teacher instead."""
-        asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        """Latents [n, ...] for n prompts with n seeds, on the CPU; teacher_steps: from the guided teacher instead.
+
+        A UserError where the arguments are of other kinds, or as many prompts as seeds are not given.
+        """
+        return torch.cat(list(self.batches(prompts, seeds, teacher_steps)))
+
+    def batches(
+        self, prompts: Sequence[Prompt | str], seeds: Sequence[int], teacher_steps: int | None = None
+    ) -> Iterator[Tensor]:
+        """The same, as many at a time as a network call takes."""
+        asked, numbers, teacher_steps = _asked(prompts, seeds, teacher_steps)
         known = self.encode(list(dict.fromkeys(asked)))
-        parts = []
-        size = batch_size(self.system.model.sample_shapes[self.bucket])
-        for i in range(0, len(seeds), size):
-            rows = [known[prompt] for prompt in asked[i : i + size]]
-            parts.append(self._batch(rows, seeds[i : i + size], teacher_steps))
-        return torch.cat(parts)
+        size = batch_size(self.shape)
+        for i in range(0, len(asked), size):
+            yield self._batch([known[prompt] for prompt in asked[i : i + size]], numbers[i : i + size], teacher_steps)
 
     def encode(self, prompts: Sequence[Prompt]) -> dict[Prompt, Condition]:
         """The condition of each prompt, and of all before; a UserError where a first frame is missing or does not fit.
@@ -79,16 +98,38 @@ class Sampler:
         return self._known
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels [n, frames, height, width, 3] in [0, 1], or an analytic model's samples as they are."""
-        return torch.cat([self.codec.decode(part).cpu() for part in latents.split(batch_size(latents.shape[1:]))])
+        """Pixels [n, frames, height, width, 3] in [0, 1], or an analytic model's samples as they are.
+
+        latents: whole samples, as the sampler gives them; anything else is a UserError.
+        """
+        if not isinstance(latents, Tensor) or latents.shape[1:] != self.shape or not len(latents):
+            found = list(latents.shape) if isinstance(latents, Tensor) else f"a {type(latents).__name__}"
+            raise UserError(f"latents: {found}, where a tensor [n, {', '.join(map(str, self.shape))}] is needed")
+        return torch.cat([self.codec.decode(part).cpu() for part in latents.split(batch_size(self.shape))])
 
     @torch.no_grad()
     def preview(self, phase: int, rows: Sequence[Condition]) -> Tensor:
-        """What the generator predicts of x_0 at the end of a phase, decoded, a sample a condition, seeds 0, 1, ..."""
-        system = self.system
-        noise, renoise = self._noise(range(len(rows)))
-        end = system.roll(system.plan.path(phase), system.start(noise), system.model.batch(rows), renoise=renoise)
-        return self.codec.decode(end.x0).cpu()
+        """What the generator predicts of x_0 at the end of a phase, a sample a condition, seeds 0, 1, ...
+
+        Points [n, d], or small pictures [n, k, h, w, 3] of few frames. The processes share the samples, and call the
+        networks equally often: those that are left over repeat the last one.
+        """
+        ways, size = self.system.config.engine.sequence_parallel, preview_batch(self.system.config, self.shape)
+        share = math.ceil(len(rows) * ways / world_size())
+        first = rank() // ways * share
+        batches = [range(i, min(i + size, first + share)) for i in range(first, first + share, size)]
+        ends = [self._end(phase, rows, [min(i, len(rows) - 1) for i in batch]) for batch in batches]
+        kept = [end[: max(0, len(rows) - batch.start)] for batch, end in zip(batches, ends, strict=True)]
+        own = [end for end in kept if len(end)] if rank() % ways == 0 else []
+        shown = together(lambda: [_small(self.codec.decode(end).cpu(), len(rows)) for end in own])
+        pixels = torch.cat([part for parts in shown for part in parts])
+        return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+
+    def _end(self, phase: int, rows: Sequence[Condition], samples: Sequence[int]) -> Tensor:
+        """x_0 of some of a preview's samples."""
+        system, (noise, renoise) = self.system, self._noise(samples)
+        condition = system.model.batch([rows[i] for i in samples])
+        return system.roll(system.plan.path(phase), system.start(noise), condition, renoise=renoise).x0
 
     @torch.no_grad()
     def _batch(self, rows: Sequence[Condition], seeds: Sequence[int], teacher_steps: int | None) -> Tensor:
@@ -101,11 +142,57 @@ class Sampler:
 
     def _noise(self, seeds: Sequence[int]) -> tuple[Tensor, Callable[[int], Tensor]]:
         """The start [n, ...], and what the renoise solver draws at a step."""
-        shape = self.system.model.sample_shapes[self.bucket]
         return (
-            normal(shape, seeds, "sample").to(device()),
-            lambda step: normal(shape, seeds, "sample renoise", step).to(device()),
+            normal(self.shape, seeds, "sample").to(device()),
+            lambda step: normal(self.shape, seeds, "sample renoise", step).to(device()),
         )
+
+
+def _asked(prompts: Any, seeds: Any, teacher_steps: Any) -> tuple[list[Prompt], list[int], int | None]:
+    """What a sampler is called with, as it is meant; a UserError for what is not."""
+    if isinstance(prompts, str | Prompt):
+        raise UserError(f"prompts: a list is needed, with a prompt a seed; [{prompts!r}] * n has the same n times")
+    try:
+        asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    except TypeError:
+        raise UserError(f"prompts: a list of texts is needed, and this is a {type(prompts).__name__}") from None
+    if odd := [prompt for prompt in asked if not isinstance(prompt, Prompt)]:
+        raise UserError(f"prompts: {odd[0]!r} is no text")
+    try:
+        numbers = [operator.index(seed) for seed in seeds]
+    except TypeError:
+        given = " ".join(repr(seeds).split())[:40]
+        raise UserError(f"seeds: a list of whole numbers is needed, such as range(8), and this is {given}") from None
+    if len(asked) != len(numbers) or not asked:
+        raise UserError(
+            f"prompts, seeds: {len(asked)} and {len(numbers)} of them; every sample has one of each: [prompt] * n has "
+            "the same prompt n times"
+        )
+    try:
+        steps = None if teacher_steps is None else operator.index(teacher_steps)
+    except TypeError:
+        steps = 0
+    if steps is not None and steps < 1:
+        raise UserError(f"teacher_steps: {teacher_steps!r} is no number of steps, from 1 on")
+    return asked, numbers, steps
+
+
+def _small(pixels: Tensor, count: int) -> Tensor:
+    """One of the `count` samples of a preview, or some: bytes of few small frames, or points as they are."""
+    if pixels.ndim != 5:
+        return pixels
+    f, h, w = pixels.shape[1:4]
+    return thumbnails(pixels, int(math.sqrt(PREVIEW_PIXELS * h / (count * min(f, FRAMES) * w))))
+
+
+def preview_size(shape: Sequence[int]) -> int:
+    """How many samples of a shape a preview has."""
+    return max(LEAST_PREVIEWS, min(PREVIEWS, PREVIEW_NUMBERS // math.prod(shape)))
+
+
+def preview_batch(config: Config, shape: Sequence[int]) -> int:
+    """How many of them go through a network, and are decoded, at once."""
+    return min(batch_size(shape), config.engine.micro_batch or BATCH)
 
 
 def batch_size(shape: Sequence[int]) -> int:
@@ -119,9 +206,16 @@ def load(run: Path | str, own: Own | None = None, base: str | None = None, bucke
     own: the model and codec of a run with a teacher of the user's own. base: the teacher's folder, for an export whose
     teacher was a local one. bucket: the resolution bucket to sample in.
     """
-    folder = Path(run)
-    config, experts = read_export(folder, base) if (folder / EXPORT).exists() else read_run(folder)
-    return assemble(config, experts, own, bucket)
+    return assemble(*read(Path(run), base), own, bucket)
+
+
+def read(folder: Path, base: str | None = None) -> tuple[Config, Experts]:
+    """The config and the experts of a run folder or of an export; base: see `load`."""
+    if (folder / EXPORT).exists():
+        return read_export(folder, base)
+    if base is not None:
+        raise UserError(f"{folder}: a run, which names its teacher itself; another base is for exports of a local one")
+    return read_run(folder)
 
 
 def assemble(config: Config, experts: Experts, own: Own | None = None, bucket: int = 0) -> Sampler:
@@ -238,32 +332,58 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def prompts_for(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """What a command samples: the prompts, or the empty one of a model that takes none; else a UserError."""
+    if config.prompts is None and prompts:
+        raise UserError(f"--prompt, --prompts: {config.recipe} takes none")
+    if config.prompts is not None and not prompts:
+        raise UserError(f"--prompt: {config.recipe} makes what it is told; give --prompt TEXT or --prompts FILE")
+    return list(prompts) or [Prompt("")]
+
+
 def write_samples(
     sampler: Sampler, prompts: Sequence[Prompt], seeds: int, output: Path, teacher_steps: int | None = None
 ) -> list[Path]:
     """Every prompt with seeds 0, 1, ...: a PNG, or a WebP clip, each, and a contact sheet; returns the paths.
 
-    samples.jsonl says which is which; of pictures it is a prompt file of first frames, too, see `read_prompts`.
+    Each is written as soon as it is made, into a folder that must be empty. samples.jsonl says which is which of those
+    that are there; of pictures it is a prompt file of first frames, too, see `read_prompts`.
     """
+    refuse_full(output)
     pairs = [(prompt, seed) for prompt in prompts for seed in range(seeds)]
-    latents = sampler([p for p, _ in pairs], [s for _, s in pairs], teacher_steps)
-    if sampler.decode(latents[:1]).ndim != 5:
-        samples = sampler.decode(latents)
+    made = sampler.batches([prompt for prompt, _ in pairs], [seed for _, seed in pairs], teacher_steps)
+    points, paths, lines, shown = [], [], "", []
+    for i, ((prompt, seed), z) in enumerate(zip(pairs, (z for batch in made for z in batch), strict=True)):
+        pixels = sampler.decode(z[None])
+        if pixels.ndim != 5:
+            points.append(pixels)
+            continue
+        paths.append(_write(pixels, output / f"{i // seeds:04d}-{_stem(prompt)}-seed{seed}", sampler.fps))
+        row = {"prompt": prompt.text, "seed": seed, "image": paths[-1].name}
+        lines += f"{json.dumps(row, ensure_ascii=False)}\n"
+        write_atomically(output / MANIFEST, lines.encode())
+        if i < SHEET:
+            shown.append(thumbnails(pixels, SHEET_HEIGHT))
+    if points:
+        samples = torch.cat(points)
         save_preview(output / "samples.png", samples)
         save_tensors(output / "samples.safetensors", {"samples": samples}, {"seeds": seeds})
         return [output / "samples.png", output / "samples.safetensors"]
-    paths = []
-    for i, (prompt, seed) in enumerate(pairs):
-        pixels = sampler.decode(latents[i : i + 1])
-        stem = "".join(c if c.isalnum() else "-" for c in prompt.text.lower())[:60]
-        stem = stem.encode()[:180].decode(errors="ignore")  # file systems count bytes
-        clip = pixels.shape[1] > 1
-        paths.append(output / f"{i // seeds:04d}-{stem}-seed{seed}.{'webp' if clip else 'png'}")
-        if clip:
-            save_clip(pixels[0], paths[-1], sampler.fps)
-        else:
-            save_image(grid(pixels), paths[-1])
-    rows = [{"prompt": p.text, "seed": s, "image": path.name} for (p, s), path in zip(pairs, paths, strict=True)]
-    write_atomically(output / MANIFEST, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode())
-    save_image(grid(sampler.decode(latents[:SHEET]), most=SHEET_HEIGHT), output / "contact-sheet.png")
+    save_image(grid(torch.cat(shown).float() / 255), output / "contact-sheet.png")
     return [*paths, output / MANIFEST, output / "contact-sheet.png"]
+
+
+def _stem(prompt: Prompt) -> str:
+    """The letters and digits that a file is named by."""
+    stem = "".join(c if c.isalnum() else "-" for c in prompt.text.lower())[:60]
+    return stem.encode()[:180].decode(errors="ignore")  # file systems count bytes
+
+
+def _write(pixels: Tensor, stem: Path, fps: float) -> Path:
+    """One sample [1, f, h, w, 3] as a picture or a clip; its path."""
+    path = stem.with_name(f"{stem.name}.{'webp' if pixels.shape[1] > 1 else 'png'}")
+    if pixels.shape[1] > 1:
+        save_clip(pixels[0], path, fps)
+    else:
+        save_image(grid(pixels), path)
+    return path

@@ -30,7 +30,7 @@ from phased_dmd.models.source import Source
 from phased_dmd.optim import Learner, NonFiniteError
 from phased_dmd.paths import Paths
 from phased_dmd.prompts import Prompt, read_prompts
-from phased_dmd.sample import Sampler, read_expert
+from phased_dmd.sample import Sampler, preview_size, read_expert
 from phased_dmd.system import (
     Own,
     System,
@@ -142,6 +142,8 @@ def distill(
     (RUN/conditions). strict: refuse prompts that would be cut off. Raises UserError for what the user can mend,
     NonFiniteError before a step that would spoil the weights, Stopped after SIGTERM or SIGINT.
     """
+    if not isinstance(config, Config):
+        raise UserError(f"config: a {type(config).__name__}, where a Config is needed; recipes.resolve makes one")
     run = RunFolder(output or Path("runs") / config.recipe)
     with processes(alone=config.engine.offload):
         run.check(config)
@@ -239,7 +241,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Pat
                 on_first_rank(partial(log, run, row, time.perf_counter() - started, cpu_seconds))
                 at.clipped, at.counted, cpu_seconds = 0, 0, 0.0
                 job.trackers.track(done + at.iteration, row)
-            if at.iteration % config.sample_every == 0 or last:
+            if config.sample_every is not None and (at.iteration % config.sample_every == 0 or last):
                 save_samples(job, at, expert)
             if at.iteration % config.checkpoint_every == 0:
                 run.save_checkpoint(asdict(at), state, config.keep_last, config.keep_every)
@@ -333,13 +335,15 @@ def leave_encoding(signals: Signals, folder: Path) -> None:
 def preview_samples(
     system: System, codec: Codec, phase: int, conditions: Conditions | None, weights: Sequence[float]
 ) -> Tensor:
-    """16 prompts spread over all there are, or 512 points, in the first bucket that is drawn."""
+    """Prompts spread over all there are, or 512 points, in the first bucket that is drawn."""
     bucket = next(i for i, weight in enumerate(weights) if weight)
+    shape = system.model.sample_shapes[bucket]
+    count = preview_size(shape)
     if conditions is None:
-        rows: list[Condition] = [{}] * (512 if len(system.model.sample_shapes[bucket]) == 1 else 16)
+        rows: list[Condition] = [{}] * (512 if len(shape) == 1 else count)
     else:
         prompts = conditions.eligible(bucket)
-        rows = [conditions.row(prompts[i * len(prompts) // 16], bucket) for i in range(16)]
+        rows = [conditions.row(prompts[i * len(prompts) // count], bucket) for i in range(count)]
     return Sampler(system, codec, bucket).preview(phase, rows)
 
 

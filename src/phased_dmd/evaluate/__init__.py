@@ -59,7 +59,7 @@ def evaluate(
             found = _of_folder(subject, base, protocol, path.parent)
         else:
             kept = cache or subject.absolute().parent / "base"
-            teacher = None if base is None else str(base)
+            teacher = str(base) if base is not None and (subject / EXPORT).exists() else None
             found = _of_sampler(load(subject, own, teacher, protocol.bucket), protocol, path.parent, kept, seen)
         done[str(subject)] = about | found
         write_atomically(path, (json.dumps(done[str(subject)], indent=1) + "\n").encode())

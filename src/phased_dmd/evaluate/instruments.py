@@ -122,6 +122,6 @@ def load_instruments(protocol: Protocol, config: Config | None, clips: bool) -> 
         if len(real_features) < 2:
             raise UserError(f"--real: {protocol.real} holds one picture; two at least")
         of_real = moments(real_features)
-    perceptual = lpips() if protocol.perceptual else None
+    perceptual = lpips() if protocol.perceptual and not clips else None  # which compares all of a prompt's at once
     alignment = load_alignment(protocol.alignment) if protocol.alignment else None
     return Instruments(features, flow, flow_name, protocol.fps, perceptual, alignment, reader, of_real, accuracy)

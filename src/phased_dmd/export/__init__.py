@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phased_dmd.checkpoint import partial_of
-from phased_dmd.errors import UserError
+from phased_dmd.errors import UserError, refuse_full
 from phased_dmd.export.comfyui import SCHEDULE, comfyui_tensors, comfyui_times, workflow
 from phased_dmd.export.scripts import nearest_scheduler, render, stock_times
 from phased_dmd.export.subject import Subject
@@ -32,8 +32,7 @@ def export(run: Path, format: Format, output: Path, fused: bool = False, verify:
         raise UserError("--fused: full experts are written for diffusers only")
     if not fused and subject.config.generator.weights == "full":
         raise UserError(f"{run}: its experts are full weights, not LoRA; export them with --format diffusers --fused")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output: {output} exists and is not an empty folder")
+    refuse_full(output)
     subject.check_experts()
     partial = partial_of(output.absolute())
     shutil.rmtree(partial, ignore_errors=True)

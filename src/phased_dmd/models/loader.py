@@ -9,7 +9,7 @@ from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.models.bare import META, BareSource
 from phased_dmd.models.protocol import Codec, VelocityModel
-from phased_dmd.models.source import Source
+from phased_dmd.models.source import Source, quiet
 from phased_dmd.teachers import AnalyticTeacher, OwnTeacher, PipelineTeacher, QwenImageTeacher, Teacher, WanTeacher
 
 
@@ -47,7 +47,8 @@ def _model(teacher: Teacher, seed: int, fit: bool, where: torch.device, source: 
 
             return AnalyticModel(teacher, seed, fit, where)
         case WanTeacher():
-            from phased_dmd.models.wan import WanModel
+            with quiet():  # it recommends torchvision, which nothing here needs
+                from phased_dmd.models.wan import WanModel
 
             return WanModel(teacher, where, source)
         case QwenImageTeacher():
@@ -61,7 +62,8 @@ def _model(teacher: Teacher, seed: int, fit: bool, where: torch.device, source: 
 def _codec(teacher: Teacher, where: torch.device, source: Source | None) -> Codec:
     match teacher:
         case WanTeacher():
-            from phased_dmd.models.wan import WanCodec
+            with quiet():
+                from phased_dmd.models.wan import WanCodec
 
             return WanCodec(teacher, where, source)
         case QwenImageTeacher():

@@ -21,6 +21,7 @@ from phased_dmd.plan.memory import (
     parameters_by_role,
     phase_memory,
 )
+from phased_dmd.plan.preview import Preview, previews
 from phased_dmd.plan.work import Work, forward_flops, hours, mean_flops, phase_work
 from phased_dmd.prompts import read_prompts
 from phased_dmd.teachers import PipelineTeacher
@@ -30,7 +31,10 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """One phase: bytes on each GPU, calls and forwards an iteration a sample, and FLOPs and hours in all."""
+    """One phase: bytes on each GPU, calls and forwards an iteration a sample, and FLOPs and hours in all.
+
+    hours: of training. previews: how many; preview_seconds: of each.
+    """
 
     phase: int
     boundary: float
@@ -40,6 +44,8 @@ class PhaseCost:
     iteration_flops: float
     iteration_seconds: float
     hours: float
+    previews: int
+    preview_seconds: float
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Needs:
     forward_flops: dict[str, int]
     phases: tuple[PhaseCost, ...]
     hours: float
+    preview_hours: float
     prompts: int
     prompt_cache: int
     fits: bool
@@ -82,18 +89,20 @@ def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4,
     networks = [describe(config, model, index, forward) for index in range(len(model.students))]
     usable = memory_gb * GB * (1 - RESERVE)
     flops = forward_flops(config, model)
+    preview = previews(config, model, flops)
 
     def sizes(config: Config, gpus: int) -> list[Memory]:
-        phases, shape = range(1, plan.num_phases + 1), largest(model.sample_shapes)
-        return [phase_memory(config, plan, networks, phase, gpus, forward, shape) for phase in phases]
+        phases, shape, shown = range(1, plan.num_phases + 1), largest(model.sample_shapes), preview(config, gpus).memory
+        return [phase_memory(config, plan, networks, phase, gpus, forward, shape, shown) for phase in phases]
 
     def fits(config: Config, gpus: int) -> bool:
         return max(each.gpu for each in sizes(config, gpus)) <= usable
 
     mean, now = mean_flops(config, flops), fits(config, gpus)
     guided = max(model.guidance) > 1
+    shown, speed = preview(config, gpus), (gpus, tflops, utilisation)
     phases = tuple(
-        _cost(config, plan, phase, own, phase_work(config, plan, phase, guided), mean, (gpus, tflops, utilisation))
+        _cost(config, plan, phase, own, phase_work(config, plan, phase, guided), mean, shown, speed)
         for phase, own in enumerate(sizes(config, gpus), 1)
     )
     chosen = None if now else advice.cheapest(config, gpus, fits)
@@ -107,6 +116,7 @@ def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4,
         parameters=parameters_by_role(config, plan, networks),
         forward_flops=dict(zip(_buckets(config, model), flops, strict=True)),
         phases=phases, hours=sum(phase.hours for phase in phases),
+        preview_hours=sum(phase.previews * phase.preview_seconds for phase in phases) / 3600,
         prompts=prompts, prompt_cache=prompt_cache(config, model, prompts), fits=now,
         options=advice.flags(chosen) if chosen is not None else None,
         option_notes=tuple(f"{key}: {note}" for key, _, note in chosen or ()),
@@ -142,12 +152,17 @@ def _check(config: Config, gpus: int, memory_gb: float, utilisation: float, tflo
 
 
 def _cost(
-    config: Config, plan: PhasePlan, phase: int, held: Memory, work: Work, mean: float,
+    config: Config, plan: PhasePlan, phase: int, held: Memory, work: Work, mean: float, preview: Preview,
     speed: tuple[int, float, float],
 ) -> PhaseCost:  # fmt: skip
     flops = work.forwards * mean * config.batch_size
     each, iterations = hours(flops, *speed), config.phase_iterations(phase)
-    return PhaseCost(phase, plan.end(phase), iterations, held, work, flops, each * 3600, each * iterations)
+    shown = preview.samples * len(plan.path(phase)) * preview.call + preview.decode  # by one GPU, as all do at once
+    return PhaseCost(
+        phase, plan.end(phase), iterations, held, work, flops, each * 3600, each * iterations,
+        previews=math.ceil(iterations / config.sample_every) if config.sample_every is not None else 0,
+        preview_seconds=hours(shown, 1, *speed[1:]) * 3600,
+    )  # fmt: skip
 
 
 def prompt_cache(config: Config, model: VelocityModel, prompts: int) -> int:

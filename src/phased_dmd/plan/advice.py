@@ -1,5 +1,6 @@
 """What a plan warns of, and the cheapest change that makes it fit."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from phased_dmd.phases import NEAR, PhasePlan
 
 Options = tuple[tuple[str, Any, str], ...]
 OPTIONS: Options = (
+    ("sample_every", None, "no previews"),
     ("fake.optimiser.second_moment", "bfloat16", "rounded at random"),
     ("fake.weights", "lora", "loses quality"),
     ("engine.offload", True, "slow: weights cross to the host and back"),
@@ -72,7 +74,8 @@ def least_gpus(config: Config, gpus: int, fits: Fits) -> int | None:
 
 def flags(options: Options) -> str:
     """As they are typed."""
-    return " ".join(f"--set {key}={str(value).lower()}" for key, value, _ in options)
+    values = [value if isinstance(value, str) else json.dumps(value) for _, value, _ in options]
+    return " ".join(f"--set {key}={value}" for (key, _, _), value in zip(options, values, strict=True))
 
 
 def warnings(config: Config, plan: PhasePlan, gpus: int) -> list[str]:

@@ -49,19 +49,23 @@ class Network:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each GPU in a phase, and on the host for each of them."""
+    """Bytes on each GPU in a phase, and on the host for each of them.
+
+    preview: what is there in a preview in the place of gradients and activations.
+    """
 
     weights: int
     gradients: int
     optimiser: int
     gathered: int
     activations: int
+    preview: int
     host: int
 
     @property
     def gpu(self) -> int:
-        states = self.weights + self.gradients + self.optimiser
-        return self.gathered + self.activations + (0 if self.host else states)
+        states, gradients = (0, 0) if self.host else (self.weights + self.optimiser, self.gradients)
+        return self.gathered + states + max(self.activations + gradients, self.preview)
 
 
 def describe(config: Config, model: VelocityModel, index: int, forward: Measure) -> Network:
@@ -194,15 +198,19 @@ def gathered(config: Config, networks: list[Network], gpus: int) -> int:
 
 def phase_memory(
     config: Config, plan: PhasePlan, networks: list[Network], phase: int, gpus: int, forward: Measure,
-    shape: Sequence[int],
+    shape: Sequence[int], preview: int,
 ) -> Memory:  # fmt: skip
-    """Bytes on each GPU in a phase. shape: of the largest bucket's samples."""
+    """Bytes on each GPU in a phase. shape: of the largest bucket's samples. preview: bytes, without an EMA's."""
     own = [math.ceil(size / shards(config, gpus)) for size in states(config, plan, networks, phase)]
+    if config.sample_every is not None and config.generator.ema is not None:  # the trained weights are set aside
+        aside = expert_of(config, plan, networks, phase).parameters * networks[0].trained_itemsize
+        preview += math.ceil(aside / shards(config, gpus))
     return Memory(
         *own,
         gathered=gathered(config, networks, gpus),
         activations=activations(config, plan, phase, micro_batch(config, gpus), forward)
         + pooled(config, phase, gpus, shape),
+        preview=preview + pooled(config, phase, gpus, shape),
         host=sum(own) if config.engine.offload else 0,
     )
 

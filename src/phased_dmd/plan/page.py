@@ -25,7 +25,8 @@ def show(plan: Needs, console: Console) -> None:
     forwards = ", ".join(f"{name} {flops / 1e15:.3g}" for name, flops in plan.forward_flops.items())
     lines = [
         f"PFLOP a forward: {forwards}",
-        f"{plan.hours:.3g} hours in all, without encoding, previews and checkpoints",
+        f"{plan.hours:.3g} hours in all, without encoding and checkpoints; and {plan.preview_hours:.2g} of "
+        f"{sum(phase.previews for phase in plan.phases)} previews",
         f"prompt cache: {plan.prompts} prompts, at most {size(plan.prompt_cache)} on disk",
         *plan.remarks,
         *(f"warning: {warning}" for warning in plan.warnings),
@@ -55,14 +56,16 @@ def _parameters(plan: Needs) -> Table:
 
 
 def _memory(plan: Needs) -> Table:
-    parts = ("weights", "gradients", "optimiser", "gathered", "activations")
-    table = Table("phase", *parts, "in all", "on the host", title="Memory on each GPU", title_justify="left")
-    for phase in plan.phases:
-        memory = asdict(phase.memory)
-        away = parts[:3] if phase.memory.host else ()
-        held = [f"({size(memory[part])})" if part in away else size(memory[part]) for part in parts]
-        host = size(phase.memory.host) if phase.memory.host else ""
-        table.add_row(str(phase.phase), *held, size(phase.memory.gpu), host)
+    numbers = (f"phase {phase.phase}" for phase in plan.phases)
+    table = Table("", *numbers, title="Memory on each GPU", title_justify="left")
+    memories = [phase.memory for phase in plan.phases]
+    for part in ("weights", "gradients", "optimiser", "gathered", "activations", "preview"):
+        held = [size(asdict(memory)[part]) for memory in memories]
+        away = part in ("weights", "gradients", "optimiser") and memories[0].host > 0
+        table.add_row(part, *(f"({each})" if away else each for each in held))
+    table.add_row("in all", *(size(memory.gpu) for memory in memories))
+    if memories[0].host:
+        table.add_row("on the host", *(size(memory.host) for memory in memories))
     return table
 
 
