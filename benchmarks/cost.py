@@ -181,7 +181,7 @@ def forwards(config: Config) -> float:
 
 def cpu_seconds(run: Path) -> float:
     """Of all iterations; previews, checkpoints and the encoding of prompts are not among them."""
-    rows = map(json.loads, (run / "timing.jsonl").read_text().splitlines())
+    rows = map(json.loads, (run / "timing.jsonl").read_text("utf-8").splitlines())
     return sum({(row["phase"], row["iteration"]): row["cpu_seconds"] for row in rows}.values())  # repeated after a kill
 
 

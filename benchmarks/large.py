@@ -32,7 +32,7 @@ def shape_of(tiny: bool) -> dict[str, Any]:
     """The base's transformer, or a tiny one with its other fields."""
     shipped = architecture(BASE)
     assert shipped is not None
-    shape = json.loads((shipped / "transformer" / "config.json").read_text())
+    shape = json.loads((shipped / "transformer" / "config.json").read_text("utf-8"))
     return (
         shape | {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32} if tiny else shape
     )
@@ -55,7 +55,7 @@ def measure(config: Config, run: Path, memory_gb: float, tflops: float) -> dict[
     started = time.perf_counter()
     distill(config, run)
     planned = needs(config, world_size(), memory_gb, tflops=tflops)
-    rows = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "timing.jsonl").read_text("utf-8").splitlines()]
     phases = []
     for cost in planned.phases:
         seconds = sorted(row["seconds"] for row in rows if row["phase"] == cost.phase)
@@ -78,7 +78,7 @@ def measure(config: Config, run: Path, memory_gb: float, tflops: float) -> dict[
 def write(found: dict[str, Any], output: Path) -> None:
     """The figures as JSON and as a table."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     head = "| phase | s an iteration | PFLOP | utilisation | planned GB |\n|---|---|---|---|---|\n"
     lines = "".join(
         f"| {p['phase']} | {p['seconds_an_iteration']:.2f} | {p['petaflop_an_iteration']:.2f} | "
@@ -87,9 +87,10 @@ def write(found: dict[str, Any], output: Path) -> None:
     )
     about = "".join(f"- {key}: {value}\n" for key, value in found.items() if key != "phases")
     output.with_suffix(".md").write_text(
-        f"# A Wan2.1-1.3B-shaped random teacher\n\n`python benchmarks/large.py`\n\n{head}{lines}\n{about}"
+        f"# A Wan2.1-1.3B-shaped random teacher\n\n`python benchmarks/large.py`\n\n{head}{lines}\n{about}",
+        "utf-8",
     )
-    print(output.with_suffix(".md").read_text())
+    print(output.with_suffix(".md").read_text("utf-8"))
 
 
 def main() -> None:

@@ -177,7 +177,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path = arguments.output.with_suffix(".json")
-    earlier = json.loads(path.read_text()) if path.exists() else {}
+    earlier = json.loads(path.read_text("utf-8")) if path.exists() else {}
     parts, dates = earlier.get("parts", {}), earlier.get("dates", {})
     with tempfile.TemporaryDirectory() as folder:
         for part in arguments.part or PARTS:

@@ -18,7 +18,7 @@ def make_teacher(folder: Path, shape: Mapping[str, Any], dtype: torch.dtype = to
     """A pipeline's folder, unless it is there. shape: fields of the transformer's config that differ from nano's."""
     if (folder / "model_index.json").exists():
         return
-    nano = json.loads((ASSETS / "nano" / "transformer" / "config.json").read_text())
+    nano = json.loads((ASSETS / "nano" / "transformer" / "config.json").read_text("utf-8"))
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(ASSETS / "nano", partial, ignore=shutil.ignore_patterns("transformer"))

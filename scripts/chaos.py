@@ -81,7 +81,9 @@ def launch(recipe: str, folder: Path, checkpoint_every: int, slow: bool = False)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "phased_dmd", "distill", recipe, "--output", str(folder), *RUNS[recipe]]
     command += ["--checkpoint-every", str(checkpoint_every)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8"
+    )
 
 
 def wait(child: subprocess.Popen[str], condition: Callable[[], bool], seconds: float, pause: float) -> bool:
@@ -118,7 +120,7 @@ def alone(child: subprocess.Popen[str]) -> None:
 def started(folder: Path, child: subprocess.Popen[str]) -> bool:
     """Whether the process holds the run: from then on it obeys signals."""
     lock = folder / ".lock"
-    return lock.exists() and lock.read_text().strip() == str(child.pid)
+    return lock.exists() and lock.read_text("utf-8").strip() == str(child.pid)
 
 
 def writing(folder: Path, since: int) -> bool:
@@ -163,7 +165,7 @@ def place(folder: Path, child: subprocess.Popen[str], since: int) -> str:
     if any(writing(part, since) for part in (folder, folder / "conditions", folder / "experts")):
         return "writing another file"
     metrics = folder / "metrics.jsonl"
-    rows = metrics.read_text() if metrics.exists() else ""
+    rows = metrics.read_text("utf-8") if metrics.exists() else ""
     if phase == 2 and '"phase": 2' not in rows and not any((folder / "checkpoints").glob("phase-2-*")):
         return "between the phases"
     return f"phase {phase}, training" if phase < 3 else "after the last phase"
@@ -180,7 +182,7 @@ class Chaos:
         self.fell: dict[Signals, Counter[str]] = {number: Counter() for number in (SIGKILL, SIGTERM, SIGINT)}
         self.inside = Counter[bool]()  # orderly stops: whether between two updates of a cycle
         (folder / "slow").mkdir()
-        (folder / "slow" / "sitecustomize.py").write_text(SLOW_DISK)
+        (folder / "slow" / "sitecustomize.py").write_text(SLOW_DISK, "utf-8")
 
     def reference(self, recipe: str) -> Reference:
         run, begun = self.folder / f"{recipe}-uninterrupted", time.monotonic()

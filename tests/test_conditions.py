@@ -266,6 +266,25 @@ def test_a_real_first_frame_must_have_the_shape_of_a_bucket(tmp_path: Path) -> N
         codec.fits(paths[4])
 
 
+def test_a_first_frame_is_fitted_and_encoded_as_a_viewer_shows_it(tmp_path: Path) -> None:
+    """A telephone stores an upright picture on its side, with EXIF's word 6; the portrait's bucket is its own."""
+    sizes = (Size(num_frames=5, height=32, width=48), Size(num_frames=5, height=48, width=32))
+    codec = WanCodec(WanTeacher(path="nano-i2v", sizes=sizes), torch.device("cpu"))
+    pixels = torch.rand(96, 64, 4, generator=torch.Generator().manual_seed(0)).mul(255).byte().numpy()
+    shown = Image.fromarray(pixels[..., :3])
+    shown.save(tmp_path / "shown.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    shown.rotate(90, expand=True).save(tmp_path / "telephone.png", exif=exif)
+    hidden = Image.fromarray(pixels)
+    hidden.save(tmp_path / "hidden.png")
+    Image.alpha_composite(Image.new("RGBA", hidden.size, "white"), hidden).convert("RGB").save(tmp_path / "white.png")
+    rows = {name: codec.encode_image(tmp_path / f"{name}.png", 1) for name in ("shown", "telephone", "hidden", "white")}
+    assert all(codec.fits(tmp_path / f"{name}.png") == [1] for name in rows)
+    assert same(rows["telephone"], rows["shown"]) and same(rows["hidden"], rows["white"])
+    assert not same(rows["shown"], rows["white"])
+
+
 # ---------------------------------------------------------------- damage
 
 

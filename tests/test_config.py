@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from phased_dmd import prompts
+from phased_dmd.cli import _assignment
 from phased_dmd.config import Config
 from phased_dmd.errors import UserError
 from phased_dmd.overrides import apply_overrides, build, read_file, with_method
@@ -87,9 +88,9 @@ def test_a_field_like_no_other_lists_those_there_are() -> None:
 REFUSED = [
     ("toy-1d", {"plan.steps": 4, "plan.phases": 3}, "plan.phases: 4 steps cannot be split into 3 equal phases"),
     ("toy-1d", {"plan.steps": 2, "plan.phases": 4}, "plan.phases: 2 steps cannot be split into 4 equal phases"),
-    ("toy-1d", {"plan.steps": 0}, "plan.steps: Input should be greater than 0"),
-    ("toy-1d", {"plan.solver": "euler"}, "plan.solver: Input should be 'ddim' or 'renoise'"),
-    ("toy-1d", {"plan.gradient": "some"}, "plan.gradient: Input should be 'all' or 'last'"),
+    ("toy-1d", {"plan.steps": 0}, "plan.steps: must be greater than 0"),
+    ("toy-1d", {"plan.solver": "euler"}, "plan.solver: must be 'ddim' or 'renoise', and this is \"euler\""),
+    ("toy-1d", {"plan.gradient": "some"}, "plan.gradient: must be 'all' or 'last', and this is \"some\""),
     ("toy-1d", {"generator.weights": "lora"}, "an analytic teacher has only 'full' students"),
     ("toy-1d", {"fake.weights": "lora"}, "an analytic teacher has only 'full' students"),
     ("toy-1d", {"prompts": "nano-t2i"}, "prompts: an analytic teacher takes none"),
@@ -112,13 +113,76 @@ REFUSED = [
         "teacher: means: needs at least one mean, all of the same length",
     ),
     ("toy-1d", {"teacher.weights": [1.0, 2.0]}, "teacher: weights: needs one positive weight a mean"),
-    ("toy-1d", {"generator.optimiser.lr": -1.0}, "generator.optimiser.lr: Input should be greater than 0"),
-    ("toy-1d", {"generator.ema": 1.0}, "generator.ema: Input should be less than 1"),
+    ("toy-1d", {"generator.optimiser.lr": -1.0}, "generator.optimiser.lr: must be greater than 0"),
+    ("toy-1d", {"generator.ema": 1.0}, "generator.ema: must be less than 1"),
     ("toy-1d", {"phase_shares": [1.0]}, "phase_shares: 1 of them for 2 phases; null makes all phases alike"),
-    ("toy-1d", {"phase_shares": [1.0, 0.0]}, "phase_shares.1: Input should be greater than 0"),
-    ("toy-1d", {"iterations": 2.5}, "iterations: Input should be a valid integer"),
-    ("nano-t2i", {"teacher.guidance": 0.5}, "teacher.guidance.0: Input should be greater than or equal to 1"),
+    ("toy-1d", {"phase_shares": [1.0, 0.0]}, "phase_shares.1: must be greater than 0"),
+    ("toy-1d", {"iterations": 2.5}, "iterations: must be a whole number, and this is 2.5"),
+    ("nano-t2i", {"teacher.guidance": 0.5}, "teacher.guidance.0: must be greater than or equal to 1"),
 ]
+
+
+READ_OTHERWISE = [  # after --set; what is said
+    ("teacher.negative_prompt=", "must be text, and YAML reads this as null; quote it: --set '{}=\"...\"'"),
+    ("teacher.negative_prompt=no", "must be text, and YAML reads this as false; quote it: --set '{}=\"...\"'"),
+    ("teacher.negative_prompt=7", "must be text, and YAML reads this as 7; quote it: --set '{}=\"...\"'"),
+    ("teacher.negative_prompt=2024-01-01", 'must be text, and YAML reads this as "2024-01-01"; quote it: '),
+    (
+        "teacher.negative_prompt=blurry: low quality",
+        "must be text, and YAML reads this as {{'blurry': 'low quality'}}; quote it: --set '{}=\"...\"'",
+    ),
+    ("trackers=wandb", 'must be a list, and this is "wandb"; in brackets it is one: --set \'{}=["wandb"]\''),
+    ("iterations=1e3", 'must be a whole number, and this is "1e3"'),
+    ("iterations=", "must be a whole number, and this is null"),
+    ("generator.lora.alpha=two", 'must be a number, and this is "two"'),
+    ("engine.offload=maybe", 'must be true or false, and this is "maybe"'),
+    ("generator=3", "must be a mapping of fields, and this is 3"),
+    ("teacher.sizes=[]", "must have at least 1 item, and this is []"),
+    ("teacher.kind=wann", "'wann' is unknown; did you mean wan?"),
+]
+
+
+@pytest.mark.parametrize(("setting", "says"), READ_OTHERWISE)
+def test_what_a_field_needs_and_what_yaml_made_of_the_setting_is_said_in_our_words(setting: str, says: str) -> None:
+    key = setting.partition("=")[0]
+    with pytest.raises(UserError) as error:
+        resolve("nano-t2i", dict([_assignment(setting)]))
+    assert str(error.value).startswith(f"{key}: {says.format(key)}")
+
+
+def test_no_message_is_in_pydantics_words() -> None:
+    """Of every field, given what no field takes."""
+    data = json.loads(RECIPES["nano-t2i"]().model_dump_json())
+    sections = {name: fields for name, fields in data.items() if isinstance(fields, dict)}
+    for path in [*data, *(f"{name}.{field}" for name, fields in sections.items() for field in fields)]:
+        for value in (object(), "", "a\0b", -1e300, {"x": 1}, [None]):
+            try:
+                resolve("nano-t2i", {path: value})
+            except UserError as error:
+                said = str(error)
+                assert said.startswith(path.split(".")[0])
+                assert not re.search("Input|valid|instance|dictionary|tuple|[Ss]tring|tag|validation|Field", said), said
+
+
+@pytest.mark.parametrize(("text", "value"), [("010", 8), ("0_17", 15), ("1:30", 90), ("1:30.5", 90.5), ("-012", -10)])
+def test_a_number_that_yaml_reads_in_another_base_than_it_looks_like_is_refused(
+    text: str, value: float, tmp_path: Path
+) -> None:
+    """YAML 1.1: octal for a leading zero, sexagesimal for a colon."""
+    assert yaml.safe_load(text) == value
+    with pytest.raises(UserError, match=f"--set: 'seed={text}' is not read: {text} is {value} to YAML; write that; "):
+        _assignment(f"seed={text}")
+    (tmp_path / "run.yaml").write_text(f"recipe: a\nteacher: {{kind: wan}}\nseed: {text}\n")
+    with pytest.raises(UserError, match=f"run.yaml: cannot be read as YAML or JSON: {text} is {value} to YAML"):
+        resolve(str(tmp_path / "run.yaml"), {})
+    for fine, read in ((f'"{text}"', text), ("007", 7), ("08", "08"), ("0", 0), ("0x10", 16), ("1.05", 1.05)):
+        assert _assignment(f"seed={fine}") == ("seed", read)
+
+
+@pytest.mark.parametrize("value", ["@night", "*", "a: b: c", "'open"])
+def test_a_text_that_is_no_yaml_is_told_to_be_quoted(value: str) -> None:
+    with pytest.raises(UserError, match=r"is not read: .*; quote what is text: --set 'teacher.negative_prompt=\"..."):
+        _assignment(f"teacher.negative_prompt={value}")
 
 
 @pytest.mark.parametrize(("recipe", "overrides", "message"), REFUSED)
@@ -280,7 +344,7 @@ def test_a_number_that_is_not_finite_is_refused(path: str, value: Any, named: st
     def put(value: Any) -> Any:
         return [put(v) for v in value] if isinstance(value, list) else bad if value == "BAD" else value
 
-    with pytest.raises(UserError, match=f"^{re.escape(named)}: Input should be a finite number$"):
+    with pytest.raises(UserError, match=f"^{re.escape(named)}: must be a finite number, and this is (-?Infinity|NaN)$"):
         resolve("toy-1d", {path: put(value)})
 
 
@@ -590,7 +654,7 @@ def test_missing_prompts_list_the_shipped_sets(tmp_path: Path, monkeypatch: pyte
 def test_useless_prompt_files_are_user_errors(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)
-    with pytest.raises(UserError, match=f"^prompts: {file} (holds no prompt|is neither)"):
+    with pytest.raises(UserError, match=f"^prompts: {file}( holds no prompt|, line 1 is not UTF-8)"):
         read_prompts(str(file))
 
 

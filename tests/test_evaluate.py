@@ -24,7 +24,7 @@ from phased_dmd.evaluate.measures import Law, clip_features, figures
 from phased_dmd.evaluate.measures import statistics as measures_of
 from phased_dmd.evaluate.mixtures import mixture_statistics
 from phased_dmd.evaluate.protocol import SampleSet, grouped, sample_sets, spread_out
-from phased_dmd.evaluate.samples import Base, weights_hash
+from phased_dmd.evaluate.samples import Base, SampleFolder, weights_hash
 from phased_dmd.export import export
 from phased_dmd.media import grid, read_media, save_clip, save_image, to_images
 from phased_dmd.metrics.distances import frechet, moments
@@ -250,6 +250,22 @@ def test_another_teacher_has_other_samples(changes: dict[str, object], tmp_path:
         return Base(sampler, tmp_path).row([Prompt("")] * 2, [0, 1], 2).key
 
     assert key({}) == key({"seed": 5, "generator.ema": 0.9}) != key(changes)
+
+
+def test_pictures_are_no_part_of_text_to_images_base_and_need_not_be_there(nano: Path, tmp_path: Path) -> None:
+    base = Base(load(nano), tmp_path)
+    keys = [base.row([Prompt("a digit", image)], [0], 1).key for image in (None, tmp_path / "absent.png")]
+    assert keys[0] == keys[1]
+
+
+@pytest.mark.parametrize("end", ["\N{LINE SEPARATOR}", "\N{NEXT LINE}", "\N{PARAGRAPH SEPARATOR}"])
+def test_a_prompt_with_unicodes_own_ends_of_a_line_stays_one_in_a_folder_of_samples(end: str, tmp_path: Path) -> None:
+    """JSON need not escape them, and `phased-dmd sample` does not."""
+    prompt = f"a fox{end}asleep, \u72d0\u72f8"
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    row = json.dumps({"prompt": prompt, "seed": 3, "image": "0.png"}, ensure_ascii=False)
+    (tmp_path / "samples.jsonl").write_bytes(f"{row}\n".encode())
+    assert SampleFolder(tmp_path).rows == {"0": (Prompt(prompt), 3)}
 
 
 def test_a_clip_that_stands_still_keeps_its_frames_and_their_rate(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers.loaders.lora_conversion_utils as conversion
@@ -116,6 +117,34 @@ def test_a_first_frame_given_to_ti2v_5b_is_exported_as_image_to_video(
     run = make("ti2v_5b", teacher__first_frame=True, prompts=str(workshop / "wide.jsonl"))
     lines = export(run, "diffusers", tmp_path / "out", verify=True)
     assert verified(lines) and "WanImageToVideoPipeline" in (tmp_path / "out" / "sample.py").read_text()
+
+
+def test_the_script_gives_the_pipeline_a_first_frame_turned_as_a_viewer_shows_it(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(make("wan21_i2v"), "diffusers", tmp_path / "out")
+    main = runpy.run_path(str(tmp_path / "out" / "sample.py"))["main"]
+    pipe = SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.ones(1)))
+    given: list[Image.Image] = []
+    main.__globals__["load"] = lambda base: pipe
+    main.__globals__["sample"] = lambda pipe, prompt, image, **options: given.append(image) or [[image]]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side
+    shown = Image.effect_noise((32, 48), 80).convert("RGB")
+    shown.rotate(90, expand=True).save(tmp_path / "telephone.png", exif=exif)
+    options = [
+        "--prompt",
+        "a fox",
+        "--image",
+        f"{tmp_path}/telephone.png",
+        "--output",
+        f"{tmp_path}/made.png",
+        "--base",
+        ".",
+    ]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *options])
+    main()
+    assert given[0].tobytes() == shown.tobytes()
 
 
 @pytest.mark.parametrize(

@@ -348,7 +348,10 @@ def test_what_is_not_ready_is_said(make: Make, tmp_path: Path) -> None:
         return str(error.value)
 
     (run / "samples" / "specific" / "phased-4-steps" / "02.png").unlink()
-    assert "specific/phased-4-steps/02.png: cannot be read as a picture; evaluate the run again" in complaint()
+    assert (
+        "specific/phased-4-steps/02.png: cannot be read as a picture (no such file); evaluate the run again"
+        in complaint()
+    )
     (run / "evaluation.json").write_text('{"recipe": "nano-t2i", "samples": 64, "sets": {}}')
     assert "evaluated by an older version" in complaint() and "--again" in complaint()
     (run / "evaluation.json").write_text('{"recipe": ')

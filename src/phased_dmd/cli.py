@@ -1,5 +1,8 @@
 """The command `phased-dmd`. Heavy imports wait until a command runs, so that `-h` is fast."""
 
+import codecs
+import io
+import json
 import logging
 import os
 import sys
@@ -113,7 +116,9 @@ def distill(
 
         check(config, strict)
         tell(about, sys.stderr)
-        print(config.model_dump_json(indent=2))
+        text = config.model_dump_json(indent=2)
+        utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+        print(text if utf8 else json.dumps(json.loads(text), indent=2))  # a file of it is read as UTF-8 again
     else:
         from phased_dmd.train import distill as run
 
@@ -355,8 +360,8 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise UserError(f"--set: {text!r} is not of the form field=value")
     try:
         return key, read_yaml(value)
-    except ValueError:
-        raise UserError(f"--set: the value of {key}, {value!r}, is not YAML") from None
+    except ValueError as error:
+        raise UserError(f"--set: {text!r} is not read: {error}; quote what is text: --set '{key}=\"...\"'") from None
 
 
 def tell(message: str, file: TextIO | None = None) -> None:
@@ -367,7 +372,11 @@ def tell(message: str, file: TextIO | None = None) -> None:
 
 def main() -> None:
     """Runs a command; what the user can mend is one line on stderr and exit status 2, and a warning is one line too."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the locale's encoding may lack letters of a prompt
     warnings.formatwarning = lambda message, *_: f"phased-dmd: {message}\n"  # type: ignore[assignment] fewer parameters
+    if os.environ.get("RANK", "0") != "0":
+        warnings.simplefilter("ignore")  # the first process tells the same
     try:
         status = app(standalone_mode=False)  # of a typer.Exit; else None
     except TyperException as error:

@@ -149,7 +149,7 @@ class Config(Section):
     generator: Generator = Generator()
     fake: Fake = Fake()
     prompts: Location | None = Field(
-        default=None, description="a shipped set's name, or a txt, jsonl, csv or parquet file"
+        default=None, description="a shipped set's name, a txt, jsonl, csv or parquet file, or a hub data set's id"
     )
     init_experts: Location | None = Field(
         default=None, description="a run whose experts these start from, step by step"

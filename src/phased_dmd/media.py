@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from phased_dmd.errors import UserError
+from phased_dmd.pictures import as_shown, opened
 
 PICTURES, VIDEOS = (".png", ".jpg", ".jpeg", ".webp", ".gif"), (".mp4", ".mov", ".avi", ".mkv", ".webm")
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # of PICTURES, whatever a file is named
 MEDIA = PICTURES + VIDEOS
 CLIP_SIZE = 128  # pixels a side, at least, of a written clip
 COUNT = "frames"  # after their number, in a written clip: WebP joins equal frames into a longer one
@@ -117,15 +117,12 @@ def read_media(path: Path) -> tuple[Tensor, float | None]:
     """A picture, animation or video as [f, h, w, 3] in [0, 1], and its frames a second; a UserError if unreadable."""
     if path.suffix.lower() in VIDEOS:
         return _read_video(path)
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            marked = file.info.get("xmp", b"").decode(errors="ignore").removesuffix(f" {COUNT}")
-            frames, milliseconds = [], []
-            for frame in ImageSequence.Iterator(file):
-                frames.append(np.asarray(frame.convert("RGB")))
-                milliseconds.append(frame.info.get("duration", 0))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error})") from error
+    with opened(path) as file:
+        marked = file.info.get("xmp", b"").decode(errors="ignore").removesuffix(f" {COUNT}")
+        frames, milliseconds = [], []
+        for frame in ImageSequence.Iterator(file):
+            frames.append(np.asarray(as_shown(frame)))
+            milliseconds.append(frame.info.get("duration", 0))
     count, total = int(marked) if marked.isdigit() else len(frames), sum(milliseconds)
     if len(frames) == 1:
         repeats = [count]

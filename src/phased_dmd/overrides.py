@@ -2,7 +2,9 @@
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+import re
+import reprlib
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -13,9 +15,18 @@ from phased_dmd.config import Config, Method, Plan
 from phased_dmd.errors import UserError
 from phased_dmd.teachers import Section, Teacher, WanTeacher, nearest
 
+SHOWN = 80  # characters of a wrong value, in a message
 LARGEST = 2**20  # bytes of a file: a Config is far shorter, and YAML is slow to read
 KINDS: dict[Any, type[Section]] = {kind.model_fields["kind"].default: kind for kind in get_args(Teacher)}
 S = TypeVar("S", bound=Section)
+WANTED = {  # by pydantic's name of what is wrong, where its own words name Python's types
+    "string_type": "text", "string_unicode": "text that the locale can hold", "tuple_type": "a list",
+    "int_type": "a whole number", "int_parsing": "a whole number", "int_parsing_size": "a whole number",
+    "int_from_float": "a whole number", "float_type": "a number", "float_parsing": "a number",
+    "bool_type": "true or false", "bool_parsing": "true or false", "model_type": "a mapping of fields",
+    "model_attributes_type": "a mapping of fields",
+}  # fmt: skip
+OTHER_BASES = re.compile(r"[-+]?(0[0_]*[1-7][0-7_]+|\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?)")  # of YAML's numbers: 8 and 60
 
 
 def with_method(method: Method, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,11 +61,45 @@ def _validated(section: type[S], data: Any, at: Sequence[str] = ()) -> S:
         path = [str(part) for part in (*at, *first["loc"])]
         if path[:1] == ["teacher"] and len(first["loc"]) > 1:
             del path[1]  # the kind, by which pydantic tells the teachers apart
-        where = ".".join(path) + ": " if path else ""
+        where = ".".join(path)
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{where}unknown field{nearest(path[-1], _field_names(data, path))}") from None
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{where}{message}") from None
+            raise UserError(f"{where}: unknown field{nearest(path[-1], _field_names(data, path))}") from None
+        raise UserError(_complaint(where, first)) from None
+
+
+def _complaint(where: str, error: Mapping[str, Any]) -> str:
+    """What is wrong with a field, what was given, and how to write it, from one of pydantic's errors."""
+    given = _shown(error["input"])
+    match error["type"]:
+        case "value_error":
+            message = error["msg"].removeprefix("Value error, ")
+            return f"{where}: {message}" if where else message
+        case "missing":
+            return f"{where}: is missing"
+        case "union_tag_not_found":
+            return f"{where}.kind: is missing; one of {', '.join(KINDS)}"
+        case "union_tag_invalid":
+            return f"{where}.kind: {error['ctx']['tag']!r} is unknown{nearest(error['ctx']['tag'], list(KINDS))}"
+        case "string_type":
+            return f"{where}: must be text, and YAML reads this as {given}; quote it: --set '{where}=\"...\"'"
+        case "tuple_type" if not isinstance(error["input"], Mapping | None):
+            cure = f"; in brackets it is one: --set '{where}=[{given}]'"
+        case _:
+            cure = ""
+    needed = re.sub(r"^\w+ should (.*?)( after validation.*)?$", r"must \1", error["msg"])
+    if error["type"] in WANTED:
+        needed = f"must be {WANTED[error['type']]}"
+    return f"{where}: {needed}, and this is {given}{cure}"
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON writes it, or the beginning of one that holds others."""
+    try:
+        holds = isinstance(value, Mapping | Set | list | tuple)
+        text = reprlib.repr(value) if holds else json.dumps(value, ensure_ascii=False, default=str)
+    except ValueError:  # more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,11 +144,17 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(text: str) -> Any:
-    """What YAML says in plain numbers, texts, lists and mappings; a ValueError if it cannot be read."""
+    """What YAML says in plain numbers, texts, lists and mappings; a ValueError if it cannot be read.
+
+    Numbers of another base than they look like, 010 for 8 and 1:30 for 90, are not read.
+    """
     try:
+        for token in yaml.scan(text, yaml.SafeLoader) if OTHER_BASES.search(text) else ():
+            if isinstance(token, yaml.ScalarToken) and token.plain and OTHER_BASES.fullmatch(token.value):
+                raise ValueError(f"{token.value} is {yaml.safe_load(token.value)} to YAML; write that")
         return yaml.safe_load(text)
     except Exception as error:  # beside its own: !!bool x is a KeyError, !!int "" an IndexError, depth a RecursionError
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def _field_names(data: Any, path: Sequence[str]) -> list[str]:

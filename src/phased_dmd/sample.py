@@ -274,7 +274,7 @@ def read_export(folder: Path, base: str | None) -> tuple[Config, Experts]:
     from diffusers.loaders import QwenImageLoraLoaderMixin, WanLoraLoaderMixin
 
     try:
-        about = Export.model_validate_json(inside(folder, folder / EXPORT).read_text())
+        about = Export.model_validate_json(inside(folder, folder / EXPORT).read_text("utf-8"))
         named, data = about.base, about.config
         teacher = dict(data["teacher"]) | {"path": base or named}
     except ValidationError as error:

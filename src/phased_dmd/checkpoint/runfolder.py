@@ -70,7 +70,7 @@ class RunFolder:
 
     def config(self) -> Config:
         try:
-            return build(json.loads(self.config_path.read_text()))
+            return build(json.loads(self.config_path.read_text("utf-8")))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"{self.path}: not a run folder: config.json cannot be read ({reason})") from error
@@ -273,9 +273,8 @@ class RunFolder:
         """The rows of `metrics.jsonl` with their lines, without one that was cut short."""
         path = self.path / "metrics.jsonl"
         try:
-            text = path.read_text() if path.exists() else ""
-            lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-            return [(json.loads(line), line) for line in lines]
+            whole = (path.read_text("utf-8") if path.exists() else "").split("\n")[:-1]
+            return [(json.loads(line), f"{line}\n") for line in whole]
         except ValueError as error:
             raise UserError(f"{path}: damaged ({error})") from error
 
@@ -289,7 +288,7 @@ class RunFolder:
 
     def log(self, name: str, row: Mapping[str, Any]) -> None:
         """Appends one JSON object to `metrics.jsonl` or `timing.jsonl`."""
-        with self._writing(name), (self.path / name).open("a") as file:
+        with self._writing(name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ def evaluate(
         about = {"subject": str(subject), "protocol": json.loads(json.dumps(asdict(protocol)))}
         is_folder = not (RunFolder(subject).config_path.exists() or (subject / EXPORT).exists())
         if not (again or is_folder) and path.exists():
-            known = json.loads(path.read_text())
+            known = json.loads(path.read_text("utf-8"))
             if known.get("protocol") == about["protocol"] and (output is None or known["subject"] == str(subject)):
                 done[str(subject)] = known
                 continue

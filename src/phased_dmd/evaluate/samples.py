@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from phased_dmd.checkpoint import awaited, load_tensors, save_tensors
+from phased_dmd.conditions import fitting
 from phased_dmd.errors import UserError
 from phased_dmd.evaluate.protocol import SampleSet, grouped
 from phased_dmd.media import MEDIA, read_media
@@ -49,6 +50,7 @@ class Base:
         """
         system = self.sampler.system
         size = batch_size(system.model.sample_shapes[self.sampler.bucket])
+        fitting(self.sampler.codec, list(dict.fromkeys(prompts)))
         key = self._key(prompts, seeds, steps)
         lock, parts = self.folder / f".{key}.lock", [slice(i, i + size) for i in range(0, len(seeds), size)]
         chunks = [self._chunk(prompts[part], seeds[part], steps, lock) for part in parts]
@@ -74,7 +76,8 @@ class Base:
         system, codec = self.sampler.system, self.sampler.codec
         if not self._weights:
             self._weights = weights_hash(self.sampler)
-        images = [hashlib.blake2b(p.image.read_bytes() if p.image else b"").hexdigest() for p in prompts]
+        pictures = [prompt.image if codec.takes_images else None for prompt in prompts]
+        images = [hashlib.blake2b(picture.read_bytes() if picture else b"").hexdigest() for picture in pictures]
         model, plan, teacher = system.model, system.config.plan, system.config.teacher
         t = torch.linspace(0, 1, 9, dtype=torch.float64)
         about = (
@@ -122,7 +125,8 @@ class SampleFolder:
         manifest = folder / MANIFEST
         self.rows: dict[str, tuple[Prompt, int]] = {}
         if manifest.exists():
-            self.rows = dict(_entry(line, manifest) for line in manifest.read_text().splitlines() if line.strip())
+            lines = manifest.read_text("utf-8").split("\n")  # a prompt may hold other ends of a line
+            self.rows = dict(_entry(line, manifest) for line in lines if line.strip())
             if missing := next((stem for stem in self.rows if stem not in self.files), None):
                 raise UserError(f"{manifest}: {missing} is not there")
             self.files = {stem: self.files[stem] for stem in self.rows}

@@ -62,7 +62,7 @@ def write_diffusers(subject: Subject, folder: Path) -> list[str]:
     scheduler = nearest_scheduler(subject)
     with quiet():
         scheduler.save_pretrained(folder / "scheduler")
-    (folder / "sample.py").write_text(render(subject, "sample.py.j2"))
+    (folder / "sample.py").write_text(render(subject, "sample.py.j2"), "utf-8")
     return finish(subject, folder, "diffusers", type(scheduler).__name__, *stock_times(subject, scheduler))
 
 
@@ -70,7 +70,7 @@ def write_comfyui(subject: Subject, folder: Path) -> list[str]:
     """LoRA files by ComfyUI's names, a workflow, and the card."""
     for piece in subject.pieces:
         save_lora(folder / piece.file, comfyui_tensors(subject, piece), subject.header(piece), diffusers=False)
-    (folder / "workflow.json").write_text(json.dumps(workflow(subject), indent=2) + "\n")
+    (folder / "workflow.json").write_text(json.dumps(workflow(subject), indent=2) + "\n", "utf-8")
     return finish(subject, folder, "comfyui", SCHEDULE, *comfyui_times(subject))
 
 
@@ -84,12 +84,12 @@ def finish(
     shown, comfyui = numbers(times), format == "comfyui"
     padding = odd_padding(subject, comfyui)
     card = render(subject, "README.md.j2", comfyui=comfyui, scheduler=scheduler, stock=shown, gap=gap, padding=padding)
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text(card, "utf-8")
     files = [{"phase": piece.phase, "network": piece.network, "file": piece.file} for piece in subject.pieces]
     about: dict[str, Any] = {
         "format": format, "base": subject.base, "experts": files, "config": subject.portable_config(),
     }  # fmt: skip
-    (folder / EXPORT).write_text(json.dumps(about, indent=2) + "\n")
+    (folder / EXPORT).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
     lines = [f"{piece.file}: {piece.part} from {numbers(piece.times)}" for piece in subject.pieces]
     lines += [f"warning: teacher.max_tokens: text was {padding}"] if padding else []
     return [*lines, f"stock times ({scheduler}): {shown}; off the trained ones by at most {gap:.2g}"]

@@ -22,6 +22,7 @@ from phased_dmd.export.subject import Piece, Subject
 from phased_dmd.export.weights import lora_tensors
 from phased_dmd.models.qwen_image import PATCH, pack, unpack
 from phased_dmd.models.source import quiet
+from phased_dmd.pictures import read_picture
 from phased_dmd.prompts import Prompt
 from phased_dmd.sample import assemble, read_shards
 from phased_dmd.teachers import Size, WanTeacher
@@ -137,7 +138,7 @@ def stock(
     if isinstance(subject.teacher, WanTeacher):
         options["num_frames"] = size.num_frames
     if prompts[0].image:
-        options["image"] = Image.open(prompts[0].image)
+        options["image"] = read_picture(prompts[0].image)
     with quiet():
         texts = [prompt.text for prompt in prompts]
         made = sample(pipe, texts, generator=fresh_noise(), output_type="latent", **options)

@@ -1,7 +1,6 @@
 """Wan 2.1 and 2.2: text-to-image and -video, image-to-video, one transformer or two, from a diffusers folder."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ from phased_dmd.models.source import (
     encoder_dtype,
     guidance_of,
 )
+from phased_dmd.pictures import read_picture, shown_size
 from phased_dmd.teachers import Size, WanTeacher
 
 NANO = ASSETS / "nano"
 ASPECT = 0.05  # by how much a first frame's aspect ratio may differ from its bucket's
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # of first frames
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
 
@@ -180,7 +179,7 @@ class WanCodec:
         return [{"text": row[: int(length)].cpu().clone()} for row, length in zip(text, lengths.amax(1), strict=True)]
 
     def fits(self, image: Path) -> list[int]:
-        width, height = _size(image)
+        width, height = shown_size(image)
         found = [
             i for i, size in enumerate(self.sizes) if abs(width / height / (size.width / size.height) - 1) <= ASPECT
         ]  # fmt: skip
@@ -194,7 +193,7 @@ class WanCodec:
     @torch.no_grad()
     def encode_image(self, image: Path, bucket: int) -> Condition:
         """See `WanModel`: image [4 + z, f, h, w] and image_features [tokens, d], or first_frame [z, 1, h, w]."""
-        pipeline, picture, size = self.encoder, _open(image), self.sizes[bucket]
+        pipeline, picture, size = self.encoder, read_picture(image), self.sizes[bucket]
         assert isinstance(pipeline, WanImageToVideoPipeline)
         return first_frame_condition(pipeline, picture, size, self.device)
 
@@ -224,26 +223,3 @@ def first_frame_condition(
 
 def takes_first_frame(config: WanTeacher, source: Source) -> bool:
     return source.index["_class_name"] == PIPELINES[1] if config.first_frame is None else config.first_frame
-
-
-def _open(image: Path) -> Image.Image:
-    with _picture(image) as picture:
-        return picture.convert("RGB")
-
-
-def _size(image: Path) -> tuple[int, int]:
-    """Width and height, from the file's head."""
-    with _picture(image) as picture:
-        return picture.size
-
-
-@contextmanager
-def _picture(image: Path) -> Iterator[Image.Image]:
-    """A picture, in a format that runs no other program; within it, too, all that is wrong with it is a UserError."""
-    try:
-        if not image.is_file():
-            raise OSError("no such file")
-        with Image.open(image, formats=FORMATS) as picture:
-            yield picture
-    except Exception as error:  # Pillow's plugins raise OSError, ValueError, SyntaxError, its own: all mean a bad file
-        raise UserError(f"{image}: cannot be read as a picture ({' '.join(str(error).split())})") from error

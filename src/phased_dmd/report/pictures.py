@@ -11,6 +11,7 @@ from PIL import Image, ImageSequence
 
 from phased_dmd.errors import UserError
 from phased_dmd.evaluate import slug
+from phased_dmd.pictures import as_shown, opened
 from phased_dmd.report.runs import Group, Run, base_rows
 
 SMALL = 128  # pixels of the shorter side, up to which a file is taken as it is
@@ -56,15 +57,15 @@ class Sheet:
 def embed(path: Path, box: tuple[int, int] = BOX, shown: int = SHOWN) -> Picture:
     """A file as it is where it is small, else a lossy WebP that fits the box, animated as the file is."""
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             if min(image.size) <= SMALL:
                 factor = max(1, round(shown / min(image.size)))
                 kind, data = (image.format or "").lower(), path.read_bytes()
                 return Picture(_data_url(data, kind), factor * image.width, factor * image.height, True)
             frames = [_fit(frame, box) for frame in ImageSequence.Iterator(image)]
             duration = image.info.get("duration", 0)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as a picture; evaluate the run again ({error})") from error
+    except UserError as error:
+        raise UserError(f"{error}; evaluate the run again") from error
     buffer, (first, *rest) = io.BytesIO(), frames
     animation = {"save_all": True, "append_images": rest, "duration": duration, "loop": 0} if rest else {}
     first.save(buffer, "WEBP", quality=QUALITY, **animation)
@@ -72,7 +73,7 @@ def embed(path: Path, box: tuple[int, int] = BOX, shown: int = SHOWN) -> Picture
 
 
 def _fit(frame: Image.Image, box: tuple[int, int]) -> Image.Image:
-    frame = frame.convert("RGB")
+    frame = as_shown(frame)
     frame.thumbnail(box, Image.Resampling.LANCZOS)
     return frame
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from phased_dmd.evaluate import slug
+from phased_dmd.pictures import read_picture
 from phased_dmd.reproduce.claim import BOUNDED, Claim, Trial
 from phased_dmd.reproduce.page import ARROWS, columns
 from phased_dmd.reproduce.study import Study, title
@@ -153,6 +153,6 @@ def picture(folder: Path) -> np.ndarray:
     """A row of samples as one picture [h, w, 3]."""
     clip = folder / "00-frames.png"
     files = [folder / "points.png"] if (folder / "points.png").exists() else sorted(folder.glob("[0-9][0-9].png"))
-    parts = [np.asarray(Image.open(file).convert("RGB")) for file in ([clip] if clip.exists() else files[:SEEDS])]
+    parts = [np.asarray(read_picture(file)) for file in ([clip] if clip.exists() else files[:SEEDS])]
     gap = np.full((parts[0].shape[0], GAP, 3), 255, np.uint8)
     return np.hstack([part for one in parts for part in (one, gap)][:-1])

@@ -151,7 +151,7 @@ def write_index(results: Path, claims: Sequence[str], studies: Sequence[str]) ->
     lines = ["| claim | what is claimed | verdict | what decides |", "|---|---|---|---|"]
     for name in claims:
         if (results / f"{name}.json").exists():
-            body = json.loads((results / f"{name}.json").read_text())
+            body = json.loads((results / f"{name}.json").read_text("utf-8"))
             lines.append(f"| [{name}]({name}.md) | {body['says']} | {body['verdict'] or 'none'} | {body['decides']} |")
     parts = ["# Results", "Made by `phased-dmd reproduce`; each page names its command, budget and date."]
     parts += ["\n".join(lines)] if len(lines) > 2 else []

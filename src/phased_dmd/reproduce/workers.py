@@ -104,7 +104,7 @@ def unique(runs: Sequence[Run]) -> list[Run]:
 def is_evaluated(run: Run) -> bool:
     """Whether `evaluate` would leave it alone."""
     path, asked = run.folder / "evaluation.json", json.loads(json.dumps(asdict(Protocol(samples=run.samples))))
-    return path.exists() and json.loads(path.read_text()).get("protocol") == asked
+    return path.exists() and json.loads(path.read_text("utf-8")).get("protocol") == asked
 
 
 def inherit(run: Run) -> None:

@@ -29,7 +29,7 @@ class Digits:
 
 def load_digits(path: Path) -> tuple[Digits, Digits]:
     """The 5,000 MNIST digits of a gzipped CSV (784 pixels, then the label): (training, held out)."""
-    with gzip.open(path, "rt") as file:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = torch.tensor([[float(value) for value in row] for row in csv.reader(file)])
     pixels, labels = rows[:, :784].reshape(-1, 28, 28) / 255, rows[:, 784].long()
     ink, weight, held_out = pixels.sum((1, 2)), torch.zeros_like(labels), torch.zeros_like(labels, dtype=torch.bool)

@@ -111,4 +111,4 @@ def write_first_frames(digits: Digits, folder: Path, name: str, rng: torch.Gener
         save_image(to_images(picture[None])[0].convert("L"), folder / name / f"{i:03d}.png")
         prompt = f"a handwritten {WORDS[label]} moving {direction} {speed}"
         lines.append(json.dumps({"prompt": prompt, "image": f"{name}/{i:03d}.png"}) + "\n")
-    (folder / f"{name}.jsonl").write_text("".join(lines))
+    (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
