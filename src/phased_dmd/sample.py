@@ -292,7 +292,7 @@ def read_export(folder: Path, base: str | None) -> tuple[Config, Experts]:
         path = inside(folder, folder / entry.file)
         try:
             if path.is_dir():
-                header = json.loads(inside(folder, path / HEADER_FILE).read_text())
+                header = json.loads(inside(folder, path / HEADER_FILE).read_text("utf-8"))
                 tensors = read_shards(path)
             elif path.suffix != ".safetensors":
                 raise ValueError("only safetensors is read")
