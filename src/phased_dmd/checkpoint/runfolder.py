@@ -124,14 +124,15 @@ class RunFolder:
     ) -> None:
         """Makes the folder with its config and prompts, lines of jsonl, or finds it holding the same run.
 
-        contents: see `compare`. Of a run that has moved, the config has the new places from now on.
+        contents: see `compare`; none yet where the folder is only begun for a run to come. Of a run that has moved, the config has the new places from now on.
         """
         self.check(config)
         self.compare(contents)
         hashes = {name: found for name, (_, found) in contents.items()}
         try:
             write_atomically(self.path / "prompts.jsonl", "".join(f"{prompt}\n" for prompt in prompts).encode())
-            write_atomically(self._contents_path, json.dumps(hashes, indent=2).encode())
+            if hashes:
+                write_atomically(self._contents_path, json.dumps(hashes, indent=2).encode())
             begun = dict(self.config()) if self.config_path.exists() else {}
             if not begun or self.moved(config):
                 kept = config.model_copy(update={field: begun[field] for field in OTHERWISE if begun})
