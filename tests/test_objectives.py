@@ -33,7 +33,7 @@ from phased_dmd.objectives import (
 from phased_dmd.recipes import resolve
 
 S = (0.0, 0.3, 0.75, 5 / 6)
-WEIGHTINGS = ("normalised", "paper", "public")
+WEIGHTINGS = ("normalised", "paper", "posterior", "public")
 schedules = pytest.mark.parametrize("name", SCHEDULES)
 predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
 
@@ -434,14 +434,15 @@ def test_paper_weight(name, prediction, s, t):
 @predictions
 @pytest.mark.parametrize(("s", "t"), [(0.0, 0.02), (0.0, 0.5), (0.3, 0.5), (0.75, 0.7501), (5 / 6, 0.95), (5 / 6, 1.0)])
 def test_normalised_gradient_is_the_difference_of_posterior_means(name, prediction, s, t):
-    """(E_F[x_s | x_t] - E_T[x_s | x_t]) / mean |x_s - E_T[x_s | x_t]|, the means from joint Gaussian laws.
+    """(E_F[x_s | x_t] - E_T[x_s | x_t]) / mean |x_s - E_T[x_s | x_t]|, the means from joint Gaussian laws; `posterior`
+    is what stands above the stroke.
 
     Finite at t = 1, where it is right to the last digit, and near s, for every type that is determined there.
     """
     if prediction == "eps" and alpha_sigma(name, t)[0] < 1e-6:
         return
     x_s, eps = randn(2, 5, 3, 2)
-    gradient = matching_gradient(
+    arguments = (
         x_s, eps, *times(s, t, x_s), SCHEDULES[name], prediction,
         exact_prediction(name, prediction, t), exact_prediction(name, prediction, t, -0.2, 0.4),
     )  # fmt: skip
@@ -449,7 +450,8 @@ def test_normalised_gradient_is_the_difference_of_posterior_means(name, predicti
     x_t = alpha_ts * x_s + math.sqrt(variance_ts) * eps
     real, fake = exact_x_s(name, s, t)(x_t), exact_x_s(name, s, t, -0.2, 0.4)(x_t)
     expected = (fake - real) / (x_s - real).abs().mean((1, 2), keepdim=True).clamp(min=1e-4)
-    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(matching_gradient(*arguments), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(matching_gradient(*arguments, "posterior"), fake - real, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["flow", "vp-cosine", "vp-linear"])
@@ -648,19 +650,21 @@ def test_where_a_generator_cannot_reach_the_law_the_weighting_moves_the_end() ->
 
 @pytest.mark.parametrize(("dims", "low", "high"), [(1, 0.45, 0.65), (2, 0.1, 0.25), (16, 0.01, 0.03)])
 def test_in_one_dimension_normalised_rests_on_a_few_samples(dims: int, low: float, high: float) -> None:
-    """The share of 1 % of the samples in the weight of all, of a unit Gaussian at s = .5, t = .75. `paper` has 1 %."""
+    """The share of 1 % of the samples in the weight of all, of a unit Gaussian at s = .5, t = .75. `paper` and
+    `posterior` have 1 %.
+    """
     x_s, eps = randn(20_000, dims, seed=1) * law("flow", 0.5, 0.0, 1.0)[1] ** 0.5, randn(20_000, dims, seed=2)
     teacher = exact_prediction("flow", "flow", 0.75, 0.0, 1.0)
     shares = {}
-    for weighting in ("normalised", "paper"):
+    for weighting in ("normalised", "paper", "posterior"):
         gradient = matching_gradient(
             x_s, eps, full(0.5, x_s), full(0.75, x_s), SCHEDULES["flow"], "flow", teacher,
             lambda x, t: teacher(x, t) + 1, weighting,
         )[:, 0].abs()  # fmt: skip
         shares[weighting] = (gradient.sort(descending=True).values[:200].sum() / gradient.sum()).item()
     assert low < shares["normalised"] < high
-    assert shares["paper"] == pytest.approx(0.01)
+    assert shares["paper"] == shares["posterior"] == pytest.approx(0.01)
 
 
 def test_toy_1d_descends_a_weighting_that_is_none_of_a_few_samples() -> None:
-    assert resolve("toy-1d", {}).objective.weighting == "paper"
+    assert resolve("toy-1d", {}).objective.weighting == "posterior"

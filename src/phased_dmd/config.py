@@ -65,7 +65,9 @@ class Objective(Section):
     divergence: Literal["kl", "fisher", "fisher-stop-gradient"] = Field(
         default="kl", description="of the generator from the teacher; the paper's is KL"
     )
-    weighting: Literal["normalised", "paper", "public"] = "normalised"
+    weighting: Literal["normalised", "paper", "posterior", "public"] = Field(
+        default="normalised", description="of KL's gradient; posterior: normalised without its mean over elements"
+    )
     target: Literal["unbiased", "biased", "printed"] = Field(
         default="unbiased", description="the last two are ablations"
     )

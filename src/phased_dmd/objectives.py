@@ -27,7 +27,7 @@ from phased_dmd.diffusion import (
 Losses = Float[Tensor, " b"]
 Predict = Callable[[Tensor, Tensor], Tensor]
 Target = Callable[[Tensor, Tensor, Tensor, Tensor, Schedule, Prediction], Tensor]
-Weighting = Literal["normalised", "paper", "public"]
+Weighting = Literal["normalised", "paper", "posterior", "public"]
 
 CLAMP = 10.0  # of 1/sigma_ts^2 in Eq. 13
 FLOOR = 1e-4  # of the normalising mean absolute error
@@ -99,8 +99,9 @@ def matching_gradient(
 ) -> Samples:  # fmt: skip
     """Eq. 11 (Eq. 9 at s = 0): the gradient with respect to x_s, [b, ...], without graph.
 
-    paper: w (T - F), w = alpha_ts alpha_t / (sigma_t D). normalised: kappa (x0_F - x0_T) over the mean absolute
-    x_s - E_T[x_s | x_t]; at s = 0 the form of public DMD code. public: x0_F - x0_T over the mean absolute
+    paper: w (T - F), w = alpha_ts alpha_t / (sigma_t D). posterior: kappa (x0_F - x0_T) = E_F[x_s | x_t] -
+    E_T[x_s | x_t]. normalised: the same over the mean absolute x_s - E_T[x_s | x_t], which takes many elements to be a
+    mean; at s = 0 the form of public DMD code. public: x0_F - x0_T over the mean absolute
     x0_generator - x0_T, the generator's own x_0 prediction.
     """
     with torch.no_grad():
@@ -119,6 +120,8 @@ def matching_gradient(
                 raise ValueError("the public weighting needs the generator's own x_0 prediction, x0_generator")
             return x0_difference / on(_mean((x0_generator - x0_teacher).abs()).clamp(min=FLOOR), x_s)
         kappa = alpha_s * sigma_ts**2 / sigma_t**2
+        if weighting == "posterior":
+            return on(kappa, x_s) * x0_difference
         expected_x_s = on(alpha_ts * sigma_s**2 / sigma_t**2, x_s) * x_t + on(kappa, x_s) * x0_teacher
         return on(kappa, x_s) * x0_difference / on(_mean((x_s - expected_x_s).abs()).clamp(min=FLOOR), x_s)
 

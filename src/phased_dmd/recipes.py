@@ -17,7 +17,7 @@ def toy_1d() -> Config:
         recipe="toy-1d",
         teacher=AnalyticTeacher(means=((-1.0,), (0.0,), (1.0,), (2.0,))),
         plan=Plan(steps=2, phases=2, shift=1.0, gradient="all"),
-        objective=Objective(weighting="paper"),  # the default's mean over a sample's elements is no mean of one
+        objective=Objective(weighting="posterior"),  # of one element the default's mean is none
         generator=Generator(weights="full", optimiser=Optimiser(lr=5e-4, decay="linear")),
         fake=Fake(optimiser=Optimiser(lr=1e-3, decay="linear")),
         iterations=1000, batch_size=256, log_every=50, checkpoint_every=500, sample_every=500,

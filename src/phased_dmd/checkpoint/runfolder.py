@@ -124,7 +124,8 @@ class RunFolder:
     ) -> None:
         """Makes the folder with its config and prompts, lines of jsonl, or finds it holding the same run.
 
-        contents: see `compare`; none yet where the folder is only begun for a run to come. Of a run that has moved, the config has the new places from now on.
+        contents: see `compare`; none yet where the folder is begun for a run to come. Of a run that has moved, the
+        config has the new places from now on.
         """
         self.check(config)
         self.compare(contents)
