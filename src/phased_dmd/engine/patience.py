@@ -30,7 +30,7 @@ class Company:
         if world_size() == 1:
             self.over.set()
             return
-        self._group = dist.new_group(backend="gloo", timeout=world.PATIENCE)
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=world.PATIENCE))
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
