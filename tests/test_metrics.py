@@ -86,6 +86,7 @@ def test_entropy_of_known_histograms() -> None:
 
 def test_pairwise_cosine_of_known_angles() -> None:
     assert pairwise_cosine(torch.eye(5)) == pytest.approx(0)
+    assert pairwise_cosine(torch.tensor([[1.0, 1.0], [2.0, 2.0], [0.0, 0.0]])) == pytest.approx(1 / 3), "zeros: no NaN"
     assert pairwise_cosine(torch.ones(4, 3) * torch.tensor([[1.0], [2.0], [3.0], [4.0]])) == pytest.approx(1)
     angle = math.radians(60)
     pair = torch.tensor([[1.0, 0.0], [math.cos(angle), math.sin(angle)]])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
@@ -45,10 +46,10 @@ def class_entropy(labels: Tensor, classes: int) -> float:
 
 
 def pairwise_cosine(features: Tensor) -> float:
-    """Mean cosine over all pairs of features [n, d]: 1 is no diversity."""
-    unit = features.double() / features.double().norm(dim=1, keepdim=True)
-    n = len(unit)
-    return float(((unit @ unit.T).sum() - n) / (n * (n - 1)))
+    """Mean cosine over all pairs of features [n, d]: 1 is no diversity. Features of zeros have 0 with all others."""
+    unit = F.normalize(features.double(), dim=1)
+    cosines, n = unit @ unit.T, len(unit)
+    return float((cosines.sum() - cosines.trace()) / (n * (n - 1)))
 
 
 def lpips() -> PictureDistance:
