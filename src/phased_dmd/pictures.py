@@ -29,7 +29,8 @@ def shown_size(path: Path) -> tuple[int, int]:
         if picture.format == "PNG" and not any(name in path.read_bytes() for name in PNG_EXIF):
             return picture.size
         on_its_side = picture.getexif().get(ExifTags.Base.Orientation) in ON_THEIR_SIDE
-        return picture.size[::-1] if on_its_side else picture.size
+        width, height = picture.size
+        return (height, width) if on_its_side else (width, height)
 
 
 def as_shown(picture: Image.Image) -> Image.Image:
