@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 from conftest import TinyCodec, TinyWan, killed_after
 
+from phased_dmd import sample
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.cli import main
 from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, Plan
+from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
 from phased_dmd.teachers import OwnTeacher
 from phased_dmd.train import distill
@@ -164,3 +166,11 @@ def test_what_stdout_cannot_show_is_escaped_and_a_configuration_is_read_again(
     assert resolve(str(tmp_path / "run.json"), {}) == resolve("nano-t2i", {"teacher.negative_prompt": NEGATIVE})
     print("\U0001f98a")  # a fox
     assert written.getvalue().endswith("\U0001f98a\n".encode(encoding, "backslashreplace"))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_sample_is_named_by_what_the_locale_can_write(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
+    stems = {"ascii": "caf-", "latin-1": "café-", "utf-8": "café-色调"}
+    assert sample._stem(Prompt("Café 色调")) == stems[encoding]
+    assert len(sample._stem(Prompt("色" * 100)).encode()) <= 180

@@ -34,6 +34,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Prompts = Annotated[
+    str | None,
+    typer.Option(help="a shipped set's name, a txt, jsonl, csv or parquet file, or OWNER/NAME, a data set of the hub"),
+]
 Run = Annotated[Path, typer.Argument(help="a run folder", show_default=False, exists=True)]
 
 
@@ -72,9 +76,7 @@ def distill(
         typer.Option(help="sets phases and gradient; keeps the generator updates in all, --iterations or not"),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of every random draw")] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="a shipped set's name, or a txt, jsonl, csv or parquet file")
-    ] = None,
+    prompts: Prompts = None,
     log_every: Annotated[int | None, typer.Option(help="iterations between lines of metrics.jsonl")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="iterations between checkpoints")] = None,
     set_: Annotated[
@@ -134,9 +136,7 @@ def sample(
     output: Annotated[Path, typer.Option(help="a folder for pictures or clips and a contact sheet")],
     prompt: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
     image: Annotated[Path | None, typer.Option(help="the first frame of every --prompt, for image-to-video")] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="a shipped set's name, or a txt, jsonl, csv or parquet file")
-    ] = None,
+    prompts: Prompts = None,
     seeds: Annotated[str, typer.Option(help="how many samples of a prompt: seeds 0, 1, ...")] = "1",
     base: Annotated[int | None, typer.Option(min=1, help="sample the teacher with that many steps instead")] = None,
     bucket: Annotated[int, typer.Option(min=0, help="which of the run's teacher.sizes")] = 0,
@@ -261,9 +261,7 @@ def plan(
     memory_gb: Annotated[float, typer.Option(help="of each GPU")],
     utilisation: Annotated[float, typer.Option(help="the share of --tflops that a run reaches")] = 0.4,
     tflops: Annotated[float, typer.Option(help="of a GPU, dense, in bfloat16 [H100: 989]")] = 989.0,
-    prompts: Annotated[
-        str | None, typer.Option(help="a shipped set's name, or a txt, jsonl, csv or parquet file")
-    ] = None,
+    prompts: Prompts = None,
     method: Annotated[
         Literal["dmd", "dmd-sgts", "phased", "phased-sgts"] | None,
         typer.Option(help="sets phases and gradient; keeps the generator updates in all, --iterations or not"),

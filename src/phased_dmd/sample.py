@@ -3,6 +3,7 @@
 import json
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -374,9 +375,9 @@ def write_samples(
 
 
 def _stem(prompt: Prompt) -> str:
-    """The letters and digits that a file is named by."""
-    stem = "".join(c if c.isalnum() else "-" for c in prompt.text.lower())[:60]
-    return stem.encode()[:180].decode(errors="ignore")  # file systems count bytes
+    """The letters and digits that a file is named by: those that the locale's file names may have."""
+    stem, encoding = "".join(c if c.isalnum() else "-" for c in prompt.text.lower())[:60], sys.getfilesystemencoding()
+    return stem.encode(encoding, "ignore")[:180].decode(encoding, "ignore")  # file systems count bytes
 
 
 def _write(pixels: Tensor, stem: Path, fps: float) -> Path:
