@@ -69,7 +69,8 @@ def replace(command: str, action: Callable[[], Any], monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def signals() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
+    """Ctrl-C as in a terminal, also where the tests were begun in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
@@ -90,7 +91,7 @@ def test_ctrl_c_is_130_and_one_line_in_every_command(
     assert capsys.readouterr().err == "phased-dmd: interrupted; an unfinished run goes on by the same command\n"
 
 
-def test_ctrl_c_twice_while_modules_are_imported_is_130_and_one_line(tmp_path: Path) -> None:
+def test_ctrl_c_twice_while_modules_are_imported_is_130_and_one_line(tmp_path: Path, signals: None) -> None:
     """While torch is: C++ ends the process, with its own trace, on an exception that it cannot pass on."""
     command = [sys.executable, "-m", "phased_dmd", "distill", "nano-t2i", "--output", "out"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
@@ -297,7 +298,7 @@ def test_another_run_in_the_folder_and_an_unwritable_place(
     folder = tmp_path / "run"
     assert run("distill", "toy-1d", "--output", str(folder), *FAST, monkeypatch=monkeypatch) == 0
     assert run("distill", "toy-1d", "--seed", "5", "--output", str(folder), *FAST, monkeypatch=monkeypatch) == 2
-    assert "holds another run of toy-1d, which differs in seed" in capsys.readouterr().err
+    assert "holds another run of toy-1d: seed is 0 there, 5 here; take another --output" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
         assert run("distill", "toy-1d", "--output", str(place), *FAST, monkeypatch=monkeypatch) == 2
