@@ -30,7 +30,7 @@ from phased_dmd.paths import Paths
 from phased_dmd.recipes import resolve
 from phased_dmd.rollouts import Rollout
 from phased_dmd.sample import Sampler
-from phased_dmd.system import add_expert, add_fake, build_system
+from phased_dmd.system import add_expert, add_fakes, build_system
 from phased_dmd.train import Learner, distill
 from phased_dmd.updates import distribution_matching, fisher
 
@@ -202,7 +202,7 @@ def test_only_the_generator_has_gradients_after_its_update(divergence: str, weig
     if weights == "lora":
         asked.roles.add(FAKE, [0, 1], config.fake.lora, seed=1)
     else:
-        add_fake(asked, 1, None)
+        add_fakes(asked, 1, None)
     for i, p in enumerate(asked.roles.parameters(FAKE).values()):
         p.data += 0.1 * draw(*p.shape, seed=i)
     draws = Draws(asked, 1, 0, 0, [range(4)], [1.0])

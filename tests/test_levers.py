@@ -185,6 +185,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "none": {},
     "all": {"plan__gradient": "all"},
     "same": {"plan__fake_rollout": "same"},
+    "each": {"plan__fake_rollout": "each"},
     "reuse, same": {"rollouts__reuse": True, "plan__fake_rollout": "same"},
     "reuse, all": {"rollouts__reuse": True, "plan__gradient": "all"},
     "reuse, full": {"rollouts__reuse": True, "plan__steps": 6, "iterations": 3},
@@ -558,6 +559,7 @@ def test_a_run_with_every_lever_is_byte_identical_when_it_is_stopped_between_upd
         "rollouts__reuse": True, "rollouts__antithetic": "noise", "rollouts__pool": 2, "rollouts__pool_refresh": 0.5,
         "rollouts__pool_on_disk": True, "plan__exits": "shuffled", "plan__solver": "renoise",
         "objective__divergence": divergence, "fake__pull": 0.5, "engine__micro_batch": 2,
+        "plan__fake_rollout": "each" if divergence == "fisher" else "full",
         "engine__batched_guidance": True, "batch_size": 4, "iterations": 3,
     }  # fmt: skip
     whole = files(distill(wan(**levers), tmp_path / "whole", quiet=True))
