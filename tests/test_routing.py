@@ -18,13 +18,13 @@ from phased_dmd.config import Config, Fake, Generator, Lora, Plan, Renoise
 from phased_dmd.diffusion import FlowSchedule
 from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role
 from phased_dmd.models.analytic import PlainCodec
-from phased_dmd.phases import PhasePlan
+from phased_dmd.phases import NEAR, PhasePlan
 from phased_dmd.system import System, add_expert
 from phased_dmd.teachers import OwnTeacher
 from phased_dmd.train import distill
 
 SWITCH = 0.875
-BELOW, ABOVE = math.nextafter(SWITCH, 0), math.nextafter(SWITCH, 1)
+BELOW, ABOVE = SWITCH - 2 * NEAR, math.nextafter(SWITCH, 1)  # below by more than rounding moves a grid point
 GRID = (1.0, 0.9375, 0.8333, 0.625)
 GUIDANCE = (3.0, 2.0)
 
@@ -159,7 +159,7 @@ def test_a_run_calls_each_network_on_its_side_of_the_switch_only(
 
 @pytest.mark.parametrize("starts", [(0,), (0, 2), (0, 1, 2, 3)])
 def test_just_under_at_and_just_over_the_switch(starts: tuple[int, ...], recorder: Recorder) -> None:
-    """Neighbouring floats: teacher and fake sample by sample in every phase, and steps that begin there."""
+    """As near as can be told apart: teacher and fake sample by sample in every phase, and steps that begin there."""
     plan = PhasePlan((1.0, ABOVE, SWITCH, BELOW, 0.0), starts, (SWITCH,))
     system = System(config_of(Plan(phases=len(starts))), recorder, Roles(recorder), plan, {})
     x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
