@@ -96,11 +96,11 @@ class Gaussian:
             model = SimpleNamespace(schedule=SCHEDULES[self.name], prediction=self.prediction)
             config = SimpleNamespace(objective=SimpleNamespace(divergence=divergence))
             asked: Any = SimpleNamespace(
-                model=model, config=config, teacher=real, fake=self.fake,
+                model=model, config=config, teacher=real, fake=lambda _, *given: self.fake(*given),
                 roles=SimpleNamespace(active=lambda role: nullcontext()),
             )  # fmt: skip
             draws: Any = SimpleNamespace(
-                system=asked, networks=lambda: [0], times=lambda: (s, t), eps=lambda: eps
+                system=asked, fake=FAKE, networks=lambda: [0], times=lambda: (s, t), eps=lambda: eps
             )  # fmt: skip
             return fisher(draws, {}, Rollout(x_s, x_s))
 
