@@ -623,3 +623,16 @@ def test_what_fits_is_the_more_of_training_and_preview(folders: dict[str, Path])
     assert previews(never, bare_model(never), [0])(never, 1).memory == 0
     assert advice.flags((("sample_every", None, ""),)) == "--set sample_every=null"
     assert advice.cheapest(config, 1, lambda config, _: config.sample_every is None) == (advice.OPTIONS[0],)
+
+
+def test_a_fake_an_exit_is_counted_for_every_exit() -> None:
+    """Weights and moments of both, and the gradients of the one that an update is for."""
+    found = {}
+    for policy in ("full", "each"):
+        config = resolve("nano-t2i", {"plan.fake_rollout": policy}, "phased-sgts")
+        found[policy] = needs(config, gpus=1, memory_gb=80.0)
+    one, two = found["full"].phases[0].memory, found["each"].phases[0].memory
+    fake = found["full"].parameters["fake_1"]
+    assert found["each"].parameters["fake_1"] == 2 * fake
+    assert (two.weights - one.weights, two.optimiser - one.optimiser) == (4 * fake, 4 * fake)
+    assert two.gradients == one.gradients
