@@ -67,7 +67,7 @@ def test_conditions_and_pixels_are_the_stock_pipelines(stock: WanPipeline, sampl
     ).reshape(1, 16, 1, 1, 1)
     with torch.no_grad():
         pixels = stock.video_processor.postprocess_video(stock.vae.decode(raw).sample, output_type="np")
-    assert torch.allclose(sampler.decode(latents), torch.tensor(pixels), atol=1e-6)
+    assert torch.allclose(sampler.codec.decode(latents), torch.tensor(pixels), atol=1e-6)
 
 
 def test_the_teacher_writes_the_digit_it_is_asked_for(sampler: Sampler) -> None:

@@ -55,7 +55,9 @@ def save_full(subject: Subject, folder: Path) -> None:
         network.register_to_config(_name_or_path=subject.base or subject.model)  # else the folder it came from
         with quiet():
             network.save_pretrained(folder / piece.file)
-        (folder / piece.file / HEADER_FILE).write_text(json.dumps(subject.header(piece), sort_keys=True) + "\n")
+        (folder / piece.file / HEADER_FILE).write_text(
+            json.dumps(subject.header(piece), sort_keys=True) + "\n", "utf-8"
+        )
 
 
 def copy_base(source: Source, folder: Path) -> None:
