@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from phased_dmd.config import Config
 from phased_dmd.experts import FAKE, expert_role
 from phased_dmd.optim import Learner
-from phased_dmd.system import add_adapters, add_expert, add_fakes, build_system, load_teacher
+from phased_dmd.system import add_adapters, add_expert, add_fake, build_system, load_teacher
 
 
 def resident(config: Config) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def resident(config: Config) -> dict[str, Any]:
     base = _bytes(list(_parameters(model.networks)))
     fresh, phase = add_adapters(system), system.plan.num_phases
     add_expert(system, phase, trainable=True)
-    add_fakes(system, phase, fresh.get(phase))
+    add_fake(system, phase, fresh.get(phase))
     own = [expert_role(earlier) for earlier in range(1, phase + 1)]
     adapters = _bytes([p for role in own for p in system.roles.parameters(role).values()])
     learners = [

@@ -30,7 +30,7 @@ from phased_dmd.paths import Paths
 from phased_dmd.recipes import resolve
 from phased_dmd.rollouts import Rollout
 from phased_dmd.sample import Sampler
-from phased_dmd.system import add_expert, add_fakes, build_system
+from phased_dmd.system import add_expert, add_fake, build_system
 from phased_dmd.train import Learner, distill
 from phased_dmd.updates import distribution_matching, fisher
 
@@ -96,11 +96,11 @@ class Gaussian:
             model = SimpleNamespace(schedule=SCHEDULES[self.name], prediction=self.prediction)
             config = SimpleNamespace(objective=SimpleNamespace(divergence=divergence))
             asked: Any = SimpleNamespace(
-                model=model, config=config, teacher=real, fake=lambda _, *given: self.fake(*given),
+                model=model, config=config, teacher=real, fake=self.fake,
                 roles=SimpleNamespace(active=lambda role: nullcontext()),
             )  # fmt: skip
             draws: Any = SimpleNamespace(
-                system=asked, fake=FAKE, networks=lambda: [0], times=lambda: (s, t), eps=lambda: eps
+                system=asked, networks=lambda: [0], times=lambda: (s, t), eps=lambda: eps
             )  # fmt: skip
             return fisher(draws, {}, Rollout(x_s, x_s))
 
@@ -202,7 +202,7 @@ def test_only_the_generator_has_gradients_after_its_update(divergence: str, weig
     if weights == "lora":
         asked.roles.add(FAKE, [0, 1], config.fake.lora, seed=1)
     else:
-        add_fakes(asked, 1, None)
+        add_fake(asked, 1, None)
     for i, p in enumerate(asked.roles.parameters(FAKE).values()):
         p.data += 0.1 * draw(*p.shape, seed=i)
     draws = Draws(asked, 1, 0, 0, [range(4)], [1.0])

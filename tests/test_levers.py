@@ -185,7 +185,6 @@ LEVERS: dict[str, dict[str, Any]] = {
     "none": {},
     "all": {"plan__gradient": "all"},
     "same": {"plan__fake_rollout": "same"},
-    "each": {"plan__fake_rollout": "each"},
     "reuse, same": {"rollouts__reuse": True, "plan__fake_rollout": "same"},
     "reuse, all": {"rollouts__reuse": True, "plan__gradient": "all"},
     "reuse, full": {"rollouts__reuse": True, "plan__steps": 6, "iterations": 3},
@@ -211,34 +210,8 @@ def test_the_plan_foresees_the_calls(levers: dict[str, Any], tmp_path: Path, wat
     for phase in (1, 2):
         work = phase_work(config, config.phase_plan(), phase, guided=False)
         found = {role: count / (config.iterations * 8) for role, count in watch.total(phase).items()}
-        fakes = sum(found.pop(role) for role in [*found] if role.startswith(FAKE))
-        assert (found.pop(TEACHER), fakes) == (1, 2 + 1)
+        assert (found.pop(TEACHER), found.pop(FAKE)) == (1, 2 + 1)
         assert sum(found.values()) == pytest.approx(work.calls - (1 + 2 + 1), abs=1e-12)
-
-
-@pytest.mark.parametrize("weights", ["full", "lora"])
-def test_with_a_fake_an_exit_an_update_is_of_its_exits_fake_alone(
-    weights: str, wan: Callable, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It learns from rollouts to that exit, and scores the generator's; each is another network in the end."""
-    config, seen, ends = wan(plan__fake_rollout="each", fake__weights=weights, iterations=8), set(), []
-
-    def after(draws: Draws, condition: Any, paths: Paths) -> None:
-        exit_step = draws.path[-1].step
-        called = {role for role in watch.calls[draws.phase][-1] if role.startswith(FAKE)}
-        assert called == {f"{FAKE}_{exit_step - draws.first}"}
-        seen.add((draws.phase, exit_step, draws.update > 0))
-
-    def end(job: Any, phase: int, expert: Any) -> None:
-        ends.append([job.system.roles.state(role) for role in job.system.fakes(phase)])
-        ended(job, phase, expert)
-
-    ended, watch.after = train.end, after
-    monkeypatch.setattr(train, "end", end)
-    distill(config, tmp_path / "run", quiet=True)
-    assert seen == {(1 + step // 2, step, fake) for step in range(4) for fake in (False, True)}
-    for one, other in ends:
-        assert one.keys() == other.keys() and any(not torch.equal(one[name], other[name]) for name in one)
 
 
 # States that are kept at a phase's begin
@@ -585,7 +558,6 @@ def test_a_run_with_every_lever_is_byte_identical_when_it_is_stopped_between_upd
         "rollouts__reuse": True, "rollouts__antithetic": "noise", "rollouts__pool": 2, "rollouts__pool_refresh": 0.5,
         "rollouts__pool_on_disk": True, "plan__exits": "shuffled", "plan__solver": "renoise",
         "objective__divergence": divergence, "fake__pull": 0.5, "engine__micro_batch": 2,
-        "plan__fake_rollout": "each" if divergence == "fisher" else "full",
         "engine__batched_guidance": True, "batch_size": 4, "iterations": 3,
     }  # fmt: skip
     whole = files(distill(wan(**levers), tmp_path / "whole", quiet=True))

@@ -240,7 +240,7 @@ def test_a_folder_of_another_config_is_no_finished_run(claim: Claim, distilled: 
         alone.distil([first])
         alone.distil([first])
         changed = replace(first, config=first.config.model_copy(update={"batch_size": 2 * first.config.batch_size}))
-        with pytest.raises(UserError, match="differs in batch_size$"):
+        with pytest.raises(UserError, match="batch_size is 8 there, 16 here"):
             alone.distil([changed])
     assert len(distilled) == 1
 

@@ -170,7 +170,7 @@ def test_just_under_at_and_just_over_the_switch(starts: tuple[int, ...], recorde
         system.roles.add(FAKE, (0, 1), None, seed=0)
         with torch.no_grad():
             rolled = system.roll(plan.path(phase), system.start(x), {}).x
-            outputs = system.teacher(x, t, {}), system.fake(FAKE, x, t, {})
+            outputs = system.teacher(x, t, {}), system.fake(x, t, {})
         assert torch.isfinite(rolled).all()
         expected = torch.stack([recorder.networks[number](row) for number, row in zip((1, 0, 0), x, strict=True)])
         for output in outputs:  # each sample's own network, in the samples' order

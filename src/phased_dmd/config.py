@@ -22,10 +22,8 @@ class Plan(Section):
         default="last", description="through all of a phase's steps, or the exit (SGTS)"
     )
     solver: Literal["ddim", "renoise"] = "ddim"
-    fake_rollout: Literal["full", "same", "each"] = Field(
-        default="full",
-        description="of SGTS: what the finished sampler makes; or exits drawn as the generator's are, for one fake, or "
-        "for one an exit",
+    fake_rollout: Literal["full", "same"] = Field(
+        default="full", description="of SGTS: what the finished sampler makes, or exits drawn as the generator's are"
     )
     exits: Literal["independent", "shuffled"] = Field(
         default="independent", description="of SGTS: drawn each time, or every step once before any comes again"
@@ -211,11 +209,6 @@ class Config(Section):
         if self.plan.phases == self.plan.steps:
             return "phased"
         return "phased-sgts" if self.plan.gradient == "last" else "phased-all"
-
-    def fakes(self, plan: PhasePlan, phase: int) -> int:
-        """How many fakes a phase has on each of their networks: one, or with `each` one an exit of SGTS."""
-        each = self.plan.gradient == "last" and self.plan.fake_rollout == "each"
-        return len(plan.steps(phase)) if each else 1
 
     def phase_iterations(self, phase: int) -> int:
         """Generator updates of a phase."""

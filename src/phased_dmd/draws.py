@@ -14,7 +14,6 @@ from phased_dmd.config import Config
 from phased_dmd.diffusion import renoise_times, times_like
 from phased_dmd.engine.randomness import choice, generator, normal, uniform
 from phased_dmd.engine.world import device, rank, world_size
-from phased_dmd.experts import fake_role
 from phased_dmd.models.protocol import Condition
 from phased_dmd.phases import Hop
 from phased_dmd.system import System
@@ -133,11 +132,6 @@ class Draws:
         prompts = conditions.eligible(self.bucket)
         chosen = (uniform(samples, *self.origin, "prompt") * len(prompts)).long().tolist()
         return self.system.model.batch([conditions.row(prompts[i], self.bucket) for i in chosen])
-
-    @property
-    def fake(self) -> str:
-        """The role of the fake that the update's path is for: of several, that of its exit."""
-        return fake_role(self.path[-1].step - self.first, self.system.config.fakes(self.system.plan, self.phase))
 
     def _exit_step(self) -> int:
         config, steps = self.system.config, self.system.plan.steps(self.phase)

@@ -30,11 +30,6 @@ from phased_dmd.models.sequence import split_sequences
 TEACHER, FAKE = "teacher", "fake"
 
 
-def fake_role(index: int, count: int) -> str:
-    """One of the fakes of a phase, counted from 0."""
-    return FAKE if count == 1 else f"{FAKE}_{index}"
-
-
 def expert_role(phase: int) -> str:
     return f"phase_{phase}"
 
@@ -150,8 +145,8 @@ class Roles:
             self._set(before)
 
     @contextmanager
-    def following(self, expert: str, fakes: Sequence[str], share: float) -> Iterator[None]:
-        """Afterwards the fakes' copies have made a share of the change that the expert's weights went through."""
+    def following(self, expert: str, share: float) -> Iterator[None]:
+        """Afterwards the fake's copies have made a share of the change that the expert's weights went through."""
         before = {name: p.detach().clone() for name, p in self.parameters(expert).items()} if share else {}
         yield
         if not share:
@@ -159,7 +154,7 @@ class Roles:
         after, scalings = self.parameters(expert), (layer.scaling for layers in self._tuned for layer in layers)
         scale = next((scaling[expert] for scaling in scalings if expert in scaling), 1.0)  # alpha / rank
         with torch.no_grad():
-            for name, p in (named for fake in fakes for named in self.parameters(fake).items()):
+            for name, p in self.parameters(FAKE).items():
                 stem = name.removesuffix(".weight")
                 a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
                 if name in before:

@@ -10,7 +10,7 @@ from phased_dmd.config import Config
 from phased_dmd.diffusion import check_start
 from phased_dmd.engine.randomness import seed_of
 from phased_dmd.errors import UserError
-from phased_dmd.experts import TEACHER, Roles, expert_role, fake_role, route
+from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role, route
 from phased_dmd.models.bare import META
 from phased_dmd.models.loader import load_model
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel, joined
@@ -65,18 +65,11 @@ class System:
 
         return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition, present)
 
-    def fakes(self, phase: int) -> list[str]:
-        """The roles of a phase's fakes."""
-        count = self.config.fakes(self.plan, phase)
-        return [fake_role(index, count) for index in range(count)]
-
-    def fake(
-        self, role: str, x: Tensor, t: Tensor, condition: Condition, present: Sequence[int] | None = None
-    ) -> Tensor:
-        """A fake score network, without guidance. present: see `route`."""
+    def fake(self, x: Tensor, t: Tensor, condition: Condition, present: Sequence[int] | None = None) -> Tensor:
+        """The fake score network, without guidance. present: see `route`."""
 
         def call(network: int, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            return self.roles.predict(role, network, x, t, condition)
+            return self.roles.predict(FAKE, network, x, t, condition)
 
         return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition, present)
 
@@ -168,10 +161,8 @@ def check_shapes(where: str, needed: Mapping[str, torch.Size], found: Mapping[st
             raise UserError(f"{where}: {name} is {has}, where this run has {needs}")
 
 
-def add_adapters(system: System) -> dict[int, dict[str, dict[str, Tensor]]]:
-    """All adapters that training will need, before the networks are sharded; by phase and role, what fakes as adapters
-    start from.
-    """
+def add_adapters(system: System) -> dict[int, dict[str, Tensor]]:
+    """All adapters that training will need, before the networks are sharded; what fakes as adapters start from."""
     config, plan, roles = system.config, system.plan, system.roles
     phases = range(1, plan.num_phases + 1)
     if config.generator.weights == "lora":
@@ -180,30 +171,27 @@ def add_adapters(system: System) -> dict[int, dict[str, dict[str, Tensor]]]:
     if config.fake.weights == "full":
         return {}
     networks = sorted({network for phase in phases for network in plan.fakes(phase, config.support(plan, phase))})
-    fresh: dict[int, dict[str, dict[str, Tensor]]] = {}
+    fresh = {}
     for phase in phases:
-        for role in system.fakes(phase):
-            roles.remove(role)
-            roles.add(role, networks, config.fake.lora, seed=seed_of(config.seed, phase), trainable=False)
-        fresh[phase] = {role: roles.state(role) for role in system.fakes(phase)}
+        roles.remove(FAKE)
+        roles.add(FAKE, networks, config.fake.lora, seed=seed_of(config.seed, phase), trainable=False)
+        fresh[phase] = roles.state(FAKE)
     return fresh
 
 
-def add_fakes(system: System, phase: int, fresh: Mapping[str, dict[str, Tensor]] | None) -> None:
-    """The phase's fakes, computing what the teacher does: copies, or the adapters that start from `fresh`."""
+def add_fake(system: System, phase: int, fresh: dict[str, Tensor] | None) -> None:
+    """The phase's fakes, computing what the teacher does: copies, or the adapter that starts from `fresh`."""
     config, plan, roles = system.config, system.plan, system.roles
-    for role in system.fakes(phase):
-        if fresh is None:
-            roles.add(role, plan.fakes(phase, config.support(plan, phase)), None, seed=config.seed)
-        else:
-            roles.load(role, fresh[role])
-            roles.train(role)
+    if fresh is None:
+        roles.add(FAKE, plan.fakes(phase, config.support(plan, phase)), None, seed=config.seed)
+    else:
+        roles.load(FAKE, fresh)
+        roles.train(FAKE)
 
 
-def remove_fakes(system: System, phase: int) -> None:
+def remove_fake(system: System) -> None:
     """Frees copies; adapters stay for the next phase."""
-    for role in system.fakes(phase):
-        if system.config.fake.weights == "full":
-            system.roles.remove(role)
-        else:
-            system.roles.freeze(role)
+    if system.config.fake.weights == "full":
+        system.roles.remove(FAKE)
+    else:
+        system.roles.freeze(FAKE)

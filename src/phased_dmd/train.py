@@ -36,11 +36,11 @@ from phased_dmd.system import (
     System,
     add_adapters,
     add_expert,
-    add_fakes,
+    add_fake,
     build_system,
     load_expert,
     load_teacher,
-    remove_fakes,
+    remove_fake,
 )
 from phased_dmd.teachers import PipelineTeacher
 from phased_dmd.trackers import Trackers, check_trackers
@@ -117,7 +117,7 @@ class Job:
     conditions: Conditions | None
     weights: Sequence[float]  # of the resolution buckets
     micro_batches: Sequence[Sequence[range]]  # see `shares`
-    fresh_fakes: Mapping[int, dict[str, dict[str, Tensor]]]  # see `add_adapters`
+    fresh_fakes: Mapping[int, dict[str, Tensor]]  # see `add_adapters`
     signals: Signals
     trackers: Trackers
     quiet: bool
@@ -196,13 +196,9 @@ def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
         return None
     if config.init_experts:
         load_expert(job.system, phase, initial_expert(config, job.system.model, phase), "init_experts")
-    add_fakes(job.system, phase, job.fresh_fakes.get(phase))
+    add_fake(job.system, phase, job.fresh_fakes.get(phase))
     expert = Learner(role, roles.parameters(role), config.generator.optimiser, config.generator.ema, config.seed)
-    own = {fake: roles.parameters(fake) for fake in job.system.fakes(phase)}
-    fakes = (
-        own[FAKE] if FAKE in own else {f"{fake}.{name}": p for fake, mine in own.items() for name, p in mine.items()}
-    )
-    return expert, Learner(FAKE, fakes, config.fake.optimiser, seed=config.seed)
+    return expert, Learner(FAKE, roles.parameters(FAKE), config.fake.optimiser, seed=config.seed)
 
 
 def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Paths) -> None:
@@ -226,7 +222,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Pat
                 at.update = update
                 leave_if_asked(job, at, state)
             loss = over(job.batch(at, 0), paths, distribution_matching)
-            with job.system.roles.following(expert.role, job.system.fakes(phase), config.fake.pull):
+            with job.system.roles.following(expert.role, config.fake.pull):
                 norm = step(job, expert, loss, at, state)
             at.clipped += norm is not None and norm > config.generator.optimiser.clip
             fake_loss = sum(at.fake_losses) / len(at.fake_losses) if at.fake_losses else None
@@ -259,7 +255,7 @@ def end(job: Job, phase: int, expert: Learner) -> None:
     tensors, header = job.system.roles.state(expert_role(phase)), expert_header(job.system.config, job.system, phase)
     on_first_rank(lambda: job.run.save_expert(phase, tensors, header))
     job.system.roles.freeze(expert_role(phase))
-    remove_fakes(job.system, phase)
+    remove_fake(job.system)
 
 
 def step(job: Job, learner: Learner, loss: float, at: Position, state: Mapping[str, Tensor]) -> float | None:

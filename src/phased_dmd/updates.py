@@ -7,7 +7,7 @@ from torch import Tensor
 
 from phased_dmd.draws import Draws
 from phased_dmd.engine.world import mean
-from phased_dmd.experts import TEACHER, expert_role
+from phased_dmd.experts import FAKE, TEACHER, expert_role
 from phased_dmd.models.protocol import Condition, rows
 from phased_dmd.objectives import (
     biased_target,
@@ -34,9 +34,9 @@ def score_matching(draws: Draws, condition: Condition, paths: Paths) -> Tensor:
     if (index := draws.shared) is not None:
         x_s, condition = x_s[index], rows(condition, index)
     s, t = draws.times()
-    with system.roles.active(draws.fake):
+    with system.roles.active(FAKE):
         loss = score_matching_loss(
-            lambda x, t: system.fake(draws.fake, x, t, condition, present),
+            lambda x, t: system.fake(x, t, condition, present),
             x_s, draws.eps(), s, t, system.model.schedule, system.model.prediction,
             TARGETS[system.config.objective.target],
         ).mean() * draws.share  # fmt: skip
@@ -69,7 +69,7 @@ def kullback_leibler(draws: Draws, condition: Condition, end: Rollout) -> Tensor
     return distribution_matching_loss(
         end.x, draws.eps(), s, t, system.model.schedule, system.model.prediction,
         teacher=lambda x, t: system.teacher(x, t, condition, present),
-        fake=lambda x, t: system.fake(draws.fake, x, t, condition, present),
+        fake=lambda x, t: system.fake(x, t, condition, present),
         weighting=system.config.objective.weighting, x0_generator=end.x0.detach(),
     )  # fmt: skip
 
@@ -86,16 +86,16 @@ def fisher(draws: Draws, condition: Condition, end: Rollout) -> Tensor:
         return system.teacher(x, t, condition, present)
 
     def fake(x: Tensor, t: Tensor) -> Tensor:
-        return system.fake(draws.fake, x, t, condition, present)
+        return system.fake(x, t, condition, present)
 
     x_s, losses = end.x.detach().requires_grad_(), []
     if system.config.objective.divergence == "fisher":
         with system.roles.active(TEACHER):
             losses.append(_along(x_s, score_matching_loss(teacher, x_s, eps, s, t, schedule, prediction)))
-        with system.roles.active(draws.fake):
+        with system.roles.active(FAKE):
             losses.append(_along(x_s, -score_matching_loss(fake, x_s, eps, s, t, schedule, prediction)))
     else:
-        with system.roles.active(draws.fake):
+        with system.roles.active(FAKE):
             loss = fisher_stop_gradient_loss(teacher, fake, x_s, eps, s, t, schedule, prediction)
             losses.append(_along(x_s, loss))
     return torch.stack([value + ((end.x - x_s.detach()) * slope).flatten(1).sum(1) for value, slope in losses]).sum(0)

@@ -99,8 +99,8 @@ def expert_of(config: Config, plan: PhasePlan, networks: list[Network], phase: i
 
 
 def fake_of(config: Config, plan: PhasePlan, networks: list[Network], phase: int) -> Trained:
-    """What a phase's fakes train."""
-    own = [networks[index] for index in plan.fakes(phase, config.support(plan, phase))] * config.fakes(plan, phase)
+    """What a phase's fake trains."""
+    own = [networks[index] for index in plan.fakes(phase, config.support(plan, phase))]
     return _sum([n.full if config.fake.weights == "full" else n.fake_adapter for n in own])
 
 
@@ -130,8 +130,7 @@ def states(config: Config, plan: PhasePlan, networks: list[Network], phase: int)
     weights = sum(network.bytes for network in networks) + item * (experts + fake.parameters + average)
     moments = ((expert, config.generator.optimiser), (fake, config.fake.optimiser))
     optimiser = sum(role.parameters * moment(how, item) for role, how in moments)
-    learning = fake.learning // config.fakes(plan, phase)  # one at a time
-    return weights, item * max(expert.learning, learning), optimiser
+    return weights, item * max(expert.learning, fake.learning), optimiser
 
 
 def moment(optimiser: Optimiser, item: int) -> int:
