@@ -100,7 +100,10 @@ class Generator(Section):
     weights: Literal["lora", "full"] = "lora"
     lora: Lora = Lora()
     optimiser: Optimiser = Optimiser(lr=5e-5)
-    ema: float | None = Field(default=None, gt=0, lt=1, description="what later phases, export and evaluation then use")
+    ema: float | None = Field(
+        default=None, gt=0, lt=1,
+        description="of the weights, of LoRA its two factors; what later phases, export and evaluation then use",
+    )  # fmt: skip
 
 
 class Fake(Section):
