@@ -22,9 +22,13 @@ def show_cost(found: Mapping[str, Any]) -> list[str]:
 def show_levers(found: Mapping[str, Any]) -> list[str]:
     """The levers as lines of Markdown."""
     told = "Alone, over the paper's schedule" if found["levers_of"] == PAPER else "Left out of `fast`"
+    sgts = any("SGTS" in each["label"] for each in found["levers"])
+    policy = (
+        " SGTS's fake is fed its truncated rollouts (`plan.fake_rollout=same`), no longer the default." if sgts else ""
+    )
     return [
         f"{told}; seeds {seeds(found)}. Better or worse than {found['reference']} where the 95 % interval over seeds "
-        "says so, as one in twenty does where there is nothing.", "",
+        f"says so, as one in twenty does where there is nothing.{policy}", "",
         *head(found), *(line(p, found["base"]) for p in found["levers"]),
     ]  # fmt: skip
 
