@@ -7,7 +7,7 @@ The tensors are `FakeTensor`s that say they are on a CPU: autocast and fused att
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig
@@ -20,6 +20,16 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from phased_dmd.config import Config, Lora
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.plan.bare import META, condition_of
+
+T = TypeVar("T")
+KNOWN: dict[tuple[Any, ...], Any] = {}  # what was counted in this process, by all that it depends on
+
+
+def once(make: Callable[[], T], *key: Any) -> T:
+    """What `make` gave for this key before, or gives now."""
+    if key not in KNOWN:
+        KNOWN[key] = make()
+    return KNOWN[key]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from phased_dmd.experts import FAKE, TEACHER, expert_role
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.phases import PhasePlan
 from phased_dmd.plan.bare import bytes_of, largest
-from phased_dmd.plan.measure import Forward, adapter_parameters, measure, most_common_dtype
+from phased_dmd.plan.measure import Forward, adapter_parameters, measure, most_common_dtype, once
 from phased_dmd.teachers import PipelineTeacher
 
 RESERVE = 0.08  # of a GPU's memory: CUDA's context, NCCL's buffers, fragments; not measured
@@ -82,7 +82,8 @@ def describe(config: Config, model: VelocityModel, index: int, forward: Measure)
     sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks(network)]
 
     def adapter(lora: Lora) -> Trained:
-        return Trained(adapter_parameters(model, network, lora), forward(1, lora).learning)
+        count = once(lambda: adapter_parameters(model, network, lora), "adapter", config.teacher, index, lora)
+        return Trained(count, forward(1, lora).learning)
 
     return Network(
         parameters, frozen, max(sizes, default=0), parameters - sum(sizes), most_common_dtype(network).itemsize,
@@ -217,12 +218,11 @@ def phase_memory(
 
 def measured(config: Config, model: VelocityModel) -> Measure:
     """Forwards at the largest bucket, each measured once."""
-    shape, known = largest(model.sample_shapes), {}
+    shape, network = largest(model.sample_shapes), model.students[0]
 
     def forward(batch: int, lora: Lora | None) -> Forward:
-        key = batch, lora
-        if key not in known:
-            known[key] = measure(config, model, model.students[0], shape, batch, lora)
-        return known[key]
+        return once(
+            lambda: measure(config, model, network, shape, batch, lora), "forward", config.teacher, shape, batch, lora
+        )
 
     return forward

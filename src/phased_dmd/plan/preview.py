@@ -6,7 +6,7 @@ Counted on tensors without data, as in `measure`: the most bytes that are there 
 import json
 import math
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,14 +25,13 @@ from phased_dmd.models.bare import BareSource
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.phases import Hop
 from phased_dmd.plan.bare import bytes_of, condition_of, image_shapes, largest
-from phased_dmd.plan.measure import adapted, most_common_dtype, over_blocks
+from phased_dmd.plan.measure import adapted, most_common_dtype, once, over_blocks
 from phased_dmd.rollouts import rollout
 from phased_dmd.sample import preview_batch, preview_size
 from phased_dmd.teachers import PipelineTeacher, QwenImageTeacher
 
 FRAMES = 3, 4  # of latents, by which a VAE that decodes one after the other has reached its stride
 COPIES = 3  # of the pixels, while a codec makes [0, 1] of them
-KNOWN: dict[Hashable, int] = {}  # rollouts' bytes, by all that they depend on
 
 
 class Peak(TorchDispatchMode):
@@ -93,7 +92,6 @@ def previews(config: Config, model: VelocityModel, flops: list[int]) -> Callable
     bucket = preview_bucket(model)
     shape = model.sample_shapes[bucket]
     total = 512 if config.prompts is None and len(shape) == 1 else preview_size(shape)
-    known: dict[int, tuple[int, Decode]] = {}
 
     def preview(config: Config, gpus: int) -> Preview:
         if config.sample_every is None:
@@ -101,9 +99,7 @@ def previews(config: Config, model: VelocityModel, flops: list[int]) -> Callable
         ways = config.engine.sequence_parallel
         share = math.ceil(total * ways / gpus)
         batch = min(preview_batch(config, shape), share)
-        if batch not in known:
-            known[batch] = rolled(config, model, shape, batch), decoded(config, shape, batch)
-        calls, decode = known[batch]
+        calls, decode = rolled(config, model, shape, batch), decoded(config, shape, batch)
         memory = decode.weights + share * math.prod(shape) * 4 + max(calls // ways, decode.held)
         return Preview(share, memory, flops[bucket] // ways, decode.flops * share // batch)
 
@@ -132,10 +128,8 @@ def rolled(config: Config, model: VelocityModel, shape: tuple[int, ...], batch: 
             )
         return (peak.most,)
 
-    key = config.teacher, lora, shape, batch
-    if key not in KNOWN:
-        KNOWN[key] = over_blocks(model, model.students[0], count)[0] + batch * math.prod(shape) * 4  # the last step's
-    return KNOWN[key]
+    held = once(lambda: over_blocks(model, model.students[0], count)[0], "rolled", config.teacher, lora, shape, batch)
+    return held + batch * math.prod(shape) * 4  # the last step's
 
 
 def decoded(config: Config, shape: tuple[int, ...], batch: int) -> Decode:

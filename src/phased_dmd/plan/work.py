@@ -6,7 +6,7 @@ from statistics import fmean
 from phased_dmd.config import Config
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.phases import PhasePlan
-from phased_dmd.plan.measure import measure
+from phased_dmd.plan.measure import measure, once
 from phased_dmd.teachers import PipelineTeacher, QwenImageTeacher
 
 TEXT_TOKENS = 192  # of a prompt, where it is not padded to the most tokens: about 140 words
@@ -79,12 +79,14 @@ def forward_flops(config: Config, model: VelocityModel) -> list[int]:
     if isinstance(config.teacher, QwenImageTeacher):
         text = {"max_tokens": min(TEXT_TOKENS, config.teacher.max_tokens)}
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update=text)})
-    known: dict[tuple[int, ...], int] = {}
-    for shape in model.sample_shapes:
-        turned = tuple(sorted(shape))  # a picture on its side costs the same
-        if turned not in known:
-            known[turned] = measure(config, model, model.students[0], shape, 1, None).flops
-    return [known[tuple(sorted(shape))] for shape in model.sample_shapes]
+    network = model.students[0]
+    return [
+        once(
+            lambda shape=shape: measure(config, model, network, shape, 1, None).flops,
+            "flops", config.teacher, tuple(sorted(shape)),  # a picture on its side costs the same
+        )
+        for shape in model.sample_shapes
+    ]  # fmt: skip
 
 
 def mean_flops(config: Config, flops: list[int]) -> float:
