@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from phased_dmd.evaluate.mixtures import mixture_statistics
+from phased_dmd.finished import load
 from phased_dmd.metrics.digits import WORDS, load_classifier, read
 from phased_dmd.metrics.distances import frechet, moments
 from phased_dmd.metrics.intervals import interval
 from phased_dmd.recipes import resolve
 from phased_dmd.reproduce.intervals import ratio
-from phased_dmd.sample import Sampler, load
+from phased_dmd.sample import Sampler
 from phased_dmd.train import distill
 
 CASES = {"toy-2d": ("dmd-sgts", "phased-sgts"), "nano-t2i": ("phased-sgts",)}  # the methods on each recipe

@@ -26,6 +26,7 @@ from phased_dmd.conditions import CHUNK, Conditions, picture_hashes
 from phased_dmd.config import Config
 from phased_dmd.draws import bucket_weights
 from phased_dmd.errors import Stopped, UserError
+from phased_dmd.inputs import check_prompts, prepare
 from phased_dmd.models import contents
 from phased_dmd.models.analytic import PlainCodec
 from phased_dmd.models.protocol import Condition
@@ -34,7 +35,7 @@ from phased_dmd.models.wan import NANO, WanCodec
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
 from phased_dmd.teachers import Size, WanTeacher
-from phased_dmd.train import check_prompts, distill, prepare
+from phased_dmd.train import distill
 
 MANY = [Prompt(f"prompt {i} {'x' * (i % 7)}") for i in range(2 * CHUNK + 5)]  # three files
 

@@ -26,6 +26,7 @@ from phased_dmd.evaluate.mixtures import mixture_statistics
 from phased_dmd.evaluate.protocol import SampleSet, grouped, sample_sets, spread_out
 from phased_dmd.evaluate.samples import Base, SampleFolder, weights_hash
 from phased_dmd.export import export
+from phased_dmd.finished import load
 from phased_dmd.media import grid, read_media, save_clip, save_image, to_images
 from phased_dmd.metrics.distances import frechet, moments
 from phased_dmd.metrics.features import load_features
@@ -33,7 +34,7 @@ from phased_dmd.metrics.intervals import interval, leave_one_out, spread
 from phased_dmd.models.analytic import AnalyticModel, PlainCodec
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
-from phased_dmd.sample import Sampler, load
+from phased_dmd.sample import Sampler
 from phased_dmd.system import build_system
 from phased_dmd.teachers import AnalyticTeacher
 from phased_dmd.train import distill

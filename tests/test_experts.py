@@ -22,10 +22,11 @@ from phased_dmd.checkpoint import RunFolder
 from phased_dmd.config import Lora
 from phased_dmd.errors import UserError
 from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role, route
+from phased_dmd.inputs import initial_expert
 from phased_dmd.optim import MomentumFreeAdamW
 from phased_dmd.recipes import resolve
 from phased_dmd.system import build_system
-from phased_dmd.train import expert_header, initial_expert
+from phased_dmd.train import expert_header
 
 LORA = Lora(rank=3, alpha=6)
 ONE, TWO = expert_role(1), expert_role(2)

@@ -29,9 +29,9 @@ from phased_dmd.errors import UserError
 from phased_dmd.export import export
 from phased_dmd.export.subject import Subject
 from phased_dmd.export.verify import VerificationError, verify_comfyui, verify_diffusers
+from phased_dmd.finished import load
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
-from phased_dmd.sample import load
 from phased_dmd.train import distill
 
 QUICK = {"iterations": 1, "batch_size": 2, "fake.updates": 1}

@@ -16,7 +16,7 @@ from PIL import Image
 from pipelines import CAPTIONS, build, teacher
 from torch import Tensor
 
-from phased_dmd import sample, system, train
+from phased_dmd import finished, system, train
 from phased_dmd.config import Config
 from phased_dmd.diffusion import forward
 from phased_dmd.draws import Draws
@@ -280,7 +280,7 @@ def test_training_brings_the_samples_nearer_to_the_mixture(divergence: str, tmp_
 
     def distance(config: Config) -> float:
         run = distill(config, tmp_path / str(config.iterations), quiet=True)
-        samples = sample.load(run)([""] * 4000, range(4000))
+        samples = finished.load(run)([""] * 4000, range(4000))
         exact = build_mixture(config.teacher).sample(4000, torch.Generator().manual_seed(1))
         return (samples.sort(0).values - exact.sort(0).values).abs().mean().item()
 

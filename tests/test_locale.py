@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import TinyCodec, TinyWan, killed_after
 
-from phased_dmd import sample
+from phased_dmd import sample_files
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.cli import main
 from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, Plan
@@ -172,5 +172,5 @@ def test_what_stdout_cannot_show_is_escaped_and_a_configuration_is_read_again(
 def test_a_sample_is_named_by_what_the_locale_can_write(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
     stems = {"ascii": "caf-", "latin-1": "café-", "utf-8": "café-色调"}
-    assert sample._stem(Prompt("Café 色调")) == stems[encoding]
-    assert len(sample._stem(Prompt("色" * 100)).encode()) <= 180
+    assert sample_files._stem(Prompt("Café 色调")) == stems[encoding]
+    assert len(sample_files._stem(Prompt("色" * 100)).encode()) <= 180

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from phased_dmd.cli import main
 from phased_dmd.engine.randomness import normal
 from phased_dmd.evaluate import Protocol, evaluate
+from phased_dmd.finished import load
 from phased_dmd.metrics.digits import WORDS, load_classifier, read
 from phased_dmd.models.wan import NANO
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.recipes import resolve
 from phased_dmd.report import write_report
-from phased_dmd.sample import Sampler, load
+from phased_dmd.sample import Sampler
 from phased_dmd.teach.digits import all_captions
 from phased_dmd.teach.nano import Budget, teach_nano
 from phased_dmd.teach.variants import teach_i2v, teach_moe

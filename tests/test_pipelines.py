@@ -35,7 +35,7 @@ from phased_dmd.models.protocol import Codec, Condition, VelocityModel
 from phased_dmd.models.source import quiet
 from phased_dmd.optim import Learner
 from phased_dmd.prompts import Prompt
-from phased_dmd.sample import write_samples
+from phased_dmd.sample_files import write_samples
 from phased_dmd.system import System, add_expert, build_system
 from phased_dmd.teachers import PipelineTeacher, Size
 

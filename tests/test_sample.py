@@ -14,7 +14,8 @@ from conftest import TinyCodec, TinyWan, draw
 from PIL import Image
 from torch import Tensor
 
-from phased_dmd import media, sample
+from phased_dmd import finished as finished_runs
+from phased_dmd import media, sample, sample_files
 from phased_dmd.cli import main
 from phased_dmd.config import Config, Engine, Generator, Lora, Plan
 from phased_dmd.errors import UserError
@@ -23,7 +24,8 @@ from phased_dmd.media import save_preview
 from phased_dmd.plan.bare import bare_model
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.recipes import resolve
-from phased_dmd.sample import Sampler, preview_size, write_samples
+from phased_dmd.sample import Sampler, preview_size
+from phased_dmd.sample_files import write_samples
 from phased_dmd.system import add_expert, build_system
 from phased_dmd.teachers import OwnTeacher
 
@@ -150,7 +152,7 @@ def test_one_decoded_clip_is_held_at_a_time_and_the_sheet_is_of_few_small_frames
 ) -> None:
     """81 frames of 240 x 416; a row of the sheet is every tenth of them, 96 pixels high."""
     sampler = Clips(81, 240, 416, 3)
-    monkeypatch.setattr(sample, "save_clip", lambda *_: None)
+    monkeypatch.setattr(sample_files, "save_clip", lambda *_: None)
     *_, sheet = write_samples(sampler, [Prompt(text) for text in TEXTS], 1, tmp_path)
     assert sampler.decoded == 8 and sampler.most <= 2, "the last one, and the one that takes its name"
     assert Image.open(sheet).size == (9 * 166, 8 * 96)
@@ -222,7 +224,7 @@ def test_what_a_model_is_not_told_or_does_not_take_is_one_line(
     recipe: str, arguments: list[str], message: str,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(sample, "assemble", lambda *_, **__: Sampler(None, TinyCodec()))  # type: ignore[arg-type]
+    monkeypatch.setattr(finished_runs, "assemble", lambda *_, **__: Sampler(None, TinyCodec()))  # type: ignore[arg-type]
     run, out = finished(tmp_path / "run", recipe), tmp_path / "out"
     assert command(monkeypatch, "sample", str(run), "--output", str(out), *arguments) == 2
     said = capsys.readouterr().err

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from phased_dmd import sample, system, train, updates
+from phased_dmd import finished, inputs, sample, system, train, updates
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.config import Config, Optimiser, Plan
 from phased_dmd.draws import Draws
@@ -295,7 +295,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     def unwanted(*_: Any) -> None:
         raise AssertionError("a finished run needs no teacher")
 
-    monkeypatch.setattr(train, "load_teacher", unwanted)
+    monkeypatch.setattr(inputs, "load_teacher", unwanted)
     assert distill(config, run, quiet=True) == run
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()} == before
 
@@ -914,7 +914,7 @@ def test_a_loaded_run_samples_what_training_left_in_memory(solver: str, tmp_path
     """Bit for bit, and each sample by its own seed: the order and the batch do not matter."""
     config = toy(plan__steps=4, plan__solver=solver, generator__ema=0.5)
     run = distill(config, tmp_path / "run", quiet=True)
-    sampler = sample.load(run)
+    sampler = finished.load(run)
     samples = sampler([""] * 70, range(70))  # two batches
     in_memory = Sampler(systems[0], sampler.codec)([""] * 70, range(70))
     assert torch.equal(samples, in_memory) and len(samples.unique()) == 70
@@ -924,7 +924,7 @@ def test_a_loaded_run_samples_what_training_left_in_memory(solver: str, tmp_path
 
 def test_sampling_draws_fresh_noise_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """renoise on four steps: one start and three noises, no two of them related (5 standard errors)."""
-    sampler = sample.load(distill(toy(plan__steps=4, plan__solver="renoise"), tmp_path / "run", quiet=True))
+    sampler = finished.load(distill(toy(plan__steps=4, plan__solver="renoise"), tmp_path / "run", quiet=True))
     drawn, original = [], sample.normal
 
     def spy_normal(*args: Any) -> Tensor:
@@ -944,9 +944,9 @@ def test_an_unfinished_run_cannot_be_loaded(tmp_path: Path) -> None:
     run = distill(config, tmp_path / "run", quiet=True)
     RunFolder(run).expert_path(2).unlink()
     with pytest.raises(UserError, match="the run is not finished"):
-        sample.load(run)
+        finished.load(run)
     with pytest.raises(UserError, match="not a run folder"):
-        sample.load(tmp_path / "absent")
+        finished.load(tmp_path / "absent")
 
 
 def test_the_header_says_how_to_run_the_expert(wan: Callable, tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from phased_dmd.diffusion import VESchedule as VESchedule
     from phased_dmd.diffusion import VPSchedule as VPSchedule
     from phased_dmd.errors import UserError as UserError
+    from phased_dmd.finished import load as load
     from phased_dmd.objectives import distribution_matching_loss as distribution_matching_loss
     from phased_dmd.objectives import score_matching_loss as score_matching_loss
     from phased_dmd.objectives import subinterval_target as subinterval_target
     from phased_dmd.phases import PhasePlan as PhasePlan
     from phased_dmd.rollouts import rollout as rollout
-    from phased_dmd.sample import load as load
     from phased_dmd.train import distill as distill
 
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ _HOMES = {
     "Config": "config", "UserError": "errors", "PhasePlan": "phases",
     "FlowSchedule": "diffusion", "VPSchedule": "diffusion", "VESchedule": "diffusion",
     "subinterval_target": "objectives", "score_matching_loss": "objectives",
-    "distribution_matching_loss": "objectives", "rollout": "rollouts", "distill": "train", "load": "sample",
+    "distribution_matching_loss": "objectives", "rollout": "rollouts", "distill": "train", "load": "finished",
 }  # fmt: skip
 
 

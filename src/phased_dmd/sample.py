@@ -1,42 +1,29 @@
 """Sampling: a run's or an export's generator, and the teacher on the same grid."""
 
-import json
 import math
 import operator
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from phased_dmd.checkpoint import HEADER, RunFolder, load_tensors, save_tensors, write_atomically
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config
 from phased_dmd.engine.randomness import normal
 from phased_dmd.engine.world import device, rank, together, world_size
-from phased_dmd.errors import UserError, refuse_full
-from phased_dmd.media import FRAMES, grid, save_clip, save_image, save_preview, thumbnails
+from phased_dmd.errors import UserError
+from phased_dmd.media import FRAMES, thumbnails
 from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.models.source import SHIPPED
-from phased_dmd.overrides import build
 from phased_dmd.prompts import Prompt
-from phased_dmd.system import Own, System, add_expert, build_system, load_expert, load_teacher
-from phased_dmd.teachers import Section, WanTeacher
+from phased_dmd.system import System
+from phased_dmd.teachers import WanTeacher
 
 BATCH, BATCH_NUMBERS = 64, 2**18  # samples a network call when sampling, and the most numbers that they hold
 PREVIEWS, LEAST_PREVIEWS, PREVIEW_NUMBERS = 16, 4, 2**23  # samples of a preview, and the numbers that more may hold
 PREVIEW_PIXELS = 2**22  # of its picture, about
-SHEET, SHEET_HEIGHT = 64, 96  # samples on a contact sheet, and the most pixels of their height
 NANO_FPS, WAN_FPS = 8.0, 16.0
-MANIFEST = "samples.jsonl"  # beside written samples: the prompt, seed and file of each
-EXPORT = "export.json"  # in an export's folder: the run's config, and the file of each expert
-HEADER_FILE = f"{HEADER}.json"  # in the folder of an export's full transformer: what a LoRA file's header says
-Experts = Callable[[int], dict[str, Tensor]]  # of a phase
 
 
 class Sampler:
@@ -199,192 +186,3 @@ def preview_batch(config: Config, shape: Sequence[int]) -> int:
 def batch_size(shape: Sequence[int]) -> int:
     """How many samples of a shape go through a network at once: one of a large model, many of nano."""
     return max(1, min(BATCH, BATCH_NUMBERS // math.prod(shape)))
-
-
-def load(run: Path | str, own: Own | None = None, base: str | None = None, bucket: int = 0) -> Sampler:
-    """The sampler of a finished run folder or of an export.
-
-    own: the model and codec of a run with a teacher of the user's own. base: the teacher's folder, for an export whose
-    teacher was a local one. bucket: the resolution bucket to sample in.
-    """
-    return assemble(*read(Path(run), base), own, bucket)
-
-
-def read(folder: Path, base: str | None = None) -> tuple[Config, Experts]:
-    """The config and the experts of a run folder or of an export; base: see `load`."""
-    if (folder / EXPORT).exists():
-        return read_export(folder, base)
-    if base is not None:
-        raise UserError(f"{folder}: a run, which names its teacher itself; another base is for exports of a local one")
-    return read_run(folder)
-
-
-def assemble(config: Config, experts: Experts, own: Own | None = None, bucket: int = 0) -> Sampler:
-    """The sampler of a config and the experts of its phases."""
-    model, codec = load_teacher(config, own, fit=False)
-    if bucket >= len(model.sample_shapes):
-        raise UserError(f"--bucket: {bucket}, but there are {len(model.sample_shapes)}, counted from 0")
-    negative = codec.encode_text([config.teacher.negative_prompt])[0]
-    system = build_system(config, model, negative)
-    for phase in range(1, system.plan.num_phases + 1):
-        add_expert(system, phase, trainable=False)
-        load_expert(system, phase, experts(phase), "experts")
-    return Sampler(system, codec, bucket)
-
-
-def read_run(folder: Path) -> tuple[Config, Experts]:
-    """The config and the experts of a run folder; one that is not finished is a UserError."""
-    run = RunFolder(folder)
-    inside(folder, run.config_path)
-    config = run.config()
-    if not run.finished(config):
-        raise UserError(
-            f"{folder}: the run is not finished; `phased-dmd distill` with the same arguments goes on with it"
-        )
-    return config, lambda phase: read_expert(run, phase)[0]
-
-
-def read_expert(run: RunFolder, phase: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A phase's expert and its header; one that leads out of the run, or is another phase's, is a UserError."""
-    path = inside(run.path, run.expert_path(phase))
-    tensors, header = load_tensors(path)
-    if (found := header.get("phase")) != phase:
-        raise UserError(f"{path}: its header says phase {found}, not {phase}; was it renamed?")
-    return tensors, header
-
-
-class Entry(Section):
-    """One of an export's files, or folders of shards: an expert on a network."""
-
-    phase: Annotated[int, Field(gt=0)]
-    network: Annotated[int, Field(ge=0)]
-    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]  # beside export.json, nowhere else
-
-
-class Export(Section):
-    """`export.json`. base: a hub id or a shipped teacher, never a path."""
-
-    format: Literal["diffusers", "comfyui"]
-    base: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")] | None
-    experts: tuple[Entry, ...]
-    config: dict[str, Any]
-
-
-def read_export(folder: Path, base: str | None) -> tuple[Config, Experts]:
-    """The config and the experts of an export, whatever its format: diffusers reads both."""
-    from diffusers.loaders import QwenImageLoraLoaderMixin, WanLoraLoaderMixin
-
-    try:
-        about = Export.model_validate_json(inside(folder, folder / EXPORT).read_text("utf-8"))
-        named, data = about.base, about.config
-        teacher = dict(data["teacher"]) | {"path": base or named}
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{folder}: {EXPORT} cannot be read ({where}: {first['msg']})") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: {EXPORT} cannot be read ({error})") from error
-    if named is None and base is None:
-        raise UserError(f"{folder}: its teacher was a local folder, which `load` has to be told as base")
-    config = build(data | {"teacher": teacher})
-    reader = WanLoraLoaderMixin if config.teacher.kind == "wan" else QwenImageLoraLoaderMixin
-
-    def read(entry: Entry) -> dict[str, Tensor]:
-        path = inside(folder, folder / entry.file)
-        try:
-            if path.is_dir():
-                header = json.loads(inside(folder, path / HEADER_FILE).read_text("utf-8"))
-                tensors = read_shards(path)
-            elif path.suffix != ".safetensors":
-                raise ValueError("only safetensors is read")
-            else:
-                with safe_open(path, "pt") as file:
-                    header = json.loads(file.metadata()[HEADER])
-                tensors = reader.lora_state_dict(str(folder), weight_name=entry.file, use_safetensors=True)
-            found = f"phase {header['phase']}, network {header['network']}"
-        except Exception as error:  # safetensors raises its own, OSError, KeyError, ValueError: all mean a bad file
-            raise UserError(f"{path}: not a file of an export, or damaged ({error})") from error
-        if found != (named := f"phase {entry.phase}, network {entry.network}"):
-            raise UserError(f"{path}: its header says {found}, but {EXPORT} that it is {named}; was it renamed?")
-        return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}  # type: ignore[union-attr] a dictionary unless asked for more
-
-    def expert(phase: int) -> dict[str, Tensor]:
-        mine = [(entry.network, read(entry)) for entry in about.experts if entry.phase == phase]
-        return {f"{network}.{name}": tensor for network, tensors in mine for name, tensor in tensors.items()}
-
-    return config, expert
-
-
-def inside(folder: Path, path: Path) -> Path:
-    """The path itself; a UserError if a symlink leads it out of the folder."""
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{path}: leads out of {folder}")
-    return path
-
-
-def read_shards(folder: Path) -> dict[str, Tensor]:
-    """The weights of a network that diffusers has saved, in one file or several; a tensor in two is a UserError."""
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found = load_file(inside(folder, path))
-        if twice := min(found.keys() & tensors.keys(), default=None):
-            raise UserError(f"{path}: {twice} is in another file of its folder, too")
-        tensors |= found
-    return tensors
-
-
-def prompts_for(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """What a command samples: the prompts, or the empty one of a model that takes none; else a UserError."""
-    if config.prompts is None and prompts:
-        raise UserError(f"--prompt, --prompts: {config.recipe} takes none")
-    if config.prompts is not None and not prompts:
-        raise UserError(f"--prompt: {config.recipe} makes what it is told; give --prompt TEXT or --prompts FILE")
-    return list(prompts) or [Prompt("")]
-
-
-def write_samples(
-    sampler: Sampler, prompts: Sequence[Prompt], seeds: int, output: Path, teacher_steps: int | None = None
-) -> list[Path]:
-    """Every prompt with seeds 0, 1, ...: a PNG, or a WebP clip, each, and a contact sheet; returns the paths.
-
-    Each is written as soon as it is made, into a folder that must be empty. samples.jsonl says which is which of those
-    that are there; of pictures it is a prompt file of first frames, too, see `read_prompts`.
-    """
-    refuse_full(output)
-    pairs = [(prompt, seed) for prompt in prompts for seed in range(seeds)]
-    made = sampler.batches([prompt for prompt, _ in pairs], [seed for _, seed in pairs], teacher_steps)
-    points, paths, lines, shown = [], [], "", []
-    for i, ((prompt, seed), z) in enumerate(zip(pairs, (z for batch in made for z in batch), strict=True)):
-        pixels = sampler.decode(z[None])
-        if pixels.ndim != 5:
-            points.append(pixels)
-            continue
-        paths.append(_write(pixels, output / f"{i // seeds:04d}-{_stem(prompt)}-seed{seed}", sampler.fps))
-        row = {"prompt": prompt.text, "seed": seed, "image": paths[-1].name}
-        lines += f"{json.dumps(row, ensure_ascii=False)}\n"
-        write_atomically(output / MANIFEST, lines.encode())
-        if i < SHEET:
-            shown.append(thumbnails(pixels, SHEET_HEIGHT))
-    if points:
-        samples = torch.cat(points)
-        save_preview(output / "samples.png", samples)
-        save_tensors(output / "samples.safetensors", {"samples": samples}, {"seeds": seeds})
-        return [output / "samples.png", output / "samples.safetensors"]
-    save_image(grid(torch.cat(shown).float() / 255), output / "contact-sheet.png")
-    return [*paths, output / MANIFEST, output / "contact-sheet.png"]
-
-
-def _stem(prompt: Prompt) -> str:
-    """The letters and digits that a file is named by: those that the locale's file names may have."""
-    stem, encoding = "".join(c if c.isalnum() else "-" for c in prompt.text.lower())[:60], sys.getfilesystemencoding()
-    return stem.encode(encoding, "ignore")[:180].decode(encoding, "ignore")  # file systems count bytes
-
-
-def _write(pixels: Tensor, stem: Path, fps: float) -> Path:
-    """One sample [1, f, h, w, 3] as a picture or a clip; its path."""
-    path = stem.with_name(f"{stem.name}.{'webp' if pixels.shape[1] > 1 else 'png'}")
-    if pixels.shape[1] > 1:
-        save_clip(pixels[0], path, fps)
-    else:
-        save_image(grid(pixels), path)
-    return path

@@ -1,6 +1,5 @@
 """`distill`: the training of Phased DMD, its baselines and ablations, top to bottom: run, phase, iteration."""
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,7 +14,7 @@ from rich.table import Column
 from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder
-from phased_dmd.conditions import Conditions, fitting, picture_hashes
+from phased_dmd.conditions import Conditions, picture_hashes
 from phased_dmd.config import Config
 from phased_dmd.draws import Draws, bucket_weights
 from phased_dmd.engine.patience import patiently
@@ -23,14 +22,13 @@ from phased_dmd.engine.signals import Signals
 from phased_dmd.engine.world import check, on_first_rank, processes, rank, shares, warn
 from phased_dmd.errors import Stopped, UserError
 from phased_dmd.experts import FAKE, expert_role
+from phased_dmd.finished import read_expert
+from phased_dmd.inputs import compare_finished, contents, initial_expert, prepare
 from phased_dmd.media import save_preview
-from phased_dmd.models.contents import file_hash
-from phased_dmd.models.protocol import Codec, Condition, VelocityModel
-from phased_dmd.models.source import Source
+from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.optim import Learner, NonFiniteError
 from phased_dmd.paths import Paths
-from phased_dmd.prompts import Prompt, read_prompts
-from phased_dmd.sample import Sampler, preview_size, read_expert
+from phased_dmd.sample import Sampler, preview_size
 from phased_dmd.system import (
     Own,
     System,
@@ -39,58 +37,10 @@ from phased_dmd.system import (
     add_fake,
     build_system,
     load_expert,
-    load_teacher,
     remove_fake,
 )
-from phased_dmd.teachers import PipelineTeacher
-from phased_dmd.trackers import Trackers, check_trackers
+from phased_dmd.trackers import Trackers
 from phased_dmd.updates import distribution_matching, over, score_matching
-
-
-def prepare(config: Config, own: Own | None = None, strict: bool = False) -> tuple[VelocityModel, Codec, list[Prompt]]:
-    """All that can be checked before a run writes anything: networks, codec, prompts and their first frames.
-
-    Prompts that the encoder must cut off are counted in a warning, or, if strict, refused.
-    """
-    check_trackers(config.trackers)
-    prompts = read_prompts(config.prompts) if config.prompts is not None else []
-    model, codec = load_teacher(config, own)
-    for phase in range(1, config.plan.phases + 1) if config.init_experts else ():
-        initial_expert(config, model, phase)
-    check_prompts(codec, prompts, strict)
-    return model, codec, prompts
-
-
-def check_prompts(codec: Codec, prompts: Sequence[Prompt], strict: bool) -> None:
-    """A UserError where a first frame is missing or does not fit; for the rest see `prepare`."""
-    fitting(codec, prompts)
-    if cut := codec.too_long([prompt.text for prompt in prompts]):
-        message = f"prompts: {cut} of {len(prompts)} are longer than the text encoder takes, and are cut off"
-        if strict:
-            raise UserError(message)
-        warn(message)
-
-
-def initial_expert(config: Config, model: VelocityModel, phase: int) -> dict[str, Tensor]:
-    """What the run `init_experts` holds for the time a phase begins at: its expert that serves the nearest step.
-
-    An adapter is rescaled to this run's alpha / rank, so that it computes what it did there.
-    """
-    other, t = RunFolder(config.init_experts or ""), config.phase_plan(model.switches).begin(phase)
-    try:
-        plan = other.config().phase_plan(model.switches)
-    except ValueError as error:
-        raise UserError(f"init_experts: {error}") from error
-    step = min(range(plan.num_steps), key=lambda step: abs(plan.times[step] - t))
-    nearest = plan.expert(step).phase
-    if not (path := other.expert_path(nearest)).exists():
-        raise UserError(f"init_experts: {path} is not there yet")
-    tensors, header = read_expert(other, nearest)
-    if header["weights"] == "full":
-        return tensors
-    lora = config.generator.lora
-    scale = (header["alpha"] / header["rank"]) / (lora.alpha / lora.rank)
-    return {name: scale * tensor if ".lora_B." in name else tensor for name, tensor in tensors.items()}
 
 
 @dataclass
@@ -178,12 +128,6 @@ def distill(
                         train_phase(job, phase, *learners, Paths(config.rollouts.reuse, folder))
                     end(job, phase, learners[0])
     return run.path
-
-
-def compare_finished(run: RunFolder, config: Config) -> None:
-    """A UserError where the config's places, if they are others than the run's, lead to something else."""
-    if run.moved(config):
-        run.compare(contents(config, read_prompts(config.prompts) if config.prompts is not None else []))
 
 
 def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
@@ -300,29 +244,6 @@ def save_samples(job: Job, at: Position, expert: Learner) -> None:
         preview = preview_samples(job.system, job.codec, at.phase, job.conditions, job.weights)
     name = f"phase-{at.phase}-iteration-{at.iteration:06d}.png"
     on_first_rank(lambda: job.run.save_samples(name, lambda path: save_preview(path, preview)))
-
-
-def contents(
-    config: Config, prompts: Sequence[Prompt], pictures: Sequence[str] | None = None
-) -> dict[str, tuple[str, str]]:
-    """For what the config only says the place of: that in words, and a hash of what is there.
-
-    pictures: see `picture_hashes`; None where they are not looked at.
-    """
-    teacher = config.teacher
-    experts = sorted(Path(config.init_experts, "experts").glob("phase-*")) if config.init_experts else []
-    held: dict[str, tuple[str, object]] = {
-        "prompts": (f"prompts: {config.prompts}", [prompt.text for prompt in prompts]),
-        "init_experts": (f"init_experts: {config.init_experts}", [file_hash(path) for path in experts]),
-    }
-    if pictures is not None:
-        held["pictures"] = f"prompts: a first frame of {config.prompts}", pictures
-    if isinstance(teacher, PipelineTeacher):
-        held["teacher"] = f"teacher.path: {teacher.path}", Source(teacher).contents()
-    return {
-        name: (where, hashlib.blake2b(repr(what).encode(), digest_size=16).hexdigest())
-        for name, (where, what) in held.items()
-    }
 
 
 def leave_encoding(signals: Signals, folder: Path) -> None:

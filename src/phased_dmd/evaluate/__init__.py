@@ -20,8 +20,9 @@ from phased_dmd.evaluate.instruments import Readings, load_instruments
 from phased_dmd.evaluate.protocol import Protocol, parse_seeds, sample_sets
 from phased_dmd.evaluate.samples import Base, SampleFolder, generated
 from phased_dmd.evaluate.tables import HEADINGS, NET_OF, shown, table, tables, title
+from phased_dmd.finished import EXPORT, load
 from phased_dmd.models.analytic import ExactMixture
-from phased_dmd.sample import EXPORT, Sampler, load
+from phased_dmd.sample import Sampler
 from phased_dmd.system import Own
 from phased_dmd.teachers import AnalyticTeacher, PipelineTeacher
 

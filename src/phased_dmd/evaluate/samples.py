@@ -17,7 +17,8 @@ from phased_dmd.evaluate.protocol import SampleSet, grouped
 from phased_dmd.media import MEDIA, read_media
 from phased_dmd.phases import step_times
 from phased_dmd.prompts import Prompt
-from phased_dmd.sample import MANIFEST, Sampler, batch_size
+from phased_dmd.sample import Sampler, batch_size
+from phased_dmd.sample_files import MANIFEST
 from phased_dmd.teachers import AnalyticTeacher, PipelineTeacher
 
 

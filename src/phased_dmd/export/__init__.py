@@ -13,8 +13,8 @@ from phased_dmd.export.scripts import nearest_scheduler, render, stock_times
 from phased_dmd.export.subject import Subject
 from phased_dmd.export.verify import verify_comfyui, verify_diffusers
 from phased_dmd.export.weights import copy_base, lora_tensors, save_full, save_lora
+from phased_dmd.finished import EXPORT
 from phased_dmd.models.source import quiet
-from phased_dmd.sample import EXPORT
 from phased_dmd.teachers import WanTeacher
 
 Format = Literal["diffusers", "comfyui"]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from phased_dmd.config import Config
 from phased_dmd.errors import UserError
+from phased_dmd.finished import Experts, read_run
 from phased_dmd.models.bare import BareSource
 from phased_dmd.models.loader import bare_model
 from phased_dmd.models.qwen_image import PIPELINES as QWEN_PIPELINES
@@ -26,7 +27,6 @@ from phased_dmd.models.source import SHIPPED, Source, check_pipeline
 from phased_dmd.models.wan import PIPELINES as WAN_PIPELINES
 from phased_dmd.models.wan import takes_first_frame
 from phased_dmd.phases import PhasePlan
-from phased_dmd.sample import Experts, read_run
 from phased_dmd.system import check_shapes, expert_shapes
 from phased_dmd.teachers import PipelineTeacher, QwenImageTeacher, WanTeacher
 

@@ -20,11 +20,11 @@ from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.export.subject import Piece, Subject
 from phased_dmd.export.weights import lora_tensors
+from phased_dmd.finished import assemble, read_shards
 from phased_dmd.models.qwen_image import PATCH, pack, unpack
 from phased_dmd.models.source import quiet
 from phased_dmd.pictures import read_picture
 from phased_dmd.prompts import Prompt
-from phased_dmd.sample import assemble, read_shards
 from phased_dmd.teachers import Size, WanTeacher
 
 TOLERANCE = 1e-4  # of latents, in full precision

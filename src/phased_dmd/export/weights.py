@@ -12,8 +12,8 @@ from torch import Tensor
 
 from phased_dmd.checkpoint import HEADER, write_atomically
 from phased_dmd.export.subject import Piece, Subject
+from phased_dmd.finished import HEADER_FILE
 from phased_dmd.models.source import Source, quiet
-from phased_dmd.sample import HEADER_FILE
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 

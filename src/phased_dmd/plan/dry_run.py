@@ -6,6 +6,7 @@ from phased_dmd.diffusion import check_start
 from phased_dmd.engine.world import warn
 from phased_dmd.errors import UserError
 from phased_dmd.experts import FAKE, Roles
+from phased_dmd.inputs import check_prompts, initial_expert
 from phased_dmd.models.bare import META, BareSource
 from phased_dmd.models.loader import bare_codec, bare_model
 from phased_dmd.models.protocol import VelocityModel
@@ -14,7 +15,6 @@ from phased_dmd.prompts import read_prompts
 from phased_dmd.system import check_shapes, expert_shapes
 from phased_dmd.teachers import OwnTeacher, PipelineTeacher
 from phased_dmd.trackers import check_trackers
-from phased_dmd.train import check_prompts, initial_expert
 
 
 def dry_run(config: Config, strict: bool = False) -> None:

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from phased_dmd.checkpoint import write_atomically
+from phased_dmd.finished import load
 from phased_dmd.metrics.digits import load_classifier, read
 from phased_dmd.metrics.intervals import interval
 from phased_dmd.prompts import Prompt
 from phased_dmd.reproduce.intervals import LEAST
 from phased_dmd.reproduce.study import Study
-from phased_dmd.sample import load
 
 PROMPT = Prompt("a handwritten digit")
 SAMPLES = 500  # of equal noise

@@ -1,0 +1,76 @@
+"""Samples on disk: a picture or clip each, the list that says which is which, and a contact sheet."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from phased_dmd.checkpoint import save_tensors, write_atomically
+from phased_dmd.config import Config
+from phased_dmd.errors import UserError, refuse_full
+from phased_dmd.media import grid, save_clip, save_image, save_preview, thumbnails
+from phased_dmd.prompts import Prompt
+from phased_dmd.sample import Sampler
+
+SHEET, SHEET_HEIGHT = 64, 96  # samples on a contact sheet, and the most pixels of their height
+MANIFEST = "samples.jsonl"  # beside written samples: the prompt, seed and file of each
+
+
+def prompts_for(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """What a command samples: the prompts, or the empty one of a model that takes none; else a UserError."""
+    if config.prompts is None and prompts:
+        raise UserError(f"--prompt, --prompts: {config.recipe} takes none")
+    if config.prompts is not None and not prompts:
+        raise UserError(f"--prompt: {config.recipe} makes what it is told; give --prompt TEXT or --prompts FILE")
+    return list(prompts) or [Prompt("")]
+
+
+def write_samples(
+    sampler: Sampler, prompts: Sequence[Prompt], seeds: int, output: Path, teacher_steps: int | None = None
+) -> list[Path]:
+    """Every prompt with seeds 0, 1, ...: a PNG, or a WebP clip, each, and a contact sheet; returns the paths.
+
+    Each is written as soon as it is made, into a folder that must be empty. samples.jsonl says which is which of those
+    that are there; of pictures it is a prompt file of first frames, too, see `read_prompts`.
+    """
+    refuse_full(output)
+    pairs = [(prompt, seed) for prompt in prompts for seed in range(seeds)]
+    made = sampler.batches([prompt for prompt, _ in pairs], [seed for _, seed in pairs], teacher_steps)
+    points, paths, lines, shown = [], [], "", []
+    for i, ((prompt, seed), z) in enumerate(zip(pairs, (z for batch in made for z in batch), strict=True)):
+        pixels = sampler.decode(z[None])
+        if pixels.ndim != 5:
+            points.append(pixels)
+            continue
+        paths.append(_write(pixels, output / f"{i // seeds:04d}-{_stem(prompt)}-seed{seed}", sampler.fps))
+        row = {"prompt": prompt.text, "seed": seed, "image": paths[-1].name}
+        lines += f"{json.dumps(row, ensure_ascii=False)}\n"
+        write_atomically(output / MANIFEST, lines.encode())
+        if i < SHEET:
+            shown.append(thumbnails(pixels, SHEET_HEIGHT))
+    if points:
+        samples = torch.cat(points)
+        save_preview(output / "samples.png", samples)
+        save_tensors(output / "samples.safetensors", {"samples": samples}, {"seeds": seeds})
+        return [output / "samples.png", output / "samples.safetensors"]
+    save_image(grid(torch.cat(shown).float() / 255), output / "contact-sheet.png")
+    return [*paths, output / MANIFEST, output / "contact-sheet.png"]
+
+
+def _stem(prompt: Prompt) -> str:
+    """The letters and digits that a file is named by: those that the locale's file names may have."""
+    stem, encoding = "".join(c if c.isalnum() else "-" for c in prompt.text.lower())[:60], sys.getfilesystemencoding()
+    return stem.encode(encoding, "ignore")[:180].decode(encoding, "ignore")  # file systems count bytes
+
+
+def _write(pixels: Tensor, stem: Path, fps: float) -> Path:
+    """One sample [1, f, h, w, 3] as a picture or a clip; its path."""
+    path = stem.with_name(f"{stem.name}.{'webp' if pixels.shape[1] > 1 else 'png'}")
+    if pixels.shape[1] > 1:
+        save_clip(pixels[0], path, fps)
+    else:
+        save_image(grid(pixels), path)
+    return path
