@@ -3,7 +3,7 @@
 PYTHON := python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
-PURE := diffusion objectives rollouts phases
+PURE := maths
 comma := ,
 space := $(subst ,, )
 
@@ -28,7 +28,7 @@ test: .venv/.stamp-dev ## Run the tests; the pure mathematics must be covered to
 chaos: .venv/.stamp-dev ## Kill runs at random moments, resume and compare them; a thousand mutated configs; two processes at length
 	$(BIN)/python scripts/chaos.py
 	$(BIN)/python scripts/fuzz.py
-	NANO_ITERATIONS=20 $(BIN)/pytest tests/test_distributed.py
+	NANO_ITERATIONS=20 $(BIN)/pytest tests/engine/test_distributed.py
 
 bench: .venv/.stamp-dev ## Measure overhead, memory, sampling and what a quality costs; writes docs/results/performance
 	$(BIN)/python benchmarks/performance.py

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phased_dmd.reproduce.claim import FRECHET, MODES, Measure, Variant
-from phased_dmd.reproduce.claims import DIVERSITY
+from phased_dmd.lab.reproduce.claim import FRECHET, MODES, Measure, Variant
+from phased_dmd.lab.reproduce.claims import DIVERSITY
 
 LEVER_SEEDS = range(3)
 PAPER, FAST = "paper's", "fast"

@@ -12,11 +12,11 @@ from contests import FAST, LEVER_SEEDS, PAPER, Contest, key
 from scipy.optimize import isotonic_regression
 
 from phased_dmd.config import Config
+from phased_dmd.lab.reproduce.claim import Budget, Measure, Variant
+from phased_dmd.lab.reproduce.comparisons import compare, difference, ratio, shown
+from phased_dmd.lab.reproduce.study import Study, collect, planned
+from phased_dmd.lab.reproduce.workers import Workers
 from phased_dmd.plan.work import phase_work
-from phased_dmd.reproduce.claim import Budget, Measure, Variant
-from phased_dmd.reproduce.intervals import compare, difference, ratio, shown
-from phased_dmd.reproduce.study import Study, collect, planned
-from phased_dmd.reproduce.workers import Workers
 
 UNITS = ("calls", "cpu_seconds")
 TWICE = 2  # times fewer calls, at which diversity is compared

@@ -17,11 +17,11 @@ import torch
 from teachers import make_teacher
 
 from phased_dmd.config import Config, Engine, Plan
+from phased_dmd.config.teacher import Size
 from phased_dmd.engine.world import device, on_first_rank, processes, world_size
 from phased_dmd.models.architectures import architecture
 from phased_dmd.plan import needs
 from phased_dmd.recipes import resolve
-from phased_dmd.teachers import Size
 from phased_dmd.train import distill
 
 BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"

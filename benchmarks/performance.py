@@ -23,10 +23,10 @@ from teachers import TWENTY_MILLION, make_teacher
 from variance import variances
 
 from phased_dmd.checkpoint import write_atomically
+from phased_dmd.config.teacher import Size
+from phased_dmd.lab.reproduce.memory_study import update_bytes
 from phased_dmd.plan import needs
 from phased_dmd.recipes import resolve
-from phased_dmd.reproduce.memory import update_bytes
-from phased_dmd.teachers import Size
 
 UNDISTURBED = {"log_every": 1, "checkpoint_every": 10**6, "sample_every": 10**6}
 STEPS = (1, 2, 4, 8)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from phased_dmd import train
 from phased_dmd.draws import Draws
-from phased_dmd.experts import FAKE, expert_role
 from phased_dmd.models.protocol import Condition
+from phased_dmd.networks.roles import FAKE, expert_role
 from phased_dmd.paths import Paths
 from phased_dmd.recipes import resolve
 from phased_dmd.train import Job, Position

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from phased_dmd import FlowSchedule, distill, load
 from phased_dmd.config import Config, Plan
+from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.models.analytic import PlainCodec
-from phased_dmd.teachers import OwnTeacher
 from phased_dmd.testing import check_model
 
 

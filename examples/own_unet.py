@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from phased_dmd import VPSchedule, distill, load
 from phased_dmd.config import Config, Plan
+from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.engine.world import device
 from phased_dmd.models.analytic import PlainCodec
-from phased_dmd.teachers import OwnTeacher
 from phased_dmd.testing import check_model
 
 START = 0.98  # eps prediction says next to nothing of x_0 where alpha is next to 0, so the first step is below t = 1

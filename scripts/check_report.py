@@ -19,9 +19,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
-from phased_dmd.evaluate import Protocol, evaluate
+from phased_dmd.lab.evaluate import Protocol, evaluate
+from phased_dmd.lab.report import write_report
 from phased_dmd.recipes import resolve
-from phased_dmd.report import write_report
 from phased_dmd.train import distill
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -21,8 +21,8 @@ import pytest
 
 from phased_dmd import __main__ as entry
 from phased_dmd.cli import app, main
+from phased_dmd.lab.reproduce.begin import begin_worker
 from phased_dmd.recipes import resolve
-from phased_dmd.reproduce.begin import begin_worker
 
 FAST = ["--set", "teacher.fit_steps=3", "--iterations", "2", "--set", "batch_size=8", "--set", "teacher.hidden=8"]
 

@@ -13,17 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyCodec, TinyWan, draw, killed_after
 from faults import group
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import TinyCodec, TinyWan, draw, killed_after
 from torch import Tensor
 
-from phased_dmd import conditions, system
+from phased_dmd import conditions
 from phased_dmd.checkpoint import RunFolder, awaited, save_tensors
 from phased_dmd.cli import main
 from phased_dmd.conditions import CHUNK, Conditions, picture_hashes
 from phased_dmd.config import Config
+from phased_dmd.config.teacher import Size, WanTeacher
 from phased_dmd.draws import bucket_weights
 from phased_dmd.errors import Stopped, UserError
 from phased_dmd.inputs import check_prompts, prepare
@@ -32,9 +33,9 @@ from phased_dmd.models.analytic import PlainCodec
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import Source
 from phased_dmd.models.wan import NANO, WanCodec
+from phased_dmd.networks import system
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
-from phased_dmd.teachers import Size, WanTeacher
 from phased_dmd.train import distill
 
 MANY = [Prompt(f"prompt {i} {'x' * (i % 7)}") for i in range(2 * CHUNK + 5)]  # three files

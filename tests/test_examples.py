@@ -16,19 +16,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import draw
+from tiny import draw
 from torch import Tensor, nn
 
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.cli import main
 from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, Plan
-from phased_dmd.diffusion import VPSchedule, renoise_times
+from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.engine.randomness import normal
 from phased_dmd.finished import load
-from phased_dmd.metrics.distances import frechet, moments
+from phased_dmd.lab.metrics.distances import frechet, moments
+from phased_dmd.maths.schedules import VPSchedule, renoise_times
 from phased_dmd.models.analytic import ExactMixture, PlainCodec, TimeMLP
 from phased_dmd.recipes import RECIPES
-from phased_dmd.teachers import OwnTeacher
 from phased_dmd.testing import ModelError, check_model
 from phased_dmd.train import distill
 

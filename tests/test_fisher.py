@@ -10,27 +10,28 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyCodec, TinyWan, draw
 from gaussians import SCHEDULES, Affine, alpha_sigma, exact_prediction, full, hermite, law, p_q, transition
 from PIL import Image
 from pipelines import CAPTIONS, build, teacher
+from tiny import TinyCodec, TinyWan, draw
 from torch import Tensor
 
-from phased_dmd import finished, system, train
+from phased_dmd import finished, train
 from phased_dmd.config import Config
-from phased_dmd.diffusion import forward
 from phased_dmd.draws import Draws
 from phased_dmd.errors import UserError
-from phased_dmd.experts import FAKE, TEACHER, Roles
+from phased_dmd.maths.losses import score_matching_loss, subinterval_target
+from phased_dmd.maths.rollout import Rollout
+from phased_dmd.maths.schedules import forward
 from phased_dmd.models.analytic import build_mixture
 from phased_dmd.models.loader import load_model
 from phased_dmd.models.protocol import rows
-from phased_dmd.objectives import score_matching_loss, subinterval_target
+from phased_dmd.networks import system
+from phased_dmd.networks.roles import FAKE, TEACHER, Roles
+from phased_dmd.networks.system import add_expert, add_fake, build_system
 from phased_dmd.paths import Paths
 from phased_dmd.recipes import resolve
-from phased_dmd.rollouts import Rollout
 from phased_dmd.sample import Sampler
-from phased_dmd.system import add_expert, add_fake, build_system
 from phased_dmd.train import Learner, distill
 from phased_dmd.updates import distribution_matching, fisher
 

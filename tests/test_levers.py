@@ -11,26 +11,27 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import TinyCodec, TinyWan
 from faults import small_disk
 from gaussians import MEAN, exact_prediction, hermite
+from tiny import TinyCodec, TinyWan
 from torch import Tensor
 
 from phased_dmd import draws as drawing
-from phased_dmd import system, train, updates
+from phased_dmd import train, updates
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.config import Config
-from phased_dmd.diffusion import FlowSchedule
 from phased_dmd.draws import Draws
 from phased_dmd.engine import world
 from phased_dmd.engine.signals import Signals
 from phased_dmd.errors import Stopped, UserError
-from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role
-from phased_dmd.objectives import score_matching_loss
+from phased_dmd.maths.losses import score_matching_loss
+from phased_dmd.maths.rollout import Rollout, rollout
+from phased_dmd.maths.schedules import FlowSchedule
+from phased_dmd.networks import system
+from phased_dmd.networks.roles import FAKE, TEACHER, Roles, expert_role
 from phased_dmd.paths import Paths
 from phased_dmd.plan.work import phase_work
 from phased_dmd.recipes import resolve
-from phased_dmd.rollouts import Rollout, rollout
 from phased_dmd.sample import Sampler
 from phased_dmd.train import distill
 

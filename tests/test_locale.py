@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TinyCodec, TinyWan, killed_after
+from tiny import TinyCodec, TinyWan, killed_after
 
 from phased_dmd import sample_files
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.cli import main
 from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, Plan
+from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
-from phased_dmd.teachers import OwnTeacher
 from phased_dmd.train import distill
 
 ROOT = Path(__file__).parents[1]

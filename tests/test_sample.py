@@ -10,24 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TinyCodec, TinyWan, draw
 from PIL import Image
+from tiny import TinyCodec, TinyWan, draw
 from torch import Tensor
 
 from phased_dmd import finished as finished_runs
 from phased_dmd import media, sample, sample_files
 from phased_dmd.cli import main
 from phased_dmd.config import Config, Engine, Generator, Lora, Plan
+from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.errors import UserError
-from phased_dmd.evaluate.samples import SampleFolder
+from phased_dmd.lab.evaluate.samples import SampleFolder
 from phased_dmd.media import save_preview
+from phased_dmd.networks.system import add_expert, build_system
 from phased_dmd.plan.bare import bare_model
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.recipes import resolve
 from phased_dmd.sample import Sampler, preview_size
 from phased_dmd.sample_files import write_samples
-from phased_dmd.system import add_expert, build_system
-from phased_dmd.teachers import OwnTeacher
 
 TEXTS = [f"{'a ' * i}digit" for i in range(8)]
 

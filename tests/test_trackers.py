@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import killed_after
+from tiny import killed_after
 from torch import Tensor
 
 from phased_dmd import train

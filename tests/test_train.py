@@ -14,24 +14,25 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyCodec, TinyWan, draw, killed_after, newest_checkpoint, teacher_alone
 from rich.console import Console
 from rich.progress import Progress
+from tiny import TinyCodec, TinyWan, draw, killed_after, newest_checkpoint, teacher_alone
 from torch import Tensor
 
-from phased_dmd import finished, inputs, sample, system, train, updates
+from phased_dmd import finished, inputs, sample, train, updates
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.config import Config, Optimiser, Plan
+from phased_dmd.config.overrides import build
 from phased_dmd.draws import Draws
 from phased_dmd.errors import UserError
-from phased_dmd.experts import FAKE, TEACHER, Roles, expert_role
+from phased_dmd.maths.phases import unshift_time
 from phased_dmd.models.loader import load_model
-from phased_dmd.optim import MomentumFreeAdamW, NonFiniteError
-from phased_dmd.overrides import build
-from phased_dmd.phases import unshift_time
+from phased_dmd.networks import system
+from phased_dmd.networks.optim import MomentumFreeAdamW, NonFiniteError
+from phased_dmd.networks.roles import FAKE, TEACHER, Roles, expert_role
+from phased_dmd.networks.system import System
 from phased_dmd.recipes import resolve
 from phased_dmd.sample import Sampler
-from phased_dmd.system import System
 from phased_dmd.train import Learner, distill
 
 QUICK = {
@@ -330,8 +331,8 @@ def test_a_model_of_ones_own_is_given_from_python_with_a_weight_for_each_of_its_
 
     for asked, own, message in (
         (config(1.0, 2.0), mine, "teacher.weights: 2 for the model's 1 sample_shapes"),
-        (config(1.0), None, "teacher.kind: own means a model given from Python: distill, load and phased_dmd.evaluate"
-         r".evaluate take own=\(model, codec\), see docs/extending.md"),
+        (config(1.0), None, "teacher.kind: own means a model given from Python: distill, load and evaluate of "
+         r"phased_dmd.lab take own=\(model, codec\), see docs/extending.md"),
         (toy(), mine, "teacher.kind: analytic with a model given from Python"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"^{message}$"):

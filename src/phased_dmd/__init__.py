@@ -5,25 +5,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from phased_dmd.config import Config as Config
-    from phased_dmd.diffusion import FlowSchedule as FlowSchedule
-    from phased_dmd.diffusion import VESchedule as VESchedule
-    from phased_dmd.diffusion import VPSchedule as VPSchedule
     from phased_dmd.errors import UserError as UserError
     from phased_dmd.finished import load as load
-    from phased_dmd.objectives import distribution_matching_loss as distribution_matching_loss
-    from phased_dmd.objectives import score_matching_loss as score_matching_loss
-    from phased_dmd.objectives import subinterval_target as subinterval_target
-    from phased_dmd.phases import PhasePlan as PhasePlan
-    from phased_dmd.rollouts import rollout as rollout
+    from phased_dmd.maths.losses import distribution_matching_loss as distribution_matching_loss
+    from phased_dmd.maths.losses import score_matching_loss as score_matching_loss
+    from phased_dmd.maths.losses import subinterval_target as subinterval_target
+    from phased_dmd.maths.phases import PhasePlan as PhasePlan
+    from phased_dmd.maths.rollout import rollout as rollout
+    from phased_dmd.maths.schedules import FlowSchedule as FlowSchedule
+    from phased_dmd.maths.schedules import VESchedule as VESchedule
+    from phased_dmd.maths.schedules import VPSchedule as VPSchedule
     from phased_dmd.train import distill as distill
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Config": "config", "UserError": "errors", "PhasePlan": "phases",
-    "FlowSchedule": "diffusion", "VPSchedule": "diffusion", "VESchedule": "diffusion",
-    "subinterval_target": "objectives", "score_matching_loss": "objectives",
-    "distribution_matching_loss": "objectives", "rollout": "rollouts", "distill": "train", "load": "finished",
+    "Config": "config", "UserError": "errors", "PhasePlan": "maths.phases",
+    "FlowSchedule": "maths.schedules", "VPSchedule": "maths.schedules", "VESchedule": "maths.schedules",
+    "subinterval_target": "maths.losses", "score_matching_loss": "maths.losses",
+    "distribution_matching_loss": "maths.losses", "rollout": "maths.rollout", "distill": "train", "load": "finished",
 }  # fmt: skip
 
 

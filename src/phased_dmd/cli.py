@@ -19,11 +19,10 @@ import typer
 from typer.exceptions import TyperException
 
 from phased_dmd import __version__
-from phased_dmd.errors import LostPeer, Stopped, UserError, refuse_full
-from phased_dmd.overrides import read_yaml
+from phased_dmd.config.overrides import read_yaml
+from phased_dmd.errors import LostPeer, Stopped, UserError, did_you_mean, refuse_full
+from phased_dmd.lab.reproduce.claims import NAMES
 from phased_dmd.prompts import read_prompts
-from phased_dmd.reproduce.claims import NAMES
-from phased_dmd.teachers import nearest
 
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it reports what it could be faster with
 
@@ -224,8 +223,8 @@ def evaluate(
     """Measure runs, exports or folders of samples against their base; writes evaluation.json into each."""
     _readable(prompts)
 
-    from phased_dmd.evaluate import Protocol, parse_seeds, table
-    from phased_dmd.evaluate import evaluate as measure
+    from phased_dmd.lab.evaluate import Protocol, parse_seeds, table
+    from phased_dmd.lab.evaluate import evaluate as measure
 
     protocol = Protocol(
         samples=samples, prompts=prompts, seeds=None if seeds is None else parse_seeds(seeds), features=features,
@@ -250,7 +249,7 @@ def report(
     """Write one self-contained page that compares finished and evaluated runs."""
     if output is None and len(runs) > 1:
         raise UserError("--output: a page of several runs needs one, an HTML file")
-    from phased_dmd.report import write_report
+    from phased_dmd.lab.report import write_report
 
     print(write_report(runs, output or runs[0] / "report.html"))
 
@@ -313,8 +312,8 @@ def reproduce(
 ) -> None:
     """Decide a claim of the paper, or repeat a study: all runs, then tables, figures and a verdict."""
     if claim != "all" and claim not in NAMES:
-        raise UserError(f"claim: unknown claim {claim!r}{nearest(claim, [*NAMES, 'all'])}")
-    from phased_dmd.reproduce.run import reproduce as run
+        raise UserError(f"claim: unknown claim {claim!r}{did_you_mean(claim, [*NAMES, 'all'])}")
+    from phased_dmd.lab.reproduce.run import reproduce as run
 
     results = output or (runs / "quick" if budget == "quick" else Path("docs/results"))
     for path in run(claim, budget, seeds, samples, jobs, runs, results, print):
@@ -336,8 +335,8 @@ def teach(
     """Train the networks that the package ships, from scratch (40 minutes on one core)."""
     if not data.is_file():
         raise UserError(f"--data: {data} is not a file")
-    from phased_dmd.teach.nano import Budget, teach_digits, teach_nano
-    from phased_dmd.teach.variants import teach_i2v, teach_moe
+    from phased_dmd.lab.teach.nano import Budget, teach_digits, teach_nano
+    from phased_dmd.lab.teach.variants import teach_i2v, teach_moe
 
     lessons = {"nano": teach_nano, "nano-moe": teach_moe, "nano-i2v": teach_i2v, "digits": teach_digits}
     lessons[what](output, data, seed, Budget(), print)

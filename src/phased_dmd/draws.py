@@ -11,13 +11,13 @@ from torch import Tensor
 
 from phased_dmd.conditions import Conditions
 from phased_dmd.config import Config
-from phased_dmd.diffusion import renoise_times, times_like
+from phased_dmd.config.teacher import OwnTeacher, PipelineTeacher
 from phased_dmd.engine.randomness import choice, generator, normal, uniform
 from phased_dmd.engine.world import device, rank, world_size
+from phased_dmd.maths.phases import Hop
+from phased_dmd.maths.schedules import renoise_times, times_like
 from phased_dmd.models.protocol import Condition
-from phased_dmd.phases import Hop
-from phased_dmd.system import System
-from phased_dmd.teachers import OwnTeacher, PipelineTeacher
+from phased_dmd.networks.system import System
 
 Key = tuple[int | str, ...]
 

@@ -1,5 +1,7 @@
 """What ends a run in one line."""
 
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -26,3 +28,9 @@ def refuse_full(output: Path) -> None:
     """A UserError where a command that makes a folder would find something in its place."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} exists and is not an empty folder")
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the known name that is spelt most like it, or all known names."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; one of {', '.join(known)}"

@@ -10,13 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phased_dmd.checkpoint import HEADER, RunFolder, load_tensors
+from phased_dmd.checkpoint import HEADER, RunFolder, load_tensors, resolve_inside
 from phased_dmd.config import Config
+from phased_dmd.config.overrides import build
+from phased_dmd.config.teacher import Section
 from phased_dmd.errors import UserError
-from phased_dmd.overrides import build
+from phased_dmd.networks.system import Own, add_expert, build_system, load_expert, load_teacher
 from phased_dmd.sample import Sampler
-from phased_dmd.system import Own, add_expert, build_system, load_expert, load_teacher
-from phased_dmd.teachers import Section
 
 EXPORT = "export.json"  # in an export's folder: the run's config, and the file of each expert
 HEADER_FILE = f"{HEADER}.json"  # in the folder of an export's full transformer: what a LoRA file's header says
@@ -57,7 +57,7 @@ def assemble(config: Config, experts: Experts, own: Own | None = None, bucket: i
 def read_run(folder: Path) -> tuple[Config, Experts]:
     """The config and the experts of a run folder; one that is not finished is a UserError."""
     run = RunFolder(folder)
-    inside(folder, run.config_path)
+    resolve_inside(folder, run.config_path)
     config = run.config()
     if not run.finished(config):
         raise UserError(
@@ -68,7 +68,7 @@ def read_run(folder: Path) -> tuple[Config, Experts]:
 
 def read_expert(run: RunFolder, phase: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A phase's expert and its header; one that leads out of the run, or is another phase's, is a UserError."""
-    path = inside(run.path, run.expert_path(phase))
+    path = resolve_inside(run.path, run.expert_path(phase))
     tensors, header = load_tensors(path)
     if (found := header.get("phase")) != phase:
         raise UserError(f"{path}: its header says phase {found}, not {phase}; was it renamed?")
@@ -97,7 +97,7 @@ def read_export(folder: Path, base: str | None) -> tuple[Config, Experts]:
     from diffusers.loaders import QwenImageLoraLoaderMixin, WanLoraLoaderMixin
 
     try:
-        about = Export.model_validate_json(inside(folder, folder / EXPORT).read_text("utf-8"))
+        about = Export.model_validate_json(resolve_inside(folder, folder / EXPORT).read_text("utf-8"))
         named, data = about.base, about.config
         teacher = dict(data["teacher"]) | {"path": base or named}
     except ValidationError as error:
@@ -112,10 +112,10 @@ def read_export(folder: Path, base: str | None) -> tuple[Config, Experts]:
     reader = WanLoraLoaderMixin if config.teacher.kind == "wan" else QwenImageLoraLoaderMixin
 
     def read(entry: Entry) -> dict[str, Tensor]:
-        path = inside(folder, folder / entry.file)
+        path = resolve_inside(folder, folder / entry.file)
         try:
             if path.is_dir():
-                header = json.loads(inside(folder, path / HEADER_FILE).read_text("utf-8"))
+                header = json.loads(resolve_inside(folder, path / HEADER_FILE).read_text("utf-8"))
                 tensors = read_shards(path)
             elif path.suffix != ".safetensors":
                 raise ValueError("only safetensors is read")
@@ -137,18 +137,11 @@ def read_export(folder: Path, base: str | None) -> tuple[Config, Experts]:
     return config, expert
 
 
-def inside(folder: Path, path: Path) -> Path:
-    """The path itself; a UserError if a symlink leads it out of the folder."""
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{path}: leads out of {folder}")
-    return path
-
-
 def read_shards(folder: Path) -> dict[str, Tensor]:
     """The weights of a network that diffusers has saved, in one file or several; a tensor in two is a UserError."""
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found = load_file(inside(folder, path))
+        found = load_file(resolve_inside(folder, path))
         if twice := min(found.keys() & tensors.keys(), default=None):
             raise UserError(f"{path}: {twice} is in another file of its folder, too")
         tensors |= found

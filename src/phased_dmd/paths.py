@@ -10,8 +10,8 @@ from torch import Tensor
 from phased_dmd.draws import Draws
 from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
+from phased_dmd.maths.phases import Hop
 from phased_dmd.models.protocol import Condition
-from phased_dmd.phases import Hop
 
 
 class Kept:

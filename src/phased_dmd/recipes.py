@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from phased_dmd.config import Config, Fake, Generator, Lora, Method, Objective, Optimiser, Plan, Renoise, Rollouts
-from phased_dmd.errors import UserError
-from phased_dmd.overrides import apply_overrides, build, read_file, with_method
-from phased_dmd.teachers import AnalyticTeacher, QwenImageTeacher, Size, WanTeacher, nearest
+from phased_dmd.config.overrides import apply_overrides, build, read_file, with_method
+from phased_dmd.config.teacher import AnalyticTeacher, QwenImageTeacher, Size, WanTeacher
+from phased_dmd.errors import UserError, did_you_mean
 
 
 def toy_1d() -> Config:
@@ -198,7 +198,7 @@ def resolve(recipe: str | Path, overrides: Mapping[str, Any] | None = None, meth
     if "method" in overrides:
         raise UserError(f"method: not a field; from Python it is the third argument, resolve({recipe!r}, {{}}, 'dmd')")
     if method not in (None, *get_args(Method)):
-        raise UserError(f"method: unknown method {method!r}{nearest(str(method), list(get_args(Method)))}")
+        raise UserError(f"method: unknown method {method!r}{did_you_mean(str(method), list(get_args(Method)))}")
     own = build(data)
     data = apply_overrides(data, overrides)
     if data["prompts"] == FIRST_FRAMES and not Path(FIRST_FRAMES).is_file():
@@ -226,7 +226,7 @@ def _read(recipe: str | Path) -> dict[str, Any]:
     if recipe in RECIPES:
         return json.loads(RECIPES[str(recipe)]().model_dump_json())
     if Path(recipe).suffix not in (".yaml", ".yml", ".json"):
-        raise UserError(f"recipe: unknown recipe {str(recipe)!r}{nearest(str(recipe), list(RECIPES))}")
+        raise UserError(f"recipe: unknown recipe {str(recipe)!r}{did_you_mean(str(recipe), list(RECIPES))}")
     data = read_file(Path(recipe))
     for field in ("recipe", "teacher"):
         if field not in data:

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config
+from phased_dmd.config.teacher import WanTeacher
 from phased_dmd.engine.randomness import normal
 from phased_dmd.engine.world import device, rank, together, world_size
 from phased_dmd.errors import UserError
 from phased_dmd.media import FRAMES, thumbnails
 from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.models.source import SHIPPED
+from phased_dmd.networks.system import System
 from phased_dmd.prompts import Prompt
-from phased_dmd.system import System
-from phased_dmd.teachers import WanTeacher
 
 BATCH, BATCH_NUMBERS = 64, 2**18  # samples a network call when sampling, and the most numbers that they hold
 PREVIEWS, LEAST_PREVIEWS, PREVIEW_NUMBERS = 16, 4, 2**23  # samples of a preview, and the numbers that more may hold

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from phased_dmd.draws import Draws
 from phased_dmd.engine.world import mean
-from phased_dmd.experts import FAKE, TEACHER, expert_role
-from phased_dmd.models.protocol import Condition, rows
-from phased_dmd.objectives import (
+from phased_dmd.maths.losses import (
     biased_target,
     distribution_matching_loss,
     fisher_stop_gradient_loss,
@@ -17,9 +15,11 @@ from phased_dmd.objectives import (
     score_matching_loss,
     subinterval_target,
 )
+from phased_dmd.maths.rollout import Rollout
+from phased_dmd.models.protocol import Condition, rows
+from phased_dmd.networks.roles import FAKE, TEACHER, expert_role
+from phased_dmd.networks.system import System
 from phased_dmd.paths import Paths
-from phased_dmd.rollouts import Rollout
-from phased_dmd.system import System
 
 TARGETS = {"unbiased": subinterval_target, "biased": biased_target, "printed": printed_target}
 

@@ -6,7 +6,7 @@
 - `runfolder`: all of it, as one run.
 """
 
-from phased_dmd.checkpoint.files import HEADER, load_tensors, partial_of, save_tensors, write_atomically
+from phased_dmd.checkpoint.files import HEADER, load_tensors, partial_of, resolve_inside, save_tensors, write_atomically
 from phased_dmd.checkpoint.lock import awaited
 from phased_dmd.checkpoint.runfolder import RunFolder
 
@@ -16,6 +16,7 @@ __all__ = [
     "awaited",
     "load_tensors",
     "partial_of",
+    "resolve_inside",
     "save_tensors",
     "write_atomically",
 ]

@@ -71,3 +71,10 @@ def refuse_links(folder: Path) -> None:
     refuse_link(folder)
     for path in folder.iterdir() if folder.is_dir() else ():
         refuse_link(path)
+
+
+def resolve_inside(folder: Path, path: Path) -> Path:
+    """Returns the path itself, unless a symlink leads it out of the folder, which is a UserError."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path}: leads out of {folder}")
+    return path

@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from phased_dmd.checkpoint.files import partial_of, refuse_links, sync
+from phased_dmd.config.teacher import Section
 from phased_dmd.engine.world import on_first_rank, rank, sharded, together, world_size
 from phased_dmd.errors import UserError
-from phased_dmd.teachers import Section
 
 MANIFEST = "manifest.json"
 

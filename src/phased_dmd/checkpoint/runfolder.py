@@ -15,9 +15,9 @@ from phased_dmd.checkpoint.files import partial_of, refuse_link, refuse_links, s
 from phased_dmd.checkpoint.folders import Damaged, Point, check, read_folder, remove, verify, write_folder
 from phased_dmd.checkpoint.lock import locked
 from phased_dmd.config import Config
+from phased_dmd.config.overrides import build
 from phased_dmd.engine.world import on_first_rank, rank, warn
 from phased_dmd.errors import UserError
-from phased_dmd.overrides import build
 
 CADENCES = {"log_every", "sample_every", "checkpoint_every"}
 OTHERWISE = {"engine", "keep_last", "keep_every", "skips", "trackers", *CADENCES}  # in which the same run may differ

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phased_dmd.checkpoint import partial_of
+from phased_dmd.config.teacher import WanTeacher
 from phased_dmd.errors import UserError, refuse_full
 from phased_dmd.export.comfyui import SCHEDULE, comfyui_tensors, comfyui_times, workflow
 from phased_dmd.export.scripts import nearest_scheduler, render, stock_times
@@ -15,7 +16,6 @@ from phased_dmd.export.verify import verify_comfyui, verify_diffusers
 from phased_dmd.export.weights import copy_base, lora_tensors, save_full, save_lora
 from phased_dmd.finished import EXPORT
 from phased_dmd.models.source import quiet
-from phased_dmd.teachers import WanTeacher
 
 Format = Literal["diffusers", "comfyui"]
 WAN_TOKENS = 512  # that Wan's text is padded to, by stock pipelines and ComfyUI alike

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phased_dmd.config.teacher import WanTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.export.subject import NOISE, Piece, Subject
 from phased_dmd.export.weights import A, lora_tensors
-from phased_dmd.phases import shift_time
-from phased_dmd.teachers import WanTeacher
+from phased_dmd.maths.phases import shift_time
 
 SCHEDULE = "simple"  # ComfyUI's schedule that keeps the model's shift and picks evenly
 TABLE = 1000  # noise levels it picks from

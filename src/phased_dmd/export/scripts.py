@@ -10,8 +10,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from phased_dmd.config.teacher import WanTeacher
 from phased_dmd.export.subject import Subject
-from phased_dmd.teachers import WanTeacher
 
 TEMPLATES = Path(__file__).parents[1] / "assets" / "export"
 Scheduler = UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from phased_dmd.config.teacher import Size, WanTeacher
 from phased_dmd.engine.randomness import normal
 from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
@@ -25,7 +26,6 @@ from phased_dmd.models.qwen_image import PATCH, pack, unpack
 from phased_dmd.models.source import quiet
 from phased_dmd.pictures import read_picture
 from phased_dmd.prompts import Prompt
-from phased_dmd.teachers import Size, WanTeacher
 
 TOLERANCE = 1e-4  # of latents, in full precision
 STILL, CLIP = Size(height=64, width=96), Size(num_frames=5, height=64, width=96)  # small, of any model's strides

@@ -10,11 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from phased_dmd.diffusion import FlowSchedule, Prediction, Schedule, VESchedule, VPSchedule, coefficients, renoise_times
+from phased_dmd.config.teacher import AnalyticTeacher
 from phased_dmd.engine.randomness import generator
 from phased_dmd.engine.world import device
+from phased_dmd.maths.schedules import (
+    FlowSchedule,
+    Prediction,
+    Schedule,
+    VESchedule,
+    VPSchedule,
+    coefficients,
+    renoise_times,
+)
 from phased_dmd.models.protocol import Condition
-from phased_dmd.teachers import AnalyticTeacher
 
 
 class ExactMixture(nn.Module):

@@ -5,12 +5,19 @@ from contextlib import contextmanager
 
 import torch
 
+from phased_dmd.config.teacher import (
+    AnalyticTeacher,
+    OwnTeacher,
+    PipelineTeacher,
+    QwenImageTeacher,
+    Teacher,
+    WanTeacher,
+)
 from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
-from phased_dmd.models.bare import META, BareSource
 from phased_dmd.models.protocol import Codec, VelocityModel
 from phased_dmd.models.source import Source, quiet
-from phased_dmd.teachers import AnalyticTeacher, OwnTeacher, PipelineTeacher, QwenImageTeacher, Teacher, WanTeacher
+from phased_dmd.models.weightless import META, BareSource
 
 
 def load_model(teacher: Teacher, seed: int, fit: bool = True) -> tuple[VelocityModel, Codec]:

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from phased_dmd.diffusion import Prediction, Schedule
+from phased_dmd.maths.schedules import Prediction, Schedule
 
 Condition = dict[str, Tensor]  # what a network is told beside x and t
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from phased_dmd.diffusion import FlowSchedule, Prediction, Schedule
+from phased_dmd.config.teacher import QwenImageTeacher
 from phased_dmd.errors import UserError
+from phased_dmd.maths.schedules import FlowSchedule, Prediction, Schedule
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import (
     Source,
@@ -21,7 +22,6 @@ from phased_dmd.models.source import (
     encoder_dtype,
     guidance_of,
 )
-from phased_dmd.teachers import QwenImageTeacher
 
 PIPELINES = ("QwenImagePipeline",)
 PATCH = 2  # latents a side of one of the transformer's tokens

@@ -25,5 +25,5 @@ def split_sequences(network: nn.Module, shapes: Sequence[tuple[int, ...]], ways:
     for i, shape in enumerate(shapes):
         if (tokens := math.prod(shape[1:]) // patch) % ways:
             raise UserError(f"teacher.sizes.{i}: {tokens} tokens cannot be shared by {ways} processes")
-    with quiet():  # of the feature's being experimental: tests/test_distributed.py holds its gradients to one process's
+    with quiet():  # that the feature is experimental: test_distributed.py holds its gradients to one process's
         network.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ways, mesh=sequence_mesh(ways)))

@@ -14,13 +14,13 @@ import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from phased_dmd.config.teacher import PipelineTeacher, Size
 from phased_dmd.engine.world import rank, sharded
 from phased_dmd.errors import UserError
 from phased_dmd.models.architectures import skeleton
 from phased_dmd.models.contents import file_hash, tensors_hash
 from phased_dmd.models.quantise import quantise
 from phased_dmd.models.trust import check_index, check_part, read_json
-from phased_dmd.teachers import PipelineTeacher, Size
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = ("nano", "nano-moe", "nano-i2v")

@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass
 
 from phased_dmd.config import Config
+from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.errors import UserError
-from phased_dmd.experts import TEACHER
+from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.models.protocol import VelocityModel
-from phased_dmd.phases import PhasePlan
+from phased_dmd.networks.roles import TEACHER
 from phased_dmd.plan import advice
 from phased_dmd.plan.bare import bare_model, image_shapes, largest, text_width
 from phased_dmd.plan.measure import Forward
@@ -24,7 +25,6 @@ from phased_dmd.plan.memory import (
 from phased_dmd.plan.preview import Preview, previews
 from phased_dmd.plan.work import Work, forward_flops, hours, mean_flops, phase_work
 from phased_dmd.prompts import read_prompts
-from phased_dmd.teachers import PipelineTeacher
 
 GB = 1e9
 

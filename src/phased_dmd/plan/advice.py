@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from phased_dmd.config import Config
+from phased_dmd.config.overrides import apply_overrides, build
 from phased_dmd.errors import UserError
-from phased_dmd.overrides import apply_overrides, build
-from phased_dmd.phases import NEAR, PhasePlan
+from phased_dmd.maths.phases import NEAR, PhasePlan
 
 Options = tuple[tuple[str, Any, str], ...]
 OPTIONS: Options = (

@@ -9,11 +9,11 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from phased_dmd.config import Config
+from phased_dmd.config.teacher import AnalyticTeacher, OwnTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.models import loader
-from phased_dmd.models.bare import META
 from phased_dmd.models.protocol import Condition, VelocityModel
-from phased_dmd.teachers import AnalyticTeacher, OwnTeacher
+from phased_dmd.models.weightless import META
 
 __all__ = ["META", "bare_model", "bytes_of", "condition_of", "image_shapes", "largest", "text_width"]
 

@@ -2,18 +2,18 @@
 
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config
-from phased_dmd.diffusion import check_start
+from phased_dmd.config.teacher import OwnTeacher, PipelineTeacher
 from phased_dmd.engine.world import warn
 from phased_dmd.errors import UserError
-from phased_dmd.experts import FAKE, Roles
 from phased_dmd.inputs import check_prompts, initial_expert
-from phased_dmd.models.bare import META, BareSource
+from phased_dmd.maths.phases import PhasePlan
+from phased_dmd.maths.schedules import check_start
 from phased_dmd.models.loader import bare_codec, bare_model
 from phased_dmd.models.protocol import VelocityModel
-from phased_dmd.phases import PhasePlan
+from phased_dmd.models.weightless import META, BareSource
+from phased_dmd.networks.roles import FAKE, Roles
+from phased_dmd.networks.system import check_shapes, expert_shapes
 from phased_dmd.prompts import read_prompts
-from phased_dmd.system import check_shapes, expert_shapes
-from phased_dmd.teachers import OwnTeacher, PipelineTeacher
 from phased_dmd.trackers import check_trackers
 
 

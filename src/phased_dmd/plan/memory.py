@@ -8,12 +8,12 @@ from typing import NamedTuple
 from torch import nn
 
 from phased_dmd.config import Config, Lora, Optimiser
-from phased_dmd.experts import FAKE, TEACHER, expert_role
+from phased_dmd.config.teacher import PipelineTeacher
+from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.models.protocol import VelocityModel
-from phased_dmd.phases import PhasePlan
+from phased_dmd.networks.roles import FAKE, TEACHER, expert_role
 from phased_dmd.plan.bare import bytes_of, largest
 from phased_dmd.plan.measure import Forward, adapter_parameters, measure, most_common_dtype, once
-from phased_dmd.teachers import PipelineTeacher
 
 RESERVE = 0.08  # of a GPU's memory: CUDA's context, NCCL's buffers, fragments; not measured
 PREFETCHED = 2  # blocks gathered at a time: the one that computes, and the next

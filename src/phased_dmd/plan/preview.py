@@ -20,15 +20,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from phased_dmd.config import Config
+from phased_dmd.config.teacher import PipelineTeacher, QwenImageTeacher
+from phased_dmd.maths.phases import Hop
+from phased_dmd.maths.rollout import rollout
 from phased_dmd.models.architectures import skeleton
-from phased_dmd.models.bare import BareSource
 from phased_dmd.models.protocol import VelocityModel
-from phased_dmd.phases import Hop
+from phased_dmd.models.weightless import BareSource
 from phased_dmd.plan.bare import bytes_of, condition_of, image_shapes, largest
 from phased_dmd.plan.measure import adapted, most_common_dtype, once, over_blocks
-from phased_dmd.rollouts import rollout
 from phased_dmd.sample import preview_batch, preview_size
-from phased_dmd.teachers import PipelineTeacher, QwenImageTeacher
 
 FRAMES = 3, 4  # of latents, by which a VAE that decodes one after the other has reached its stride
 COPIES = 3  # of the pixels, while a codec makes [0, 1] of them

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from phased_dmd.config import Config
+from phased_dmd.config.teacher import PipelineTeacher, QwenImageTeacher
+from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.models.protocol import VelocityModel
-from phased_dmd.phases import PhasePlan
 from phased_dmd.plan.measure import measure, once
-from phased_dmd.teachers import PipelineTeacher, QwenImageTeacher
 
 TEXT_TOKENS = 192  # of a prompt, where it is not padded to the most tokens: about 140 words
 

@@ -12,12 +12,12 @@ from peft.functional import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from phased_dmd.diffusion import check_start
 from phased_dmd.engine.randomness import normal
 from phased_dmd.engine.world import device
+from phased_dmd.errors import did_you_mean
+from phased_dmd.maths.phases import PhasePlan
+from phased_dmd.maths.schedules import check_start
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
-from phased_dmd.phases import PhasePlan
-from phased_dmd.teachers import nearest
 from phased_dmd.testing.parts import Complaints, ModelError, Part, call, near, parts_of, tolerance_of
 from phased_dmd.testing.truth import against_truth
 
@@ -182,10 +182,11 @@ def _targets(model: VelocityModel, part: Part) -> Complaints:
     for target in model.lora_targets:
         matched = [name for name in modules if name.endswith(f".{target}")]
         if not matched:
-            yield f"lora_targets: {target} ends the name of no module of {part.name}{nearest(target, ends)}"
+            yield f"lora_targets: {target} ends the name of no module of {part.name}{did_you_mean(target, ends)}"
         for wrong in [name for name in matched if not isinstance(modules[name], ADAPTABLE)]:
             kind = type(modules[wrong]).__name__
-            yield f"lora_targets: {target} ends {wrong[1:]}, a {kind}, which cannot be adapted{nearest(target, ends)}"
+            cannot = f"lora_targets: {target} ends {wrong[1:]}, a {kind}, which cannot be adapted"
+            yield f"{cannot}{did_you_mean(target, ends)}"
 
 
 def _end(name: str) -> str:

@@ -8,8 +8,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from phased_dmd.diffusion import Prediction, on, predicted_x0, times_like
 from phased_dmd.engine.randomness import normal
+from phased_dmd.maths.schedules import Prediction, on, predicted_x0, times_like
 from phased_dmd.models.protocol import Condition, VelocityModel
 from phased_dmd.testing.parts import Complaints, ModelError, Part, call
 

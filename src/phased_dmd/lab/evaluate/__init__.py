@@ -1,0 +1,111 @@
+"""`evaluate`: what a few-step generator makes beside what its base makes, in numbers and pictures.
+
+A subject is a run, an export, or a folder of samples. All rows have the same prompts and seeds; the base at its own
+number of steps is the row that gaps are taken to. Where a set has as many seeds as samples, Fréchet distances are
+measured twice: to the base's samples of other seeds, where the base's own row is the floor that two sets of one law
+leave, and (`paired`) to those of the same seeds, where a student that keeps to the base's trajectories may come closer
+than that floor. In the paper's protocol, of few seeds, only the second is there.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from phased_dmd.checkpoint import RunFolder, write_atomically
+from phased_dmd.config.teacher import AnalyticTeacher, PipelineTeacher
+from phased_dmd.errors import UserError
+from phased_dmd.finished import EXPORT, load
+from phased_dmd.lab.evaluate.compare import compare, compare_with_mixture, slug
+from phased_dmd.lab.evaluate.instruments import Readings, load_instruments
+from phased_dmd.lab.evaluate.sample_sets import Protocol, parse_seeds, sample_sets
+from phased_dmd.lab.evaluate.samples import Base, SampleFolder, generated
+from phased_dmd.lab.evaluate.tables import HEADINGS, NET_OF, shown, table, tables, title
+from phased_dmd.models.analytic import ExactMixture
+from phased_dmd.networks.system import Own
+from phased_dmd.sample import Sampler
+
+__all__ = ["HEADINGS", "NET_OF", "Protocol", "evaluate", "parse_seeds", "shown", "slug", "table", "tables", "title"]
+FLOOR_SEEDS = 1_000_000  # added to a set's seeds for the base's other samples
+BASE_STEPS = 40  # of an analytic teacher
+
+
+def evaluate(
+    subjects: Sequence[Path | str], protocol: Protocol | None = None, again: bool = False, *,
+    base: Path | None = None, cache: Path | None = None, output: Path | None = None, own: Own | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Writes `evaluation.json` and pictures into each subject; returns the evaluations by subject.
+
+    A run or export already evaluated by the same protocol is left alone unless `again`. base: a folder of samples that
+    folders of samples are compared with, or the teacher's folder for exports of a local one. cache: where the base's
+    samples are kept (the folder `base` beside the subject). output: another folder than the subject's own. own: the
+    model and codec of runs with a teacher of the user's own. Raises UserError for what the user can mend.
+    """
+    protocol = protocol or Protocol()
+    if output is not None and len(subjects) > 1:
+        raise UserError("--output: takes one subject, and there are several")
+    done: dict[str, dict[str, Any]] = {}
+    seen: dict[str, Readings] = {}
+    for subject in dict.fromkeys(map(Path, subjects)):
+        path = (output or subject) / "evaluation.json"
+        about = {"subject": str(subject), "protocol": json.loads(json.dumps(asdict(protocol)))}
+        is_folder = not (RunFolder(subject).config_path.exists() or (subject / EXPORT).exists())
+        if not (again or is_folder) and path.exists():
+            known = json.loads(path.read_text("utf-8"))
+            if known.get("protocol") == about["protocol"] and (output is None or known["subject"] == str(subject)):
+                done[str(subject)] = known
+                continue
+        if is_folder:
+            found = _of_folder(subject, base, protocol, path.parent)
+        else:
+            kept = cache or subject.absolute().parent / "base"
+            teacher = str(base) if base is not None and (subject / EXPORT).exists() else None
+            found = _of_sampler(load(subject, own, teacher, protocol.bucket), protocol, path.parent, kept, seen)
+        done[str(subject)] = about | found
+        write_atomically(path, (json.dumps(done[str(subject)], indent=1) + "\n").encode())
+    return done
+
+
+def _of_folder(subject: Path, base: Path | None, protocol: Protocol, folder: Path) -> dict[str, Any]:
+    """A folder of samples beside another one."""
+    samples = SampleFolder(subject)
+    if base is None:
+        raise UserError(f"{subject}: a folder of samples is compared with another one: --base FOLDER")
+    if protocol.prompts or protocol.seeds or protocol.bucket:
+        raise UserError(f"{subject}: --prompts, --seeds and --bucket are for runs; a folder holds its own samples")
+    other, name = SampleFolder(base), subject.resolve().name
+    chosen = samples.sample_set(other)
+    rows = {"base": other.row(samples), "samples" if name == "base" else name: samples.row(samples)}
+    clips = rows["base"].pixels([0]).shape[1] > 1
+    tools = load_instruments(protocol, None, clips)
+    found = compare(rows, chosen, None, tools, folder / "samples", {})
+    return {"nets": tools.nets(clips), "sets": {chosen.name: found}}
+
+
+def _of_sampler(
+    sampler: Sampler, protocol: Protocol, folder: Path, cache: Path, seen: dict[str, Readings]
+) -> dict[str, Any]:
+    """A run or an export. seen: readings of the base's samples, which runs of one teacher share."""
+    config, base, tools = sampler.system.config, Base(sampler, cache), None
+    few, many, clips = config.plan.steps, BASE_STEPS, False
+    if isinstance(config.teacher, PipelineTeacher):
+        clips = config.teacher.sizes[protocol.bucket].num_frames > 1
+    if not isinstance(config.teacher, AnalyticTeacher):
+        tools, many = load_instruments(protocol, config, clips), config.teacher.base_steps
+    sets = {}
+    for chosen in sample_sets(config, protocol, sampler.codec.takes_images):
+        rows = {f"base, {steps} steps": base.row(chosen.prompts, chosen.seeds, steps) for steps in (many, few)}
+        rows[f"{config.method}, {few} steps"] = generated(sampler, chosen)
+        if tools is None:
+            exact = sampler.system.model.networks[0]
+            assert isinstance(exact, ExactMixture)
+            sets[chosen.name] = compare_with_mixture(rows, chosen, exact, folder / "samples")
+            continue
+        others = [seed + FLOOR_SEEDS for seed in chosen.seeds]
+        floor = base.row(chosen.prompts, others, many) if chosen.floor else None
+        sets[chosen.name] = compare(rows, chosen, floor, tools, folder / "samples", seen)
+    return {
+        "recipe": config.recipe, "method": config.method, "seed": config.seed,
+        "weighting": config.objective.descends, "nets": tools.nets(clips) if tools else {}, "sets": sets,
+    }  # fmt: skip

@@ -1,0 +1,127 @@
+"""What is read off each sample, and the networks that read it: samples are seen a batch at a time and let go."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from phased_dmd.config import Config
+from phased_dmd.errors import UserError
+from phased_dmd.lab.evaluate.sample_sets import Protocol, SampleSet, is_nano
+from phased_dmd.lab.evaluate.samples import Row, SampleFolder
+from phased_dmd.lab.metrics.alignment import Alignment, load_alignment
+from phased_dmd.lab.metrics.digit_classifier import DigitClassifier, load_classifier, read
+from phased_dmd.lab.metrics.distances import LPIPS, Moments, PictureDistance, lpips, moments
+from phased_dmd.lab.metrics.features import DIGIT_SIDE, DIGITS, EFFICIENTNET, FeatureNet, load_features
+from phased_dmd.lab.metrics.motion import Flow, clip_flows, dynamic_clips, load_flow
+from phased_dmd.lab.metrics.pixels import contrast, displacement, high_frequency_energy, saturation, sharpness
+from phased_dmd.media import read_media
+from phased_dmd.sample import WAN_FPS
+
+Readings = dict[str, Tensor]  # each [n, ...], a row a sample
+DRIFT = {
+    "high_frequency_energy": high_frequency_energy,
+    "contrast": contrast,
+    "sharpness": sharpness,
+    "saturation": saturation,
+}
+MOST_SEEDS = 16  # a prompt, that pairs of pictures are compared among
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """The networks of an evaluation; `real` holds the moments of real pictures' features, where there are any."""
+
+    features: FeatureNet
+    flow: Flow
+    flow_name: str
+    fps: float | None
+    perceptual: PictureDistance | None
+    alignment: Alignment | None
+    reader: DigitClassifier | None
+    real: Moments | None
+    accuracy: float | None
+
+    def nets(self, clips: bool) -> dict[str, str]:
+        """Names, to stand beside the numbers."""
+        names = {"features": self.features.name} | ({"flow": self.flow_name} if clips else {})
+        if self.perceptual:
+            names["perceptual"] = LPIPS
+        if self.alignment:
+            names["alignment"] = self.alignment.name
+        if self.accuracy is not None:
+            names["reader"] = f"{DIGITS}, {100 * self.accuracy:.1f} % of held-out real digits read right"
+        return names
+
+    @torch.no_grad()
+    def read(self, row: Row, sample_set: SampleSet) -> Readings:
+        """Readings of all samples of a row, a batch after the other; with a perceptual distance a prompt at a time."""
+        parts, n = [], len(sample_set.prompts)
+        ranges = (
+            whole_prompts(sample_set) if self.perceptual else [range(i, n)[: row.size] for i in range(0, n, row.size)]
+        )
+        for batch in ranges:
+            pixels = row.pixels(batch)
+            if pixels.ndim != 5:
+                raise UserError(f"the codec decodes to {pixels.ndim} dimensions; pictures and clips have 5")
+            texts = [sample_set.prompts[i].text for i in batch]
+            parts.append(self._batch(pixels, texts, self.fps or row.fps or WAN_FPS))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _batch(self, pixels: Tensor, texts: Sequence[str], fps: float) -> Readings:
+        n, f = pixels.shape[:2]
+        features = self.features(pixels.flatten(0, 1)).unflatten(0, (n, f))
+        found = {"features": features}
+        found |= {name: torch.tensor([measure(one[None]) for one in pixels]) for name, measure in DRIFT.items()}
+        if f > 1:
+            found["optical_flow"] = clip_flows(pixels, self.flow)
+            found["dynamic_degree"] = dynamic_clips(pixels, fps, self.flow).double()
+        if self.perceptual and f == 1:
+            distances = torch.zeros(n, MOST_SEEDS)
+            for a, b in itertools.combinations(range(n), 2):
+                distances[a, b] = distances[b, a] = self.perceptual(pixels[a, 0], pixels[b, 0])
+            found["perceptual"] = distances
+        if self.alignment:
+            found["alignment"] = self.alignment(pixels, texts)
+        if self.reader:
+            found["digit"] = read(self.reader, pixels)[1].argmax(1)
+            found["displacement"] = displacement(pixels)
+            found["grey"] = pixels.mean(4).flatten(1)
+        return found
+
+
+def whole_prompts(sample_set: SampleSet) -> list[range]:
+    """The samples of each prompt, between which pairs of pictures are compared."""
+    ids = sample_set.prompt_ids
+    counts = ids.unique_consecutive(return_counts=True)[1]
+    if len(counts) != int(ids.max()) + 1 or int(counts.max()) > MOST_SEEDS:
+        raise UserError(f"--perceptual: needs each prompt's samples together, at most {MOST_SEEDS} of them")
+    ends = counts.cumsum(0).tolist()
+    return [range(end - count, end) for end, count in zip(ends, counts.tolist(), strict=True)]
+
+
+def load_instruments(protocol: Protocol, config: Config | None, clips: bool) -> Instruments:
+    """The instruments that a protocol names, or the defaults for a teacher; config None: for folders of samples.
+
+    What they lack is said here, before anything is sampled.
+    """
+    nano = config is not None and is_nano(config)
+    features = load_features(protocol.features or (DIGITS if nano else EFFICIENTNET))
+    features(torch.zeros(1, DIGIT_SIDE, DIGIT_SIDE, 3))
+    flow, flow_name = load_flow(protocol.flow)
+    if clips:
+        flow(torch.zeros(64, 64, 3), torch.zeros(64, 64, 3))
+    reader, real, accuracy = load_classifier() if nano else (None, None, None)
+    of_real = (real["mean"], real["covariance"]) if real and features.name == DIGITS else None
+    if protocol.real is not None:
+        files = SampleFolder(Path(protocol.real)).files.values()
+        real_features = torch.cat([features(read_media(file)[0]) for file in files])
+        if len(real_features) < 2:
+            raise UserError(f"--real: {protocol.real} holds one picture; two at least")
+        of_real = moments(real_features)
+    perceptual = lpips() if protocol.perceptual and not clips else None  # which compares all of a prompt's at once
+    alignment = load_alignment(protocol.alignment) if protocol.alignment else None
+    return Instruments(features, flow, flow_name, protocol.fps, perceptual, alignment, reader, of_real, accuracy)

@@ -1,0 +1,177 @@
+"""Where the samples of an evaluation come from: a run's generator, its base by way of a cache, a folder of files."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from phased_dmd.checkpoint import awaited, load_tensors, save_tensors
+from phased_dmd.conditions import fitting
+from phased_dmd.config.teacher import AnalyticTeacher, PipelineTeacher
+from phased_dmd.errors import UserError
+from phased_dmd.lab.evaluate.sample_sets import SampleSet, grouped
+from phased_dmd.maths.phases import step_times
+from phased_dmd.media import MEDIA, read_media
+from phased_dmd.prompts import Prompt
+from phased_dmd.sample import Sampler, batch_size
+from phased_dmd.sample_files import MANIFEST
+
+
+@dataclass(frozen=True)
+class Row:
+    """Samples of one set: their pixels [b, f, h, w, 3] by their indices, and what they cost.
+
+    size: how many are decoded at once. fps: of clips, where it is known. key: equal for equal samples.
+    """
+
+    pixels: Callable[[Sequence[int]], Tensor]
+    size: int
+    fps: float | None = None
+    calls: int | None = None  # of the networks, a sample
+    seconds: float | None = None  # a sample
+    key: str | None = None
+
+
+class Base:
+    """The teacher of a sampler; what it samples is kept in a folder, by a hash of all that it depends on."""
+
+    def __init__(self, sampler: Sampler, folder: Path) -> None:
+        self.sampler, self.folder = sampler, folder
+        self._weights = ""
+
+    def row(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int) -> Row:
+        """A row of the base, in files of what is sampled at once, so that what was stopped goes on.
+
+        seconds: as they were when it was sampled.
+        """
+        system = self.sampler.system
+        size = batch_size(system.model.sample_shapes[self.sampler.bucket])
+        fitting(self.sampler.codec, list(dict.fromkeys(prompts)))
+        key = self._key(prompts, seeds, steps)
+        lock, parts = self.folder / f".{key}.lock", [slice(i, i + size) for i in range(0, len(seeds), size)]
+        chunks = [self._chunk(prompts[part], seeds[part], steps, lock) for part in parts]
+        latents = torch.cat([part for part, _ in chunks])
+        times = step_times(steps, system.config.plan.shift, system.config.plan.start)[:steps]
+        calls = sum(2 if system.model.guidance[system.plan.network(t)] > 1 else 1 for t in times)
+        seconds = sum(took for _, took in chunks) / len(seeds)
+        return of_latents(self.sampler, latents, calls, seconds, key)
+
+    def _chunk(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int, lock: Path) -> tuple[Tensor, float]:
+        path = self.folder / f"{self._key(prompts, seeds, steps)}.safetensors"
+        if not path.exists():
+            with awaited(lock):  # another process may be at it
+                if not path.exists():
+                    started = time.perf_counter()
+                    latents = self.sampler(prompts, seeds, steps)
+                    save_tensors(path, {"latents": latents}, {"seconds": time.perf_counter() - started})
+        tensors, header = load_tensors(path)
+        return tensors["latents"], header["seconds"]
+
+    def _key(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int) -> str:
+        """A hash of the teacher's weights and settings, the encoder, prompts and seeds, and the grid."""
+        system, codec = self.sampler.system, self.sampler.codec
+        if not self._weights:
+            self._weights = weights_hash(self.sampler)
+        pictures = [prompt.image if codec.takes_images else None for prompt in prompts]
+        images = [hashlib.blake2b(picture.read_bytes() if picture else b"").hexdigest() for picture in pictures]
+        model, plan, teacher = system.model, system.config.plan, system.config.teacher
+        t = torch.linspace(0, 1, 9, dtype=torch.float64)
+        about = (
+            self._weights, codec.fingerprint, tuple(model.guidance), tuple(model.switches), model.prediction,
+            model.schedule.alpha(t).tolist(), model.schedule.sigma(t).tolist(), teacher.negative_prompt,
+            teacher.dtype if isinstance(teacher, PipelineTeacher) else "",
+            (teacher.means, teacher.std, teacher.weights) if isinstance(teacher, AnalyticTeacher) else (),
+            tuple(model.sample_shapes[self.sampler.bucket]), plan.shift, plan.start, steps, list(seeds),
+            [prompt.text for prompt in prompts], images,
+        )  # fmt: skip
+        return hashlib.blake2b(repr(about).encode(), digest_size=16).hexdigest()
+
+
+def weights_hash(sampler: Sampler) -> str:
+    """Of the teacher's networks alone, whatever adapters they carry."""
+    digest = hashlib.blake2b(digest_size=16)
+    for network in sampler.system.model.networks:
+        for name, tensor in sorted(network.state_dict().items()):
+            if ".lora_" not in name:
+                digest.update(name.replace(".base_layer", "").encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def generated(sampler: Sampler, sample_set: SampleSet) -> Row:
+    """A row of the sampler's own generator."""
+    started = time.perf_counter()
+    latents = sampler(sample_set.prompts, sample_set.seeds)
+    seconds = (time.perf_counter() - started) / len(latents)
+    return of_latents(sampler, latents, sampler.system.plan.num_steps, seconds)
+
+
+def of_latents(sampler: Sampler, latents: Tensor, calls: int, seconds: float, key: str | None = None) -> Row:
+    """A row of latents [n, ...] that a sampler's codec decodes."""
+    size = batch_size(latents.shape[1:])
+    return Row(lambda indices: sampler.decode(latents[list(indices)]), size, sampler.fps, calls, seconds, key)
+
+
+class SampleFolder:
+    """Pictures or clips on disk; with `samples.jsonl`, as `phased-dmd sample` writes it, with prompts and seeds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = {path.stem: path for path in sorted(folder.glob("*")) if path.suffix.lower() in MEDIA}
+        manifest = folder / MANIFEST
+        self.rows: dict[str, tuple[Prompt, int]] = {}
+        if manifest.exists():
+            lines = manifest.read_text("utf-8").split("\n")  # a prompt may hold other ends of a line
+            self.rows = dict(_entry(line, manifest) for line in lines if line.strip())
+            if missing := next((stem for stem in self.rows if stem not in self.files), None):
+                raise UserError(f"{manifest}: {missing} is not there")
+            self.files = {stem: self.files[stem] for stem in self.rows}
+        if not self.files:
+            raise UserError(f"{folder}: neither a run, nor an export, nor a folder of pictures or clips")
+
+    def sample_set(self, other: "SampleFolder") -> SampleSet:
+        """The samples that this folder and the other one must both hold, by file name."""
+        if missing := sorted(self.files.keys() ^ other.files.keys()):
+            where = other.folder if missing[0] in self.files else self.folder
+            raise UserError(f"{where}: holds no {missing[0]}, which the folder it is compared with has")
+        stems = list(self.files)
+        rows = [self.rows.get(stem) or other.rows.get(stem) or _named(stem) for stem in stems]
+        prompts, seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
+        number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        groups = grouped(torch.tensor([number[prompt] for prompt in prompts]), seeds)
+        about = f"{len(rows)} files, {len(number)} prompt{'s' if len(number) > 1 else ''}"
+        return SampleSet("samples", about, prompts, seeds, groups)
+
+    def row(self, like: "SampleFolder") -> Row:
+        """The samples in the order of the other folder's files, read when they are asked for."""
+        files = [self.files[stem] for stem in like.files]
+        first, fps = read_media(files[0])
+        shape = first.shape
+
+        def pixels(indices: Sequence[int]) -> Tensor:
+            media = [read_media(files[i])[0] for i in indices]
+            if any(one.shape != shape for one in media):
+                raise UserError(f"{self.folder}: holds pictures or clips of different sizes or lengths")
+            return torch.stack(media)
+
+        return Row(pixels, 1, fps)
+
+
+def _entry(line: str, manifest: Path) -> tuple[str, tuple[Prompt, int]]:
+    """A line of the manifest: the file's stem, its prompt and its seed."""
+    try:
+        entry = json.loads(line)
+        return Path(entry["image"]).stem, (Prompt(entry["prompt"]), int(entry["seed"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{manifest}: {line[:60]!r} is no object with image, prompt and seed") from error
+
+
+def _named(stem: str) -> tuple[Prompt, int]:
+    """A file's prompt and seed by its name, NAME-seedN or NAME_seedN; else a prompt of its own."""
+    name, found, seed = stem.replace("_seed", "-seed").rpartition("-seed")
+    return (Prompt(name), int(seed)) if found and seed.isdigit() else (Prompt(stem), 0)

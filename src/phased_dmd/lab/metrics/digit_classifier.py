@@ -1,0 +1,53 @@
+"""The digit classifier of the evaluation: what a picture says, and the features it says it from."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from phased_dmd.checkpoint import load_tensors
+
+WEIGHTS = Path(__file__).parents[2] / "assets" / "digits.safetensors"
+FEATURES = 64
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "down": (0.0, 1.0), "up": (0.0, -1.0)}
+SPEEDS = {"slowly": 0.6, "fast": 1.3}  # pixels a frame
+
+
+class DigitClassifier(nn.Module):
+    """A small convolutional network over grey pictures [n, 1, 32, 32] in [0, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (1, 16, 32, 64)
+        blocks = [
+            (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
+            for a, b in zip(widths, widths[1:], strict=False)
+        ]
+        self.body = nn.Sequential(*[layer for block in blocks for layer in block], nn.Flatten())
+        self.features = nn.Sequential(nn.Linear(64 * 16, FEATURES), nn.ReLU())
+        self.head = nn.Linear(FEATURES, 10)
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """(features [n, 64], logits [n, 10])."""
+        features = self.features(self.body(pictures))
+        return features, self.head(features)
+
+
+def load_classifier() -> tuple[DigitClassifier, dict[str, Tensor], float]:
+    """The shipped classifier, the mean and covariance of real held-out digits in its features, and its accuracy."""
+    tensors, header = load_tensors(WEIGHTS)
+    real = {name.removeprefix("real."): tensors.pop(name) for name in ("real.mean", "real.covariance")}
+    classifier = DigitClassifier()
+    classifier.load_state_dict(tensors)
+    return classifier.eval(), real, header["held_out_accuracy"]
+
+
+@torch.no_grad()
+def read(classifier: DigitClassifier, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Reads pictures or clips [n, f, h, w, 3]: features [n, 64] and log-probabilities [n, 10], averaged over frames."""
+    n, f, h, w, _ = pixels.shape
+    grey = pixels.mean(4).reshape(n * f, 1, h, w)
+    parts = [classifier(part) for part in grey.split(512)]
+    features, logits = (torch.cat([part[i] for part in parts]) for i in range(2))
+    return features.reshape(n, f, -1).mean(1), logits.log_softmax(1).reshape(n, f, -1).mean(1)

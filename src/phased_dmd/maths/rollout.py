@@ -1,0 +1,52 @@
+"""The generator's sampling path, with gradient through all of a phase's steps, the last one, or none."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from phased_dmd.maths.phases import Hop
+from phased_dmd.maths.schedules import Prediction, Schedule, ddim_step, on, predicted_x0, times_like
+
+Solver = Literal["ddim", "renoise"]
+
+
+class Rollout(NamedTuple):
+    """x: the sample at the path's end [b, ...]. x0: the last call's prediction of x_0 [b, ...]."""
+
+    x: Tensor
+    x0: Tensor
+
+
+def rollout(
+    predict: Callable[[int, Tensor, Tensor], Tensor],
+    x: Tensor,
+    path: Sequence[Hop],
+    schedule: Schedule,
+    prediction: Prediction,
+    gradient_steps: Collection[int] = (),
+    solver: Solver = "ddim",
+    noise: Callable[[int], Tensor] | None = None,
+) -> Rollout:
+    """The pipeline of Eq. 10, over the hops of `PhasePlan.path` (Sec. 2.2, 2.3).
+
+    predict(step, x, t): the native prediction of the step's expert, t [b]. x: sigma(t_0) eps, [b, ...].
+    gradient_steps: the steps recorded for backward: all of the phase's, or the exit step alone (SGTS).
+    solver `ddim` keeps the predicted noise; `renoise` draws it anew, from noise(step) [b, ...], wherever sigma_r > 0.
+    """
+    x0 = x
+    for step, t, r in path:
+        t_, r_ = times_like(t, x), times_like(r, x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and step in gradient_steps):
+            psi = predict(step, x, t_)
+            x0 = predicted_x0(psi, x, t_, schedule, prediction)
+            if solver == "ddim":
+                x = ddim_step(psi, x, t_, r_, schedule, prediction)
+                continue
+            x = on(schedule.alpha(r_), x0) * x0
+            if schedule.sigma(r_)[0] > 0:
+                if noise is None:
+                    raise ValueError("the renoise solver needs a source of noise")
+                x = x + on(schedule.sigma(r_), x) * noise(step)
+    return Rollout(x, x0)

@@ -1,0 +1,301 @@
+"""The recipes with the paper's figures: what they say, and that every method and number of phases can be built."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+from tiny import TinyCodec, TinyWan
+from torch import Tensor
+from torch.distributed.run import get_args_parser
+
+from phased_dmd import cli, train
+from phased_dmd.config import Method
+from phased_dmd.config.teacher import PipelineTeacher
+from phased_dmd.draws import Draws
+from phased_dmd.errors import UserError
+from phased_dmd.maths.phases import Expert
+from phased_dmd.networks import system
+from phased_dmd.networks.roles import FAKE, TEACHER, Roles
+from phased_dmd.prompts import read_prompts
+from phased_dmd.recipes import FIRST_FRAMES, RECIPES, WAN_NEGATIVE, resolve
+from phased_dmd.train import distill
+
+PAPER = {  # hub id, shift, negative prompt, of diffusers' own encoding the most tokens, the teacher's switch
+    "wan21-t2i": ("Wan-AI/Wan2.1-T2V-14B-Diffusers", 5.0, WAN_NEGATIVE, 512, None),
+    "wan21-t2v-1.3b": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 5.0, WAN_NEGATIVE, 512, None),
+    "wan22-t2i": ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", 5.0, WAN_NEGATIVE, 512, 0.875),
+    "wan22-t2v": ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", 5.0, WAN_NEGATIVE, 512, 0.875),
+    "wan22-i2v": ("Wan-AI/Wan2.2-I2V-A14B-Diffusers", 5.0, WAN_NEGATIVE, 512, 0.9),
+    "qwen-image": ("Qwen/Qwen-Image", 3.0, " ", 1024, None),
+}
+GRIDS = {5.0: (1000, 938, 833, 625), 3.0: (1000, 900, 750, 500)}  # the paper's final version, in thousandths
+BOUNDARIES = {5.0: 0.8333, 3.0: 0.75}
+OWN = {"prompts": "mine.jsonl"}  # wan22-i2v has no default
+METHODS: dict[str, tuple[int, str]] = {  # phases and gradient, for four steps
+    "dmd": (1, "all"), "dmd-sgts": (1, "last"), "phased": (4, "all"), "phased-sgts": (2, "last"),
+}  # fmt: skip
+
+ROOT = Path(__file__).parents[2]
+DOCS, SLURM = ROOT / "docs" / "models.md", ROOT / "examples" / "slurm" / "distill.sbatch"
+
+papers = pytest.mark.parametrize("recipe", PAPER)
+
+
+def switches_of(recipe: str) -> tuple[float, ...]:
+    switch = PAPER[recipe][-1]
+    return () if switch is None else (switch,)
+
+
+# ---------------------------------------------------------------- the paper's figures
+
+
+@papers
+def test_the_settings_are_the_papers(recipe: str) -> None:
+    """Appendix C: batch 64, fake 4e-7 full, generator 5e-5 LoRA r64 a8, AdamW (0, .999), five fake updates. Sec. 3.1:
+    base 40 steps at guidance 4, students 4 steps."""
+    config = resolve(recipe, OWN)
+    path, shift, negative, tokens, _ = PAPER[recipe]
+    teacher = config.teacher
+    assert isinstance(teacher, PipelineTeacher)
+    assert (teacher.path, config.plan.shift, teacher.negative_prompt, teacher.max_tokens) == (
+        path,
+        shift,
+        negative,
+        tokens,
+    )
+    assert (teacher.guidance, teacher.base_steps, teacher.dtype) == ((4.0,), 40, "bfloat16")
+    assert (config.batch_size, config.fake.updates) == (64, 5)
+    assert (config.fake.weights, config.fake.optimiser.lr) == ("full", 4e-7)
+    generator = config.generator
+    assert (generator.weights, generator.lora.rank, generator.lora.alpha, generator.ema) == ("lora", 64, 8, None)
+    assert generator.optimiser.lr == 5e-5
+    for optimiser in (generator.optimiser, config.fake.optimiser):
+        assert (optimiser.beta2, optimiser.decay, optimiser.weight_decay, optimiser.clip) == (
+            0.999,
+            "constant",
+            0.01,
+            1,
+        )
+    assert (config.plan.solver, config.plan.start, config.renoise.interval) == ("ddim", 1.0, "nested")
+    assert config.method == "phased-sgts" and config.plan.steps == 4 and config.plan.phases == 2
+    assert 1000 <= config.iterations * config.plan.phases <= 2000  # what the authors reported
+
+
+@papers
+def test_the_grid_and_the_boundary_are_the_papers(recipe: str) -> None:
+    plan = resolve(recipe, OWN).phase_plan(switches_of(recipe))
+    shift = PAPER[recipe][1]
+    assert tuple(math.floor(1000 * t + 0.5) for t in plan.times) == (*GRIDS[shift], 0)
+    assert plan.end(1) == pytest.approx(BOUNDARIES[shift], abs=5e-5) and plan.end(2) == 0
+
+
+def test_the_sizes_are_the_papers() -> None:
+    """Appendix C and its final version's weights; frames, height, width. 1382 there is no multiple of 16: 1328."""
+    shares = {
+        recipe: {(size.num_frames, size.height, size.width): size.weight for size in RECIPES[recipe]().teacher.sizes}
+        for recipe in PAPER
+    }
+    picture = {(1, 720, 1280): 1}
+    clips = {(81, 720, 1280): 0.1, (81, 1280, 720): 0.1, (81, 480, 832): 0.4, (81, 832, 480): 0.4}
+    qwen = [(1328, 1328), (1664, 928), (928, 1664), (1472, 1104), (1104, 1472), (1584, 1056), (1056, 1584)]
+    assert shares["wan21-t2i"] == shares["wan22-t2i"] == picture
+    assert shares["wan22-t2v"] == shares["wan22-i2v"] == clips
+    assert shares["qwen-image"] == {(1, height, width): 1 for height, width in qwen}
+    assert all(shares["wan21-t2v-1.3b"][size] == clips[size] for size in ((81, 480, 832), (81, 832, 480)))
+    for sizes in shares.values():  # strides of VAE times patch; frames 4 k + 1
+        assert all(height % 16 == width % 16 == 0 and frames % 4 == 1 for frames, height, width in sizes)
+    for recipe in ("wan22-t2v", "wan22-i2v", "wan21-t2v-1.3b"):
+        assert str(RECIPES[recipe]().teacher.sizes[0]) == "81x480x832", "previews are made at the cheaper size"
+
+
+# ---------------------------------------------------------------- forms and baselines
+
+
+@papers
+@pytest.mark.parametrize("method", [None, *METHODS])
+@pytest.mark.parametrize("phases", [None, 2, 4])
+def test_every_method_and_number_of_phases_is_built_or_contradicts(
+    recipe: str, method: Any, phases: int | None
+) -> None:
+    overrides = OWN | ({} if phases is None else {"plan.phases": phases})
+    updates = 2 * RECIPES[recipe]().iterations
+    if method is not None and phases not in (None, METHODS[method][0]):
+        with pytest.raises(UserError, match=f"^method: {method} contradicts plan.phases"):
+            resolve(recipe, overrides, method)
+        return
+    config = resolve(recipe, overrides, method)
+    expected = METHODS[method] if method else (phases or 2, "last")
+    assert (config.plan.phases, config.plan.gradient) == expected
+    assert config.method == method or (method is None and config.method == {2: "phased-sgts", 4: "phased"}[expected[0]])
+    plan = config.phase_plan(switches_of(recipe))
+    assert plan.num_phases == expected[0]
+    assert tuple(math.floor(1000 * t + 0.5) for t in plan.times[:-1]) == GRIDS[PAPER[recipe][1]]
+    if method:
+        assert config.iterations * config.plan.phases == updates
+    if not switches_of(recipe):
+        assert all(plan.fakes(phase, config.support(plan, phase)) == (0,) for phase in range(1, expected[0] + 1))
+
+
+def test_the_table_of_methods_is_whole() -> None:
+    assert set(METHODS) == set(get_args(Method))
+
+
+TWO_NETWORKS = [  # phases, experts and fakes of each phase; grid 1, .9375 | .8333, .625
+    (1, [[(1, 0), (1, 1)]], [(0, 1)]),
+    (2, [[(1, 0)], [(2, 1)]], [(0,), (0, 1)]),
+    (4, [[(1, 0)], [(2, 0)], [(3, 1)], [(4, 1)]], [(0,), (0,), (0, 1), (0, 1)]),
+]
+
+
+@pytest.mark.parametrize("recipe", ["wan22-t2i", "wan22-t2v", "wan22-i2v"])
+@pytest.mark.parametrize(("phases", "experts", "fakes"), TWO_NETWORKS)
+def test_phases_above_the_switch_take_one_fake(recipe: str, phases: int, experts: Any, fakes: Any) -> None:
+    """Phase 1 ends at .8333, under the switch of .875 or .9, yet only the noisier network takes part."""
+    config = resolve(recipe, OWN | {"plan.phases": phases})
+    plan = config.phase_plan(switches_of(recipe))
+    numbers = range(1, phases + 1)
+    assert [list(plan.experts(phase)) for phase in numbers] == [[Expert(*e) for e in phase] for phase in experts]
+    assert [plan.fakes(phase, config.support(plan, phase)) for phase in numbers] == fakes
+
+
+@pytest.mark.parametrize(("recipe", "share"), [("wan22-t2v", 1 / 6), ("wan22-i2v", 2 / 7)])
+def test_phase_1_of_wan22_piles_up_at_the_switch(recipe: str, share: float) -> None:
+    """Shift 5: raw .5 is the boundary; .875 is raw .5833, .9 raw .6429. Of phase 2 nothing is clamped."""
+    config = resolve(recipe, OWN)
+    (switch,) = switches_of(recipe)
+    system: Any = SimpleNamespace(config=config, plan=config.phase_plan((switch,)))
+    times = {phase: Draws(system, phase, 0, 0, [range(4000)], [1.0]).times() for phase in (1, 2)}
+    s, t = times[1]
+    assert torch.equal(s, torch.full_like(s, 5 / 6)) and t.min() == switch and t.max() <= 1
+    assert {system.plan.network(time) for time in t.tolist()} == {0}
+    found = (t == switch).double().mean().item()
+    assert found == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 4000))
+    s, t = times[2]
+    assert not s.any() and t.min() < 0.1 and t.max() > 0.99 and not (t == switch).any()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "method", "asked"),
+    [
+        ("nano-moe", None, {1: {TEACHER: {0}, FAKE: {0}}, 2: {TEACHER: {0, 1}, FAKE: {0, 1}}}),
+        ("nano-moe", "dmd-sgts", {1: {TEACHER: {0, 1}, FAKE: {0, 1}}}),
+    ],
+)
+def test_training_asks_the_noisier_network_alone_while_its_steps_are_distilled(
+    recipe: str, method: Any, asked: dict[int, dict[str, set[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of two tiny networks teacher and fake were called on, phase by phase."""
+    (tmp_path / "prompts.txt").write_text("a seven\n")
+    small = {
+        "prompts": str(tmp_path / "prompts.txt"), "iterations": 4, "batch_size": 8, "fake.updates": 1,
+        "generator.lora.rank": 2, "fake.weights": "lora", "generator.ema": None,
+    }  # fmt: skip
+    model = TinyWan(2, (0.875,), guidance=1.0)
+    monkeypatch.setattr(system, "load_model", lambda teacher, seed, fit: (model, TinyCodec()))
+    seen: dict[int, dict[str, set[int]]] = {}
+    begin, predict = train.begin, Roles.predict
+
+    def spy_begin(job: Any, phase: int) -> Any:
+        seen[phase] = {TEACHER: set(), FAKE: set()}
+        return begin(job, phase)
+
+    def spy_predict(self: Roles, role: str, network: int, *args: Any) -> Tensor:
+        if role in (TEACHER, FAKE):
+            seen[max(seen)][role].add(network)
+        return predict(self, role, network, *args)
+
+    monkeypatch.setattr(train, "begin", spy_begin)
+    monkeypatch.setattr(Roles, "predict", spy_predict)
+    distill(resolve(recipe, small, method), tmp_path / "run", quiet=True)
+    assert seen == asked
+
+
+# ---------------------------------------------------------------- nano's variants, prompts, help
+
+
+def test_nanos_variants_are_nano_but_for_what_they_are_named_for() -> None:
+    image, video, moe, i2v = (RECIPES[f"nano-{name}"]() for name in ("t2i", "t2v", "moe", "i2v"))
+    assert (
+        moe.method == "phased-all" and moe.iterations * moe.plan.phases == image.iterations * image.plan.phases == 480
+    )
+    changed = {"recipe": image.recipe, "teacher": image.teacher, "plan": image.plan, "renoise": image.renoise}
+    assert moe.model_copy(update=changed | {"iterations": image.iterations}) == image
+    assert moe.teacher == image.teacher.model_copy(update={"path": "nano-moe"})
+    assert [size.num_frames for size in i2v.teacher.sizes] == [9]
+    assert i2v.teacher == video.teacher.model_copy(update={"path": "nano-i2v"})
+    same = {"recipe": video.recipe, "teacher": video.teacher, "prompts": video.prompts}
+    assert i2v.model_copy(update=same) == video
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if RECIPES[name]().prompts not in (None, FIRST_FRAMES)])
+def test_the_prompts_of_a_recipe_are_shipped(recipe: str) -> None:
+    config = resolve(recipe, {})
+    prompts = read_prompts(config.prompts or "")
+    assert all((prompt.image is not None and prompt.image.is_file()) == recipe.endswith("i2v") for prompt in prompts)
+
+
+def test_image_to_video_asks_for_first_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of the user's own: given, or by its default name in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    for overrides in ({}, {"seed": 3}, {"plan.phases": 4}):
+        with pytest.raises(UserError) as error:
+            resolve("wan22-i2v", overrides)
+        assert str(error.value) == (
+            "prompts: image-to-video needs a first frame with every prompt: "
+            "--prompts FILE, a jsonl, csv or parquet with the columns prompt and image"
+        )
+    assert resolve("wan22-i2v", {"prompts": "mine.csv"}).prompts == "mine.csv"
+    (tmp_path / FIRST_FRAMES).write_text('{"prompt": "a fox", "image": "fox.png"}\n')
+    assert resolve("wan22-i2v", {}).prompts == FIRST_FRAMES
+
+
+@papers
+def test_the_docs_table_says_what_the_recipe_does(recipe: str) -> None:
+    row = next(line.split("|")[2:-1] for line in DOCS.read_text().splitlines() if line.startswith(f"| `{recipe}` |"))
+    path, shift, switch = PAPER[recipe][0], PAPER[recipe][1], PAPER[recipe][-1]
+    boundary = f"{BOUNDARIES[shift]:g}"[1:]
+    path_of, _, *numbers = (cell.strip() for cell in row)
+    expected = [f"{shift:g}", ", ".join(map(str, GRIDS[shift])), boundary, f"{switch:g}"[1:] if switch else ""]
+    assert (path_of, numbers) == (path, expected)
+
+
+def test_the_slurm_script_runs_a_command_that_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a `srun` that writes down its arguments: torchrun takes its own, and the command itself the rest."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").write_text(f"PATH={tmp_path}/venv/bin:$PATH\n")
+    command = tmp_path / "venv" / "bin" / "srun"
+    command.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/arguments\n')
+    command.chmod(0o755)
+    (tmp_path / "a prompt file.txt").write_text("a handwritten seven\n")
+    variables = {
+        "PATH": os.environ["PATH"], "HOME": str(tmp_path), "VENV": str(tmp_path / "venv"), "RECIPE": "nano-t2i",
+        "OUTPUT": str(tmp_path / "run"), "CACHE": str(tmp_path / "cache"),
+        "PROMPTS": str(tmp_path / "a prompt file.txt"), "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_JOB_ID": "7",
+    }  # fmt: skip
+    subprocess.run(["bash", SLURM, "--seed", "3", "--dry-run"], env=variables, check=True)
+    launched = get_args_parser().parse_args((tmp_path / "arguments").read_text().splitlines()[1:])
+    assert (launched.nnodes, launched.nproc_per_node, launched.rdzv_id) == ("2", "8", "7")
+    assert launched.module and launched.training_script == "phased_dmd"
+    arguments = launched.training_script_args
+    assert arguments[:2] == ["distill", "nano-t2i"] and arguments[-3:] == ["--seed", "3", "--dry-run"]
+    assert [arguments[arguments.index(f"--{name.lower()}") + 1] for name in ("OUTPUT", "PROMPTS", "CACHE")] == [
+        variables[name] for name in ("OUTPUT", "PROMPTS", "CACHE")
+    ]
+    monkeypatch.setattr(sys, "argv", ["phased-dmd", *arguments])
+    cli.main()
+    assert not (tmp_path / "run").exists()
+    del variables["RECIPE"]
+    failed = subprocess.run(["bash", SLURM], env=variables, capture_output=True, text=True)
+    assert failed.returncode and "RECIPE: a recipe, or a YAML or JSON file" in failed.stderr
+
+
+def test_the_help_of_distill_lists_every_recipe() -> None:
+    (argument,) = get_type_hints(cli.distill, include_extras=True)["recipe"].__metadata__
+    assert argument.help == f"{', '.join(RECIPES)}, or a YAML or JSON file"

@@ -1,0 +1,632 @@
+"""Plans say what real networks, optimisers and graphs hold, and give the figures worked out beforehand."""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pipelines
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan, QwenImageTransformer2DModel, WanTransformer3DModel
+from tiny import draw
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
+from typer.testing import CliRunner
+
+from phased_dmd.cli import app
+from phased_dmd.config import Config, Engine, Fake, Generator, Lora, Optimiser
+from phased_dmd.config.teacher import OwnTeacher
+from phased_dmd.engine import world
+from phased_dmd.errors import UserError
+from phased_dmd.models.architectures import architecture, skeleton
+from phased_dmd.models.loader import bare_codec, load_model
+from phased_dmd.models.protocol import VelocityModel
+from phased_dmd.models.quantise import quantise
+from phased_dmd.models.weightless import META, BareSource
+from phased_dmd.networks.optim import Learner
+from phased_dmd.networks.roles import FAKE, Roles, expert_role
+from phased_dmd.networks.system import add_expert, build_system
+from phased_dmd.plan import advice, needs
+from phased_dmd.plan.bare import bare_model, text_width
+from phased_dmd.plan.measure import measure
+from phased_dmd.plan.memory import describe, measured
+from phased_dmd.plan.preview import Peak, decoded, previews
+from phased_dmd.plan.work import forward_flops, phase_work
+from phased_dmd.recipes import RECIPES, resolve
+from phased_dmd.sample import Sampler
+
+TINY = ("wan21_t2v", "wan22_t2v", "qwen_image")
+BASES = {
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14.29e9, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1.42e9,
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 14.29e9, "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 14.29e9,
+    "Qwen/Qwen-Image": 20.43e9,
+}  # fmt: skip
+BATCH = 3
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: pipelines.build(name, tmp_path_factory.mktemp(name)) for name in TINY}
+
+
+def tiny(folders: dict[str, Path], name: str, dtype: str = "float32", **sections: Any) -> Config:
+    teacher = pipelines.teacher(name, folders[name]).model_copy(update={"dtype": dtype})
+    return Config(
+        recipe="tiny", teacher=teacher, prompts="default-t2i", batch_size=BATCH,
+        generator=sections.pop("generator", Generator(lora=Lora(rank=4, alpha=4))), **sections,
+    )  # fmt: skip
+
+
+def part(base: str, name: str) -> dict[str, Any]:
+    folder = architecture(base)
+    assert folder is not None
+    return json.loads((folder / name / "config.json").read_text())
+
+
+def transformer_kind(base: str) -> Any:
+    return QwenImageTransformer2DModel if base.startswith("Qwen") else WanTransformer3DModel
+
+
+# Architectures and skeletons
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_shipped_architectures_have_the_published_numbers_of_parameters(base: str) -> None:
+    network = skeleton(transformer_kind(base), part(base, "transformer"), torch.bfloat16)
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(
+        BASES[base], abs=5e6
+    )  # as published, in hundredths of 10^9
+    with torch.device("meta"):
+        if base.startswith("Qwen"):
+            AutoencoderKLQwenImage.from_config(part(base, "vae"))
+            encoder: nn.Module = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**part(base, "text_encoder")))
+            expected = 8.29e9
+        else:
+            AutoencoderKLWan.from_config(part(base, "vae"))
+            encoder, expected = UMT5EncoderModel(UMT5Config(**part(base, "text_encoder"))), 5.68e9
+    assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(expected, abs=5e6)
+
+
+def test_every_base_of_a_recipe_is_shipped_with_all_of_its_parts() -> None:
+    named = {
+        config.teacher.path for make in RECIPES.values() if "path" in type((config := make()).teacher).model_fields
+    }
+    assert {path for path in named if "/" in path} == set(BASES)
+    for base in BASES:
+        folder = architecture(base)
+        assert folder is not None
+        index = json.loads((folder / "model_index.json").read_text())
+        parts = {name for name, value in index.items() if isinstance(value, list) and value[0]} - {"tokenizer"}
+        assert parts == {path.name for path in folder.iterdir() if path.is_dir()}
+
+
+@pytest.mark.parametrize("path", ["nano", "Wan-AI/none", "../nano", "Wan-AI/../Qwen/Qwen-Image", "", "*/*"])
+def test_other_paths_have_no_shipped_architecture(path: str) -> None:
+    assert architecture(path) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["wan21_t2v", "qwen_image"])
+def test_a_skeleton_is_what_from_pretrained_gives_but_for_the_weights(
+    folders: dict[str, Path], name: str, dtype: torch.dtype
+) -> None:
+    kind = QwenImageTransformer2DModel if name == "qwen_image" else WanTransformer3DModel
+    folder = folders[name] / "transformer"
+    real = kind.from_pretrained(folder, dtype=dtype)
+    bare = skeleton(kind, dict(kind.load_config(folder)), dtype)
+    assert torch.get_default_dtype() == torch.float32 and not bare.training
+    described = [
+        [(key, p.shape, p.dtype, p.requires_grad) for key, p in model.named_parameters()] for model in (real, bare)
+    ]
+    assert described[0] == described[1] and all(p.is_meta for p in bare.parameters())
+    assert {p.dtype for p in real.parameters()} == ({dtype} if name == "qwen_image" else {dtype, torch.float32})
+    buffers = dict(real.named_buffers())
+    assert buffers.keys() == dict(bare.named_buffers()).keys()
+    for key, buffer in bare.named_buffers():
+        assert buffer.dtype == buffers[key].dtype and torch.equal(buffer, buffers[key])
+    if name == "qwen_image":
+        assert torch.equal(bare.pos_embed.pos_freqs, real.pos_embed.pos_freqs)
+
+
+# Figures worked out beforehand (bytes: parameters times bytes each; FLOPs: 23.9 GFLOP a video token, and 4 L d a layer)
+
+
+def test_wan_14b_needs_the_bytes_and_flops_worked_out_by_hand() -> None:
+    plan = needs(resolve("wan22-t2v", {}), gpus=64, memory_gb=80)
+    assert plan.forward_flops["81x480x832"] == pytest.approx(1.68e15, rel=0.005)
+    assert plan.forward_flops["81x1280x720"] == plan.forward_flops["81x720x1280"] == pytest.approx(6.52e15, rel=0.005)
+    assert plan.parameters["teacher"] == 2 * plan.parameters["fake_1"] == plan.parameters["fake_2"]
+    assert "28.6 GB" in plan.remarks[0] and "228.6 GB" in plan.remarks[1] and "171.5 GB" in plan.remarks[1]
+    assert 16 * plan.parameters["phase_1"] == pytest.approx(4.9e9, rel=0.01)  # with gradients and two moments
+    first, second = (phase.memory for phase in plan.phases)
+    assert 64 * (first.gradients + first.optimiser) == pytest.approx((2 * 14.29 + 0.307) * 4e9, rel=0.001)
+    assert 64 * (second.weights - first.weights) == pytest.approx(14.29e9 * 4, rel=0.001)  # a fake of each network
+
+
+def test_qwen_image_forward_costs_what_was_worked_out_by_hand() -> None:
+    config = resolve("qwen-image", {"teacher.sizes": [{"height": 1328, "width": 1328}]})
+    assert forward_flops(config, bare_model(config)) == [pytest.approx(0.133e15, rel=0.005)]
+
+
+def test_calls_and_forwards_are_those_of_the_table_of_costs() -> None:
+    """Mean rollouts 1.5 and 3.5, the fake's 2 and 4; LoRA step 3 F, full step 4 F, guided teacher 2 F: 36.5 F and
+    48.5 F an iteration.
+    """
+    config = resolve("wan22-t2v", {"engine.activation_checkpointing": True})
+    plan = config.phase_plan([0.875])
+    costs = [phase_work(config, plan, phase, guided=True) for phase in (1, 2)]
+    assert [(cost.generator_forwards, cost.fake_forwards) for cost in costs] == [(6.5, 5 * (2 + 4)), (8.5, 5 * (4 + 4))]
+    assert [(cost.generator_calls, cost.fake_calls) for cost in costs] == [(4.5, 5 * (2 + 1)), (6.5, 5 * (4 + 1))]
+    every = config.model_copy(update={"plan": config.plan.model_copy(update={"gradient": "all"})})
+    assert phase_work(every, plan, 1, guided=True).generator_forwards == 2 * 3 + 3
+    assert phase_work(config, plan, 1, guided=False).generator_calls == 3.5
+
+
+def test_hours_follow_from_flops_and_peak() -> None:
+    """A forward of a sample at 480p is 1.68 PFLOP: of 36.5 and 48.5 of them, 155 and 206 s an iteration of 64 samples
+    on 64 GPUs at 40 % of 989 TFLOP/s.
+    """
+    first, second = (1.68e15 * forwards / (0.4 * 989e12) for forwards in (36.5, 48.5))
+    changes = {"teacher.sizes": [{"num_frames": 81, "height": 480, "width": 832}], "iterations": 1800}
+    plan = needs(resolve("wan22-t2v", changes | {"engine.activation_checkpointing": True}), 64, 80)
+    assert [phase.iteration_seconds for phase in plan.phases] == pytest.approx([first, second], rel=0.01)
+    assert plan.hours == pytest.approx((first + second) / 2, rel=0.01)
+    half = needs(resolve("wan22-t2v", changes | {"engine.activation_checkpointing": True}), 32, 80, 0.8, 494.5)
+    assert half.hours == pytest.approx(2 * plan.hours)
+    uneven = needs(
+        resolve("wan22-t2v", changes | {"engine.activation_checkpointing": True, "phase_shares": [2, 0.5]}), 64, 80
+    )
+    assert uneven.hours == pytest.approx((2 * first + 0.5 * second) / 2, rel=0.01)
+
+
+# Against reality
+
+
+def real_roles(config: Config, phase: int) -> tuple[VelocityModel, Roles, list[int]]:
+    """The networks, every phase's expert, and the phase's fake; the fake's networks."""
+    model = load_model(config.teacher, 0)[0]
+    roles, plan = Roles(model), config.phase_plan(model.switches)
+    for other in range(1, plan.num_phases + 1):
+        owned = [expert.network for expert in plan.experts(other)]
+        roles.add(expert_role(other), owned, config.generator.lora, seed=0, trainable=other == phase)
+    served = list(plan.fakes(phase, config.support(plan, phase)))
+    roles.add(FAKE, served, config.fake.lora if config.fake.weights == "lora" else None, seed=0)
+    return model, roles, served
+
+
+def example(model: VelocityModel, batch: int = BATCH) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    teacher_tokens = 24
+    width = text_width(model.networks[0])
+    condition = model.batch([{"text": torch.randn(teacher_tokens, width)}] * batch)
+    return torch.randn(batch, *model.sample_shapes[0]), torch.full((batch,), 0.7, dtype=torch.float64), condition
+
+
+def nbytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("fake", ["full", "lora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", TINY)
+def test_weights_gradients_and_optimisers_hold_the_bytes_that_were_planned(
+    folders: dict[str, Path], name: str, dtype: str, fake: str
+) -> None:
+    ema = Generator(lora=Lora(rank=4, alpha=4), ema=0.9)
+    config = tiny(folders, name, dtype, generator=ema, fake=Fake(weights=fake, lora=Lora(rank=2, alpha=2)))
+    planned = needs(config, 1, 80)
+    for phase in (1, 2):
+        model, roles, served = real_roles(config, phase)
+        role, x_t_c = expert_role(phase), example(model)
+        learners = [
+            Learner(role, roles.parameters(role), config.generator.optimiser, config.generator.ema),
+            Learner(FAKE, roles.parameters(FAKE), config.fake.optimiser),
+        ]
+        weights = {id(p): p for network in model.networks for p in network.parameters()}
+        weights |= {id(p): p for p in roles.parameters(FAKE).values()}
+        gradients = []
+        owned = [expert.network for expert in config.phase_plan(model.switches).experts(phase)]
+        for learner, networks in zip(learners, (owned, served), strict=True):
+            with roles.active(learner.role):
+                loss = sum((roles.predict(learner.role, n, *x_t_c).square().mean() for n in networks), torch.zeros(()))
+                loss.backward()
+            gradients.append(nbytes([p.grad for p in learner.parameters.values() if p.grad is not None]))
+            learner.optimiser.step()
+            learner.optimiser.zero_grad()
+        moments = [
+            tensor for learner in learners for p in learner.parameters.values()
+            for tensor in learner.optimiser.state[p].values() if tensor.shape == p.shape
+        ]  # fmt: skip
+        average = learners[0].ema
+        assert average is not None
+        memory = planned.phases[phase - 1].memory
+        assert memory.weights == pytest.approx(nbytes([*weights.values(), *average.values()]), rel=0.01)
+        assert memory.gradients == pytest.approx(max(gradients), rel=0.01)
+        assert memory.optimiser == pytest.approx(nbytes(moments), rel=0.01)
+        trained = {role: learners[0], f"fake_{phase}": learners[1]}
+        for named, learner in trained.items():
+            assert planned.parameters[named] == sum(p.numel() for p in learner.parameters.values())
+
+
+class RealBytes(saved_tensors_hooks):
+    """Bytes of the distinct storages that are saved, parameters' left out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
+        self.tensors: list[Tensor] = []  # kept, so that no address comes twice
+        super().__init__(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        self.tensors.append(tensor.detach())
+        return tensor
+
+    @property
+    def total(self) -> int:
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors}
+        return sum(size for address, size in storages.items() if address not in self.parameters)
+
+
+def deeper(model: VelocityModel, layers: int) -> Any:
+    network: Any = model.networks[0]
+    kind = type(network)
+    torch.manual_seed(0)
+    bare = skeleton(kind, dict(network.config) | {"num_layers": layers}, network.dtype)
+    return bare.to_empty(device="cpu").requires_grad_(False)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=4, alpha=4)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", TINY)
+def test_activations_are_what_a_real_forward_saves(
+    folders: dict[str, Path], name: str, dtype: str, lora: Lora | None
+) -> None:
+    config = tiny(folders, name, dtype)
+    model = load_model(config.teacher, 0)[0]
+    x_t_c = example(model)
+    planned = measure(config, bare_model(config), bare_model(config).networks[0], x_t_c[0].shape[1:], BATCH, lora)
+    network = model.networks[0]
+    if lora is None:
+        network.requires_grad_(True)
+    else:
+        Roles(model).add(FAKE, [0], lora, seed=0)
+        for module in network.modules():
+            if "lora_A" in dict(module.named_children()):
+                module.set_adapter([FAKE])  # type: ignore[operator]
+    with (real := RealBytes(network)):
+        output = model.predict(network, *x_t_c)
+    assert output.requires_grad
+    assert planned.saved == pytest.approx(real.total, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["wan21_t2v", "qwen_image"])
+def test_of_many_blocks_two_tell_what_all_save_with_and_without_checkpointing(
+    folders: dict[str, Path], name: str, dtype: str
+) -> None:
+    """Five blocks. Checkpointed in torch's own way, the forward saves inputs, and each block's backward saves again."""
+    config, layers = tiny(folders, name, dtype), 5
+    model = load_model(config.teacher, 0)[0]
+    network, x_t_c = deeper(model, layers), example(model)
+    planned = measure(config, bare_model(config), network, x_t_c[0].shape[1:], BATCH, None)
+    network.requires_grad_(True)
+    with (whole := RealBytes(network)):
+        model.predict(network, *x_t_c)
+    assert planned.saved == pytest.approx(whole.total, rel=0.05)
+
+    network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=True))
+    with (inputs := RealBytes(network)):
+        output = model.predict(network.train(), *x_t_c)
+    rotary = network.pos_embed.pos_freqs.nbytes if name == "qwen_image" else 0  # an argument no hook is told of
+    assert planned.checkpointed == pytest.approx(inputs.total + rotary, rel=0.1)
+    with (again := RealBytes(network)):
+        output.sum().backward()
+    known = {tensor.untyped_storage().data_ptr() for tensor in inputs.tensors} | inputs.parameters
+    inner = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in again.tensors}
+    a_block = sum(size for address, size in inner.items() if address not in known) / layers
+    assert planned.block == pytest.approx(a_block, rel=0.25)
+    assert planned.checkpointed + planned.block == pytest.approx(inputs.total + rotary + a_block, rel=0.25)
+
+
+# What fits
+
+
+def test_bfloat16_moments_shards_replicas_and_offload_change_what_they_should(folders: dict[str, Path]) -> None:
+    config = tiny(folders, "wan22_t2v")
+    whole = needs(config, 1, 80).phases[0].memory
+    four, two_groups = (
+        needs(config.model_copy(update={"engine": Engine(replicas=replicas)}), 4, 80).phases[0].memory
+        for replicas in (1, 2)
+    )
+    assert (four.weights, two_groups.weights) == pytest.approx((whole.weights / 4, whole.weights / 2), abs=1)
+    half = Optimiser(lr=1e-4, second_moment="bfloat16")
+    rounded = tiny(
+        folders, "wan22_t2v", generator=Generator(lora=Lora(rank=4), optimiser=half), fake=Fake(optimiser=half)
+    )
+    assert needs(rounded, 1, 80).phases[0].memory.optimiser * 2 == whole.optimiser
+    away = needs(config.model_copy(update={"engine": Engine(offload=True)}), 4, 80).phases[0].memory
+    assert away.host == four.weights + four.gradients + four.optimiser
+    assert away.gpu == away.gathered + max(away.activations, away.preview)
+    states = four.weights + four.optimiser
+    assert four.gpu == states + four.gathered + max(four.activations + four.gradients, four.preview)
+    with pytest.raises(UserError, match="engine.replicas: 3 GPUs cannot be split into 2"):
+        needs(config.model_copy(update={"engine": Engine(replicas=2)}), 3, 80)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_base_weighs_what_bitsandbytes_stores(kind: Any, folders: dict[str, Path]) -> None:
+    """Within 1 %: nf4 has a scale of 8 bits for every 64 weights; int8's float32 scale a row is not counted."""
+    config = tiny(folders, "wan21_t2v", fake=Fake(weights="lora", lora=Lora(rank=4, alpha=4)))
+    teacher = config.teacher.model_copy(update={"quantise": kind})
+    model, bare = load_model(config.teacher, 0)[0], bare_model(config)
+    network = model.networks[0]
+    quantise(model.blocks(network), kind, torch.float32, torch.device("cpu"))
+    stored = sum(nbytes(p) for p in network.parameters())
+    for layer in network.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            stored += nbytes(layer.weight.quant_state.absmax)
+    planned = describe(config.model_copy(update={"teacher": teacher}), bare, 0, measured(config, bare)).bytes
+    assert planned == pytest.approx(stored, rel=0.01)
+    assert planned < 0.8 * describe(config, bare, 0, measured(config, bare)).bytes
+
+
+def test_processes_that_share_samples_have_a_share_of_the_activations() -> None:
+    """16 GPUs in pairs hold 8 samples' activations, half a sample's each; the states are in 16 shards as before."""
+    alone, pairs = (
+        needs(resolve("wan21-t2v-1.3b", {"batch_size": 8, "engine.sequence_parallel": ways}), gpus, 80)
+        for ways, gpus in ((1, 8), (2, 16))
+    )
+    for one, two in zip(alone.phases, pairs.phases, strict=True):
+        assert two.memory.activations == one.memory.activations // 2
+        assert two.memory.weights == pytest.approx(one.memory.weights / 2, abs=1)
+    assert not any("batch_size" in warning for warning in pairs.warnings)
+
+
+def test_a_pool_and_a_divergence_that_differentiates_the_teacher_take_memory() -> None:
+    """A pool of 10 batches of 64 latents of 16 x 90 x 160 in float32, over 8 GPUs; graphs of the generator's call, and
+    of the teacher's two or the fake's, whichever is larger."""
+
+    def activations(**overrides: Any) -> list[int]:
+        config = resolve("wan21-t2i", {key.replace("__", "."): value for key, value in overrides.items()})
+        return [phase.memory.activations for phase in needs(config, 8, 80).phases]
+
+    plain = activations(engine__micro_batch=1)
+    first, second = activations(engine__micro_batch=1, rollouts__pool=10)
+    assert (first, second) == (plain[0], plain[1] + 10 * 8 * 16 * 90 * 160 * 4)
+    assert activations(engine__micro_batch=1, rollouts__pool=10, rollouts__pool_on_disk=True) == plain
+    lora = {"engine__micro_batch": 1, "fake__weights": "lora"}
+    one, three, two = (
+        activations(**lora, objective__divergence=name)[0] for name in ("kl", "fisher", "fisher-stop-gradient")
+    )
+    assert three == pytest.approx(3 * one, rel=1e-3) and two == pytest.approx(2 * one, rel=1e-3)
+    whole = activations(engine__micro_batch=1, objective__divergence="fisher-stop-gradient")[0]
+    assert whole == pytest.approx(one + plain[0], rel=1e-3), "plain: the graph of a fake with all weights"
+    assert activations(engine__micro_batch=1, objective__divergence="fisher")[0] == one + max(2 * one, plain[0])
+
+
+def test_gathered_are_two_blocks_what_surrounds_them_and_a_block_of_gradients() -> None:
+    """By hand, in numbers of d = 5120 and ffn 13824: the block, and all that is left of 14,288,491,584."""
+    attention = 4 * (5120**2 + 5120) + 2 * 5120
+    block = 2 * attention + 2 * 5120 + 2 * 5120 * 13824 + 13824 + 5120 + 6 * 5120
+    rest = 14_288_491_584 - 40 * block
+
+    def gathered(gpus: int, **fake: Any) -> int:
+        overrides = {f"fake.{key}": value for key, value in fake.items()}
+        return needs(resolve("wan21-t2i", overrides), gpus, 80).phases[0].memory.gathered
+
+    assert gathered(8) == 2 * block * 2 + rest * (4 + 2) + block * (2 + 4)
+    assert gathered(8, weights="lora") == (2 * block + rest) * 2
+    assert gathered(1) == 14_288_491_584 * 2  # autocast's copy of the fake
+    assert gathered(1, weights="lora") == 0
+
+
+def test_advice_is_the_cheapest_that_fits_and_its_flags_make_it_fit() -> None:
+    config = resolve("qwen-image", {})
+    plan = needs(config, 8, 80)
+    assert not plan.fits and plan.options is not None and plan.enough_gpus is None
+    assert plan.options == "--set engine.micro_batch=1 --set engine.activation_checkpointing=true"
+    mended = resolve("qwen-image", dict(map(_pair, plan.options.replace("--set ", "").split())))
+    assert needs(mended, 8, 80).fits
+    tight = needs(config, 3, 80)
+    assert tight.options is not None and "second_moment" not in tight.options and "offload" not in tight.options
+    assert "fake.weights=lora" in tight.options and "fake.weights: loses quality" in tight.option_notes
+    assert (
+        tight.enough_gpus is not None and needs(advice.changed(config, advice.free(config)), tight.enough_gpus, 80).fits
+    )
+
+
+def test_the_least_number_of_gpus_is_found_with_what_changes_no_result() -> None:
+    config = resolve("qwen-image", {"engine.replicas": 2})
+
+    def fits(config: Config, gpus: int) -> bool:
+        return gpus >= 37 and config.engine.micro_batch == 1 and config.engine.activation_checkpointing
+
+    assert advice.least_gpus(config, 8, fits) == 64
+    assert advice.least_gpus(config, 8, lambda config, gpus: False) is None
+
+
+def test_what_does_not_go_with_the_rest_is_not_advised() -> None:
+    """A fake that is pulled along has all weights, and so have the students of an analytic teacher."""
+    pulled = resolve("wan22-t2v", {"fake.pull": 1.0})
+    for config in (pulled, resolve("toy-2d", {})):
+        assert advice.cheapest(config, 8, lambda config, _: config.engine.offload) == advice.OPTIONS[-1:]
+        assert advice.cheapest(config, 8, lambda config, _: config.fake.weights == "lora") is None
+    assert "lora" not in (needs(pulled, 8, 80).options or "")
+
+
+def test_what_is_advised_for_pairs_parts_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolve("wan22-t2i", {"rollouts.antithetic": "start"})
+    assert (needs(config, 8, 80).options or "").startswith("--set engine.micro_batch=2 ")
+    assert advice.least_gpus(config, 8, lambda _, gpus: gpus >= 20) == 32
+    assert advice.least_gpus(config, 8, lambda _, gpus: gpus >= 33) is None, "64 would have a sample each"
+    assert "of 1 samples on each of 64 GPUs no pairs can be made" in needs(config, 64, 80).warnings[0]
+    monkeypatch.setattr(world, "world_size", lambda: 64)
+    with pytest.raises(UserError, match="1 samples in calls of 1 cannot be paired$"):
+        world.shares(64, config.engine, pairs=True)
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    key, value = text.split("=")
+    return key, yaml.safe_load(value)
+
+
+@pytest.mark.parametrize(
+    ("least", "chosen"),
+    [
+        ({"engine.micro_batch"}, ("engine.micro_batch",)),
+        ({"engine.offload"}, ("engine.offload",)),
+        ({"fake.optimiser.second_moment"}, ("fake.optimiser.second_moment",)),
+        ({"engine.activation_checkpointing", "engine.offload"}, ("engine.activation_checkpointing", "engine.offload")),
+    ],
+)
+def test_no_option_is_advised_that_is_not_needed(least: set[str], chosen: tuple[str, ...]) -> None:
+    config = resolve("qwen-image", {})
+    done = {key: value for key, value, _ in (*advice.free(config), *advice.OPTIONS)}
+
+    def fits(config: Config, gpus: int) -> bool:
+        return all(advice._is_set(config, key, done[key]) for key in least)
+
+    found = advice.cheapest(config, 8, fits)
+    assert found is not None and tuple(key for key, _, _ in found) == chosen
+    assert advice.cheapest(config, 8, lambda config, gpus: False) is None
+
+
+# Warnings
+
+
+def warned(gpus: int = 8, **changes: Any) -> str:
+    config = resolve("wan22-t2i", {key.replace("__", "."): value for key, value in changes.items()})
+    return "\n".join(advice.warnings(config, config.phase_plan([0.875]), gpus))
+
+
+def test_what_is_likely_a_mistake_is_warned_of() -> None:
+    assert warned() == ""
+    assert "batch_size: 64 samples cannot be shared equally by 24 GPUs: distill" in warned(24)
+    assert "batch_size: 64 samples cannot be shared equally by 100 GPUs, 36 of which have none" in warned(100)
+    assert "switch 0.875 is a point of the grid" in warned(plan__shift=7.0)
+    assert "phase 1 crosses the teacher's switch" in warned(plan__phases=1)
+    assert "no step starts in the range of network 1" in warned(plan__shift=40.0)
+
+
+def test_a_sample_that_no_gpu_holds_is_warned_of() -> None:
+    sizes = [{"num_frames": 321, "height": 720, "width": 1280}]
+    plan = needs(resolve("wan21-t2v-1.3b", {"teacher.sizes": sizes}), 8, 24)
+    assert "teacher.sizes: one sample of 321x720x1280 keeps" in plan.warnings[-1]
+    assert (plan.fits, plan.options, plan.enough_gpus) == (False, None, None)
+
+
+def test_sizes_off_the_strides_and_own_teachers_are_user_errors() -> None:
+    sizes = [{"num_frames": 81, "height": 481, "width": 832}]
+    with pytest.raises(UserError, match="nearest is 81x480x832"):
+        needs(resolve("wan22-t2v", {"teacher.sizes": sizes}), 8, 80)
+    with pytest.raises(UserError, match="teacher.kind: own"):
+        needs(Config(recipe="mine", teacher=OwnTeacher(name="mine")), 8, 80)
+    with pytest.raises(UserError, match="teacher.path: nobody/none is no folder and no shipped architecture"):
+        needs(resolve("wan22-t2v", {"teacher.path": "nobody/none"}), 8, 80)
+    for changes in ({"memory_gb": 0.0}, {"utilisation": 1.5}, {"tflops": -1.0}, {"gpus": 0}):
+        with pytest.raises(UserError, match="--"):
+            needs(resolve("toy-1d", {}), **({"gpus": 1, "memory_gb": 80.0} | changes))
+
+
+# The command
+
+
+def test_prompt_cache_is_bounded_by_full_prompts(tmp_path: Path) -> None:
+    (tmp_path / "three.txt").write_text("a\nb\nc\n")
+    plan = needs(resolve("wan22-t2v", {"prompts": str(tmp_path / "three.txt")}), 8, 80)
+    assert (plan.prompts, plan.prompt_cache) == (3, 4 * 512 * 4096 * 2)
+
+
+@pytest.mark.parametrize("recipe", ["toy-1d", "nano-moe", "nano-i2v"])
+def test_the_command_prints_tables_or_json(recipe: str) -> None:
+    arguments = ["plan", recipe, "--gpus", "2", "--memory-gb", "80", "--set", "iterations=7"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0 and "Memory on each GPU" in shown.output and "fit" in shown.output
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
+    assert found["gpus"] == 2 and found["phases"][0]["memory"]["weights"] > 0
+    assert found["hours"] == pytest.approx(sum(phase["iteration_seconds"] for phase in found["phases"]) * 7 / 3600)
+
+
+def test_a_folder_without_weights_is_enough(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = folders["wan22_t2v"]
+    for file in source.rglob("*.json"):
+        (tmp_path / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file.relative_to(source)).write_bytes(file.read_bytes())
+    config = tiny({"wan22_t2v": tmp_path}, "wan22_t2v")
+    whole = needs(tiny(folders, "wan22_t2v"), 1, 80)
+    assert needs(config, 1, 80) == whole
+
+
+# Previews
+
+
+def test_a_preview_of_the_largest_clip_stays_within_what_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """wan22-t2v at 81 x 720 x 1280, by the sampler itself on tensors without data, of two blocks a network.
+
+    The other 38 would only keep autocast's copies of their adapters: 2 bytes a number, .6 GB.
+    """
+    config = resolve("wan22-t2v", {"teacher.sizes": [{"num_frames": 81, "height": 720, "width": 1280}]})
+    stated = previews(config, bare_model(config), [0])(config, 64).memory
+    source = BareSource(config.teacher)
+    model, codec = bare_model(config), bare_codec(config.teacher, source)
+    for network in model.networks:
+        network.blocks = network.blocks[:2]  # type: ignore[index]
+    system = build_system(config, model, {})
+    with META:
+        for phase in (1, 2):
+            add_expert(system, phase, trainable=True)
+    model.device, networks = torch.device("cpu"), nn.ModuleList([*model.networks, codec.vae])  # type: ignore[attr-defined]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        networks.to_empty(device="cpu")
+    monkeypatch.setattr("phased_dmd.sample.thumbnails", lambda pixels, most: pixels[:, :1, :1, :1])
+    with Peak(networks) as peak:
+        shown = Sampler(system, codec).preview(2, [{"text": torch.zeros(300, 4096, dtype=torch.bfloat16)}])
+    assert shown.shape == (1, 1, 1, 1, 3)
+    found = peak.most + sum(p.nbytes for p in codec.vae.parameters())  # type: ignore[attr-defined]
+    assert 0.9 * stated < found <= stated
+
+
+@pytest.mark.parametrize(("name", "shape"), [("wan21_t2v", (16, 9, 4, 6)), ("qwen_image", (16, 1, 4, 6))])
+def test_a_decode_holds_and_costs_what_a_real_one_does(
+    folders: dict[str, Path], name: str, shape: tuple[int, ...]
+) -> None:
+    """Counted on real tensors; of nine latent frames all, where the plan runs three and four."""
+    config = tiny(folders, name)
+    codec: Any = load_model(config.teacher, 0)[1]
+    latents = draw(2, *shape, seed=0)
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, Peak(codec.vae) as peak:
+        codec.decode(latents)
+    planned = decoded(config, shape, 2)
+    assert planned.held == pytest.approx(peak.most, rel=0.05) and planned.flops == flops.get_total_flops()
+    assert planned.weights == nbytes(list(codec.vae.parameters()))
+
+
+def test_a_decode_of_wan_holds_what_its_resident_memory_grew_by() -> None:
+    """.50 GB a clip of 5 x 120 x 208 in float32: Wan's architecture with random weights, 1, 2 and 4 clips."""
+    assert decoded(resolve("wan22-t2v", {}), (16, 2, 15, 26), 1).held == pytest.approx(0.5e9, rel=0.15)
+
+
+def test_what_fits_is_the_more_of_training_and_preview(folders: dict[str, Path]) -> None:
+    """A preview stands in the place of gradients and activations; without previews there is neither memory nor time."""
+    config = tiny(folders, "wan21_t2v")
+    plan = needs(config, 1, 80)
+    for memory in (phase.memory for phase in plan.phases):
+        assert memory.preview > memory.gradients + memory.activations
+        assert memory.gpu == memory.weights + memory.optimiser + memory.gathered + memory.preview
+    assert [phase.previews for phase in plan.phases] == [4, 4]  # of 400 iterations, every 100th
+    assert plan.preview_hours == pytest.approx(4 * sum(phase.preview_seconds for phase in plan.phases) / 3600)
+    assert all(phase.preview_seconds > 0 for phase in plan.phases)
+
+    tight = needs(config, 1, plan.phases[0].memory.preview / 0.92e9)
+    assert not tight.fits
+    assert tight.options == "--set engine.micro_batch=1"
+    never = config.model_copy(update={"sample_every": None})
+    assert previews(never, bare_model(never), [0])(never, 1).memory == 0
+    assert advice.flags((("sample_every", None, ""),)) == "--set sample_every=null"
+    assert advice.cheapest(config, 1, lambda config, _: config.sample_every is None) == (advice.OPTIONS[0],)
