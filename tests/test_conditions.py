@@ -20,7 +20,7 @@ from tiny import TinyCodec, TinyWan, draw, killed_after
 from torch import Tensor
 
 from phased_dmd import conditions
-from phased_dmd.checkpoint import RunFolder, awaited, save_tensors
+from phased_dmd.checkpoint import RunFolder, save_tensors, wait_for_lock
 from phased_dmd.cli import main
 from phased_dmd.conditions import CHUNK, Conditions, picture_hashes
 from phased_dmd.config import Config
@@ -429,7 +429,7 @@ def test_each_process_of_a_group_encodes_a_share_of_the_files(already: bool, tmp
 
 
 def test_a_run_waits_for_another_one_that_fills_the_folder_and_can_be_stopped_meanwhile(tmp_path: Path) -> None:
-    with awaited(tmp_path / ".lock"), pytest.raises(ZeroDivisionError):
+    with wait_for_lock(tmp_path / ".lock"), pytest.raises(ZeroDivisionError):
         times = iter([None, None, 0])
         Conditions(Recorder(), MANY, "", tmp_path, lambda: 1 / 0 if next(times) == 0 else None)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
