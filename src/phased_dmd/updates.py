@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from phased_dmd.draws import Draws
-from phased_dmd.engine.collectives import all_reduce_mean
+from phased_dmd.engine.world import mean
 from phased_dmd.maths.losses import (
     biased_target,
     distribution_matching_loss,
@@ -115,4 +115,4 @@ def over(
     batch: Iterable[tuple[Draws, Condition]], paths: Paths, update: Callable[[Draws, Condition, Paths], Tensor]
 ) -> float:
     """An update's loss over a whole batch, micro-batch by micro-batch and over all processes."""
-    return all_reduce_mean(torch.stack([update(draws, condition, paths) for draws, condition in batch]).sum())
+    return mean(torch.stack([update(draws, condition, paths) for draws, condition in batch]).sum())

@@ -13,7 +13,7 @@ from phased_dmd.checkpoint import write_atomically
 from phased_dmd.config import Config
 from phased_dmd.draws import Draws
 from phased_dmd.engine.randomness import seed_of
-from phased_dmd.engine.world import split_batch
+from phased_dmd.engine.world import shares
 from phased_dmd.networks.roles import FAKE, expert_role
 from phased_dmd.networks.system import add_expert, build_system, load_teacher
 from phased_dmd.paths import Paths
@@ -60,7 +60,7 @@ def update_bytes(config: Config) -> list[int]:
         role = expert_role(phase)
         add_expert(system, phase, trainable=True)
         roles.add(FAKE, plan.fakes(phase), None, seed=seed_of(config.seed, phase))
-        draws = Draws(system, phase, 0, 0, split_batch(config.batch_size, config.engine)[0], [1.0])
+        draws = Draws(system, phase, 0, 0, shares(config.batch_size, config.engine)[0], [1.0])
         shared = [p for network in (*model.networks, *model.students) for p in network.parameters()]
         saved = SavedBytes([*shared, *roles.parameters(role).values()])
         with saved:
