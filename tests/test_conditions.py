@@ -25,7 +25,6 @@ from phased_dmd.cli import main
 from phased_dmd.conditions import CHUNK, Conditions, picture_hashes
 from phased_dmd.config import Config
 from phased_dmd.config.teacher import OwnTeacher, Size, WanTeacher
-from phased_dmd.draws import bucket_weights
 from phased_dmd.errors import Stopped, UserError
 from phased_dmd.inputs import check_prompts, prepare
 from phased_dmd.models.analytic import PlainCodec
@@ -35,6 +34,7 @@ from phased_dmd.models.source import Source
 from phased_dmd.models.wan import NANO, WanCodec
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
+from phased_dmd.step import bucket_weights
 from phased_dmd.train import distill
 
 MANY = [Prompt(f"prompt {i} {'x' * (i % 7)}") for i in range(2 * CHUNK + 5)]  # three files
@@ -537,7 +537,9 @@ def resharded(base: Path, folder: Path) -> Path:
         save_file({name: tensors[name] for name in names}, file.with_name(f"part-{i}.safetensors"), {"format": "pt"})
         where |= dict.fromkeys(names, f"part-{i}.safetensors")
     file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))  # a variant beside it, which is not loaded
-    (file.parent / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (file.parent / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     config = json.loads((file.parent / "config.json").read_text())
     (file.parent / "config.json").write_text(json.dumps(config | {"_diffusers_version": "1.0", "_name_or_path": "x"}))
     return folder

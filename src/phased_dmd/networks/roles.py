@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 from phased_dmd.config import Engine, Lora
 from phased_dmd.engine.randomness import seed_of
-from phased_dmd.engine.sharding import fill, outline, spread, whole
+from phased_dmd.engine.sharding import copy_full_tensors, full_tensor, meta_copy, parallelise
 from phased_dmd.models.protocol import Condition, VelocityModel, rows
 from phased_dmd.models.sequence import split_sequences
 
@@ -41,7 +41,7 @@ class Roles:
         self.model = model
         for network in (*model.networks, *model.students):
             network.requires_grad_(False)
-        self._outlines = [_bare(outline(network)) for network in model.students]  # of copies
+        self._outlines = [_bare(meta_copy(network)) for network in model.students]  # of copies
         self._engine = Engine()
         self._copies: dict[tuple[str, int], nn.Module] = {}
         self._adapters: set[tuple[str, int]] = set()
@@ -57,7 +57,7 @@ class Roles:
     def _spread(self, network: nn.Module, compute: torch.dtype | None = None) -> None:
         if self._engine.sequence_parallel > 1:
             split_sequences(network, self.model.sample_shapes, self._engine.sequence_parallel)
-        spread(network, self.model.blocks(network), self._engine, compute)
+        parallelise(network, self.model.blocks(network), self._engine, compute)
 
     def has(self, role: str) -> bool:
         return any(key[0] == role for key in (*self._adapters, *self._copies))
@@ -192,7 +192,7 @@ class Roles:
 
     def state(self, role: str) -> dict[str, Tensor]:
         """A copy of the role's parameters on the CPU, gathered from their shards."""
-        return {name: whole(p) for name, p in self.parameters(role).items()}
+        return {name: full_tensor(p) for name, p in self.parameters(role).items()}
 
     def load(self, role: str, tensors: dict[str, Tensor]) -> None:
         """Overwrites all of the role's parameters; a missing or surplus name, or another shape, is a KeyError."""
@@ -203,7 +203,7 @@ class Roles:
         for name, parameter in parameters.items():
             if parameter.shape != tensors[name].shape:
                 raise KeyError(f"{role}: {name} is {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
-        fill(parameters, tensors)
+        copy_full_tensors(parameters, tensors)
 
     def _set(self, adapters: list[str | None]) -> None:
         for network, adapter in enumerate(adapters):

@@ -15,7 +15,7 @@ from phased_dmd.maths.rollout import Rollout, rollout
 from phased_dmd.maths.schedules import check_start
 from phased_dmd.models.loader import load_model
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel, joined
-from phased_dmd.models.weightless import META
+from phased_dmd.models.source import META
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles, expert_role, route
 
 Own = tuple[VelocityModel, Codec]
