@@ -62,7 +62,7 @@ class Position:
 class Job:
     """What the phases of a run share.
 
-    weights: the odds of the resolution buckets. micro_batches: for each the samples of all processes, see `split_batch`.
+    weights: the odds of the resolution buckets. micro_batches: the samples of every process in each, see `split_batch`.
     fresh_fakes: what adapters that are fakes start from, by phase, see `add_adapters`.
     """
 
