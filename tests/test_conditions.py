@@ -32,7 +32,7 @@ from phased_dmd.models.analytic import PlainCodec
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import Source
 from phased_dmd.models.wan import NANO, WanCodec
-from phased_dmd.networks import system
+from phased_dmd.networks import build as networks_build
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
 from phased_dmd.step import bucket_weights
@@ -363,7 +363,7 @@ def tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., t
                 asked.extend(prompts)
                 return super().encode_text(prompts)
 
-        monkeypatch.setattr(system, "load_model", lambda teacher, seed, fit: (TinyWan(), Codec()))
+        monkeypatch.setattr(networks_build, "load_model", lambda teacher, seed, fit: (TinyWan(), Codec()))
         small = {
             "prompts": str(tmp_path / "prompts.txt"), "iterations": 1, "batch_size": 2, "fake.updates": 1,
             "plan.steps": 2, "plan.phases": 2, "generator.lora.rank": 2, "fake.weights": "lora",
