@@ -13,7 +13,7 @@ from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.maths.schedules import check_start
 from phased_dmd.models.loader import load_model
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
-from phased_dmd.models.weightless import META
+from phased_dmd.models.source import META
 from phased_dmd.networks.roles import FAKE, Roles, System, expert_role
 
 Own = tuple[VelocityModel, Codec]

@@ -13,8 +13,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.adamw import adamw
 
 from phased_dmd.config import Optimiser
+from phased_dmd.engine.collectives import all_reduce_max
 from phased_dmd.engine.randomness import seed_of
-from phased_dmd.engine.world import most, rank
+from phased_dmd.engine.world import rank
 
 CLIP_EPS = 1e-6  # torch scales by clip / (norm + this), or by 1 at most
 
@@ -105,7 +106,7 @@ def check_finite(loss: float, norm: float, parameters: dict[str, Parameter], whe
     if all(p.grad is None for p in parameters.values()):
         raise RuntimeError(f"{where}: no gradient reached any parameter; was the backward run inside its role?")
     for name, p in parameters.items():
-        if p.grad is not None and most(not torch.isfinite(_own(p.grad)).all()):
+        if p.grad is not None and all_reduce_max(not torch.isfinite(_own(p.grad)).all()):
             raise NonFiniteError(f"{where}: the gradient of {name} is not finite")
     if not math.isfinite(norm):
         raise NonFiniteError(f"{where}: the norm of all gradients overflows")

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 from phased_dmd.config import Config, Engine, Lora
 from phased_dmd.engine.randomness import seed_of
-from phased_dmd.engine.sharding import fill, outline, spread, whole
+from phased_dmd.engine.sharding import copy_full_tensors, full_tensor, meta_copy, parallelise
 from phased_dmd.maths.phases import Hop, PhasePlan, step_times
 from phased_dmd.maths.rollout import Rollout, rollout
 from phased_dmd.models.protocol import Condition, VelocityModel, joined, rows
@@ -42,7 +42,7 @@ class Roles:
         self.model = model
         for network in (*model.networks, *model.students):
             network.requires_grad_(False)
-        self._outlines = [without_adapters(outline(network)) for network in model.students]  # of copies
+        self._outlines = [without_adapters(meta_copy(network)) for network in model.students]  # of copies
         self._engine = Engine()
         self._names: set[str] = set()
         self._copies: dict[tuple[str, int], nn.Module] = {}
@@ -50,16 +50,16 @@ class Roles:
         self._tuned: list[list[LoraLayer]] = [[] for _ in model.students]  # the layers that carry adapters
         self._on: list[str | None] = [None] * len(model.students)  # the adapter that is on, of each network
 
-    def spread(self, engine: Engine) -> None:
+    def shard(self, engine: Engine) -> None:
         """Shards the networks over the processes, with the adapters that they carry by then: none can follow."""
         self._engine = engine
         for network in {id(network): network for network in (*self.model.networks, *self.model.students)}.values():
-            self._shard(network)
+            self._shard_one(network)
 
-    def _shard(self, network: nn.Module, compute: torch.dtype | None = None) -> None:
+    def _shard_one(self, network: nn.Module, compute: torch.dtype | None = None) -> None:
         if self._engine.sequence_parallel > 1:
             split_sequences(network, self.model.sample_shapes, self._engine.sequence_parallel)
-        spread(network, self.model.blocks(network), self._engine, compute)
+        parallelise(network, self.model.blocks(network), self._engine, compute)
 
     def has(self, role: str) -> bool:
         """Says whether a role was added and not removed."""
@@ -71,7 +71,7 @@ class Roles:
         for network in networks:
             student = self.model.students[network]
             if lora is None:
-                self._copies[role, network] = copy_network(self._outlines[network], student, self._shard)
+                self._copies[role, network] = copy_network(self._outlines[network], student, self._shard_one)
                 continue
             add_adapter(student, role, lora, self.model.lora_targets, seed_of(seed, role, network))
             self._adapters.add((role, network))
@@ -162,7 +162,7 @@ class Roles:
 
     def state(self, role: str) -> dict[str, Tensor]:
         """Returns a copy of the role's parameters on the CPU, gathered from their shards."""
-        return {name: whole(p) for name, p in self.parameters(role).items()}
+        return {name: full_tensor(p) for name, p in self.parameters(role).items()}
 
     def load(self, role: str, tensors: dict[str, Tensor]) -> None:
         """Overwrites all of the role's parameters; a missing or surplus name, or another shape, is a KeyError."""
@@ -173,7 +173,7 @@ class Roles:
         for name, parameter in parameters.items():
             if parameter.shape != tensors[name].shape:
                 raise KeyError(f"{role}: {name} is {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
-        fill(parameters, tensors)
+        copy_full_tensors(parameters, tensors)
 
     def _set(self, adapters: list[str | None]) -> None:
         for network, adapter in enumerate(adapters):
