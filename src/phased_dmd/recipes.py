@@ -192,7 +192,7 @@ def resolve(recipe: str | Path, overrides: Mapping[str, Any] | None = None, meth
     A method keeps the generator updates in all: where it changes the number of phases, `iterations` are converted, the
     recipe's or given ones.
     """
-    data, overrides = _read(recipe), {} if overrides is None else overrides
+    data, overrides = read_recipe(recipe), {} if overrides is None else overrides
     if not isinstance(overrides, Mapping):
         raise UserError(f"overrides: {overrides!r} is no mapping of fields, as {{'seed': 1}}; a method is an argument")
     if "method" in overrides:
@@ -219,8 +219,8 @@ def resolve(recipe: str | Path, overrides: Mapping[str, Any] | None = None, meth
     return config.model_copy(update={"iterations": iterations})
 
 
-def _read(recipe: str | Path) -> dict[str, Any]:
-    """All fields of a recipe or of a file."""
+def read_recipe(recipe: str | Path) -> dict[str, Any]:
+    """Returns all fields of a recipe, given by its name, or of a file, as JSON would hold them."""
     if not isinstance(recipe, str | Path):
         raise UserError(f"recipe: a name or a file is needed, not a {type(recipe).__name__}; a Config is resolved")
     if recipe in RECIPES:
