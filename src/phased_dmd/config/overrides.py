@@ -52,6 +52,11 @@ def build(data: Mapping[str, Any]) -> Config:
     return _validated(Config, data)
 
 
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Returns a validated copy of a Config with other values, given by dotted names or nested as `apply_overrides`."""
+    return build(apply_overrides(config.model_dump(mode="json"), changes))
+
+
 def _validated(section: type[S], data: Any, at: Sequence[str] = ()) -> S:
     """One section of a config; at: where it stands."""
     try:
