@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import pytest
 from tiny import TinyCodec, TinyWan
@@ -291,8 +291,3 @@ def test_the_slurm_script_runs_a_command_that_is_valid(tmp_path: Path, monkeypat
     del variables["RECIPE"]
     failed = subprocess.run(["bash", SLURM], env=variables, capture_output=True, text=True)
     assert failed.returncode and "RECIPE: a recipe, or a YAML or JSON file" in failed.stderr
-
-
-def test_the_help_of_distill_lists_every_recipe() -> None:
-    (argument,) = get_type_hints(cli.distill, include_extras=True)["recipe"].__metadata__
-    assert argument.help == f"{', '.join(RECIPES)}, or a YAML or JSON file"
