@@ -18,7 +18,7 @@ from phased_dmd.errors import UserError
 from phased_dmd.media import FRAMES, thumbnails
 from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.models.source import SHIPPED
-from phased_dmd.networks.system import System
+from phased_dmd.networks.roles import System
 from phased_dmd.prompts import Prompt
 
 BATCH, BATCH_NUMBERS = 64, 2**18  # samples a network call when sampling, and the most numbers that they hold

@@ -25,9 +25,7 @@ from phased_dmd.finished import read_expert
 from phased_dmd.inputs import compare_finished, contents, initial_expert, prepare
 from phased_dmd.media import save_preview
 from phased_dmd.models.protocol import Codec, Condition
-from phased_dmd.networks.optim import Learner, NonFiniteError
-from phased_dmd.networks.roles import FAKE, expert_role
-from phased_dmd.networks.system import (
+from phased_dmd.networks.build import (
     Own,
     System,
     add_adapters,
@@ -37,6 +35,8 @@ from phased_dmd.networks.system import (
     load_expert,
     remove_fake,
 )
+from phased_dmd.networks.optim import Learner, NonFiniteError
+from phased_dmd.networks.roles import FAKE, expert_role
 from phased_dmd.sample import Sampler, preview_size
 from phased_dmd.step import EXPERT_UPDATE, Batch, States, bucket_weights, draw, expert_loss, fake_loss
 from phased_dmd.trackers import Trackers
@@ -115,7 +115,7 @@ def distill(
             conditions = Conditions(codec, prompts, negative, kept, between, pictures) if prompts else None
             system = build_system(config, model, conditions.negative if conditions else {})
             fresh_fakes = add_adapters(system)
-            system.roles.spread(config.engine)
+            system.roles.shard(config.engine)
             weights = bucket_weights(config, conditions)
             job = Job(
                 run, system, codec, conditions, weights, micro_batches, fresh_fakes, signals, trackers,

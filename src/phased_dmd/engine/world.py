@@ -64,11 +64,11 @@ def sharded() -> bool:
 
 
 def rank() -> int:
-    return dist.get_rank() if sharded() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if sharded() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @cache

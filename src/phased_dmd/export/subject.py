@@ -28,7 +28,7 @@ from phased_dmd.models.qwen_image import PIPELINES as QWEN_PIPELINES
 from phased_dmd.models.source import SHIPPED, BareSource, Source
 from phased_dmd.models.wan import PIPELINES as WAN_PIPELINES
 from phased_dmd.models.wan import takes_first_frame
-from phased_dmd.networks.system import check_shapes, expert_shapes
+from phased_dmd.networks.build import check_shapes, expert_shapes
 
 PARTS = ("transformer", "transformer_2")
 NOISE = ("high-noise", "low-noise")  # how vendors name the two networks

@@ -14,8 +14,8 @@ from phased_dmd.conditions import Conditions
 from phased_dmd.config import Config
 from phased_dmd.engine.randomness import seed_of
 from phased_dmd.engine.world import split_batch
+from phased_dmd.networks.build import add_expert, build_system, load_teacher
 from phased_dmd.networks.roles import FAKE, expert_role
-from phased_dmd.networks.system import add_expert, build_system, load_teacher
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import resolve
 from phased_dmd.step import EXPERT_UPDATE, draw, expert_loss
