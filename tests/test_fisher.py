@@ -16,7 +16,7 @@ from pipelines import CAPTIONS, build, teacher
 from tiny import TinyCodec, TinyWan, draw
 from torch import Tensor
 
-from phased_dmd import finished, train
+from phased_dmd import train
 from phased_dmd.config import Config
 from phased_dmd.draws import Draws
 from phased_dmd.errors import UserError
@@ -31,7 +31,8 @@ from phased_dmd.networks.roles import FAKE, TEACHER, Roles
 from phased_dmd.networks.system import add_expert, add_fake, build_system
 from phased_dmd.paths import Paths
 from phased_dmd.recipes import resolve
-from phased_dmd.sample import Sampler
+from phased_dmd.sampling import loading
+from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.train import Learner, distill
 from phased_dmd.updates import distribution_matching, fisher
 
@@ -281,7 +282,7 @@ def test_training_brings_the_samples_nearer_to_the_mixture(divergence: str, tmp_
 
     def distance(config: Config) -> float:
         run = distill(config, tmp_path / str(config.iterations), quiet=True)
-        samples = finished.load(run)([""] * 4000, range(4000))
+        samples = loading.load(run)([""] * 4000, range(4000))
         exact = build_mixture(config.teacher).sample(4000, torch.Generator().manual_seed(1))
         return (samples.sort(0).values - exact.sort(0).values).abs().mean().item()
 

@@ -32,7 +32,7 @@ from phased_dmd.networks.roles import FAKE, TEACHER, Roles, expert_role
 from phased_dmd.paths import Paths
 from phased_dmd.plan.work import phase_work
 from phased_dmd.recipes import resolve
-from phased_dmd.sample import Sampler
+from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.train import distill
 
 QUICK = {

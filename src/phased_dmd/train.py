@@ -21,7 +21,6 @@ from phased_dmd.engine.patience import patiently
 from phased_dmd.engine.signals import Signals
 from phased_dmd.engine.world import check, on_first_rank, processes, rank, shares, warn
 from phased_dmd.errors import Stopped, UserError
-from phased_dmd.finished import read_expert
 from phased_dmd.inputs import compare_finished, contents, initial_expert, prepare
 from phased_dmd.media import save_preview
 from phased_dmd.models.protocol import Codec, Condition
@@ -38,7 +37,8 @@ from phased_dmd.networks.system import (
     remove_fake,
 )
 from phased_dmd.paths import Paths
-from phased_dmd.sample import Sampler, preview_size
+from phased_dmd.sampling.loading import read_expert
+from phased_dmd.sampling.sampler import Sampler, preview_size
 from phased_dmd.trackers import Trackers
 from phased_dmd.updates import distribution_matching, over, score_matching
 

@@ -27,11 +27,11 @@ from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors
 from phased_dmd.cli import main
 from phased_dmd.errors import UserError
 from phased_dmd.export import export
-from phased_dmd.export.subject import Subject
+from phased_dmd.export.run import ExportedRun
 from phased_dmd.export.verify import VerificationError, verify_comfyui, verify_diffusers
-from phased_dmd.finished import load
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
+from phased_dmd.sampling.loading import load
 from phased_dmd.train import distill
 
 QUICK = {"iterations": 1, "batch_size": 2, "fake.updates": 1}
@@ -168,7 +168,7 @@ def test_every_plan_is_exported_and_verified_as_lora_and_fused(
     name: str, method: Any, overrides: dict[str, Any], experts: list[str], make: Make, tmp_path: Path
 ) -> None:
     run = make(name, method, **overrides)
-    assert [piece.name for piece in Subject.of(run, fused=False).pieces] == experts
+    assert [expert.name for expert in ExportedRun.open(run, fused=False).experts] == experts
     shown = "1, 0.9, 0.75, 0.5" if "plan__shift" in overrides else "1, 0.9375, 0.833333, 0.625"
     for fused in (False, True):
         lines = export(run, "diffusers", tmp_path / str(fused), fused=fused, verify=True)
@@ -176,7 +176,9 @@ def test_every_plan_is_exported_and_verified_as_lora_and_fused(
     folders = sorted(path.parent.name for path in (tmp_path / "True").glob("*/diffusion_pytorch_model.safetensors"))
     wan_pair = len(experts) == 2 and name != "qwen_image"
     assert folders == (
-        ["transformer", "transformer_2"] if wan_pair else sorted(piece.file for piece in Subject.of(run, True).pieces)
+        ["transformer", "transformer_2"]
+        if wan_pair
+        else sorted(expert.file for expert in ExportedRun.open(run, True).experts)
     )
 
 
@@ -249,7 +251,7 @@ def test_the_boundary_lies_between_grid_points_where_the_switch_is_one(make: Mak
     run = make("wan22_t2v", "dmd-sgts", plan__shift=7.0)
     lines = export(run, "diffusers", tmp_path / "out", verify=True)
     assert verified(lines) == "verified: samples at 1, 0.954545, 0.875, 0.7"
-    assert Subject.of(run, fused=False).boundary_ratio == pytest.approx((0.875 + 0.7) / 2)
+    assert ExportedRun.open(run, fused=False).boundary_ratio == pytest.approx((0.875 + 0.7) / 2)
     script = runpy.run_path(str(tmp_path / "out" / "sample.py"))
     assert script["BOUNDARY"] == pytest.approx(0.7875)
 
@@ -544,7 +546,7 @@ def test_a_file_with_a_key_too_many_or_wrong_weights_is_not_verified(
     damage(tensors)
     save_file(tensors, path)
     with pytest.raises(VerificationError, match=f"verification failed: .*({says})"):
-        verify_diffusers(Subject.of(run, fused=False), tmp_path / "out")
+        verify_diffusers(ExportedRun.open(run, fused=False), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -566,7 +568,7 @@ def test_a_script_with_other_times_experts_or_boundary_is_not_verified(
     assert written in script.read_text()
     script.write_text(script.read_text().replace(written, instead))
     with pytest.raises(VerificationError, match="verification failed"):
-        verify_diffusers(Subject.of(run, fused=False), tmp_path / "out")
+        verify_diffusers(ExportedRun.open(run, fused=False), tmp_path / "out")
 
 
 def test_comfyui_files_that_do_not_convert_back_are_not_verified(make: Make, tmp_path: Path) -> None:
@@ -576,10 +578,10 @@ def test_comfyui_files_that_do_not_convert_back_are_not_verified(make: Make, tmp
     tensors = load_file(path)
     save_file(tensors | {"diffusion_model.blocks.0.norm.lora_up.weight": torch.zeros(1)}, path)
     with pytest.raises(VerificationError, match="cannot be read"):
-        verify_comfyui(Subject.of(run, fused=False), tmp_path / "out")
+        verify_comfyui(ExportedRun.open(run, fused=False), tmp_path / "out")
     save_file({name: t / 2 if name.endswith(".alpha") else t for name, t in tensors.items()}, path)
     with pytest.raises(VerificationError, match="is not what was loaded"):
-        verify_comfyui(Subject.of(run, fused=False), tmp_path / "out")
+        verify_comfyui(ExportedRun.open(run, fused=False), tmp_path / "out")
 
 
 # ---------------------------------------------------------------- the package's own sampler, and the command

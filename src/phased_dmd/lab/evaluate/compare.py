@@ -14,7 +14,7 @@ from phased_dmd.lab.evaluate.sample_sets import SampleSet
 from phased_dmd.lab.evaluate.samples import Row
 from phased_dmd.media import grid, save_clip, save_image, save_points
 from phased_dmd.models.analytic import ExactMixture
-from phased_dmd.sample import WAN_FPS
+from phased_dmd.sampling.sampler import WAN_FPS
 
 STRIP = 96  # pixels, at most, of the height of a clip's frames side by side
 
