@@ -11,7 +11,7 @@ from PIL import Image
 
 from phased_dmd import prompts
 from phased_dmd.errors import UserError
-from phased_dmd.pictures import read_picture
+from phased_dmd.media import read_picture
 from phased_dmd.prompts import SHIPPED, Prompt, read_prompts
 
 TEXTS = ["a red fox, asleep", 'a sign that says "OPEN"', "été, 冬", "a red fox, asleep"]

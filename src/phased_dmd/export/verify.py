@@ -20,9 +20,9 @@ from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.export.run import ExportedExpert, ExportedRun, format_times
 from phased_dmd.export.stock import lora_tensors
+from phased_dmd.media import read_picture
 from phased_dmd.models.qwen_image import PATCH, pack, unpack
 from phased_dmd.models.source import quiet
-from phased_dmd.pictures import read_picture
 from phased_dmd.prompts import Prompt
 from phased_dmd.sampling.loading import assemble, read_lora, read_shards
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT
 from phased_dmd.config.teacher import Size, WanTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.maths.schedules import FlowSchedule, Prediction, Schedule
+from phased_dmd.media import read_picture, shown_size
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import (
     ASSETS,
@@ -25,7 +26,6 @@ from phased_dmd.models.source import (
     encoder_dtype,
     guidance_of,
 )
-from phased_dmd.pictures import read_picture, shown_size
 
 NANO = ASSETS / "nano"
 ASPECT = 0.05  # by how much a first frame's aspect ratio may differ from its bucket's
