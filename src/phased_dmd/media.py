@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -175,27 +175,26 @@ def save_clip(frames: Tensor, path: Path, fps: float) -> None:
     )  # fmt: skip
 
 
-def save_points(path: Path, clouds: Sequence[tuple[str, Tensor]], about: Tensor | None = None) -> None:
-    """Plots named clouds of samples [n, 1] or [n, 2], one panel each, as histograms or scatter plots.
+def save_points(path: Path, name: str, points: Tensor, about: Tensor | None = None) -> None:
+    """Plots samples [n, 1] as a histogram, or [n, 2] as a scatter plot, under their name.
 
-    about: [m, 1] or [m, 2], what every picture's axes are laid around; None: the samples themselves.
+    about: [m, 1] or [m, 2], what the axes of every picture are laid around; None: the samples themselves.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure((3.2 * len(clouds), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(clouds), squeeze=False, sharex=True, sharey=True)[0]
-    for panel, (name, points) in zip(panels, clouds, strict=True):
-        if points.shape[1] == 1:
-            panel.hist(points[:, 0].numpy(), bins=100)
-        else:
-            panel.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=2, alpha=0.4)
-            panel.set_aspect("equal")
-        if about is not None:
-            low, high = about.min(0).values - MARGIN, about.max(0).values + MARGIN
-            panel.set_xlim(low[0].item(), high[0].item())
-            if about.shape[1] > 1:
-                panel.set_ylim(low[1].item(), high[1].item())
-        panel.set_title(name, fontsize=9)
+    figure = Figure((3.2, 3.2), layout="constrained")
+    panel = figure.subplots()
+    if points.shape[1] == 1:
+        panel.hist(points[:, 0].numpy(), bins=100)
+    else:
+        panel.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=2, alpha=0.4)
+        panel.set_aspect("equal")
+    if about is not None:
+        low, high = about.min(0).values - MARGIN, about.max(0).values + MARGIN
+        panel.set_xlim(low[0].item(), high[0].item())
+        if about.shape[1] > 1:
+            panel.set_ylim(low[1].item(), high[1].item())
+    panel.set_title(name, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -205,4 +204,4 @@ def save_preview(path: Path, samples: Tensor) -> None:
     if samples.ndim == 5:
         save_image(grid(samples), path)
     else:
-        save_points(path, [(path.stem, samples[:, :2])])
+        save_points(path, path.stem, samples[:, :2])

@@ -68,7 +68,8 @@ def describe(
     files = [{"phase": expert.phase, "network": expert.network, "file": expert.file} for expert in run.experts]
     about = {"format": format, "base": run.base, "experts": files, "config": portable_config(run)}
     (folder / EXPORT).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-    lines = [f"{expert.file}: {expert.part} from {format_times(expert.times)}" for expert in run.experts]
+    begins = [format_times([run.plan.times[step] for step in expert.steps]) for expert in run.experts]
+    lines = [f"{each.file}: {each.part} from {times}" for each, times in zip(run.experts, begins, strict=True)]
     lines += [f"warning: teacher.max_tokens: text was {padding}"] if padding else []
     return [*lines, f"stock times ({scheduler}): {shown}; off the trained ones by at most {gap:.2g}"]
 

@@ -35,7 +35,6 @@ class ExportedExpert(NamedTuple):
     phase: int
     network: int
     steps: tuple[int, ...]
-    times: tuple[float, ...]
     part: str
     name: str
     file: str
@@ -127,8 +126,7 @@ class ExportedRun:
                 part = file = PARTS[i]
             else:
                 part, file = PARTS[0], stem
-            times = tuple(plan.times[step] for step in steps)
-            experts.append(ExportedExpert(*expert, steps, times, part, name, file))
+            experts.append(ExportedExpert(*expert, steps, part, name, file))
         return tuple(experts)
 
     @property

@@ -114,7 +114,14 @@ class Sampler:
         for samples, kept in preview_shares(len(rows), size, rank() // ways, world_size() // ways):
             ends.append(self._roll(phase, [rows[i] for i in samples], samples).x0[:kept])
         own = [end for end in ends if len(end)] if rank() % ways == 0 else []
-        shown = together(lambda: [_small(self.codec.decode(end).cpu(), len(rows)) for end in own])
+
+        def small(pixels: Tensor) -> Tensor:
+            if pixels.ndim != 5:
+                return pixels
+            f, h, w = pixels.shape[1:4]
+            return thumbnails(pixels, int(math.sqrt(PREVIEW_PIXELS * h / (len(rows) * min(f, FRAMES) * w))))
+
+        shown = together(lambda: [small(self.codec.decode(end).cpu()) for end in own])
         pixels = torch.cat([part for parts in shown for part in parts])
         return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
 
@@ -157,14 +164,6 @@ def _checked(prompts: Any, seeds: Any, teacher_steps: Any) -> tuple[list[Prompt]
     if teacher_steps is not None and (not isinstance(teacher_steps, Integral) or int(teacher_steps) < 1):
         raise UserError(f"teacher_steps: {teacher_steps!r} is no number of steps, from 1 on")
     return asked, numbers
-
-
-def _small(pixels: Tensor, count: int) -> Tensor:
-    """Returns some of a preview's `count` samples as bytes of few small frames, or points as they are."""
-    if pixels.ndim != 5:
-        return pixels
-    f, h, w = pixels.shape[1:4]
-    return thumbnails(pixels, int(math.sqrt(PREVIEW_PIXELS * h / (count * min(f, FRAMES) * w))))
 
 
 def preview_size(shape: Sequence[int]) -> int:

@@ -16,7 +16,6 @@ from phased_dmd.engine.world import device
 from phased_dmd.maths.schedules import Prediction, on, predicted_x0, times_like
 from phased_dmd.models.protocol import Condition, VelocityModel
 
-Complaints = Iterator[str]  # what a check finds; it is left at the first, so that each may rely on those before it
 Reading = tuple[str, str, Prediction]  # the time that the network is told, the prediction's sign and its type
 
 SIGNAL, PROBES = (0.25, 4.0), 6  # alpha / sigma, from one to the other, that samples are noised to
@@ -27,6 +26,12 @@ LINE, POOR = 1.05, 1.25  # of a straight line's error: what a right reading keep
 
 class ModelError(AssertionError):
     """What `check_model` found wrong."""
+
+
+def require(holds: object, message: str) -> None:
+    """Raises ModelError unless a requirement holds, so that each check may rely on those before it."""
+    if not holds:
+        raise ModelError(message)
 
 
 class Part(NamedTuple):
@@ -74,31 +79,29 @@ def tolerance_of(psi: Tensor, module: nn.Module) -> float:
 @torch.no_grad()
 def check_prediction(
     model: VelocityModel, part: Part, shape: tuple[int, ...], rows: Sequence[Condition]
-) -> Complaints:  # fmt: skip
+) -> None:  # fmt: skip
     """Checks that the prediction is finite, repeatable, told t, and independent of the other samples of its batch."""
     t, x = part.times(0.9, 0.6), normal(shape, range(2), "check").to(device())
     kept, where = x.clone(), f"{part.name}, shape {shape}: predict"
     psi = predict(model, part, x, t, rows)
-    if wrong := [name for name, tensor in model.batch(rows).items() if len(tensor) != len(rows)]:
-        yield f"batch: {', '.join(wrong)} must be [b, ...] for b rows"
-    if psi.shape != x.shape or not psi.isfinite().all():
-        yield f"{where} must be finite and of the shape of x, {list(x.shape)}; it is {list(psi.shape)}"
-    if psi.dtype == torch.float64:
-        yield f"{where} is float64 for x in float32: t is float64, cast it"
-    if not torch.equal(x, kept):
-        yield f"{where} changes x in place"
+    wrong = [name for name, tensor in model.batch(rows).items() if len(tensor) != len(rows)]
+    require(not wrong, f"batch: {', '.join(wrong)} must be [b, ...] for b rows")
+    whole, shapes = psi.shape == x.shape and psi.isfinite().all(), (list(x.shape), list(psi.shape))
+    require(whole, f"{where} must be finite and of the shape of x, {shapes[0]}; it is {shapes[1]}")
+    require(psi.dtype != torch.float64, f"{where} is float64 for x in float32: t is float64, cast it")
+    require(torch.equal(x, kept), f"{where} changes x in place")
     tolerance = tolerance_of(psi, part.module)
-    if not near(predict(model, part, x, t, rows), psi, tolerance):
-        yield f"{where} is another at every call: dropout? call eval()"
+    again = predict(model, part, x, t, rows)
+    require(near(again, psi, tolerance), f"{where} is another at every call: dropout? call eval()")
     alone = torch.cat([predict(model, part, x[i : i + 1], t[i : i + 1], rows[i : i + 1]) for i in range(2)])
-    if not near(alone, psi, tolerance):
-        yield f"{where} depends on the samples beside it: padding without a mask, one t for all, or no eval()"
-    if torch.equal(predict(model, part, x, part.times(0.1, 0.2), rows), psi):
-        yield f"{where} does not depend on t"
+    neighbours = "the samples beside it: padding without a mask, one t for all, or no eval()"
+    require(near(alone, psi, tolerance), f"{where} depends on {neighbours}")
+    earlier = predict(model, part, x, part.times(0.1, 0.2), rows)
+    require(not torch.equal(earlier, psi), f"{where} does not depend on t")
 
 
 @torch.enable_grad()
-def check_gradient(model: VelocityModel, part: Part, rows: Sequence[Condition]) -> Complaints:
+def check_gradient(model: VelocityModel, part: Part, rows: Sequence[Condition]) -> None:
     """Checks that a backward reaches x and all that would be trained. part: a copy of a student, which is changed."""
     student, targets, where = part.module, list(model.lora_targets), f"{part.name}: predict"
     student.requires_grad_(not targets)
@@ -109,30 +112,28 @@ def check_gradient(model: VelocityModel, part: Part, rows: Sequence[Condition]) 
     t = part.times(0.5, 0.7)
     x, along = (normal(model.sample_shapes[0], range(2), "check", role).to(device()) for role in ("x", "along"))
     psi = predict(model, part, x.requires_grad_(), t, rows)
-    if not psi.requires_grad:
-        yield f"{where} lets no gradient through: no_grad, or a detach?"
+    require(psi.requires_grad, f"{where} lets no gradient through: no_grad, or a detach?")
     (psi * along).sum().backward()
     if x.grad is None:
-        yield f"{where} lets no gradient through to x, which a phase of several steps needs: a detach?"
-        return
+        raise ModelError(f"{where} lets no gradient through to x, which a phase of several steps needs: a detach?")
     reached = [f".{name}" for name, p in student.named_parameters() if p.grad is not None]
     for target in [f".{target}.lora_" for target in targets] or [""]:
-        if not any(target in name for name in reached):
-            yield (
-                f"{where} lets no gradient through to {target[1:-6] or 'any weight'}: "
-                "does it call the network that it is given, and modules rather than their weights?"
-            )
+        require(
+            any(target in name for name in reached),
+            f"{where} lets no gradient through to {target[1:-6] or 'any weight'}: "
+            "does it call the network that it is given, and modules rather than their weights?",
+        )
     if tolerance_of(psi, student) > 1e-2:
         return
     step = x.grad * (1e-3 * x.detach().norm() / x.grad.norm())
     with torch.no_grad():
         up, down = (predict(model, part, x + sign * step, t, rows).double() for sign in (1, -1))
-    if not math.isclose(((up - down) * along).sum() / 2, (x.grad * step).sum(), rel_tol=0.1):
-        yield f"{where}'s gradient in x is not that of what it computes: part of it is detached, or rounded"
+    true = math.isclose(((up - down) * along).sum() / 2, (x.grad * step).sum(), rel_tol=0.1)
+    require(true, f"{where}'s gradient in x is not that of what it computes: part of it is detached, or rounded")
 
 
 @torch.no_grad()
-def check_truth(model: VelocityModel, part: Part, samples: Tensor, rows: Sequence[Condition]) -> Complaints:
+def check_truth(model: VelocityModel, part: Part, samples: Tensor, rows: Sequence[Condition]) -> None:
     """Checks that x_0, read from the prediction as declared, is nearer to the truth than under any other reading.
 
     A right model's is E[x_0 | x_t], the best guess there is: no other type, sign or time can do better.
@@ -146,20 +147,20 @@ def check_truth(model: VelocityModel, part: Part, samples: Tensor, rows: Sequenc
     if best < BETTER * declared and best < LINE:
         close = [reading for reading, error in means.items() if error < 1.05 * best]
         told, sign, kind = min(close, key=lambda r: (r[0] != "t") + (r[1] != "") + (r[2] != model.prediction))
-        yield (
+        raise ModelError(
             f"{part.name}: this looks like {sign}{kind} prediction told {told}, not {model.prediction} told t; "
             f"so read, x_0 is off by {best:.2g} of a straight line's error, and as declared by {declared:.2g}"
         )
-    if not declared < POOR:
-        yield (
-            f"{part.name}: x_0 is off by {declared:.2g} of the error of a straight line in x_t: "
-            "is it trained, and on latents of this scale, with these conditions?"
-        )
+    require(
+        declared < POOR,
+        f"{part.name}: x_0 is off by {declared:.2g} of the error of a straight line in x_t: "
+        "is it trained, and on latents of this scale, with these conditions?",
+    )
     for t in times:
         others = {told: _errors(model, part, samples, rows, t, told)["", model.prediction] for told in times}
         told = min(others, key=others.__getitem__)
-        if others[told] < SOONER * others[t]:
-            yield f"{part.name}: at t = {t:.2g} it does better told {told:.2g}: trained on another schedule or scale?"
+        better = f"at t = {t:.2g} it does better told {told:.2g}: trained on another schedule or scale?"
+        require(others[told] >= SOONER * others[t], f"{part.name}: {better}")
 
 
 def _probe_times(model: VelocityModel, part: Part) -> list[float]:

@@ -52,7 +52,7 @@ def compare_with_mixture(rows: Mapping[str, Row], chosen: SampleSet, exact: Exac
     points = {name: row.pixels(range(len(chosen.seeds))) for name, row in rows.items()}
     found = figures({n: mixture_statistics(p, exact) for n, p in points.items()}, next(iter(rows)), chosen.groups)
     for name, cloud in points.items():
-        save_points(folder / chosen.name / slug(name) / "points.png", [(name, cloud[:, :2])], exact.means[:, :2].cpu())
+        save_points(folder / chosen.name / slug(name) / "points.png", name, cloud[:, :2], exact.means[:, :2].cpu())
     return described(chosen, rows, found)
 
 
