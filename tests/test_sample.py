@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import finished_run
 from tiny import TinyCodec, TinyWan, draw
 from torch import Tensor, nn
 
 from phased_dmd import media
-from phased_dmd.checkpoint import RunFolder, save_tensors
 from phased_dmd.cli import main
 from phased_dmd.config import Config, Engine, Generator, Lora, Plan
 from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate.samples import SampleFolder
 from phased_dmd.media import save_preview
-from phased_dmd.networks.system import add_expert, build_system, expert_shapes
+from phased_dmd.networks.system import add_expert, build_system
 from phased_dmd.plan.bare import bare_model
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.recipes import resolve
@@ -227,18 +227,6 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(stop.value.code or 0)
 
 
-def finished(folder: Path, recipe: str) -> Path:
-    """A finished run whose experts are those of a text-to-image recipe; others are refused before theirs are read."""
-    config = resolve(recipe, {})
-    folder.mkdir()
-    (folder / "config.json").write_text(config.model_dump_json())
-    model = bare_model(resolve("nano-t2i", {}))
-    for phase, shapes in expert_shapes(config, model, config.phase_plan([])).items():
-        tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
-        save_tensors(RunFolder(folder).expert_path(phase), tensors, {"phase": phase})
-    return folder
-
-
 @pytest.mark.parametrize(
     ("recipe", "arguments", "message"),
     [
@@ -256,7 +244,7 @@ def test_what_a_model_is_not_told_or_does_not_take_is_one_line(
     recipe: str, arguments: list[str], message: str,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    run, out = finished(tmp_path / "run", recipe), tmp_path / "out"
+    run, out = finished_run(tmp_path / "run", resolve(recipe, {})), tmp_path / "out"
     assert command(monkeypatch, "sample", str(run), "--output", str(out), *arguments) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and not out.exists()

@@ -6,7 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +17,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 from PIL import Image
+from runs import finished_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import draw
 
-from phased_dmd import export as package
-from phased_dmd import train
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors
 from phased_dmd.cli import main
 from phased_dmd.errors import UserError
@@ -34,24 +33,20 @@ from phased_dmd.recipes import resolve
 from phased_dmd.sampling.loading import load
 from phased_dmd.train import distill
 
-QUICK = {"iterations": 1, "batch_size": 2, "fake.updates": 1}
-TINY = QUICK | {"plan.phases": 2, "plan.gradient": "last", "generator.lora.rank": 4, "generator.lora.alpha": 2}
+TINY = {"plan.phases": 2, "plan.gradient": "last", "generator.lora.rank": 4, "generator.lora.alpha": 2}
 TRAINED = [1, 15 / 16, 5 / 6, 5 / 8]  # shift 5 of 1, 3/4, 1/2, 1/4
 Make = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs."""
-    folder = tmp_path_factory.mktemp("export")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_preview", lambda path, samples: None)
-        yield folder
+    return tmp_path_factory.mktemp("export")
 
 
 @pytest.fixture(scope="module")
 def make(workshop: Path) -> Make:
-    """A run by its teacher, distilled for an iteration, then with experts that differ from the teacher a lot."""
+    """A finished run by its teacher, with experts that differ from the teacher a lot; made once for all tests."""
     frame = workshop / "frame.png"
     Image.effect_noise((48, 32), 80).convert("RGB").save(frame)
     (workshop / "texts.txt").write_text("\n".join(pipelines.CAPTIONS))
@@ -64,7 +59,7 @@ def make(workshop: Path) -> Make:
         if RunFolder(run).config_path.exists():
             return run
         texts = str(workshop / ("frames.jsonl" if "_i2v" in name else "texts.txt"))
-        settings = (QUICK if method else TINY) | {"prompts": texts}
+        settings = ({} if method else TINY) | {"prompts": texts}
         if name in pipelines.NAMES:
             teacher = workshop / "teachers" / name
             if not teacher.exists():
@@ -72,16 +67,7 @@ def make(workshop: Path) -> Make:
             settings["teacher"] = json.loads(pipelines.teacher(name, teacher).model_dump_json())
         else:
             settings["teacher.path"] = name
-        distill(resolve("nano-t2i", settings | changes, method), run, quiet=True)
-        for path in (run / "experts").iterdir():
-            tensors, header = load_tensors(path)
-            for i, key in enumerate(sorted(tensors)):
-                if ".lora_B" in key:
-                    tensors[key] = 0.1 * draw(*tensors[key].shape, seed=100 * header["phase"] + i)
-                elif ".lora_" not in key:
-                    tensors[key] *= 1 + 0.1 * draw(*tensors[key].shape, seed=100 * header["phase"] + i)
-            save_tensors(path, tensors, header)
-        return run
+        return finished_run(run, resolve("nano-t2i", settings | changes, method))
 
     return build
 
@@ -151,7 +137,7 @@ def test_the_script_gives_the_pipeline_a_first_frame_turned_as_a_viewer_shows_it
     ("name", "method", "overrides", "experts"),
     [
         ("nano", "phased", {}, ["phase1", "phase2", "phase3", "phase4"]),
-        ("nano", None, {}, ["phase1", "phase2"]),
+        ("wan21_t2v", None, {}, ["phase1", "phase2"]),
         ("wan22_t2v", None, {}, ["phase1-high-noise", "phase2-low-noise"]),
         ("wan22_t2v", "dmd-sgts", {}, ["phase1-high-noise", "phase1-low-noise"]),
         (
@@ -675,10 +661,13 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     return 0
 
 
-def test_the_command_prints_what_it_wrote_and_samples_it(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_command_prints_what_it_wrote_of_a_distilled_run_and_samples_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(monkeypatch, "export", make("nano-moe"), "--output", tmp_path / "out", "--verify") == 0
+    quick = {"teacher.path": "nano-moe", "iterations": 1, "batch_size": 2, "fake.updates": 1, "sample_every": None}
+    run = distill(resolve("nano-t2i", TINY | quick), tmp_path / "run", quiet=True)
+    capsys.readouterr()
+    assert command(monkeypatch, "export", run, "--output", tmp_path / "out", "--verify") == 0
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 7 and shown[-1].startswith("verified: samples at 1, 0.9375, 0.833333, 0.625 differ")
     assert command(monkeypatch, "sample", tmp_path / "out", "--output", tmp_path / "s", "--prompt", "a digit") == 0
@@ -688,9 +677,15 @@ def test_the_command_prints_what_it_wrote_and_samples_it(
 def test_a_failed_verification_is_one_line_and_leaves_nothing(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = package.lora_tensors
-    halved = lambda *given: {name: t / 2 if ".lora_B" in name else t for name, t in original(*given).items()}  # noqa: E731
-    monkeypatch.setattr(package, "lora_tensors", halved)
+    """The base changes between the two: the pipeline is loaded with one weight doubled."""
+    original = WanPipeline.from_pretrained
+
+    def changed(*given: Any, **options: Any) -> WanPipeline:
+        pipe = original(*given, **options)
+        pipe.transformer.proj_out.weight.data *= 2
+        return pipe
+
+    monkeypatch.setattr(WanPipeline, "from_pretrained", changed)
     assert command(monkeypatch, "export", make("wan21_t2v"), "--output", tmp_path / "out", "--verify") == 1
     error = capsys.readouterr().err
     assert error.startswith("phased-dmd: verification failed: samples at 1, 0.9375") and error.count("\n") == 1
