@@ -9,7 +9,7 @@ from torch import Tensor
 from phased_dmd.checkpoint import RunFolder, save_tensors
 from phased_dmd.config import Config
 from phased_dmd.models.loader import bare_model, load_model
-from phased_dmd.networks.system import expert_shapes
+from phased_dmd.networks.build import expert_shapes
 
 
 def finished_run(folder: Path, config: Config) -> Path:

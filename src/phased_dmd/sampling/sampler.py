@@ -12,14 +12,15 @@ from torch import Tensor
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config
 from phased_dmd.config.teacher import WanTeacher
+from phased_dmd.engine.collectives import run_on_all_ranks
 from phased_dmd.engine.randomness import normal
-from phased_dmd.engine.world import device, rank, together, world_size
+from phased_dmd.engine.world import device, rank, world_size
 from phased_dmd.errors import UserError
 from phased_dmd.maths.rollout import Rollout
 from phased_dmd.media import FRAMES, thumbnails
 from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.models.source import SHIPPED
-from phased_dmd.networks.system import System
+from phased_dmd.networks.roles import System
 from phased_dmd.prompts import Prompt
 
 BATCH, BATCH_NUMBERS = 64, 2**18  # samples a network call when sampling, and the most numbers that they hold
@@ -121,7 +122,7 @@ class Sampler:
             f, h, w = pixels.shape[1:4]
             return thumbnails(pixels, int(math.sqrt(PREVIEW_PIXELS * h / (len(rows) * min(f, FRAMES) * w))))
 
-        shown = together(lambda: [small(self.codec.decode(end).cpu()) for end in own])
+        shown = run_on_all_ranks(lambda: [small(self.codec.decode(end).cpu()) for end in own])
         pixels = torch.cat([part for parts in shown for part in parts])
         return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from phased_dmd.engine.randomness import normal
 from phased_dmd.engine.world import device
-from phased_dmd.maths.schedules import Prediction, on, predicted_x0, times_like
+from phased_dmd.maths.schedules import Prediction, expand_like, predicted_x0, times_like
 from phased_dmd.models.protocol import Condition, VelocityModel
 
 Reading = tuple[str, str, Prediction]  # the time that the network is told, the prediction's sign and its type
@@ -178,7 +178,7 @@ def _errors(
     """Returns for each sign and type of prediction the mean square error of x_0, over that of the best a x_t + b."""
     eps, times = normal(samples.shape[1:], range(len(samples)), "check", "eps").to(samples), times_like(t, samples)
     alpha, sigma = model.schedule.alpha(times), model.schedule.sigma(times)
-    x_t = on(alpha, samples) * samples + on(sigma, samples) * eps
+    x_t = expand_like(alpha, samples) * samples + expand_like(sigma, samples) * eps
     (v_0, c), (_, v_t) = torch.stack([samples.flatten(), x_t.flatten()]).double().cov(correction=0).tolist()
     try:
         psi = predict(model, part, x_t, times_like(told, samples), rows)

@@ -2,24 +2,23 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import cycle, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from phased_dmd.checkpoint import write_atomically
+from phased_dmd.conditions import Conditions
 from phased_dmd.config import Config
-from phased_dmd.draws import Draws
 from phased_dmd.engine.randomness import seed_of
-from phased_dmd.engine.world import shares
+from phased_dmd.engine.world import split_batch
+from phased_dmd.networks.build import add_expert, build_system, load_teacher
 from phased_dmd.networks.roles import FAKE, expert_role
-from phased_dmd.networks.system import add_expert, build_system, load_teacher
-from phased_dmd.paths import Paths
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import resolve
-from phased_dmd.updates import distribution_matching
+from phased_dmd.step import EXPERT_UPDATE, draw, expert_loss
 
 STEPS = (1, 2, 4, 8)
 RECIPE = "nano-t2i"
@@ -52,22 +51,24 @@ def update_bytes(config: Config) -> list[int]:
     """Saved bytes of one generator update in each phase of a text-to-image run, the update that `distill` makes."""
     assert config.prompts is not None
     model, codec = load_teacher(config)
-    texts = [prompt.text for prompt in islice(cycle(read_prompts(config.prompts)), config.batch_size)]
-    condition = model.batch(codec.encode_text(texts))
-    system = build_system(config, model, codec.encode_text([config.teacher.negative_prompt])[0])
-    roles, plan, totals = system.roles, system.plan, []
-    for phase in range(1, plan.num_phases + 1):
-        role = expert_role(phase)
-        add_expert(system, phase, trainable=True)
-        roles.add(FAKE, plan.fakes(phase), None, seed=seed_of(config.seed, phase))
-        draws = Draws(system, phase, 0, 0, shares(config.batch_size, config.engine)[0], [1.0])
-        shared = [p for network in (*model.networks, *model.students) for p in network.parameters()]
-        saved = SavedBytes([*shared, *roles.parameters(role).values()])
-        with saved:
-            distribution_matching(draws, condition, Paths())
-        totals.append(saved.total)
-        roles.freeze(role)
-        roles.remove(FAKE)
+    samples, totals = split_batch(config.batch_size, config.engine)[0], []
+    with TemporaryDirectory() as folder:
+        prompts = read_prompts(config.prompts)
+        conditions = Conditions(codec, prompts, config.teacher.negative_prompt, Path(folder))
+        system = build_system(config, model, conditions.negative)
+        roles, plan = system.roles, system.plan
+        for phase in range(1, plan.num_phases + 1):
+            role = expert_role(phase)
+            add_expert(system, phase, trainable=True)
+            roles.add(FAKE, plan.fakes(phase), None, seed=seed_of(config.seed, phase))
+            batch = draw(system, phase, 0, EXPERT_UPDATE, samples, [1.0], conditions)
+            shared = [p for network in (*model.networks, *model.students) for p in network.parameters()]
+            saved = SavedBytes([*shared, *roles.parameters(role).values()])
+            with roles.active(role), saved:
+                expert_loss(batch, {}).backward()
+            totals.append(saved.total)
+            roles.freeze(role)
+            roles.remove(FAKE)
     return totals
 
 
