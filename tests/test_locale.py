@@ -20,7 +20,7 @@ from phased_dmd.cli import main
 from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, Plan
 from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.recipes import resolve
-from phased_dmd.sampling.files import file_stem
+from phased_dmd.sampling.writing import file_stem
 from phased_dmd.train import distill
 
 ROOT = Path(__file__).parents[1]

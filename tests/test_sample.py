@@ -26,8 +26,8 @@ from phased_dmd.networks.build import add_expert, build_system
 from phased_dmd.plan.bare import bare_model
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.recipes import resolve
-from phased_dmd.sampling.files import write_samples
 from phased_dmd.sampling.sampler import Sampler, preview_shares, preview_size
+from phased_dmd.sampling.writing import write_samples
 
 TEXTS = [f"{'a ' * i}digit" for i in range(8)]
 
