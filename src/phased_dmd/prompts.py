@@ -1,4 +1,4 @@
-"""Prompts, with a first frame each for image-to-video, from a file, a data set of the hub or a shipped set.
+"""Prompts, for image-to-video with a first frame each, are read from a file, a hub data set or a shipped set.
 
 A repeated prompt is drawn as often as it stands there.
 """

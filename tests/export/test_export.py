@@ -26,7 +26,7 @@ from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors
 from phased_dmd.cli import main
 from phased_dmd.errors import UserError
 from phased_dmd.export import export
-from phased_dmd.export.run import ExportedRun
+from phased_dmd.export.exported_run import ExportedRun
 from phased_dmd.export.verify import VerificationError, verify_comfyui, verify_diffusers
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve

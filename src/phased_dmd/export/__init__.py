@@ -1,4 +1,4 @@
-"""`export`: a finished run as files that stock diffusers and ComfyUI load."""
+"""`export` writes a finished run as files that stock diffusers and ComfyUI load."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from phased_dmd.checkpoint import partial_of
 from phased_dmd.errors import UserError, refuse_full
 from phased_dmd.export.comfyui import write_comfyui
-from phased_dmd.export.run import ExportedRun, format_times
+from phased_dmd.export.exported_run import ExportedRun, format_times
 from phased_dmd.export.stock import render, write_diffusers
 from phased_dmd.export.verify import verify_comfyui, verify_diffusers
 from phased_dmd.sampling.loading import EXPORT

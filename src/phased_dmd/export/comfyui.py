@@ -1,4 +1,4 @@
-"""An export for ComfyUI: LoRA files by its names, and a workflow with one sampler an expert."""
+"""An export for ComfyUI has LoRA files by its names, and a workflow with one sampler an expert."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from phased_dmd.errors import UserError
-from phased_dmd.export.run import NOISE, ExportedExpert, ExportedRun
+from phased_dmd.export.exported_run import NOISE, ExportedExpert, ExportedRun
 from phased_dmd.export.stock import A, lora_tensors, save_lora
 from phased_dmd.maths.phases import shift_time
 
@@ -63,7 +63,7 @@ def comfyui_tensors(run: ExportedRun, expert: ExportedExpert) -> dict[str, Tenso
 
 
 class Graph(dict[str, dict[str, Any]]):
-    """A workflow in ComfyUI's API format, which its window opens too: nodes by number."""
+    """A workflow holds nodes by number in ComfyUI's API format, which its window opens too."""
 
     def add(self, kind: str, **inputs: Any) -> Link:
         """Adds a node and returns the link to its first output."""

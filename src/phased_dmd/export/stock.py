@@ -1,4 +1,4 @@
-"""An export for diffusers: weights as it reads them, the nearest stock scheduler, and a script from a template."""
+"""An export for diffusers has weights as it reads them, the nearest stock scheduler, and a script."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from phased_dmd.checkpoint import HEADER, write_atomically
-from phased_dmd.export.run import ExportedExpert, ExportedRun
+from phased_dmd.export.exported_run import ExportedExpert, ExportedRun
 from phased_dmd.models.source import quiet
 from phased_dmd.sampling.loading import HEADER_FILE
 

@@ -18,7 +18,7 @@ from phased_dmd.config.teacher import Size
 from phased_dmd.engine.randomness import normal
 from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
-from phased_dmd.export.run import ExportedExpert, ExportedRun, format_times
+from phased_dmd.export.exported_run import ExportedExpert, ExportedRun, format_times
 from phased_dmd.export.stock import lora_tensors
 from phased_dmd.media import read_picture
 from phased_dmd.models.qwen_image import PATCH, pack, unpack

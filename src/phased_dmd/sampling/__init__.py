@@ -1,1 +1,1 @@
-"""Sampling: the sampler itself, how it is loaded from a run or an export, and what it writes."""
+"""A sampler is loaded from a run or an export, makes samples, and writes them to files."""

@@ -1,4 +1,4 @@
-"""Finished runs and exports read back: the config, the expert of each phase, and a sampler of both."""
+"""Finished runs and exports are read back as a config, the expert of each phase, and a sampler."""
 
 import json
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def read_expert(run: RunFolder, phase: int) -> tuple[dict[str, Tensor], dict[str
 
 
 class ExportEntry(Section):
-    """One of an export's files, or folders of shards: an expert on a network."""
+    """An entry names the file, or folder of shards, that holds an expert on a network."""
 
     phase: Annotated[int, Field(gt=0)]
     network: Annotated[int, Field(ge=0)]

@@ -1,4 +1,4 @@
-"""The sampler: a run's or an export's few-step generator, and its teacher on the same grid."""
+"""The sampler runs the few-step generator of a run or an export, or its teacher on the same grid."""
 
 import math
 import operator
@@ -30,7 +30,7 @@ NANO_FPS, WAN_FPS = 8.0, 16.0
 
 
 class Sampler:
-    """The few-step generator of a run, and its teacher on the same grid, in one resolution bucket."""
+    """A sampler runs the few-step generator of a run, or its teacher on the same grid, in one resolution bucket."""
 
     def __init__(self, system: System, codec: Codec, bucket: int = 0) -> None:
         self.system, self.codec, self.bucket = system, codec, bucket
@@ -43,12 +43,12 @@ class Sampler:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one sample's latents, without the batch."""
+        """Returns the shape of one sample's latents, without the batch."""
         return tuple(self.system.model.sample_shapes[self.bucket])
 
     @property
     def fps(self) -> float:
-        """The frames a second at which clips are written: nano's, or Wan's."""
+        """Returns the frames a second at which clips are written: nano's, or Wan's."""
         teacher = self.system.config.teacher
         return NANO_FPS if isinstance(teacher, WanTeacher) and teacher.path in SHIPPED else WAN_FPS
 

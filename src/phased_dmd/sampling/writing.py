@@ -1,4 +1,4 @@
-"""Samples on disk: a picture or clip each, the list that says which is which, and a contact sheet."""
+"""Samples are written as pictures or clips, with a list that says which is which, and a contact sheet."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The checks of a network's prediction: shape, independence of samples, gradient, and agreement with a known truth."""
+"""The checks of a network's prediction cover shape, independence of samples, gradient, and a known truth."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ LINE, POOR = 1.05, 1.25  # of a straight line's error: what a right reading keep
 
 
 class ModelError(AssertionError):
-    """What `check_model` found wrong."""
+    """The model or its codec is wrong, in the way that the message says."""
 
 
 def require(holds: object, message: str) -> None:
@@ -35,7 +35,7 @@ def require(holds: object, message: str) -> None:
 
 
 class Part(NamedTuple):
-    """A network or student of a model, and the times that it serves."""
+    """A part is a network or student of a model, which serves a range of times."""
 
     name: str
     module: nn.Module

@@ -27,7 +27,7 @@ NOISE = ("high-noise", "low-noise")  # how vendors name the two networks
 
 
 class ExportedExpert(NamedTuple):
-    """One expert on one network, which becomes a LoRA file or the folder of a full transformer.
+    """One expert on one network is exported as a LoRA file or as the folder of a full transformer.
 
     part: the pipeline's transformer that it belongs to. name: the adapter's. file: relative to the export.
     """
@@ -42,7 +42,7 @@ class ExportedExpert(NamedTuple):
 
 @dataclass(frozen=True)
 class ExportedRun:
-    """A finished run, its teacher's pipeline, and the files that its experts are exported to.
+    """A finished run has a teacher's pipeline, and experts that are exported to files.
 
     fused: the experts are exported as full transformers instead of LoRA files.
     """
@@ -108,7 +108,7 @@ class ExportedRun:
 
     @cached_property
     def experts(self) -> tuple[ExportedExpert, ...]:
-        """The experts in the order of their steps.
+        """Lists the experts in the order of their steps.
 
         Up to two full experts of Wan take the places of its pipeline's own two transformers.
         """
@@ -136,7 +136,7 @@ class ExportedRun:
 
     @property
     def boundary_ratio(self) -> float | None:
-        """The time at which the pipeline changes to `transformer_2`, strictly between two grid points; else None."""
+        """Returns the time at which the pipeline changes to `transformer_2`, between two grid points, or None."""
         if not self.two_parts:
             return None
         last = max(step for expert in self.experts if expert.part == PARTS[0] for step in expert.steps)
