@@ -17,7 +17,7 @@ from phased_dmd.recipes import resolve
 from phased_dmd.step import EXPERT_UPDATE, Batch
 from phased_dmd.train import distill
 
-FAST = {"iterations": 2, "batch_size": 4, "log_every": 1, "teacher.fit_steps": 2, "teacher.hidden": 8}
+FAST = {"iterations": 2, "batch_size": 4, "log_every": 1, "teacher.fit_steps": 2}
 ALL = ("tensorboard", "wandb", "trackio")
 SEEN: list[tuple[str, Any, Any]] = []  # what was logged: tracker and key, step, value
 STARTED: list[tuple[str, dict[str, Any]]] = []

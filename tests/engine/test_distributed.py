@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from phased_dmd.checkpoint import RunFolder
-from phased_dmd.config import Config, Engine, Fake, Generator, Lora, Optimiser, Plan
+from phased_dmd.config import Config, Engine, Fake, Generator, Lora, Plan
 from phased_dmd.config.overrides import apply_overrides
 from phased_dmd.config.teacher import Size
 from phased_dmd.recipes import resolve
@@ -46,8 +46,8 @@ def tiny_wan22(folder: Path, **changes: Any) -> Config:
     size = {"num_frames": 1, "height": 16, "width": 16}
     config = Config(
         recipe="tiny-wan22", teacher=teacher | {"sizes": [size]}, plan=Plan(phases=2), prompts=str(prompts),
-        generator=Generator(lora=Lora(rank=2, alpha=2), optimiser=Optimiser(lr=1e-3), ema=0.9),
-        fake=Fake(optimiser=Optimiser(lr=1e-3), updates=2, lora=Lora(rank=2, alpha=2)), iterations=20, batch_size=4,
+        generator=Generator(lora=Lora(rank=2, alpha=2), lr=1e-3, ema=0.9),
+        fake=Fake(lr=1e-3, updates=2, lora=Lora(rank=2, alpha=2)), iterations=20, batch_size=4,
         log_every=1, checkpoint_every=20, sample_every=1000,
     )  # fmt: skip
     return config.model_copy(update=changes)
@@ -77,10 +77,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return three.model_copy(update={section: getattr(three, section).model_copy(update=changes)})
 
     fast = {"rollouts.reuse": True, "rollouts.antithetic": "start", "fake.pull": 1.0, "phase_shares": [1, 1.5],
-            "renoise.sort": True, "engine.micro_batch": 2, "plan.exits": "shuffled"}  # fmt: skip
-    fisher = {"rollouts.pool": 2, "rollouts.pool_refresh": 0.5, "rollouts.antithetic": "noise",
-              "objective.divergence": "fisher", "engine.batched_guidance": True}  # fmt: skip
-    wide = {"fake.weights": "lora", "generator.optimiser.second_moment": "bfloat16"}
+            "renoise.sort": True, "engine.micro_batch": 2}  # fmt: skip
+    fisher = {"objective": "fisher", "engine.batched_guidance": True}
+    wide = {"fake.weights": "lora", "optimiser.second_moment": "bfloat16"}
     clips = changed("teacher", sizes=(Size(num_frames=5, height=32, width=32),))
     split = Engine(sequence_parallel=2, micro_batch=2, activation_checkpointing=True)
     everywhere = {

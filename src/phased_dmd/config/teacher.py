@@ -42,16 +42,8 @@ class AnalyticTeacher(Section):
     """The noise schedule alpha(t), sigma(t): flow matching, variance preserving (two forms) or variance exploding."""
     prediction: Literal["flow", "x0", "eps", "v"] = "flow"
     """What the networks predict of a noisy sample: the flow, the clean sample, the noise, or v."""
-    hidden: int = Field(default=128, gt=0, le=2**16)
-    """The width of the student's hidden layers."""
-    layers: int = Field(default=4, gt=0, le=1000)
-    """The number of the student's hidden layers."""
     fit_steps: Count = 2000
     """Optimiser steps that fit the student to the teacher before the distillation begins."""
-    fit_batch: Count = 512
-    """The samples in each step that fits the student to the teacher."""
-    fit_lr: float = Field(default=2e-3, gt=0)
-    """The learning rate at which the student is fitted to the teacher."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -135,8 +127,6 @@ class OwnTeacher(Section):
 
     kind: Literal["own"] = "own"
     """The kind of teacher."""
-    name: str
-    """A name that tells the model from others."""
     negative_prompt: str = ""
     """The prompt of the unconditional half of the teacher's guidance."""
     base_steps: Count = 40

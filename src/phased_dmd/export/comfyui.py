@@ -132,7 +132,7 @@ def add_samplers(
             "KSamplerAdvanced", model=graph.add(sampling, model=lora, shift=subject.config.plan.shift),
             positive=positive, negative=negative, latent_image=latent,
             add_noise="disable" if i else "enable", noise_seed=i, steps=subject.plan.num_steps, cfg=1.0,
-            sampler_name="lcm" if subject.config.plan.solver == "renoise" else "euler", scheduler=SCHEDULE,
+            sampler_name="lcm" if subject.config.ablation.solver == "renoise" else "euler", scheduler=SCHEDULE,
             start_at_step=piece.steps[0], end_at_step=piece.steps[-1] + 1,
             return_with_leftover_noise="disable" if piece is subject.pieces[-1] else "enable",
         )  # fmt: skip

@@ -23,7 +23,7 @@ def nearest_scheduler(subject: Subject) -> Scheduler:
     Wan's pipelines pass it no times: of order 1 and without corrector, UniPC is Euler, and only it starts at 1 and
     shifts once. Qwen-Image's passes evenly spaced ones. For the re-noising solver there is but one.
     """
-    shift, stochastic = subject.config.plan.shift, subject.config.plan.solver == "renoise"
+    shift, stochastic = subject.config.plan.shift, subject.config.ablation.solver == "renoise"
     if not isinstance(subject.teacher, WanTeacher):
         return FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=math.log(shift), max_shift=math.log(shift),
@@ -68,5 +68,5 @@ def render(subject: Subject, template: str, **more: Any) -> str:
         pipeline=subject.pipeline.__name__, transformer=subject.transformer.__name__,
         times=list(plan.times[:-1]), steps=sorted((step, piece) for piece in subject.pieces for step in piece.steps),
         wan=wan, image=subject.task == "i2v", needs=f"{', '.join(needs[:-1])} and {needs[-1]}",
-        stochastic=config.plan.solver == "renoise", **more,
+        stochastic=config.ablation.solver == "renoise", **more,
     )  # fmt: skip

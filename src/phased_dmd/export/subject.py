@@ -17,7 +17,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from phased_dmd.config import Config
+from phased_dmd.config import Config, phase_plan
 from phased_dmd.config.teacher import PipelineTeacher, QwenImageTeacher, WanTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.finished import Experts, read_run
@@ -84,7 +84,7 @@ class Subject:
 
     @cached_property
     def plan(self) -> PhasePlan:
-        return self.config.phase_plan([self.source.index["boundary_ratio"]] if len(self.networks) == 2 else [])
+        return phase_plan(self.config, [self.source.index["boundary_ratio"]] if len(self.networks) == 2 else [])
 
     @cached_property
     def networks(self) -> list[str]:
@@ -171,9 +171,9 @@ class Subject:
         return {
             "base_model": self.base, "base_revision": self.teacher.revision, "grid": list(self.plan.times),
             "steps": list(piece.steps), "shift": config.plan.shift, "boundary": self.plan.end(piece.phase),
-            "boundary_ratio": self.boundary_ratio, "solver": config.plan.solver, "guidance": 1.0,
+            "boundary_ratio": self.boundary_ratio, "solver": config.ablation.solver, "guidance": 1.0,
             "phase": piece.phase, "network": piece.network, "part": piece.part, "rank": rank, "alpha": rank,
-            "method": config.method, "weighting": config.objective.descends,
+            "method": config.method, "weighting": config.objective,
         }  # fmt: skip
 
     def portable_config(self) -> dict[str, Any]:
