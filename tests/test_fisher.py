@@ -21,13 +21,13 @@ from phased_dmd import finished, step, train
 from phased_dmd.config import Config
 from phased_dmd.errors import UserError
 from phased_dmd.maths.losses import score_matching_loss, subinterval_target
-from phased_dmd.maths.schedules import forward
+from phased_dmd.maths.schedules import add_noise
 from phased_dmd.models.analytic import build_mixture
 from phased_dmd.models.loader import load_model
 from phased_dmd.models.protocol import rows
-from phased_dmd.networks import system
+from phased_dmd.networks import build as networks_build
+from phased_dmd.networks.build import add_expert, add_fake, build_system
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles
-from phased_dmd.networks.system import add_expert, add_fake, build_system
 from phased_dmd.recipes import resolve
 from phased_dmd.sample import Sampler
 from phased_dmd.train import Learner, distill
@@ -137,11 +137,11 @@ def test_simpler_forms_are_not_the_fisher_gradient(s: float, t: float) -> None:
     schedule = SCHEDULES["flow"]
 
     def naive(x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        x_t = forward(x_s, eps, s, t, schedule)
+        x_t = add_noise(x_s, eps, s, t, schedule)
         return (case.teacher(x_t) - case.fake(x_t)).square()[:, 0]
 
     def detached(x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        x_t, y = forward(x_s, eps, s, t, schedule), subinterval_target(x_s.detach(), eps, s, t, schedule, "flow")
+        x_t, y = add_noise(x_s, eps, s, t, schedule), subinterval_target(x_s.detach(), eps, s, t, schedule, "flow")
         return ((case.teacher(x_t) - y).square() - (case.fake(x_t) - y).square())[:, 0]
 
     right = [case.a**2 * slope for slope in case.fisher()]
@@ -177,7 +177,7 @@ def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
 
     def make(**overrides: Any) -> tuple[Config, TinyWan]:
         model = TinyWan(2, (0.9,), guidance=2.0)
-        monkeypatch.setattr(system, "load_model", lambda *_: (model, TinyCodec()))
+        monkeypatch.setattr(networks_build, "load_model", lambda *_: (model, TinyCodec()))
         base = {
             "prompts": str(tmp_path / "prompts.txt"), "fake.updates": 2, "generator.lora.rank": 3, "plan.phases": 2,
             "generator.lora.alpha": 6, "batch_size": 4, "iterations": 2, "log_every": 1, "plan.gradient": "last",

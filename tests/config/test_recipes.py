@@ -19,7 +19,7 @@ from phased_dmd.config import Method, phase_plan, renoise_interval
 from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import Expert
-from phased_dmd.networks import system
+from phased_dmd.networks import build as networks_build
 from phased_dmd.networks.optim import MomentumFreeAdamW
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles
 from phased_dmd.prompts import read_prompts
@@ -195,7 +195,7 @@ def test_training_asks_the_noisier_network_alone_while_its_steps_are_distilled(
         "generator.lora.rank": 2, "fake.weights": "lora", "generator.ema": None,
     }  # fmt: skip
     model = TinyWan(2, (0.875,), guidance=1.0)
-    monkeypatch.setattr(system, "load_model", lambda teacher, seed, fit: (model, TinyCodec()))
+    monkeypatch.setattr(networks_build, "load_model", lambda teacher, seed, fit: (model, TinyCodec()))
     seen: dict[int, dict[str, set[int]]] = {}
     begin, predict = train.begin, Roles.predict
 

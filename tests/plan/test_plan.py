@@ -26,14 +26,13 @@ from phased_dmd.config import Config, Engine, Fake, Generator, Lora, Optimiser, 
 from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.engine import world
 from phased_dmd.errors import UserError
-from phased_dmd.models.architectures import architecture, skeleton
 from phased_dmd.models.loader import bare_codec, load_model
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.models.quantise import quantise
-from phased_dmd.models.weightless import META, BareSource
+from phased_dmd.models.source import META, BareSource, architecture, skeleton
+from phased_dmd.networks.build import add_expert, build_system
 from phased_dmd.networks.optim import Learner
 from phased_dmd.networks.roles import FAKE, Roles, expert_role
-from phased_dmd.networks.system import add_expert, build_system
 from phased_dmd.plan import advice, needs
 from phased_dmd.plan.bare import bare_model, text_width
 from phased_dmd.plan.measure import measure
@@ -345,10 +344,7 @@ def test_bfloat16_moments_shards_replicas_and_offload_change_what_they_should(fo
         for replicas in (1, 2)
     )
     assert (four.weights, two_groups.weights) == pytest.approx((whole.weights / 4, whole.weights / 2), abs=1)
-    half = Optimiser(lr=1e-4, second_moment="bfloat16")
-    rounded = tiny(
-        folders, "wan22_t2v", generator=Generator(lora=Lora(rank=4), optimiser=half), fake=Fake(optimiser=half)
-    )
+    rounded = tiny(folders, "wan22_t2v", optimiser=Optimiser(second_moment="bfloat16"))
     assert needs(rounded, 1, 80).phases[0].memory.optimiser * 2 == whole.optimiser
     away = needs(config.model_copy(update={"engine": Engine(offload=True)}), 4, 80).phases[0].memory
     assert away.host == four.weights + four.gradients + four.optimiser

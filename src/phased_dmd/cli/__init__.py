@@ -17,7 +17,7 @@ from phased_dmd import __version__
 from phased_dmd.cli.flags import FieldsCommand
 from phased_dmd.cli.lab import evaluate, report, reproduce, teach
 from phased_dmd.cli.messages import end, unusable
-from phased_dmd.cli.runs import config, distill, export, plan, sample
+from phased_dmd.cli.commands import config, distill, export, plan, sample
 from phased_dmd.errors import LostPeer, Stopped, UserError
 
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it reports what it could be faster with

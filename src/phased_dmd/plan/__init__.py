@@ -10,7 +10,7 @@ from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.networks.roles import TEACHER
 from phased_dmd.plan import advice
-from phased_dmd.plan.bare import bare_model, image_shapes, largest, text_width
+from phased_dmd.plan.bare import bare_model, image_shapes, text_width
 from phased_dmd.plan.measure import Forward
 from phased_dmd.plan.memory import (
     RESERVE,
