@@ -43,9 +43,7 @@ class Trace:
         self.functions.add((code.co_filename, code.co_qualname))
 
 
-def test_an_update_of_the_fake_enters_few_files_and_functions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_update_of_the_fake_enters_few_files_and_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In phase 2 of toy-1d, with every lever off: draw, forward, backward, clip and optimiser step."""
     traces, step = [], train.train_step
 

@@ -12,7 +12,7 @@ from phased_dmd.errors import UserError, did_you_mean
 
 
 def toy_1d() -> Config:
-    """The four points of the paper's Appendix D, in two steps with the boundary at .5."""
+    """Distils the four points of the paper's Appendix D, in two steps with the boundary at .5."""
     return Config(
         recipe="toy-1d",
         teacher=AnalyticTeacher(means=((-1.0,), (0.0,), (1.0,), (2.0,))),
@@ -26,7 +26,7 @@ def toy_1d() -> Config:
 
 
 def toy_2d() -> Config:
-    """An exact mixture of 25 narrow Gaussians on a 5 x 5 grid: how many modes does each method keep?"""
+    """Distils a mixture of 25 narrow Gaussians on a 5 x 5 grid: how many modes does each method keep?"""
     axis = (-2.0, -1.0, 0.0, 1.0, 2.0)
     return Config(
         recipe="toy-2d",
@@ -40,7 +40,7 @@ def toy_2d() -> Config:
 
 
 def nano_t2i() -> Config:
-    """The embedded teacher, text-to-image: 40 steps with guidance become 4 without, a LoRA expert a step."""
+    """Distils the embedded teacher, text-to-image: 40 steps with guidance become 4 without, a LoRA expert a step."""
     return Config(
         recipe="nano-t2i",
         teacher=WanTeacher(path="nano", guidance=(1.5,), max_tokens=16),
@@ -75,7 +75,7 @@ VARIANTS = {  # a recipe, and what this one changes in it
 
 
 def variant(recipe: str) -> Config:
-    """Another recipe with the changes of `VARIANTS`."""
+    """Returns another recipe with the changes of `VARIANTS`."""
     original, changes = VARIANTS[recipe]
     return changed(original(), {"recipe": recipe, **changes})
 
@@ -102,7 +102,7 @@ QWEN = partial(QwenImageTeacher, negative_prompt=" ", max_tokens=1024)
 
 
 class System(NamedTuple):
-    """What differs between the paper's systems. docs/models.md says of each figure where it comes from."""
+    """Holds what differs between the paper's systems. docs/models.md says of each figure where it comes from."""
 
     teacher: Callable[..., WanTeacher | QwenImageTeacher]
     path: str
@@ -123,7 +123,7 @@ SYSTEMS = {  # wan21-t2v-1.3b, at the size it was made for, is not in the paper
 
 
 def paper(recipe: str) -> Config:
-    """What the paper sets for all of its systems, in four steps and two phases with SGTS."""
+    """Returns what the paper sets for all of its systems: four steps in two phases with SGTS."""
     teacher, path, sizes, shift, prompts, more = SYSTEMS[recipe]
     config = Config(
         recipe=recipe,
@@ -143,7 +143,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
 
 
 def resolve(recipe: str | Path, overrides: Mapping[str, Any] | None = None, method: Method | None = None) -> Config:
-    """The Config of a recipe's name, or of a YAML or JSON file, with dotted overrides and a method.
+    """Returns the Config of a recipe's name, or of a YAML or JSON file, with dotted overrides and a method.
 
     A method keeps the generator updates in all: where it changes the number of phases, `iterations` are converted, the
     recipe's or given ones.

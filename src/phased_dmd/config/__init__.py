@@ -1,4 +1,7 @@
-"""The typed description of a run: frozen pydantic models, free of torch."""
+"""Describes a run in typed fields: frozen pydantic models, free of torch.
+
+The text below a field is its help: `phased-dmd config` and docs/configuration.md print it.
+"""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
@@ -13,7 +16,7 @@ Method = Literal["dmd", "dmd-sgts", "phased", "phased-sgts"]
 
 
 class Plan(Section):
-    """The few-step grid and its phases (Sec. 2.2, 2.3)."""
+    """Sets the few-step grid and splits it into phases (Sec. 2.2, 2.3)."""
 
     steps: int = Field(default=4, gt=0, le=1000)
     """Network calls in which the distilled generator makes a sample."""
@@ -28,7 +31,7 @@ class Plan(Section):
 
 
 class Ablation(Section):
-    """Parts of the method replaced, as the paper's ablations and this project's own replace them."""
+    """Replaces parts of the method, as the paper's ablations and this project's own do."""
 
     solver: Literal["ddim", "renoise"] = "ddim"
     """Step from a predicted sample to the next time: along the predicted noise (ddim), or with new noise (renoise)."""
@@ -49,7 +52,7 @@ class Ablation(Section):
 
 
 class Renoise(Section):
-    """The time t that generated samples are noised to again, where teacher and fake score them."""
+    """Sets the time t that generated samples are noised to again, where teacher and fake score them."""
 
     above_switch: Literal["clamp", "truncate"] | None = None
     """Bounds a phase's t to the range of the network that runs its last step: t below is moved up, or not drawn."""
@@ -58,7 +61,7 @@ class Renoise(Section):
 
 
 class Rollouts(Section):
-    """How often the generator is run for training; by default anew for every update, from the first noise on."""
+    """Sets how often the generator is run for training; by default anew for every update, from the first noise on."""
 
     reuse: bool = False
     """Runs the generator once an iteration, for the fake's updates and its own; else anew for each."""
@@ -67,7 +70,7 @@ class Rollouts(Section):
 
 
 class Optimiser(Section):
-    """AdamW of the generator and of the fake, with betas 0 and .999 and a weight decay of .01."""
+    """Sets what the AdamW of generator and fake share; its betas are 0 and .999, its weight decay is .01."""
 
     decay: Literal["constant", "linear"] = "constant"
     """Course of the learning rates over a phase: constant, or linear down to 0."""
@@ -78,7 +81,7 @@ class Optimiser(Section):
 
 
 class Lora(Section):
-    """The size of LoRA adapters, where weights are lora."""
+    """Sets the size of LoRA adapters, where weights are lora."""
 
     rank: int = Field(default=64, gt=0, le=2**14)
     """Rank of each LoRA adapter."""
@@ -87,7 +90,7 @@ class Lora(Section):
 
 
 class Generator(Section):
-    """The few-step generator, of one expert a phase and network."""
+    """Describes the few-step generator, which has one expert for each phase and network."""
 
     weights: Literal["lora", "full"] = "lora"
     """What each expert trains: LoRA adapters on the frozen base, or a full copy of it."""
@@ -99,7 +102,7 @@ class Generator(Section):
 
 
 class Fake(Section):
-    """The fake score network, which follows the distribution of the generator's samples."""
+    """Describes the fake score network, which follows the distribution of the generator's samples."""
 
     weights: Literal["lora", "full"] = "full"
     """What the fake trains: a full copy of the base, or LoRA adapters on it, which save memory and lose quality."""
@@ -113,7 +116,7 @@ class Fake(Section):
 
 
 class Engine(Section):
-    """How a run is spread over processes and memory. A run may go on with another engine: only rounding changes."""
+    """Sets how a run is spread over processes and memory. A run may go on with another: only rounding changes."""
 
     micro_batch: Count | None = None
     """Most samples in one network call; a process with more adds up gradients. Null sets no limit."""
@@ -132,7 +135,7 @@ class Engine(Section):
 
 
 class Config(Section):
-    """A whole run. `recipes.py` holds functions that return one."""
+    """Describes a whole run. `recipes.py` holds functions that return one."""
 
     recipe: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$", max_length=100)
     """Name of the run, from which its folder gets one by default."""
