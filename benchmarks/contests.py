@@ -50,17 +50,17 @@ def key(measure: Measure) -> str:
 
 
 SGTS = {  # as many updates in all; exits need it
-    "plan.phases": 2, "plan.gradient": "last", "plan.fake_rollout": "same", "iterations": 1000,
+    "plan.phases": 2, "plan.gradient": "last", "ablation.fake_rollout": "same", "iterations": 1000,
 }  # fmt: skip
 SHARES = {"phase_shares": [0.125, 0.125, 0.25, 3.5]}
-SLOWER = {"generator.optimiser.lr": 5e-4}
+SLOWER = {"generator.lr": 5e-4}
 ALONE = {
     "none": {},
     "reuse": {"rollouts.reuse": True}, "antithetic start": {"rollouts.antithetic": "start"},
     "2 fake updates": {"fake.updates": 2}, "1 fake update": {"fake.updates": 1}, "pull": {"fake.pull": 1.0},
-    "slower fake": {"fake.optimiser.lr": 1e-3}, "slower generator": SLOWER, "shares": SHARES,
-    "Fisher": {"objective.divergence": "fisher"},
-    "Fisher, stop gradient": {"objective.divergence": "fisher-stop-gradient"},
+    "slower fake": {"fake.lr": 1e-3}, "slower generator": SLOWER, "shares": SHARES,
+    "Fisher": {"objective": "fisher"},
+    "Fisher, stop gradient": {"objective": "fisher-stop-gradient"},
     "2 phases, SGTS": SGTS,
 }  # fmt: skip
 TOY = Contest(
@@ -76,7 +76,7 @@ LEFT_OUT = {
 NANO = Contest(
     recipe="nano-t2i", seeds=range(10), samples=2000, measures=(FRECHET, Measure("specific", "frechet_features")),
     diversity=DIVERSITY, ladders={PAPER: (0.25, 0.5, 0.75, 1.0), FAST: (0.5, 0.75, 1.0, 1.125)},
-    tuned={"generator.ema": 0.9, "fake.optimiser.lr": 1.5e-4}, levers_of=FAST, levers=LEFT_OUT,
+    tuned={"generator.ema": 0.9, "fake.lr": 1.5e-4}, levers_of=FAST, levers=LEFT_OUT,
     reference="fast, x 0.5", share=0.5,
 )  # fmt: skip
 CONTESTS = (TOY, NANO)

@@ -11,7 +11,7 @@ from typing import Any
 from contests import FAST, LEVER_SEEDS, PAPER, Contest, key
 from scipy.optimize import isotonic_regression
 
-from phased_dmd.config import Config
+from phased_dmd.config import Config, phase_plan
 from phased_dmd.lab.reproduce.claim import Budget, Measure, Variant
 from phased_dmd.lab.reproduce.comparisons import compare, difference, ratio, shown
 from phased_dmd.lab.reproduce.study import Study, collect, planned
@@ -174,7 +174,7 @@ def point(contest: Contest, study: Study, label: str) -> dict[str, Any]:
 
 def forwards(config: Config) -> float:
     """Network calls of a run a sample of the batch, in forwards of the network."""
-    plan, guidance = config.phase_plan(), getattr(config.teacher, "guidance", (1.0,))
+    plan, guidance = phase_plan(config), getattr(config.teacher, "guidance", (1.0,))
     guided, phases = guidance[0] != 1, range(1, plan.num_phases + 1)
     return sum(config.phase_iterations(k) * phase_work(config, plan, k, guided).forwards for k in phases)
 

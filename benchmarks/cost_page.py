@@ -24,7 +24,9 @@ def show_levers(found: Mapping[str, Any]) -> list[str]:
     told = "Alone, over the paper's schedule" if found["levers_of"] == PAPER else "Left out of `fast`"
     sgts = any("SGTS" in each["label"] for each in found["levers"])
     policy = (
-        " SGTS's fake is fed its truncated rollouts (`plan.fake_rollout=same`), no longer the default." if sgts else ""
+        " SGTS's fake is fed its truncated rollouts (`ablation.fake_rollout=same`), no longer the default."
+        if sgts
+        else ""
     )
     return [
         f"{told}; seeds {seeds(found)}. Better or worse than {found['reference']} where the 95 % interval over seeds "

@@ -1,4 +1,4 @@
-"""Which rollouts should feed the fake under SGTS: the sampler's laws by `plan.fake_rollout`, over seeds.
+"""Which rollouts should feed the fake under SGTS: the sampler's laws by `ablation.fake_rollout`, over seeds.
 
     python benchmarks/exits.py run RUNS [--policies full,same] [--recipes toy-2d,nano-t2i] [--seeds 200,201,202,203,204]
     python benchmarks/exits.py table RUNS
@@ -66,7 +66,7 @@ def run(runs: Path, policies: list[str], recipes: list[str], seeds: list[int]) -
                     folder = runs / f"{recipe}-{method}-{policy}-{seed}"
                     if (folder / "exits.json").exists():
                         continue
-                    overrides = {"iterations": UPDATES[recipe], "seed": seed, "plan.fake_rollout": policy}
+                    overrides = {"iterations": UPDATES[recipe], "seed": seed, "ablation.fake_rollout": policy}
                     overrides |= {"sample_every": None, "checkpoint_every": 10**6}
                     started = time.process_time()
                     distill(resolve(recipe, overrides, method), folder, quiet=True)

@@ -23,8 +23,8 @@ def resident(config: Config) -> dict[str, Any]:
     own = [expert_role(earlier) for earlier in range(1, phase + 1)]
     adapters = _bytes([p for role in own for p in system.roles.parameters(role).values()])
     learners = [
-        Learner(own[-1], system.roles.parameters(own[-1]), config.generator.optimiser, config.generator.ema),
-        Learner(FAKE, system.roles.parameters(FAKE), config.fake.optimiser),
+        Learner(own[-1], system.roles.parameters(own[-1]), config.optimiser, config.generator.lr, config.generator.ema),
+        Learner(FAKE, system.roles.parameters(FAKE), config.optimiser, config.fake.lr),
     ]
     optimisers = _bytes([t for learner in learners for name, t in learner.state().items() if "/weights/" not in name])
     fake = _bytes(list(system.roles.parameters(FAKE).values()))

@@ -76,5 +76,5 @@ def main(pipeline: FluxPipeline, size: tuple[int, int], config: Config, output: 
 
 if __name__ == "__main__":
     flux = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to("cuda")
-    recipe = Config(recipe="own-flux", teacher=OwnTeacher(name="flux"), plan=Plan(shift=3.0), prompts="default-t2i")
+    recipe = Config(recipe="own-flux", teacher=OwnTeacher(), plan=Plan(shift=3.0), prompts="default-t2i")
     main(flux, (1024, 1024), recipe, "runs/own-flux")

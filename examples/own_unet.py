@@ -74,5 +74,5 @@ def main(pipeline: DDPMPipeline, config: Config, output: Path) -> Tensor:
 
 
 if __name__ == "__main__":
-    recipe = Config(recipe="own-unet", teacher=OwnTeacher(name="ddpm"), plan=Plan(shift=1.0, start=START))
+    recipe = Config(recipe="own-unet", teacher=OwnTeacher(), plan=Plan(shift=1.0, start=START))
     main(DDPMPipeline.from_pretrained("google/ddpm-cifar10-32"), recipe, Path("runs/own-unet"))

@@ -24,7 +24,7 @@ from signal import SIGINT, SIGKILL, SIGTERM, Signals
 from typing import NamedTuple
 
 COMMON = ("--log-every", "2", "--set", "sample_every=1000")
-TOY = "teacher.fit_steps=20 teacher.fit_batch=64 teacher.hidden=16 teacher.layers=2 generator.ema=0.9 fake.updates=5"
+TOY = "teacher.fit_steps=20 generator.ema=0.9 fake.updates=5"
 NANO = "generator.lora.rank=2 batch_size=2 fake.updates=3"
 RUNS = {
     "toy-1d": ("--iterations", "12", *(part for field in TOY.split() for part in ("--set", field)), *COMMON),

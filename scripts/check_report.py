@@ -31,9 +31,9 @@ DEVICES: dict[str, dict[str, Any]] = {
 }
 SHORT = {"iterations": 2, "batch_size": 4, "fake.updates": 1, "log_every": 1, "sample_every": 1000}
 NANO = {**SHORT, "teacher.base_steps": 3, "plan.steps": 2, "plan.phases": 2}
-TOY = {**SHORT, "teacher.fit_steps": 20, "teacher.hidden": 16}
+TOY = {**SHORT, "teacher.fit_steps": 20}
 RUNS: dict[str, list[dict[str, Any]]] = {  # of each page: its runs
-    "nano-t2i": [NANO, {**NANO, "seed": 1}, {**NANO, "renoise.interval": "disjoint"}],
+    "nano-t2i": [NANO, {**NANO, "seed": 1}, {**NANO, "ablation.renoise": "disjoint"}],
     "nano-t2v": [NANO],
     "toy-2d": [TOY, {**TOY, "plan.phases": 1}],
 }

@@ -36,9 +36,19 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-RENAMED: dict[str, str | None] = {}
+RENAMED: dict[str, str | None] = {
+    "plan.solver": "ablation.solver", "plan.fake_rollout": "ablation.fake_rollout",
+    "objective.target": "ablation.target", "renoise.interval": "ablation.renoise", "renoise.fixed": "ablation.renoise",
+    "objective.weighting": "objective", "objective.divergence": "objective",
+    "renoise.above_switch=false": "renoise.above_switch=null",
+    "renoise.above_switch=true": "renoise.above_switch=clamp",
+    "renoise.clamp=false": "renoise.sort=false", "renoise.clamp": None, "renoise.t_range": None,
+    "generator.optimiser.lr": "generator.lr", "fake.optimiser.lr": "fake.lr",
+    **{f"{role}.optimiser.{field}": f"optimiser.{field}"
+       for role in ("generator", "fake") for field in ("decay", "clip", "second_moment")},
+}  # fmt: skip
 SMALL = "iterations=2 batch_size=4 log_every=1 sample_every=null fake.updates=2 "
-SMALL_TOY = SMALL + "teacher.fit_steps=20 teacher.fit_batch=64 teacher.hidden=16 teacher.layers=2"
+SMALL_TOY = SMALL + "teacher.fit_steps=20"
 SMALL_NANO = SMALL + "generator.lora.rank=2"
 TABLE = """
 toy-1d
@@ -98,10 +108,11 @@ toy-1d teacher.schedule=ve teacher.prediction=x0
 toy-1d fake.pull=1.0 fake.updates=1
 toy-1d phase_shares=[1,1.5]
 toy-1d generator.ema=0.9 sample_every=1 checkpoint_every=1
-toy-1d generator.optimiser.clip=0.01 generator.optimiser.decay=constant skips=1
+toy-1d generator.optimiser.clip=0.01 fake.optimiser.clip=0.01 skips=1
+toy-1d generator.optimiser.decay=constant fake.optimiser.decay=constant
 toy-1d generator.optimiser.second_moment=bfloat16 fake.optimiser.second_moment=bfloat16
 nano-t2i fake.weights=lora fake.lora.rank=2 generator.ema=null
-nano-t2i generator.weights=full generator.optimiser.second_moment=bfloat16
+nano-t2i generator.weights=full generator.optimiser.second_moment=bfloat16 fake.optimiser.second_moment=bfloat16
 nano-t2i engine.batched_guidance=true
 nano-t2i engine.activation_checkpointing=true teacher.dtype=bfloat16
 nano-moe engine.activation_checkpointing=true engine.batched_guidance=true fake.pull=0.5

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.cli import main
-from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, Plan
+from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, Plan, phase_plan
 from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.engine.randomness import normal
 from phased_dmd.lab.metrics.distances import frechet, moments
@@ -34,7 +34,7 @@ from phased_dmd.train import distill
 
 EXAMPLES, DOCS = (Path(__file__).parents[1] / path for path in ("examples", "docs/extending.md"))
 BRIEF = {"iterations": 2, "batch_size": 2, "log_every": 1, "checkpoint_every": 1, "sample_every": 1000}
-LORA = Generator(lora=Lora(rank=2, alpha=4), optimiser=Optimiser(lr=0.02))
+LORA = Generator(lora=Lora(rank=2, alpha=4), lr=0.02)
 
 
 def example(name: str) -> ModuleType:
@@ -69,7 +69,7 @@ def trained(run: Path) -> None:
     config = RunFolder(run).config()
     for phase in range(1, config.plan.phases + 1):
         tensors, header = load_tensors(RunFolder(run).expert_path(phase))
-        assert header["grid"] == pytest.approx(config.phase_plan().times)
+        assert header["grid"] == pytest.approx(phase_plan(config).times)
         assert all(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
 
 
@@ -110,7 +110,7 @@ def ddpm() -> Any:
 def test_the_unet_example_checks_distils_and_samples(ddpm: Any, tmp_path: Path) -> None:
     unet = example("own_unet")
     plan = Plan(steps=4, phases=2, shift=1.0, start=unet.START)
-    config = Config(recipe="own-unet", teacher=OwnTeacher(name="discs"), plan=plan, generator=LORA, **BRIEF)
+    config = Config(recipe="own-unet", teacher=OwnTeacher(), plan=plan, generator=LORA, **BRIEF)
     fresh = unet.EpsUNet(copy.deepcopy(ddpm.unet), ddpm.scheduler.alphas_cumprod, (1, 8, 8))
     pictures = unet.main(ddpm, config, tmp_path / "run")
     trained(tmp_path / "run")
@@ -195,7 +195,7 @@ def test_the_flux_example_distils_what_the_stock_pipeline_then_samples(flux: Any
     stock.set_progress_bar_config(disable=True)
     (tmp_path / "prompts.txt").write_text("\n".join(FLUX_PROMPTS))
     config = Config(
-        recipe="own-flux", teacher=OwnTeacher(name="flux"), plan=Plan(shift=3.0), generator=LORA,
+        recipe="own-flux", teacher=OwnTeacher(), plan=Plan(shift=3.0), generator=LORA,
         prompts=str(tmp_path / "prompts.txt"), **BRIEF,
     )  # fmt: skip
     pictures = example("own_flux").main(flux, (16, 24), config, tmp_path / "run", max_tokens=TOKENS)
@@ -280,9 +280,9 @@ def test_distilling_an_exact_eps_teacher_beats_its_own_undistilled_steps(seed: i
     own = model, PlainCodec()
     check_model(*own, exact.sample(256, torch.Generator().manual_seed(0)), start=0.98)
     config = Config(
-        recipe="own-mixture", teacher=OwnTeacher(name="mixture"), plan=Plan(shift=1.0, start=0.98, gradient="all"),
-        generator=Generator(weights="full", optimiser=Optimiser(lr=5e-4, decay="linear"), ema=0.95),
-        fake=Fake(optimiser=Optimiser(lr=2e-3, decay="linear")),
+        recipe="own-mixture", teacher=OwnTeacher(), plan=Plan(shift=1.0, start=0.98, gradient="all"),
+        generator=Generator(weights="full", lr=5e-4, ema=0.95),
+        fake=Fake(lr=2e-3), optimiser=Optimiser(decay="linear"),
         seed=seed, **BRIEF | {"iterations": 100, "batch_size": 128, "log_every": 100, "checkpoint_every": 100},
     )  # fmt: skip
     sampler = load(distill(config, tmp_path / "run", quiet=True, own=own), own=own)

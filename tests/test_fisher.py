@@ -182,7 +182,7 @@ def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
         base = {
             "prompts": str(tmp_path / "prompts.txt"), "fake.updates": 2, "generator.lora.rank": 3, "plan.phases": 2,
             "generator.lora.alpha": 6, "batch_size": 4, "iterations": 2, "log_every": 1, "plan.gradient": "last",
-            "generator.optimiser.lr": 0.03,
+            "generator.lr": 0.03,
         }  # fmt: skip
         return resolve("nano-t2i", base | {key.replace("__", "."): value for key, value in overrides.items()}), model
 
@@ -193,7 +193,7 @@ def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
 @pytest.mark.parametrize("divergence", ["fisher", "fisher-stop-gradient", "kl"])
 def test_only_the_generator_has_gradients_after_its_update(divergence: str, weights: str, wan: Callable) -> None:
     """Though teacher and fake are differentiated down to their inputs: not one of their parameters has a gradient."""
-    config, model = wan(objective__divergence=divergence, fake__weights=weights)
+    config, model = wan(objective=divergence, fake__weights=weights)
     asked = build_system(config, model, TinyCodec().encode_text([""])[0])
     add_expert(asked, 1, trainable=True)
     if weights == "lora":
@@ -219,7 +219,7 @@ def test_teacher_and_fake_are_differentiated_with_guidance_and_route(wan: Callab
     """The loss of the guided teacher minus the fake's: its value, and its slope through both branches of the teacher,
     against networks that are called one by one. What checkpointing computes again has each role's own adapters.
     """
-    config, model = wan(objective__divergence="fisher", fake__weights="lora", fake__lora__rank=3)
+    config, model = wan(objective="fisher", fake__weights="lora", fake__lora__rank=3)
     bare = [copy.deepcopy(network).double() for network in model.networks]
     for network in model.networks:
         network.double().enable_gradient_checkpointing()
@@ -269,9 +269,9 @@ def test_teacher_and_fake_are_differentiated_with_guidance_and_route(wan: Callab
 
 
 SMALL = {
-    "teacher.means": [[-1.0], [1.0]], "teacher.std": 0.3, "teacher.fit_steps": 300, "teacher.fit_batch": 128,
-    "teacher.hidden": 32, "teacher.layers": 2, "fake.updates": 3, "batch_size": 64, "sample_every": 1000,
-    "plan.shift": 3.0, "generator.optimiser.lr": 2e-3, "fake.optimiser.lr": 4e-3,
+    "teacher.means": [[-1.0], [1.0]], "teacher.std": 0.3, "teacher.fit_steps": 300, 
+    "fake.updates": 3, "batch_size": 64, "sample_every": 1000,
+    "plan.shift": 3.0, "generator.lr": 2e-3, "fake.lr": 4e-3,
 }  # fmt: skip
 
 
@@ -290,8 +290,8 @@ def test_training_brings_the_samples_nearer_to_the_mixture(divergence: str, tmp_
         exact = build_mixture(config.teacher).sample(4000, torch.Generator().manual_seed(1))
         return (samples.sort(0).values - exact.sort(0).values).abs().mean().item()
 
-    before = distance(toy(iterations=1, generator__optimiser__lr=1e-9))
-    after = distance(toy(iterations=80, objective__divergence=divergence))
+    before = distance(toy(iterations=1, generator__lr=1e-9))
+    after = distance(toy(iterations=80, objective=divergence))
     assert after < 0.6 * before, (before, after)
 
 

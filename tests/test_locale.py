@@ -17,7 +17,7 @@ from tiny import TinyCodec, TinyWan, killed_after
 
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.cli import main
-from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, Plan
+from phased_dmd.config import Config, Fake, Generator, Lora, Plan
 from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.recipes import resolve
 from phased_dmd.sampling.writing import file_stem
@@ -132,9 +132,9 @@ def test_a_run_begun_in_one_locale_goes_on_in_another_and_ends_byte_for_byte_the
     prompt = json.dumps({"prompt": "\u72d0\u72f8 \u00e9\u2028"}, ensure_ascii=False)
     (tmp_path / "p.jsonl").write_text(f"{prompt}\n", "utf-8")
     config = Config(
-        recipe="tiny", teacher=OwnTeacher(name="tiny", negative_prompt=NEGATIVE), prompts=str(tmp_path / "p.jsonl"),
+        recipe="tiny", teacher=OwnTeacher(negative_prompt=NEGATIVE), prompts=str(tmp_path / "p.jsonl"),
         plan=Plan(steps=2, phases=1), iterations=3, checkpoint_every=1, log_every=1, batch_size=2,
-        generator=Generator(lora=Lora(rank=2), optimiser=Optimiser(lr=1e-2)), fake=Fake(updates=1),
+        generator=Generator(lora=Lora(rank=2), lr=1e-2), fake=Fake(updates=1),
     )  # fmt: skip
 
     def run(name: str) -> Path:

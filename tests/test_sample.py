@@ -69,7 +69,7 @@ class GreyCodec(TinyCodec):
 def tiny() -> Sampler:
     """Four steps in two phases of a random network, with experts that differ from it."""
     config = Config(
-        recipe="mine", teacher=OwnTeacher(name="mine"), plan=Plan(steps=4, phases=2),
+        recipe="mine", teacher=OwnTeacher(), plan=Plan(steps=4, phases=2),
         generator=Generator(lora=Lora(rank=2, alpha=2)), prompts="nano-t2i",
     )  # fmt: skip
     system = build_system(config, CountingWan(), TinyCodec().encode_text([""])[0])

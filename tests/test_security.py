@@ -251,7 +251,7 @@ def test_yaml_makes_no_objects(tag: str, tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("where", ["", "teacher", "generator", "generator.optimiser", "engine"])
+@pytest.mark.parametrize("where", ["", "teacher", "generator", "generator.lora", "engine"])
 @pytest.mark.parametrize("field", ["api_key", "token", "WANDB_API_KEY", "class_path", "_target_"])
 def test_no_section_has_a_field_for_secrets_or_classes(where: str, field: str) -> None:
     data = json.loads(resolve("nano-t2i", {}).model_dump_json())

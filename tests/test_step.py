@@ -16,7 +16,7 @@ from torch import Tensor
 
 from phased_dmd import step, train
 from phased_dmd.checkpoint import RunFolder, load_tensors
-from phased_dmd.config import Config
+from phased_dmd.config import Config, phase_plan
 from phased_dmd.engine import world
 from phased_dmd.engine.signals import Signals
 from phased_dmd.errors import Stopped, UserError
@@ -32,7 +32,7 @@ from phased_dmd.step import Batch, States, draw, roll_out
 from phased_dmd.train import distill
 
 QUICK = {
-    "teacher.fit_steps": 20, "teacher.fit_batch": 64, "teacher.hidden": 16, "teacher.layers": 2, "fake.updates": 2,
+    "teacher.fit_steps": 20, "fake.updates": 2,
     "batch_size": 8, "iterations": 4, "log_every": 1, "checkpoint_every": 1000, "sample_every": 1000,
 }  # fmt: skip
 
@@ -126,13 +126,13 @@ def gaussian(config: Config) -> Any:
         return exact_prediction("flow", "flow", t[0].item())(x)
 
     def roll(hops: Any, x: Tensor, condition: Any, gradient_steps: Any = (), renoise: Any = None) -> Rollout:
-        return rollout(predict, x, hops, FlowSchedule(), "flow", gradient_steps, config.plan.solver, renoise)
+        return rollout(predict, x, hops, FlowSchedule(), "flow", gradient_steps, config.ablation.solver, renoise)
 
     model = SimpleNamespace(
         sample_shapes=[(1,)], batch=lambda rows: {"text": torch.tensor([row.get("text", 0) for row in rows])}
     )
     return SimpleNamespace(
-        config=config, plan=config.phase_plan(), model=model, start=lambda noise: noise, roll=roll
+        config=config, plan=phase_plan(config), model=model, start=lambda noise: noise, roll=roll
     )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def drawn(config: Config, update: int, samples: int, phase: int = 1, iteration: 
 @pytest.mark.parametrize("gradient", ["last", "all"])
 def test_reuse_gives_every_update_of_a_cycle_the_same_path(gradient: str, tmp_path: Path, watch: Watch) -> None:
     """x_s bit for bit, the generator's own end with gradient included; t and eps anew; the next cycle has another."""
-    config = toy(plan__gradient=gradient, plan__fake_rollout="same", rollouts__reuse=True, fake__updates=3)
+    config = toy(plan__gradient=gradient, ablation__fake_rollout="same", rollouts__reuse=True, fake__updates=3)
     distill(config, tmp_path / "run", quiet=True)
     for phase in (1, 2):
         ends = []
@@ -172,7 +172,7 @@ def test_a_state_that_is_kept_is_the_one_computed_afresh(fake_rollout: str, tmp_
             compared[batch.phase] += 1
 
     watch.after = after
-    levers = {"rollouts__reuse": True, "plan__fake_rollout": fake_rollout}
+    levers = {"rollouts__reuse": True, "ablation__fake_rollout": fake_rollout}
     distill(toy(plan__steps=6, plan__gradient="last", iterations=6, **levers), tmp_path / "run", quiet=True)
     assert compared == {1: 6 * 3 * 3, 2: 6 * 3 * 3}
 
@@ -180,18 +180,18 @@ def test_a_state_that_is_kept_is_the_one_computed_afresh(fake_rollout: str, tmp_
 LEVERS: dict[str, dict[str, Any]] = {
     "none": {},
     "all": {"plan__gradient": "all"},
-    "same": {"plan__fake_rollout": "same"},
-    "reuse, same": {"rollouts__reuse": True, "plan__fake_rollout": "same"},
+    "same": {"ablation__fake_rollout": "same"},
+    "reuse, same": {"rollouts__reuse": True, "ablation__fake_rollout": "same"},
     "reuse, all": {"rollouts__reuse": True, "plan__gradient": "all"},
     "reuse, full": {"rollouts__reuse": True, "plan__steps": 6, "iterations": 3},
     "start": {"rollouts__antithetic": "start"},
     "reuse, start": {"rollouts__reuse": True, "rollouts__antithetic": "start"},
-    "fisher": {"objective__divergence": "fisher"},
-    "fisher-stop-gradient": {"objective__divergence": "fisher-stop-gradient"},
+    "fisher": {"objective": "fisher"},
+    "fisher-stop-gradient": {"objective": "fisher-stop-gradient"},
     "sorted": {"renoise__sort": True, "engine__micro_batch": 4},
     "pulled": {"fake__pull": 0.5},
     "together": {
-        "rollouts__reuse": True, "rollouts__antithetic": "start", "objective__divergence": "fisher", "fake__pull": 0.5,
+        "rollouts__reuse": True, "rollouts__antithetic": "start", "objective": "fisher", "fake__pull": 0.5,
         "renoise__sort": True, "engine__micro_batch": 4, "engine__batched_guidance": True,
     },
 }  # fmt: skip
@@ -211,7 +211,7 @@ def test_the_plan_foresees_the_calls(
     monkeypatch.setattr(step, "choice", in_turn)
     distill(config, tmp_path / "run", quiet=True)
     for phase in (1, 2):
-        work = phase_work(config, config.phase_plan(), phase, guided=False)
+        work = phase_work(config, phase_plan(config), phase, guided=False)
         found = {role: count / (config.iterations * 8) for role, count in watch.total(phase).items()}
         assert (found.pop(TEACHER), found.pop(FAKE)) == (1, 2 + 1)
         assert sum(found.values()) == pytest.approx(work.calls - (1 + 2 + 1), abs=1e-12)
@@ -299,7 +299,7 @@ def test_pairs_keep_the_expected_gradient_and_lower_its_variance(reuse: bool) ->
     the gradient by quadrature: within four standard errors. A pair's variance against that of two single draws.
     """
     t = 1.0
-    plain = {"plan__steps": 2, "plan__shift": 5.0, "renoise__fixed": t}
+    plain = {"plan__steps": 2, "plan__shift": 5.0, "ablation__renoise": t}
     config, samples = toy(**plain), 6000
     paired = toy(**plain, rollouts__antithetic="start", rollouts__reuse=reuse)
     single = gradients(config, samples).unflatten(0, (-1, 2)).mean(1)
@@ -381,7 +381,7 @@ def test_sorted_times_call_fewer_networks(wan: Callable, tmp_path: Path, monkeyp
 
 def test_levers_that_do_not_go_together_are_refused() -> None:
     for levers, message in (
-        ({"objective__divergence": "fisher", "engine__sequence_parallel": 2}, r"objective\.divergence: only 'kl'"),
+        ({"objective": "fisher", "engine__sequence_parallel": 2}, "objective: a Fisher divergence does not go with"),
     ):
         with pytest.raises(ValueError, match=message):
             toy(**levers)
@@ -393,7 +393,7 @@ def test_the_plan_foresees_guidance(batched: bool, wan: Callable, tmp_path: Path
     config = wan(engine__batched_guidance=batched, plan__gradient="all", rollouts__reuse=True)
     distill(config, tmp_path / "run", quiet=True)
     for phase in (1, 2):
-        work = phase_work(config, config.phase_plan((0.9,)), phase, guided=True)
+        work = phase_work(config, phase_plan(config, (0.9,)), phase, guided=True)
         assert sum(watch.total(phase).values()) == 2 * 8 * work.calls
         assert watch.total(phase)[TEACHER] == 2 * 2 * 8
 
@@ -406,8 +406,8 @@ def test_a_run_with_every_lever_is_byte_identical_when_it_is_stopped_between_upd
     divergence: str, wan: Callable, tmp_path: Path
 ) -> None:
     levers = {
-        "rollouts__reuse": True, "rollouts__antithetic": "start", "plan__solver": "renoise",
-        "objective__divergence": divergence, "fake__pull": 0.5, "engine__micro_batch": 2,
+        "rollouts__reuse": True, "rollouts__antithetic": "start", "ablation__solver": "renoise",
+        "objective": divergence, "fake__pull": 0.5, "engine__micro_batch": 2,
         "engine__batched_guidance": True, "batch_size": 4, "iterations": 3,
     }  # fmt: skip
     whole = files(distill(wan(**levers), tmp_path / "whole", quiet=True))
@@ -432,7 +432,9 @@ def test_with_every_lever_off_the_draws_are_what_they_always_were(
     update: int, exit_step: int, start: Any, eps: Any, t: Any, prompts: Any, x_s: Any
 ) -> None:
     """Written down when there was none of them: six steps, seed 0, phase 2, iteration 3."""
-    asked = gaussian(toy(plan__steps=6, plan__gradient="last", plan__fake_rollout="same", plan__solver="renoise"))
+    asked = gaussian(
+        toy(plan__steps=6, plan__gradient="last", ablation__fake_rollout="same", ablation__solver="renoise")
+    )
     asked.model.sample_shapes = [(1,), (1, 1)]
     table: Any = SimpleNamespace(eligible=lambda bucket: range(1000), row=lambda index, bucket: {"text": index})
     batch = draw(asked, 2, 3, update, [range(2)], [1.0, 2.0], table)

@@ -17,7 +17,7 @@ from phased_dmd.trackers import Trackers
 from phased_dmd.train import distill
 
 FAST = {
-    "iterations": 2, "batch_size": 4, "log_every": 1, "sample_every": None, "teacher.fit_steps": 2, "teacher.hidden": 8
+    "iterations": 2, "batch_size": 4, "log_every": 1, "sample_every": None, "teacher.fit_steps": 2
 }  # fmt: skip
 ALL = ("tensorboard", "wandb", "trackio")
 SEEN: list[tuple[str, Any, Any]] = []  # what was logged: tracker and key, step, value

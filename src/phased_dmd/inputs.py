@@ -8,7 +8,7 @@ from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.conditions import fitting
-from phased_dmd.config import Config
+from phased_dmd.config import Config, phase_plan
 from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.engine.world import warn
 from phased_dmd.errors import UserError
@@ -50,9 +50,9 @@ def initial_expert(config: Config, model: VelocityModel, phase: int) -> dict[str
 
     An adapter is rescaled to this run's alpha / rank, so that it computes what it did there.
     """
-    other, t = RunFolder(config.init_experts or ""), config.phase_plan(model.switches).begin(phase)
+    other, t = RunFolder(config.init_experts or ""), phase_plan(config, model.switches).begin(phase)
     try:
-        plan = other.config().phase_plan(model.switches)
+        plan = phase_plan(other.config(), model.switches)
     except ValueError as error:
         raise UserError(f"init_experts: {error}") from error
     step = min(range(plan.num_steps), key=lambda step: abs(plan.times[step] - t))

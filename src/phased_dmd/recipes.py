@@ -5,46 +5,49 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from phased_dmd.config import Config, Fake, Generator, Lora, Method, Objective, Optimiser, Plan
+from phased_dmd.config import Config, Fake, Generator, Lora, Method, Optimiser, Plan
 from phased_dmd.config.overrides import apply_overrides, build, changed, read_file, with_method
 from phased_dmd.config.teacher import AnalyticTeacher, QwenImageTeacher, Size, WanTeacher
 from phased_dmd.errors import UserError, did_you_mean
 
 
 def toy_1d() -> Config:
-    """The four points of the paper's Appendix D, in two steps with the boundary at .5."""
+    """Distils the four points of the paper's Appendix D, in two steps with the boundary at .5."""
     return Config(
         recipe="toy-1d",
         teacher=AnalyticTeacher(means=((-1.0,), (0.0,), (1.0,), (2.0,))),
         plan=Plan(steps=2, phases=2, shift=1.0, gradient="all"),
-        objective=Objective(weighting="posterior"),  # of one element the default's mean is none
-        generator=Generator(weights="full", optimiser=Optimiser(lr=5e-4, decay="linear")),
-        fake=Fake(optimiser=Optimiser(lr=1e-3, decay="linear")),
+        objective="posterior",  # of one element the default's mean is none
+        generator=Generator(weights="full", lr=5e-4),
+        fake=Fake(lr=1e-3),
+        optimiser=Optimiser(decay="linear"),
         iterations=1000, batch_size=256, log_every=50, checkpoint_every=500, sample_every=500,
     )  # fmt: skip
 
 
 def toy_2d() -> Config:
-    """An exact mixture of 25 narrow Gaussians on a 5 x 5 grid: how many modes does each method keep?"""
+    """Distils a mixture of 25 narrow Gaussians on a 5 x 5 grid: how many modes does each method keep?"""
     axis = (-2.0, -1.0, 0.0, 1.0, 2.0)
     return Config(
         recipe="toy-2d",
         teacher=AnalyticTeacher(means=tuple((x, y) for x in axis for y in axis), std=0.05, fit_steps=4000),
         plan=Plan(steps=4, phases=4, shift=2.0, gradient="all"),
-        generator=Generator(weights="full", optimiser=Optimiser(lr=1e-3, decay="linear")),
-        fake=Fake(optimiser=Optimiser(lr=2e-3, decay="linear")),
+        generator=Generator(weights="full", lr=1e-3),
+        fake=Fake(lr=2e-3),
+        optimiser=Optimiser(decay="linear"),
         iterations=500, batch_size=256, log_every=50, checkpoint_every=500, sample_every=500,
     )  # fmt: skip
 
 
 def nano_t2i() -> Config:
-    """The embedded teacher, text-to-image: 40 steps with guidance become 4 without, a LoRA expert a step."""
+    """Distils the embedded teacher, text-to-image: 40 steps with guidance become 4 without, a LoRA expert a step."""
     return Config(
         recipe="nano-t2i",
         teacher=WanTeacher(path="nano", guidance=(1.5,), max_tokens=16),
         plan=Plan(steps=4, phases=4, shift=5.0, gradient="all"),
-        generator=Generator(lora=Lora(rank=32, alpha=32), optimiser=Optimiser(lr=1e-3, decay="linear"), ema=0.97),
-        fake=Fake(optimiser=Optimiser(lr=3e-4, decay="linear")),
+        generator=Generator(lora=Lora(rank=32, alpha=32), lr=1e-3, ema=0.97),
+        fake=Fake(lr=3e-4),
+        optimiser=Optimiser(decay="linear"),
         prompts="nano-t2i", iterations=120, batch_size=32, log_every=5, checkpoint_every=40, sample_every=40,
     )  # fmt: skip
 
@@ -52,16 +55,16 @@ def nano_t2i() -> Config:
 # Of the two *-fast recipes, with less than half of the network calls: docs/results/performance.md weighs them.
 FEWER_CALLS = {"rollouts.reuse": True, "rollouts.antithetic": "start", "fake.pull": 1.0}
 # Wan2.2 in the paper: while only the noisier network's steps are distilled, t is clamped to that network's range.
-ABOVE_SWITCH = {"renoise.above_switch": True, "renoise.clamp": True}
+ABOVE_SWITCH = {"renoise.above_switch": "clamp"}
 CLIP = {"teacher.sizes": [{"num_frames": 9}], "iterations": 60, "batch_size": 24}  # of a digit that moves
 
 VARIANTS = {  # a recipe, and what this one changes in it
     "toy-2d-fast": (toy_2d, FEWER_CALLS | {
-        "generator.optimiser.lr": 5e-4, "fake.optimiser.lr": 1e-3, "fake.updates": 1,
+        "generator.lr": 5e-4, "fake.lr": 1e-3, "fake.updates": 1,
         "phase_shares": [0.125, 0.125, 0.25, 3.5],
     }),
     "nano-t2i-fast": (nano_t2i, FEWER_CALLS | {
-        "generator.ema": 0.9, "fake.optimiser.lr": 1.5e-4, "fake.updates": 2, "phase_shares": [0.5, 0.5, 1.0, 2.25],
+        "generator.ema": 0.9, "fake.lr": 1.5e-4, "fake.updates": 2, "phase_shares": [0.5, 0.5, 1.0, 2.25],
     }),
     "nano-t2v": (nano_t2i, CLIP | {"prompts": "nano-t2v"}),
     # A teacher of two networks like Wan2.2's, and an expert on each: as many updates in all as nano-t2i.
@@ -72,7 +75,7 @@ VARIANTS = {  # a recipe, and what this one changes in it
 
 
 def variant(recipe: str) -> Config:
-    """Another recipe with the changes of `VARIANTS`."""
+    """Returns another recipe with the changes of `VARIANTS`."""
     original, changes = VARIANTS[recipe]
     return changed(original(), {"recipe": recipe, **changes})
 
@@ -99,7 +102,7 @@ QWEN = partial(QwenImageTeacher, negative_prompt=" ", max_tokens=1024)
 
 
 class System(NamedTuple):
-    """What differs between the paper's systems. docs/models.md says of each figure where it comes from."""
+    """Holds what differs between the paper's systems. docs/models.md says of each figure where it comes from."""
 
     teacher: Callable[..., WanTeacher | QwenImageTeacher]
     path: str
@@ -120,14 +123,14 @@ SYSTEMS = {  # wan21-t2v-1.3b, at the size it was made for, is not in the paper
 
 
 def paper(recipe: str) -> Config:
-    """What the paper sets for all of its systems, in four steps and two phases with SGTS."""
+    """Returns what the paper sets for all of its systems: four steps in two phases with SGTS."""
     teacher, path, sizes, shift, prompts, more = SYSTEMS[recipe]
     config = Config(
         recipe=recipe,
         teacher=teacher(path=path, sizes=sizes, guidance=(4.0,), base_steps=40, dtype="bfloat16"),
         plan=Plan(steps=4, phases=2, shift=shift, gradient="last"),
-        generator=Generator(weights="lora", lora=Lora(rank=64, alpha=8), optimiser=Optimiser(lr=5e-5)),
-        fake=Fake(weights="full", optimiser=Optimiser(lr=4e-7), updates=5),
+        generator=Generator(weights="lora", lora=Lora(rank=64, alpha=8), lr=5e-5),
+        fake=Fake(weights="full", lr=4e-7, updates=5),
         prompts=prompts, iterations=500, batch_size=64, log_every=1, checkpoint_every=50, sample_every=50,
     )  # fmt: skip
     return changed(config, more)
@@ -140,7 +143,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
 
 
 def resolve(recipe: str | Path, overrides: Mapping[str, Any] | None = None, method: Method | None = None) -> Config:
-    """The Config of a recipe's name, or of a YAML or JSON file, with dotted overrides and a method.
+    """Returns the Config of a recipe's name, or of a YAML or JSON file, with dotted overrides and a method.
 
     A method keeps the generator updates in all: where it changes the number of phases, `iterations` are converted, the
     recipe's or given ones.

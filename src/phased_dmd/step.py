@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from phased_dmd.conditions import Conditions
-from phased_dmd.config import Config
+from phased_dmd.config import FISHER, Config, renoise_interval
 from phased_dmd.config.teacher import OwnTeacher, PipelineTeacher
 from phased_dmd.engine.randomness import choice, normal, uniform
 from phased_dmd.engine.world import device, rank, world_size
@@ -104,7 +104,7 @@ def draw(
 
     # Stochastic gradient truncation (SGTS): one step of the phase, the exit, jumps from its time to the phase's end.
     steps = plan.steps(phase)
-    exits_early = config.plan.gradient == "last" and (update == EXPERT_UPDATE or config.plan.fake_rollout == "same")
+    exits_early = config.plan.gradient == "last" and (update == EXPERT_UPDATE or config.ablation.fake_rollout == "same")
     exit_step = steps[choice(len(steps), *rollout_key, "exit")] if exits_early else steps[-1]
 
     # Re-noising: in the fake's updates the samples of a pair share its time and noise.
@@ -128,14 +128,15 @@ def draw(
 def draw_times(system: System, phase: int, key: Key, samples: Sequence[int], shares: bool) -> Tensor:
     """Draws the re-noise times of samples, float64 [b]; shares: one time for both samples of a pair."""
     config, plan = system.config, system.plan
-    if config.renoise.fixed is not None:
-        return torch.full((len(samples),), config.renoise.fixed, dtype=torch.float64)
-    low, high = config.interval(plan, phase)
+    interval = renoise_interval(config, plan, phase)
+    if interval.low == interval.high:  # one time for all
+        return torch.full((len(samples),), interval.high, dtype=torch.float64)
     drawn = range(config.batch_size) if config.renoise.sort else samples
     r = uniform(in_pairs(drawn) if shares else drawn, *key, "t")
     if config.renoise.sort:  # over the global batch, so that a micro-batch calls fewer of a teacher's networks
         r = r.sort().values[list(samples)]
-    return renoise_times(r, low, high, config.plan.shift, config.t_range(plan, phase), config.renoise.clamp)
+    bounds = (interval.floor, 1.0) if interval.floor else None
+    return renoise_times(r, interval.low, interval.high, config.plan.shift, bounds, clamp=True)
 
 
 def in_pairs(samples: Sequence[int]) -> list[int]:
@@ -175,7 +176,7 @@ def fake_loss(batch: Batch, states: States) -> Tensor:
     loss = score_matching_loss(
         partial(system.fake, condition=batch.condition, present=batch.networks),
         x_s, batch.eps, batch.s, batch.t, system.model.schedule, system.model.prediction,
-        TARGETS[system.config.objective.target],
+        TARGETS[system.config.ablation.target],
     )  # fmt: skip
     return loss.mean() * batch.share
 
@@ -194,11 +195,11 @@ def expert_loss(batch: Batch, states: States) -> Tensor:
     teacher, fake = (
         partial(predict, condition=batch.condition, present=batch.networks) for predict in (system.teacher, system.fake)
     )
-    if config.objective.divergence != "kl":
+    if config.objective in FISHER:
         return fisher_loss(batch, end.x, teacher, fake).mean() * batch.share
     loss = distribution_matching_loss(
         end.x, batch.eps, batch.s, batch.t, model.schedule, model.prediction,
-        teacher, fake, config.objective.weighting, end.x0.detach(),
+        teacher, fake, config.objective, end.x0.detach(),
     )  # fmt: skip
     return loss.mean() * batch.share
 
@@ -213,7 +214,7 @@ def fisher_loss(batch: Batch, x_s: Tensor, teacher: Predict, fake: Predict) -> T
     roles, x = batch.system.roles, x_s.detach().requires_grad_()
     given = x, batch.eps, batch.s, batch.t, batch.system.model.schedule, batch.system.model.prediction
     terms: list[tuple[str, Callable[[], Tensor]]] = [(FAKE, lambda: fisher_stop_gradient_loss(teacher, fake, *given))]
-    if batch.system.config.objective.divergence == "fisher":
+    if batch.system.config.objective == "fisher":
         terms = [
             (TEACHER, lambda: score_matching_loss(teacher, *given)),
             (FAKE, lambda: -score_matching_loss(fake, *given)),

@@ -139,8 +139,10 @@ def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
     if config.init_experts:
         load_expert(job.system, phase, initial_expert(config, job.system.model, phase), "init_experts")
     add_fake(job.system, phase, job.fresh_fakes.get(phase))
-    expert = Learner(role, roles.parameters(role), config.generator.optimiser, config.generator.ema, config.seed)
-    return expert, Learner(FAKE, roles.parameters(FAKE), config.fake.optimiser, seed=config.seed)
+    expert = Learner(
+        role, roles.parameters(role), config.optimiser, config.generator.lr, config.generator.ema, config.seed
+    )
+    return expert, Learner(FAKE, roles.parameters(FAKE), config.optimiser, config.fake.lr, seed=config.seed)
 
 
 def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
@@ -167,7 +169,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
                 leave_if_asked(job, at, state)
             with job.system.roles.following(expert.role, config.fake.pull):
                 loss, norm = train_step(job, at, EXPERT_UPDATE, expert, expert_loss, states, state)
-            at.clipped += norm is not None and norm > config.generator.optimiser.clip
+            at.clipped += norm is not None and norm > config.optimiser.clip
             fake_losses = sum(at.fake_losses) / len(at.fake_losses) if at.fake_losses else None
             at.iteration, at.update, at.fake_losses, at.counted = at.iteration + 1, 0, [], at.counted + 1
             cpu_seconds += time.process_time() - cpu_started
@@ -188,7 +190,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
             if config.sample_every is not None and (at.iteration % config.sample_every == 0 or last):
                 save_samples(job, at, expert)
             if at.iteration % config.checkpoint_every == 0:
-                run.save_checkpoint(asdict(at), state, config.keep_last, config.keep_every)
+                run.save_checkpoint(asdict(at), state, config.keep_last)
             leave_if_asked(job, at, state)
 
 
@@ -250,7 +252,7 @@ def leave_if_asked(job: Job, at: Position, state: Mapping[str, Tensor]) -> None:
     """Saves and raises Stopped after a signal."""
     if number := job.signals.asked():
         config = job.system.config
-        job.run.save_checkpoint(asdict(at), state, config.keep_last, config.keep_every)
+        job.run.save_checkpoint(asdict(at), state, config.keep_last)
         where = f"phase {at.phase}, iteration {at.iteration}" + (f", update {at.update}" if at.update else "")
         raise Stopped(number, f"{job.run.path}: stopped and saved at {where}; the same command goes on from there")
 
@@ -296,10 +298,10 @@ def expert_header(config: Config, system: System, phase: int) -> dict[str, objec
     lora = config.generator.lora if config.generator.weights == "lora" else None
     return {
         "phase": phase, "steps": list(system.plan.steps(phase)), "grid": list(system.plan.times),
-        "shift": config.plan.shift, "boundary": system.plan.end(phase), "solver": config.plan.solver,
+        "shift": config.plan.shift, "boundary": system.plan.end(phase), "solver": config.ablation.solver,
         "weights": config.generator.weights,
         "rank": lora and lora.rank, "alpha": lora and lora.alpha, "method": config.method,
-        "weighting": config.objective.descends,
+        "weighting": config.objective,
     }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from phased_dmd.networks.roles import FAKE, TEACHER, Roles, expert_role
 
 ITERATIONS = 6
 FIELDS = (
-    "teacher.fit_steps=20", "teacher.fit_batch=64", "teacher.hidden=8", "teacher.layers=2", "batch_size=16",
+    "teacher.fit_steps=20", "batch_size=16",
     "generator.ema=0.8", "fake.updates=3", "log_every=2", "sample_every=3", "checkpoint_every=2",
 )  # fmt: skip
 SAVED = re.compile(r"phased-dmd: \S+: stopped and saved at (.*); the same command goes on from there\n")

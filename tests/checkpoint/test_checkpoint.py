@@ -154,8 +154,8 @@ def state(value: float = 0.0) -> dict[str, Tensor]:
     return {"fake/w": torch.full((4, 3), float(value)), "expert/0.b": torch.full((5,), float(value)).bfloat16()}
 
 
-def keep(run: RunFolder, at: dict[str, Any], value: float, keep_last: int = 2, keep_every: int | None = None) -> None:
-    run.save_checkpoint(at, state(value), keep_last, keep_every)
+def keep(run: RunFolder, at: dict[str, Any], value: float, keep_last: int = 2) -> None:
+    run.save_checkpoint(at, state(value), keep_last)
 
 
 def found(run: Path | RunFolder, phase: int = 1) -> tuple[int, int, float] | None:
@@ -216,18 +216,6 @@ def test_checkpoints_keep_the_last_ones_of_all_phases_together(tmp_path: Path) -
         assert found(run, phase) == (iteration, update, phase + iteration + update)
     assert names(run) == ["phase-2-iteration-000005-update-3", "phase-2-iteration-000010-update-0"]
     assert found(run, 1) is None and found(run, 3) is None
-
-
-def test_every_mth_checkpoint_is_kept_for_good(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    for phase, iteration, update in ((1, 5, 0), (1, 10, 0), (1, 10, 2), (1, 15, 0), (2, 10, 0), (2, 15, 0)):
-        keep(run, point(iteration, update, phase), 1.0, keep_last=1, keep_every=10)
-    kept = [
-        "phase-1-iteration-000010-update-0",
-        "phase-2-iteration-000010-update-0",
-        "phase-2-iteration-000015-update-0",
-    ]
-    assert names(run) == kept
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:

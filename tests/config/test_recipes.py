@@ -9,16 +9,18 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
+import torch
 from tiny import TinyCodec, TinyWan
 from torch import Tensor
 from torch.distributed.run import get_args_parser
 
 from phased_dmd import cli, train
-from phased_dmd.config import Method
+from phased_dmd.config import Method, phase_plan, renoise_interval
 from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import Expert
 from phased_dmd.networks import build as networks_build
+from phased_dmd.networks.optim import MomentumFreeAdamW
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import FIRST_FRAMES, RECIPES, WAN_NEGATIVE, resolve
@@ -70,25 +72,21 @@ def test_the_settings_are_the_papers(recipe: str) -> None:
     )
     assert (teacher.guidance, teacher.base_steps, teacher.dtype) == ((4.0,), 40, "bfloat16")
     assert (config.batch_size, config.fake.updates) == (64, 5)
-    assert (config.fake.weights, config.fake.optimiser.lr) == ("full", 4e-7)
+    assert (config.fake.weights, config.fake.lr) == ("full", 4e-7)
     generator = config.generator
     assert (generator.weights, generator.lora.rank, generator.lora.alpha, generator.ema) == ("lora", 64, 8, None)
-    assert generator.optimiser.lr == 5e-5
-    for optimiser in (generator.optimiser, config.fake.optimiser):
-        assert (optimiser.beta2, optimiser.decay, optimiser.weight_decay, optimiser.clip) == (
-            0.999,
-            "constant",
-            0.01,
-            1,
-        )
-    assert (config.plan.solver, config.plan.start, config.renoise.interval) == ("ddim", 1.0, "nested")
+    assert generator.lr == 5e-5
+    optimiser = MomentumFreeAdamW([torch.nn.Parameter(torch.zeros(1))], generator.lr).param_groups[0]
+    assert (optimiser["beta2"], optimiser["weight_decay"]) == (0.999, 0.01)
+    assert (config.optimiser.decay, config.optimiser.clip) == ("constant", 1)
+    assert (config.ablation.solver, config.plan.start, config.ablation.renoise) == ("ddim", 1.0, "nested")
     assert config.method == "phased-sgts" and config.plan.steps == 4 and config.plan.phases == 2
     assert 1000 <= config.iterations * config.plan.phases <= 2000  # what the authors reported
 
 
 @papers
 def test_the_grid_and_the_boundary_are_the_papers(recipe: str) -> None:
-    plan = resolve(recipe, OWN).phase_plan(switches_of(recipe))
+    plan = phase_plan(resolve(recipe, OWN), switches_of(recipe))
     shift = PAPER[recipe][1]
     assert tuple(math.floor(1000 * t + 0.5) for t in plan.times) == (*GRIDS[shift], 0)
     assert plan.end(1) == pytest.approx(BOUNDARIES[shift], abs=5e-5) and plan.end(2) == 0
@@ -132,13 +130,16 @@ def test_every_method_and_number_of_phases_is_built_or_contradicts(
     expected = METHODS[method] if method else (phases or 2, "last")
     assert (config.plan.phases, config.plan.gradient) == expected
     assert config.method == method or (method is None and config.method == {2: "phased-sgts", 4: "phased"}[expected[0]])
-    plan = config.phase_plan(switches_of(recipe))
+    plan = phase_plan(config, switches_of(recipe))
     assert plan.num_phases == expected[0]
     assert tuple(math.floor(1000 * t + 0.5) for t in plan.times[:-1]) == GRIDS[PAPER[recipe][1]]
     if method:
         assert config.iterations * config.plan.phases == updates
     if not switches_of(recipe):
-        assert all(plan.fakes(phase, config.support(plan, phase)) == (0,) for phase in range(1, expected[0] + 1))
+        assert all(
+            plan.fakes(phase, renoise_interval(config, plan, phase).support) == (0,)
+            for phase in range(1, expected[0] + 1)
+        )
 
 
 def test_the_table_of_methods_is_whole() -> None:
@@ -157,10 +158,10 @@ TWO_NETWORKS = [  # phases, experts and fakes of each phase; grid 1, .9375 | .83
 def test_phases_above_the_switch_take_one_fake(recipe: str, phases: int, experts: Any, fakes: Any) -> None:
     """Phase 1 ends at .8333, under the switch of .875 or .9, yet only the noisier network takes part."""
     config = resolve(recipe, OWN | {"plan.phases": phases})
-    plan = config.phase_plan(switches_of(recipe))
+    plan = phase_plan(config, switches_of(recipe))
     numbers = range(1, phases + 1)
     assert [list(plan.experts(phase)) for phase in numbers] == [[Expert(*e) for e in phase] for phase in experts]
-    assert [plan.fakes(phase, config.support(plan, phase)) for phase in numbers] == fakes
+    assert [plan.fakes(phase, renoise_interval(config, plan, phase).support) for phase in numbers] == fakes
 
 
 @pytest.mark.parametrize(("recipe", "share"), [("wan22-t2v", 1 / 6), ("wan22-i2v", 2 / 7)])
@@ -168,7 +169,7 @@ def test_phase_1_of_wan22_piles_up_at_the_switch(recipe: str, share: float) -> N
     """Shift 5: raw .5 is the boundary; .875 is raw .5833, .9 raw .6429. Of phase 2 nothing is clamped."""
     config = resolve(recipe, OWN)
     (switch,) = switches_of(recipe)
-    system: Any = SimpleNamespace(config=config, plan=config.phase_plan((switch,)))
+    system: Any = SimpleNamespace(config=config, plan=phase_plan(config, (switch,)))
     t, later = (draw_times(system, phase, (0, phase, 0, 0), range(4000), shares=False) for phase in (1, 2))
     assert t.min() == switch and t.max() <= 1
     assert {system.plan.network(time) for time in t.tolist()} == {0}

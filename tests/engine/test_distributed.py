@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from phased_dmd.checkpoint import RunFolder
-from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, Plan
+from phased_dmd.config import Config, Fake, Generator, Lora, Plan
 from phased_dmd.config.overrides import apply_overrides
 from phased_dmd.engine.signals import Signals
 from phased_dmd.engine.world import processes, rank, world_size
@@ -107,8 +107,8 @@ def tiny_wan22(folder: Path) -> Config:
     size = {"num_frames": 5, "height": 16, "width": 32}
     return Config(
         recipe="tiny-wan22", teacher=teacher | {"sizes": [size]}, plan=Plan(phases=2), prompts=str(prompts),
-        generator=Generator(lora=Lora(rank=2, alpha=2), optimiser=Optimiser(lr=1e-3), ema=0.9),
-        fake=Fake(optimiser=Optimiser(lr=1e-3), updates=2, lora=Lora(rank=2, alpha=2)), iterations=ITERATIONS,
+        generator=Generator(lora=Lora(rank=2, alpha=2), lr=1e-3, ema=0.9),
+        fake=Fake(lr=1e-3, updates=2, lora=Lora(rank=2, alpha=2)), iterations=ITERATIONS,
         batch_size=4, log_every=1, checkpoint_every=ITERATIONS, sample_every=None,
     )  # fmt: skip
 

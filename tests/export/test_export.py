@@ -146,8 +146,8 @@ def test_the_script_gives_the_pipeline_a_first_frame_turned_as_a_viewer_shows_it
             {"plan__phases": 4},
             ["phase1-high-noise", "phase2-high-noise", "phase3-low-noise", "phase4-low-noise"],
         ),
-        ("wan21_t2v", None, {"plan__solver": "renoise"}, ["phase1", "phase2"]),
-        ("qwen_image", None, {"plan__solver": "renoise", "plan__shift": 3.0}, ["phase1", "phase2"]),
+        ("wan21_t2v", None, {"ablation__solver": "renoise"}, ["phase1", "phase2"]),
+        ("qwen_image", None, {"ablation__solver": "renoise", "plan__shift": 3.0}, ["phase1", "phase2"]),
     ],
 )
 def test_every_plan_is_exported_and_verified_as_lora_and_fused(
@@ -332,7 +332,7 @@ def test_a_hub_teacher_is_named_with_its_revision_and_a_local_one_is_not(
 
 def test_fresh_noise_is_drawn_from_the_generator_that_is_given(make: Make, workshop: Path, tmp_path: Path) -> None:
     """Of the re-noising solver, whose first noise is the same here; diffusers' pipelines pass their scheduler none."""
-    export(make("wan21_t2v", None, plan__solver="renoise"), "diffusers", tmp_path / "out")
+    export(make("wan21_t2v", None, ablation__solver="renoise"), "diffusers", tmp_path / "out")
     script = runpy.run_path(str(tmp_path / "out" / "sample.py"))
     pipe, first = script["load"](str(workshop / "teachers" / "wan21_t2v"), device="cpu"), draw(1, 16, 1, 8, 12, seed=1)
     pipe.set_progress_bar_config(disable=True)
@@ -708,7 +708,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
 ) -> None:  # fmt: skip
     if run == "toy":
         folder = workshop / "toy"
-        settings = {"teacher.fit_steps": 1, "teacher.hidden": 8, "batch_size": 4, "iterations": 1}
+        settings = {"teacher.fit_steps": 1, "batch_size": 4, "iterations": 1}
         distill(resolve("toy-1d", settings), folder, quiet=True)
     else:
         folder = shutil.copytree(make("wan21_t2v"), workshop / run / "run")

@@ -7,7 +7,7 @@ from tiny import draw
 from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder, save_tensors
-from phased_dmd.config import Config
+from phased_dmd.config import Config, phase_plan
 from phased_dmd.models.loader import bare_model, load_model
 from phased_dmd.networks.build import expert_shapes
 
@@ -15,7 +15,7 @@ from phased_dmd.networks.build import expert_shapes
 def finished_run(folder: Path, config: Config) -> Path:
     """Writes what is read of a finished run; full experts are the teacher's weights, each changed by a tenth or so."""
     model = bare_model(config.teacher, config.seed)
-    shapes = expert_shapes(config, model, config.phase_plan(model.switches))
+    shapes = expert_shapes(config, model, phase_plan(config, model.switches))
     base: dict[str, Tensor] = {}
     if config.generator.weights == "full":
         students = load_model(config.teacher, config.seed, fit=False)[0].students

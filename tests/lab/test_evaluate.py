@@ -16,7 +16,7 @@ from test_metrics import dino
 from tiny import draw
 from torch import Tensor
 
-from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, Plan
+from phased_dmd.config import Config, Fake, Generator, Lora, Plan
 from phased_dmd.config.teacher import AnalyticTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.export import export
@@ -245,7 +245,7 @@ def test_another_teacher_has_other_samples(changes: dict[str, object], tmp_path:
     """What no network's weights tell: the base's samples of one toy are not taken for another's."""
 
     def key(overrides: dict[str, object]) -> str | None:
-        config = resolve("toy-2d", {"teacher.hidden": 8, **overrides})
+        config = resolve("toy-2d", {**overrides})
         model = AnalyticModel(config.teacher, 0, fit=False)
         sampler = Sampler(build_system(config, model, {}), PlainCodec())
         return Base(sampler, tmp_path).row([Prompt("")] * 2, [0, 1], 2).key
@@ -443,8 +443,8 @@ def test_runs_and_exports_of_real_classes_are_evaluated_with_a_dino_folder(name:
     config = Config(
         recipe="tiny", teacher=teacher(name, build(name, tmp_path / "pipeline")), prompts=str(tmp_path / "prompts.txt"),
         plan=Plan(steps=4, phases=2, shift=5.0),
-        generator=Generator(lora=Lora(rank=2, alpha=2), optimiser=Optimiser(lr=1e-2)),
-        fake=Fake(updates=1, optimiser=Optimiser(lr=1e-3)), iterations=1, batch_size=1,
+        generator=Generator(lora=Lora(rank=2, alpha=2), lr=1e-2),
+        fake=Fake(updates=1, lr=1e-3), iterations=1, batch_size=1,
     )  # fmt: skip
     run = distill(config, tmp_path / "run", quiet=True)
     protocol = Protocol(prompts=str(tmp_path / "prompts.txt"), seeds=(0, 1, 2), features=str(tmp_path / "dino"), fps=16)

@@ -260,7 +260,7 @@ def test_several_seeds_become_a_mean_with_students_interval_and_one_keeps_its_ow
 
 def test_methods_of_one_name_are_told_apart_by_what_differs(make: Make, tmp_path: Path) -> None:
     runs = [
-        make("n"), make("n1", seed=1), make("d", renoise__interval="disjoint"), make("x", method="dmd", log_every=1),
+        make("n"), make("n1", seed=1), make("d", ablation__renoise="disjoint"), make("x", method="dmd", log_every=1),
         make("y", method="dmd", generator__lora__alpha=64),
     ]  # fmt: skip
     page = Page(write_report(runs, tmp_path / "page.html"))
@@ -366,7 +366,7 @@ def test_what_is_not_ready_is_said(make: Make, tmp_path: Path) -> None:
 
 
 def test_a_run_of_ones_own_model_is_not_sent_to_a_command_that_cannot_evaluate_it(tmp_path: Path) -> None:
-    teacher = {"kind": "own", "name": "mine"}
+    teacher = {"kind": "own"}
     write_run(tmp_path / "run", build({"recipe": "mine", "teacher": teacher, "prompts": "nano-t2i"}))
     with pytest.raises(UserError) as error:
         write_report([tmp_path / "run"], tmp_path / "page.html")

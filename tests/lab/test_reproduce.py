@@ -17,7 +17,7 @@ from torch import nn
 
 from phased_dmd import cli, train
 from phased_dmd.checkpoint import RunFolder, load_tensors
-from phased_dmd.config import Config, Fake, Generator, Optimiser, Plan
+from phased_dmd.config import Config, Fake, Generator, Plan
 from phased_dmd.config.teacher import AnalyticTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate import HEADINGS
@@ -76,10 +76,10 @@ def tiny(iterations: int = 2) -> Config:
     """Four phases of two updates on three points."""
     return Config(
         recipe="toy-2d",
-        teacher=AnalyticTeacher(means=((-1.0, 0.0), (0.0, 1.0), (1.0, 0.0)), hidden=8, layers=1, fit_steps=5),
+        teacher=AnalyticTeacher(means=((-1.0, 0.0), (0.0, 1.0), (1.0, 0.0)), fit_steps=5),
         plan=Plan(steps=4, phases=4, shift=2.0, gradient="all"),
-        generator=Generator(weights="full", optimiser=Optimiser(lr=3e-2)),
-        fake=Fake(optimiser=Optimiser(lr=1e-3), updates=1),
+        generator=Generator(weights="full", lr=3e-2),
+        fake=Fake(lr=1e-3, updates=1),
         iterations=iterations, batch_size=8,
     )  # fmt: skip
 
@@ -225,7 +225,7 @@ def test_a_claims_files_agree_and_a_second_call_makes_only_what_is_missing(
     half = T4 * abs(kl[0][0] - kl[0][1]) / 2  # of two values
     assert f"| {plus_minus({'mean': kl[0][0] / 2 + kl[0][1] / 2, 'half_width': half})} |" in text
     assert [one["subject"] for one in files[1]] == [
-        f"toy-2d-phased-renoise.interval=disjoint-{seed}" for seed in (0, 1)
+        f"toy-2d-phased-ablation.renoise=disjoint-{seed}" for seed in (0, 1)
     ]
     tensors = RunFolder(tmp_path / "runs" / "toy-2d-phased-0")
     assert files[0][0]["trainable_parameters"] == sum(
@@ -235,9 +235,9 @@ def test_a_claims_files_agree_and_a_second_call_makes_only_what_is_missing(
         assert picture.width >= 900
 
     assert run() == (text, body) and len(distilled) == 4
-    (tmp_path / "runs" / "toy-2d-phased-renoise.interval=disjoint-0").rename(tmp_path / "lost")
+    (tmp_path / "runs" / "toy-2d-phased-ablation.renoise=disjoint-0").rename(tmp_path / "lost")
     again = run()[1]["comparisons"]
-    assert distilled[4:] == ["toy-2d-phased-renoise.interval=disjoint-0"]
+    assert distilled[4:] == ["toy-2d-phased-ablation.renoise=disjoint-0"]
     assert again == body["comparisons"], "the same run gives the same numbers"
 
 

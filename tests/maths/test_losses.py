@@ -723,4 +723,4 @@ def test_in_one_dimension_normalised_rests_on_a_few_samples(dims: int, low: floa
 
 
 def test_toy_1d_descends_a_weighting_that_is_none_of_a_few_samples() -> None:
-    assert resolve("toy-1d", {}).objective.weighting == "posterior"
+    assert resolve("toy-1d", {}).objective == "posterior"

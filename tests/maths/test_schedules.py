@@ -394,7 +394,7 @@ def test_every_other_start_is_allowed(name, prediction, t_0):
 
 def analytic(schedule: str, prediction: str, **sections: dict) -> dict:
     teacher = {"kind": "analytic", "means": [[0.0], [1.0]], "schedule": schedule, "prediction": prediction}
-    quick = {"fit_steps": 1, "fit_batch": 2, "hidden": 2, "layers": 1}
+    quick = {"fit_steps": 1}
     return {"recipe": "test", "teacher": teacher | quick, "generator": {"weights": "full"}, **sections}
 
 

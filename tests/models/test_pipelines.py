@@ -25,7 +25,7 @@ import phased_dmd
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.cli import main
 from phased_dmd.conditions import fitting
-from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, Plan
+from phased_dmd.config import Config, Fake, Generator, Lora, Plan
 from phased_dmd.config.teacher import PipelineTeacher, Size
 from phased_dmd.errors import UserError
 from phased_dmd.export import export
@@ -115,8 +115,8 @@ def config_of(section: PipelineTeacher, prompts: str = "nano-t2i", **changes: An
     """A run of two phases of two steps that takes seconds."""
     fields = {
         "recipe": "tiny", "teacher": section, "plan": Plan(steps=4, phases=2, shift=5.0),
-        "generator": Generator(lora=Lora(rank=4, alpha=4), optimiser=Optimiser(lr=1e-3)),
-        "fake": Fake(updates=1, optimiser=Optimiser(lr=1e-3), lora=Lora(rank=4, alpha=4)),
+        "generator": Generator(lora=Lora(rank=4, alpha=4), lr=1e-3),
+        "fake": Fake(updates=1, lr=1e-3, lora=Lora(rank=4, alpha=4)),
         "prompts": prompts, "iterations": 2, "batch_size": 2, "log_every": 1, "checkpoint_every": 1,
     }  # fmt: skip
     return Config(**fields | changes)
@@ -402,11 +402,10 @@ def test_a_bfloat16_teacher_trains_float32_weights(
         moved[self.role] |= {not torch.equal(old[key], self.parameters[key]) for key in old}
 
     monkeypatch.setattr(Learner, "step", spy)
-    optimiser = Optimiser(lr=1e-6, weight_decay=0)
     config = config_of(
         teacher_of(name, folders, dtype="bfloat16"), prompts_file(tmp_path, tiny.codec, tiny.picture),
-        generator=Generator(lora=Lora(rank=4, alpha=4), optimiser=optimiser),
-        fake=Fake(weights=fake, updates=1, lora=Lora(rank=4, alpha=4), optimiser=optimiser),
+        generator=Generator(lora=Lora(rank=4, alpha=4), lr=1e-6),
+        fake=Fake(weights=fake, updates=1, lora=Lora(rank=4, alpha=4), lr=1e-6),
     )  # fmt: skip
     sampler = phased_dmd.load(phased_dmd.distill(config, tmp_path / "run", quiet=True))
     assert dtypes == dict.fromkeys(("phase_1", "phase_2", FAKE), {torch.float32})

@@ -94,7 +94,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 def config_of(plan: Plan, fake: Any = "full", **changes: Any) -> Config:
     return Config(
-        recipe="routing", teacher=OwnTeacher(name="recorder"), plan=plan,
+        recipe="routing", teacher=OwnTeacher(), plan=plan,
         generator=Generator(lora=Lora(rank=1, alpha=1)), fake=Fake(weights=fake, updates=2, lora=Lora(rank=1, alpha=1)),
         iterations=6, batch_size=16, **changes,
     )  # fmt: skip

@@ -261,7 +261,7 @@ def test_initial_experts_must_fit_the_runs_own(change: str, tmp_path: Path) -> N
 
 def test_a_model_given_from_python_has_no_dry_run() -> None:
     with pytest.raises(UserError, match="teacher.kind: own needs a model given from Python"):
-        dry_run(Config(recipe="mine", teacher=OwnTeacher(name="mine")))
+        dry_run(Config(recipe="mine", teacher=OwnTeacher()))
 
 
 def test_a_plan_needs_no_weights_where_a_dry_run_does(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_an_exact_model_passes(schedule: str, prediction: str) -> None:
 
 
 def test_an_exact_model_with_a_fitted_student_passes() -> None:
-    teacher = AnalyticTeacher(means=MEANS.tolist(), std=STD, fit_steps=300, hidden=64, layers=3)
+    teacher = AnalyticTeacher(means=MEANS.tolist(), std=STD, fit_steps=300)
     check_model(AnalyticModel(teacher, seed=0), PlainCodec(), samples())
 
 

@@ -28,9 +28,8 @@ from phased_dmd.engine.collectives import run_on_first_rank
 from phased_dmd.engine.world import warn
 from phased_dmd.errors import UserError
 
-MAY_DIFFER = {
-    "engine", "keep_last", "keep_every", "skips", "trackers", "log_every", "sample_every", "checkpoint_every"
-}  # fields of the config in which the same run may differ # fmt: skip
+# Fields of the config in which the same run may differ.
+MAY_DIFFER = {"engine", "keep_last", "skips", "trackers", "log_every", "sample_every", "checkpoint_every"}
 PLACES = {"prompts": True, "teacher": {"path": True, "revision": True}, "init_experts": True}  # compared by content
 LONGEST = 60  # characters of a value that is shown
 
@@ -169,11 +168,8 @@ class RunFolder:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def save_checkpoint(
-        self, at: Mapping[str, Any], state: Mapping[str, Tensor], keep_last: int, keep_every: int | None
-    ) -> None:
-        """Commits a checkpoint, then removes old ones: all but the last `keep_last`, of all phases counted together,
-        and those at iterations that `keep_every` divides.
+    def save_checkpoint(self, at: Mapping[str, Any], state: Mapping[str, Tensor], keep_last: int) -> None:
+        """Commits a checkpoint, then removes old ones: all but the last `keep_last`, of all phases counted together.
 
         at: plain JSON with phase, iteration and update. state: tensors, sharded or not, the same names on all ranks.
         """
@@ -182,7 +178,7 @@ class RunFolder:
             run_on_first_rank(self._sync_metrics)
             write_folder(self._folder(point), at, state)
             self._damaged.discard(point)
-            run_on_first_rank(lambda: self._retire(point, keep_last, keep_every))
+            run_on_first_rank(lambda: self._retire(point, keep_last))
 
     def load_checkpoint(self, phase: int, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Copies the newest whole checkpoint of the phase into the tensors; returns its `at`, or None if there is none.
@@ -214,14 +210,13 @@ class RunFolder:
     def _folder(self, point: Point) -> Path:
         return self._checkpoints / point.name
 
-    def _retire(self, newest: Point, keep_last: int, keep_every: int | None) -> None:
+    def _retire(self, newest: Point, keep_last: int) -> None:
         """Removes what need not be kept, now that `newest` is whole; what lies beyond it was passed over, and stays
         until the run gets there.
         """
         until = [point for point in points_in(self._checkpoints) if point <= newest]
         whole = [point for point in until if point not in self._damaged]
-        every = {point for point in whole if keep_every and point.iteration % keep_every == 0 and not point.update}
-        for point in set(until) - set(whole[-keep_last:]) - every:
+        for point in set(until) - set(whole[-keep_last:]):
             remove(self._folder(point))
 
     # ---------------------------------------------------------------- faults

@@ -1,4 +1,4 @@
-"""The command `phased-dmd`. Heavy imports wait until a command runs, so that `-h` is fast."""
+"""Holds the command `phased-dmd`. Heavy imports wait until a command runs, so that `-h` is fast."""
 
 import io
 import logging
@@ -14,10 +14,10 @@ import typer
 from typer.exceptions import TyperException
 
 from phased_dmd import __version__
+from phased_dmd.cli.commands import config, distill, export, plan, sample
 from phased_dmd.cli.flags import FieldsCommand
 from phased_dmd.cli.lab import evaluate, report, reproduce, teach
 from phased_dmd.cli.messages import end, unusable
-from phased_dmd.cli.runs import config, distill, export, plan, sample
 from phased_dmd.errors import LostPeer, Stopped, UserError
 
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it reports what it could be faster with

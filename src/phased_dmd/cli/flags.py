@@ -1,4 +1,4 @@
-"""The flags that several commands share, and how every field of the configuration is one."""
+"""Defines the flags that several commands share, and makes every field of the configuration one."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,7 +47,7 @@ Prompts = Annotated[str | None, flag("prompts")]
 
 
 class FieldsCommand(TyperCommand):
-    """A command that takes every field of the configuration as a flag: `--plan.shift 3` for `--set plan.shift=3`."""
+    """Makes a command take every field of the configuration as a flag: `--plan.shift 3` for `--set plan.shift=3`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         declared = {option for parameter in self.params for option in parameter.opts}

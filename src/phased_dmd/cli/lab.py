@@ -1,4 +1,4 @@
-"""The commands that measure: evaluations, reports, the paper's claims, and the networks that the package ships."""
+"""Defines the commands that measure, decide the paper's claims, and train the networks that the package ships."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal

@@ -1,4 +1,4 @@
-"""What the command says on the terminal, and the exit status that it ends with."""
+"""Prints what the command says on the terminal, and ends it with an exit status."""
 
 import os
 import sys

@@ -1,18 +1,22 @@
-"""The typed description of a run: frozen pydantic models, free of torch."""
+"""Describes a run in typed fields: frozen pydantic models, free of torch.
+
+The text below a field is its help: `phased-dmd config` and docs/configuration.md print it.
+"""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from phased_dmd.config.teacher import AnalyticTeacher, Count, Location, PipelineTeacher, Section, Teacher
-from phased_dmd.maths.phases import PhasePlan, renoise_range
+from phased_dmd.maths.phases import PhasePlan, RenoiseInterval
 
+FISHER = ("fisher", "fisher-stop-gradient")  # the objectives that are no KL divergence
 Method = Literal["dmd", "dmd-sgts", "phased", "phased-sgts"]
 
 
 class Plan(Section):
-    """The few-step grid and its phases (Sec. 2.2, 2.3)."""
+    """Sets the few-step grid and splits it into phases (Sec. 2.2, 2.3)."""
 
     steps: int = Field(default=4, gt=0, le=1000)
     """Network calls in which the distilled generator makes a sample."""
@@ -24,75 +28,52 @@ class Plan(Section):
     """Time t_0 at which sampling starts; 1 is pure noise."""
     gradient: Literal["all", "last"] = "last"
     """Steps of a phase that the generator's gradient flows through: all, or one drawn exit step (SGTS)."""
+
+
+class Ablation(Section):
+    """Replaces parts of the method, as the paper's ablations and this project's own do."""
+
     solver: Literal["ddim", "renoise"] = "ddim"
     """Step from a predicted sample to the next time: along the predicted noise (ddim), or with new noise (renoise)."""
     fake_rollout: Literal["full", "same"] = "full"
     """Samples that the fake learns from under SGTS: what the finished sampler makes, or exits as the generator's."""
-    exits: Literal["independent", "shuffled"] = "independent"
-    """Exit steps of SGTS: drawn anew for each update, or from a shuffled deck of all steps."""
+    target: Literal["unbiased", "biased", "printed"] = "unbiased"
+    """Target of the fake's score matching within a subinterval: Eq. 13, with x_s for x_0, or Eq. 13 as printed."""
+    renoise: Literal["nested", "disjoint"] | float = "nested"
+    """Re-noise times of a phase: from its end to the start t_0 (nested) or to its begin (disjoint), or one number."""
+
+    @field_validator("renoise", mode="before")
+    @classmethod
+    def _interval_or_time(cls, value: Any) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (0 < value <= 1 if number else value in ("nested", "disjoint")):
+            raise ValueError("must be 'nested', 'disjoint' or a time in (0, 1]")
+        return value
 
 
 class Renoise(Section):
-    """The distribution of the time t that samples are noised to again, for the fake and for the generator."""
+    """Sets the time t that generated samples are noised to again, where teacher and fake score them."""
 
-    interval: Literal["nested", "disjoint"] = "nested"
-    """Interval of a phase's re-noise times: from its end to the start t_0 (nested), or to its own begin (disjoint)."""
-    fixed: float | None = Field(default=None, gt=0, le=1)
-    """One re-noise time for all draws; null draws it from the interval."""
-    t_range: tuple[float, float] | None = None
-    """Bounds on the re-noise times beside the interval's own; null sets none."""
-    above_switch: bool = False
-    """Bounds a phase's re-noise times to the range of the teacher's network that runs its last step."""
-    clamp: bool = False
-    """Moves re-noise times that are out of bounds onto the bound; else none are drawn there."""
-    t_min: float = Field(default=0.02, ge=0, lt=1)
-    """Least re-noise time of the last phase, which ends at 0."""
+    above_switch: Literal["clamp", "truncate"] | None = None
+    """Bounds a phase's t to the range of the network that runs its last step: t below is moved up, or not drawn."""
     sort: bool = False
     """Sorts a batch by re-noise time, so that each micro-batch calls fewer of a teacher's several networks."""
 
 
 class Rollouts(Section):
-    """How often the generator is run for training; by default anew for every update, from the first noise on."""
+    """Sets how often the generator is run for training; by default anew for every update, from the first noise on."""
 
     reuse: bool = False
     """Runs the generator once an iteration, for the fake's updates and its own; else anew for each."""
-    antithetic: Literal["noise", "start"] | None = None
-    """Draws samples in pairs, from a first noise and its negative (start); null draws each by itself."""
-    pool: int = Field(default=0, ge=0, le=10**6)
-    """Batches whose states at a phase's begin are kept and used again; 0 makes all anew."""
-    pool_refresh: float = Field(default=1.0, ge=0, le=1000)
-    """Batches of the pool that are made anew in an iteration."""
-    pool_on_disk: bool = False
-    """Keeps the pool in the run folder, not in memory."""
-
-
-class Objective(Section):
-    """What the generator and the fake descend."""
-
-    divergence: Literal["kl", "fisher", "fisher-stop-gradient"] = "kl"
-    """Divergence of the generator from the teacher that the generator descends; the paper's is kl."""
-    weighting: Literal["normalised", "paper", "posterior", "public"] = "normalised"
-    """Weighting of the KL's gradient; the paper's is Eq. 11."""
-    target: Literal["unbiased", "biased", "printed"] = "unbiased"
-    """Target of the fake's score matching within a subinterval: Eq. 13, with x_s for x_0, or Eq. 13 as printed."""
-
-    @property
-    def descends(self) -> str:
-        """Returns what every result says that made it: the weighting of KL's gradient, or the other divergence."""
-        return self.weighting if self.divergence == "kl" else self.divergence
+    antithetic: Literal["start"] | None = None
+    """Draws samples in pairs, the second from the negative of the first one's noise; null draws each by itself."""
 
 
 class Optimiser(Section):
-    """AdamW without a first moment, beta1 = 0."""
+    """Sets what the AdamW of generator and fake share; its betas are 0 and .999, its weight decay is .01."""
 
-    lr: float = Field(gt=0)
-    """Learning rate of AdamW."""
     decay: Literal["constant", "linear"] = "constant"
-    """Course of the learning rate over a phase: constant, or linear down to 0."""
-    beta2: float = Field(default=0.999, gt=0, lt=1)
-    """Decay rate of AdamW's second moment."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """Weight decay of AdamW, in units of the learning rate."""
+    """Course of the learning rates over a phase: constant, or linear down to 0."""
     clip: float = Field(default=1.0, gt=0)
     """Norm that a larger gradient is scaled down to."""
     second_moment: Literal["float32", "bfloat16"] = "float32"
@@ -100,7 +81,7 @@ class Optimiser(Section):
 
 
 class Lora(Section):
-    """The size of LoRA adapters, where weights are lora."""
+    """Sets the size of LoRA adapters, where weights are lora."""
 
     rank: int = Field(default=64, gt=0, le=2**14)
     """Rank of each LoRA adapter."""
@@ -109,23 +90,25 @@ class Lora(Section):
 
 
 class Generator(Section):
-    """The few-step generator, of one expert a phase and network."""
+    """Describes the few-step generator, which has one expert for each phase and network."""
 
     weights: Literal["lora", "full"] = "lora"
     """What each expert trains: LoRA adapters on the frozen base, or a full copy of it."""
     lora: Lora = Lora()
-    optimiser: Optimiser = Optimiser(lr=5e-5)
+    lr: float = Field(default=5e-5, gt=0)
+    """Learning rate of the generator's experts."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of a moving average of an expert's weights, which later phases, export and evaluation use; null: none."""
 
 
 class Fake(Section):
-    """The fake score network, which follows the distribution of the generator's samples."""
+    """Describes the fake score network, which follows the distribution of the generator's samples."""
 
     weights: Literal["lora", "full"] = "full"
     """What the fake trains: a full copy of the base, or LoRA adapters on it, which save memory and lose quality."""
     lora: Lora = Lora()
-    optimiser: Optimiser = Optimiser(lr=4e-7)
+    lr: float = Field(default=4e-7, gt=0)
+    """Learning rate of the fake."""
     updates: Count = 5
     """Updates of the fake before each update of the generator."""
     pull: float = Field(default=0.0, ge=0, le=1)
@@ -133,7 +116,7 @@ class Fake(Section):
 
 
 class Engine(Section):
-    """How a run is spread over processes and memory. A run may go on with another engine: only rounding changes."""
+    """Sets how a run is spread over processes and memory. A run may go on with another: only rounding changes."""
 
     micro_batch: Count | None = None
     """Most samples in one network call; a process with more adds up gradients. Null sets no limit."""
@@ -152,7 +135,7 @@ class Engine(Section):
 
 
 class Config(Section):
-    """A whole run. `recipes.py` holds functions that return one."""
+    """Describes a whole run. `recipes.py` holds functions that return one."""
 
     recipe: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$", max_length=100)
     """Name of the run, from which its folder gets one by default."""
@@ -160,13 +143,16 @@ class Config(Section):
     plan: Plan = Plan()
     renoise: Renoise = Renoise()
     rollouts: Rollouts = Rollouts()
-    objective: Objective = Objective()
     generator: Generator = Generator()
     fake: Fake = Fake()
+    optimiser: Optimiser = Optimiser()
+    ablation: Ablation = Ablation()
     prompts: Location | None = None
     """Training prompts: a shipped set's name, a txt, jsonl, csv or parquet file, or OWNER/NAME, a hub's data set."""
     init_experts: Location | None = None
     """Run folder whose experts this run's start from, step by step; null starts them from the base."""
+    objective: Literal["normalised", "paper", "posterior", "public", "fisher", "fisher-stop-gradient"] = "normalised"
+    """What the generator descends: KL by a weighting of its gradient (paper: Eq. 11), or a Fisher divergence."""
     iterations: Count = 400
     """Generator updates in a phase."""
     phase_shares: tuple[Annotated[float, Field(gt=0, le=1000)], ...] | None = None
@@ -181,8 +167,6 @@ class Config(Section):
     """Iterations between two checkpoints."""
     keep_last: Count = 2
     """Newest checkpoints that are kept; older ones are removed."""
-    keep_every: Count | None = None
-    """Iterations between two checkpoints that are kept for good; null keeps none."""
     skips: int = Field(default=0, ge=0, le=10**9)
     """Updates of a phase with a loss or gradient that is not finite, to leave out before the run stops."""
     engine: Engine = Engine()
@@ -193,35 +177,31 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        self.phase_plan()
+        phase_plan(self)
+        analytic, pipeline = (isinstance(self.teacher, kind) for kind in (AnalyticTeacher, PipelineTeacher))
+        weights = (self.generator.weights, self.fake.weights)
         if self.phase_shares is not None and len(self.phase_shares) != self.plan.phases:
             given = f"{len(self.phase_shares)} of them for {self.plan.phases} phases"
             raise ValueError(f"phase_shares: {given}; null makes all phases alike")
-        analytic = isinstance(self.teacher, AnalyticTeacher)
-        if analytic and (self.generator.weights == "lora" or self.fake.weights == "lora"):
+        if analytic and "lora" in weights:
             raise ValueError("generator.weights, fake.weights: an analytic teacher has only 'full' students")
-        if self.renoise.clamp and self.renoise.t_range is None and not self.renoise.above_switch:
-            raise ValueError("renoise.clamp: needs a renoise.t_range or renoise.above_switch")
         if analytic and self.prompts is not None:
             raise ValueError("prompts: an analytic teacher takes none")
-        quantised = isinstance(self.teacher, PipelineTeacher) and self.teacher.quantise is not None
-        if quantised and (self.generator.weights == "full" or self.fake.weights == "full"):
+        if getattr(self.teacher, "quantise", None) is not None and "full" in weights:
             raise ValueError("teacher.quantise: full weights cannot be copied from it; fake.weights=lora is needed")
-        if self.renoise.sort and self.rollouts.pool:
-            raise ValueError("renoise.sort: with a rollouts.pool, the same samples would always get the same times")
         if self.rollouts.antithetic and (self.batch_size % 2 or (self.engine.micro_batch or 0) % 2):
             raise ValueError("rollouts.antithetic: needs an even batch_size, and engine.micro_batch if there is one")
         if self.fake.pull and self.fake.weights == "lora":
             raise ValueError("fake.pull: needs fake.weights=full")
-        if self.objective.divergence != "kl" and self.engine.sequence_parallel > 1:
-            raise ValueError("objective.divergence: only 'kl' goes with engine.sequence_parallel")
-        if isinstance(self.teacher, PipelineTeacher) and self.prompts is None:
+        if self.objective in FISHER and self.engine.sequence_parallel > 1:
+            raise ValueError("objective: a Fisher divergence does not go with engine.sequence_parallel")
+        if pipeline and self.prompts is None:
             raise ValueError("prompts: this teacher needs a prompt set")
         return self
 
     @property
     def method(self) -> Method | Literal["phased-all"]:
-        """The name of {phases} x {gradient}; the paper has none for several steps a phase, all with gradient."""
+        """Names {phases} x {gradient}; the paper has no name for several steps a phase, all with gradient."""
         if self.plan.phases == 1:
             return "dmd" if self.plan.gradient == "all" else "dmd-sgts"
         if self.plan.phases == self.plan.steps:
@@ -229,47 +209,25 @@ class Config(Section):
         return "phased-sgts" if self.plan.gradient == "last" else "phased-all"
 
     def phase_iterations(self, phase: int) -> int:
-        """Generator updates of a phase."""
-        if self.phase_shares is None:
-            return self.iterations
-        return max(1, round(self.iterations * self.phase_shares[phase - 1]))
+        """Returns the generator updates of a phase."""
+        share = 1.0 if self.phase_shares is None else self.phase_shares[phase - 1]
+        return max(1, round(self.iterations * share))
 
     @property
     def updates(self) -> int:
-        """Generator updates in all."""
+        """Counts the generator updates of all phases."""
         return sum(self.phase_iterations(phase) for phase in range(1, self.plan.phases + 1))
 
-    def phase_plan(self, switches: Sequence[float] = ()) -> PhasePlan:
-        """The plan over a teacher's switches; a phase that is left without re-noise times is a ValueError."""
-        plan = PhasePlan.even(self.plan.steps, self.plan.phases, self.plan.shift, self.plan.start, switches)
-        for phase in range(1, plan.num_phases + 1):
-            self.interval(plan, phase)
-        return plan
 
-    def interval(self, plan: PhasePlan, phase: int) -> tuple[float, float]:
-        """(low, high], where a phase's re-noise times are drawn before `t_range`; nothing left is a ValueError."""
-        s = plan.end(phase)
-        low = s if s > 0 else self.renoise.t_min
-        high = plan.times[0] if self.renoise.interval == "nested" else plan.begin(phase)
-        renoise_range(low, high, self.t_range(plan, phase), self.renoise.clamp)
-        if self.renoise.fixed is not None and not s < self.renoise.fixed <= plan.times[0]:
-            raise ValueError(
-                f"renoise.fixed: {self.renoise.fixed:g} is outside ({s:g}, {plan.times[0]:g}] of phase {phase}"
-            )
-        return low, high
+def phase_plan(config: Config, switches: Sequence[float] = ()) -> PhasePlan:
+    """Returns the plan over a teacher's switches; a phase that is left without re-noise times is a ValueError."""
+    given = config.plan
+    plan = PhasePlan.even(given.steps, given.phases, given.shift, given.start, switches)
+    for phase in range(1, plan.num_phases + 1):
+        renoise_interval(config, plan, phase)
+    return plan
 
-    def t_range(self, plan: PhasePlan, phase: int) -> tuple[float, float] | None:
-        """The bounds on a phase's re-noise times: `renoise.t_range`, and with above_switch `PhasePlan.floor`."""
-        floor = plan.floor(phase) if self.renoise.above_switch else 0.0
-        if floor == 0:
-            return self.renoise.t_range
-        low, high = self.renoise.t_range or (0.0, 1.0)
-        return max(low, floor), high
 
-    def support(self, plan: PhasePlan, phase: int) -> tuple[float, float]:
-        """The least interval that holds every re-noise time of a phase: `PhasePlan.fakes` needs no more."""
-        if self.renoise.fixed is not None:
-            return self.renoise.fixed, self.renoise.fixed
-        low, high = self.interval(plan, phase)
-        least, most = self.t_range(plan, phase) or (low, high)
-        return max(low, least), min(high, most)
+def renoise_interval(config: Config, plan: PhasePlan, phase: int) -> RenoiseInterval:
+    """Returns where a phase's re-noise times lie; nothing left is a ValueError."""
+    return RenoiseInterval.of(plan, phase, config.ablation.renoise, config.renoise.above_switch)

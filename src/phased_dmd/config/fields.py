@@ -1,4 +1,4 @@
-"""All fields of the configuration with type, default and meaning, as `phased-dmd config` and the docs print them."""
+"""Lists all fields of the configuration with type, default and meaning, for `phased-dmd config` and the docs."""
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ writes. `phased-dmd config RECIPE` shows a recipe's values. Values are written a
 
 
 class Field(NamedTuple):
-    """One leaf of the configuration; default: as it is printed, or `required`."""
+    """A field is one leaf of the configuration. default: as it is printed, or `required`."""
 
     name: str
     type: str
@@ -29,12 +29,12 @@ class Field(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The fields of one section; kind: of the teacher that the section describes, or None."""
+    """A group holds the fields of one section. kinds: the teachers that it is for, separated by spaces, or None."""
 
     title: str
     meaning: str
     fields: list[Field]
-    kind: str | None = None
+    kinds: str | None = None
 
 
 def describe(name: str) -> str:
@@ -113,11 +113,11 @@ def as_text(data: Mapping[str, Any] | None = None) -> str:
     """Returns all fields, two lines or more each; data: a whole configuration, whose values are shown too."""
     lines = []
     for group in groups():
-        if data is not None and group.kind and data["teacher"]["kind"] not in group.kind.split():
+        if data is not None and group.kinds and data["teacher"]["kind"] not in group.kinds.split():
             continue
         lines += [f"{group.title}: {group.meaning}", ""]
         for field in group.fields:
-            value = None if data is None or "." not in field.name and group.kind else _value(data, field.name)
+            value = None if data is None or "." not in field.name and group.kinds else _value(data, field.name)
             said = f"[{field.default}]" if value is None else f"= {value}"
             said += f"  [{field.default}]" if value not in (None, field.default) else ""
             lines += [f"  {field.name:<38}  {field.type}  {said}"]

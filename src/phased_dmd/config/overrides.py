@@ -1,4 +1,4 @@
-"""A Config from plain data: files, dotted overrides, a method's name; what is wrong is named in one line."""
+"""Makes a Config from plain data: files, dotted overrides, a method's name; names what is wrong in one line."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ OTHER_BASES = re.compile(r"[-+]?(0[0_]*[1-7][0-7_]+|\d[\d_]*(:[0-5]?\d)+(\.[\d_]
 
 
 def with_method(method: Method, data: Mapping[str, Any]) -> dict[str, Any]:
-    """data with the plan's phases and gradient that `method` names; what the plan itself gets wrong is a UserError."""
+    """Returns data with the phases and gradient that the method names; what the plan gets wrong is a UserError."""
     plan = _validated(Plan, data["plan"], ("plan",)).model_dump()
     if method in ("dmd", "dmd-sgts"):
         plan["phases"] = 1
@@ -48,7 +48,7 @@ def with_method(method: Method, data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(data: Mapping[str, Any]) -> Config:
-    """A validated Config; the first thing wrong becomes a UserError that names the field."""
+    """Returns a validated Config; the first thing wrong becomes a UserError that names the field."""
     return _validated(Config, data)
 
 
@@ -58,7 +58,7 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def _validated(section: type[S], data: Any, at: Sequence[str] = ()) -> S:
-    """One section of a config; at: where it stands."""
+    """Returns a validated section of a config. at: the names of the sections that it stands in."""
     try:
         return section.model_validate(data)
     except ValidationError as error:
@@ -73,7 +73,7 @@ def _validated(section: type[S], data: Any, at: Sequence[str] = ()) -> S:
 
 
 def _complaint(where: str, error: Mapping[str, Any]) -> str:
-    """What is wrong with a field, what was given, and how to write it, from one of pydantic's errors."""
+    """Says what is wrong with a field, what was given, and how to write it, from one of pydantic's errors."""
     given = shown(error["input"])
     match error["type"]:
         case "value_error":
@@ -108,9 +108,10 @@ def shown(value: Any) -> str:
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """data with dotted keys replaced, `{"plan.shift": 3.0}`; an unknown one is a UserError with the nearest name.
+    """Returns data with fields replaced by dotted name, `{"plan.shift": 3.0}`; an unknown one is a UserError.
 
-    Of a section, a mapping replaces the fields it names, `{"plan": {"shift": 3.0}}`; all of a teacher of another kind.
+    A mapping replaces the fields of a section that it names, `{"plan": {"shift": 3.0}}`, but a teacher of another kind
+    as a whole.
     """
     result = copy.deepcopy(dict(data))
     for key, value in overrides.items():
@@ -133,7 +134,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> di
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file of a whole Config."""
+    """Reads a YAML or JSON file of a whole Config."""
     try:
         if path.exists() and not path.is_file():
             raise ValueError("no regular file")
@@ -149,7 +150,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(text: str) -> Any:
-    """What YAML says in plain numbers, texts, lists and mappings; a ValueError if it cannot be read.
+    """Reads YAML as plain numbers, texts, lists and mappings; what cannot be read is a ValueError.
 
     Numbers of another base than they look like, 010 for 8 and 1:30 for 90, are not read.
     """
@@ -163,7 +164,7 @@ def read_yaml(text: str) -> Any:
 
 
 def _field_names(data: Any, path: Sequence[str]) -> list[str]:
-    """The fields there are where the last name of a path stands."""
+    """Returns the names of the fields of the section that a path's last name stands in."""
     model: Any = Config
     for part in path[:-1]:
         if part == "teacher":

@@ -1,7 +1,4 @@
-"""The typed description of what is distilled: frozen pydantic models, free of torch.
-
-The text below a field is its help: `phased-dmd config` and docs/configuration.md print it.
-"""
+"""Describes what is distilled in typed fields: frozen pydantic models, free of torch."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -26,7 +23,7 @@ class Section(BaseModel):
 
 
 class AnalyticTeacher(Section):
-    """The exact prediction of a Gaussian mixture, and the MLP that is fitted to it as student."""
+    """Predicts exactly for a mixture of Gaussians; the student is an MLP that is fitted to the prediction."""
 
     kind: Literal["analytic"] = "analytic"
     """The kind of teacher."""
@@ -42,16 +39,8 @@ class AnalyticTeacher(Section):
     """The noise schedule alpha(t), sigma(t): flow matching, variance preserving (two forms) or variance exploding."""
     prediction: Literal["flow", "x0", "eps", "v"] = "flow"
     """What the networks predict of a noisy sample: the flow, the clean sample, the noise, or v."""
-    hidden: int = Field(default=128, gt=0, le=2**16)
-    """The width of the student's hidden layers."""
-    layers: int = Field(default=4, gt=0, le=1000)
-    """The number of the student's hidden layers."""
     fit_steps: Count = 2000
     """Optimiser steps that fit the student to the teacher before the distillation begins."""
-    fit_batch: Count = 512
-    """The samples in each step that fits the student to the teacher."""
-    fit_lr: float = Field(default=2e-3, gt=0)
-    """The learning rate at which the student is fitted to the teacher."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -63,7 +52,7 @@ class AnalyticTeacher(Section):
 
 
 class Size(Section):
-    """One resolution bucket, in pixels."""
+    """Describes one resolution bucket, in pixels."""
 
     num_frames: int = Field(default=1, gt=0, le=2**16)
     """The frames of a clip; 1 makes pictures."""
@@ -83,7 +72,7 @@ def _one_or_more(value: Any) -> Any:
 
 
 class PipelineTeacher(Section):
-    """What every teacher from a diffusers pipeline's folder or hub id is told."""
+    """Describes a teacher from a diffusers pipeline's folder or hub id."""
 
     path: Location = "nano"
     """The pipeline's folder, hub id, or name inside the package: nano, nano-moe or nano-i2v."""
@@ -108,7 +97,7 @@ class PipelineTeacher(Section):
 
 
 class WanTeacher(PipelineTeacher):
-    """A `WanPipeline` or `WanImageToVideoPipeline`; `nano`, `nano-moe` and `nano-i2v` are those inside the package."""
+    """Takes a `WanPipeline` or `WanImageToVideoPipeline`; nano, nano-moe and nano-i2v are inside the package."""
 
     kind: Literal["wan"] = "wan"
     """The kind of teacher."""
@@ -119,7 +108,7 @@ class WanTeacher(PipelineTeacher):
 
 
 class QwenImageTeacher(PipelineTeacher):
-    """A `QwenImagePipeline`."""
+    """Takes a `QwenImagePipeline`."""
 
     kind: Literal["qwen-image"] = "qwen-image"
     """The kind of teacher."""
@@ -131,12 +120,10 @@ class QwenImageTeacher(PipelineTeacher):
 
 
 class OwnTeacher(Section):
-    """A model of the user's own, given to `distill` and `load` as Python objects."""
+    """Takes a model of the user's own, given to `distill` and `load` as Python objects."""
 
     kind: Literal["own"] = "own"
     """The kind of teacher."""
-    name: str
-    """A name that tells the model from others."""
     negative_prompt: str = ""
     """The prompt of the unconditional half of the teacher's guidance."""
     base_steps: Count = 40

@@ -131,7 +131,7 @@ def add_samplers(run: ExportedRun, graph: Graph, start: Start) -> Link:
             "KSamplerAdvanced", model=graph.add(sampling, model=lora, shift=run.config.plan.shift),
             positive=positive, negative=negative, latent_image=latent,
             add_noise="disable" if i else "enable", noise_seed=i, steps=run.plan.num_steps, cfg=1.0,
-            sampler_name="lcm" if run.config.plan.solver == "renoise" else "euler", scheduler=SCHEDULE,
+            sampler_name="lcm" if run.config.ablation.solver == "renoise" else "euler", scheduler=SCHEDULE,
             start_at_step=expert.steps[0], end_at_step=expert.steps[-1] + 1,
             return_with_leftover_noise="disable" if expert is run.experts[-1] else "enable",
         )  # fmt: skip

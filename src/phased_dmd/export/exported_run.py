@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
-from phased_dmd.config import Config
+from phased_dmd.config import Config, phase_plan
 from phased_dmd.config.teacher import PipelineTeacher, QwenImageTeacher, WanTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import Expert, PhasePlan
@@ -83,7 +83,7 @@ class ExportedRun:
 
     @cached_property
     def plan(self) -> PhasePlan:
-        return self.config.phase_plan([self.source.index["boundary_ratio"]] if len(self.networks) == 2 else [])
+        return phase_plan(self.config, [self.source.index["boundary_ratio"]] if len(self.networks) == 2 else [])
 
     @cached_property
     def networks(self) -> Sequence[str]:
@@ -166,9 +166,9 @@ class ExportedRun:
         return {
             "base_model": self.base, "base_revision": self.teacher.revision, "grid": list(self.plan.times),
             "steps": list(expert.steps), "shift": config.plan.shift, "boundary": self.plan.end(expert.phase),
-            "boundary_ratio": self.boundary_ratio, "solver": config.plan.solver, "guidance": 1.0,
+            "boundary_ratio": self.boundary_ratio, "solver": config.ablation.solver, "guidance": 1.0,
             "phase": expert.phase, "network": expert.network, "part": expert.part, "rank": rank, "alpha": rank,
-            "method": config.method, "weighting": config.objective.descends,
+            "method": config.method, "weighting": config.objective,
         }  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def nearest_scheduler(run: ExportedRun) -> Scheduler:
     Wan's pipelines pass it no times: of order 1 and without corrector, UniPC is Euler, and only it starts at 1 and
     shifts once. Qwen-Image's pipeline passes evenly spaced times. Only one scheduler has the re-noising solver.
     """
-    shift, stochastic = run.config.plan.shift, run.config.plan.solver == "renoise"
+    shift, stochastic = run.config.plan.shift, run.config.ablation.solver == "renoise"
     if not run.is_wan:
         return FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=math.log(shift), max_shift=math.log(shift),
@@ -148,5 +148,5 @@ def render(run: ExportedRun, template: str, **more: Any) -> str:
         pipeline=pipeline.__name__, transformer=TRANSFORMERS[run.teacher.kind].__name__,
         steps=sorted((step, expert) for expert in run.experts for step in expert.steps),
         times=list(run.plan.times[:-1]), wan=run.is_wan, image=image,
-        needs=f"{', '.join(needs[:-1])} and {needs[-1]}", stochastic=run.config.plan.solver == "renoise", **more,
+        needs=f"{', '.join(needs[:-1])} and {needs[-1]}", stochastic=run.config.ablation.solver == "renoise", **more,
     )  # fmt: skip

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")  # a float, or a tensor of them
+T_MIN = 0.02  # the least re-noise time of a phase that ends at 0
 NEAR = 1e-6  # times nearer than this are the same: rounding moves a time by less, in a pipeline's float32 too
 
 
@@ -155,3 +156,38 @@ class PhasePlan:
             raise ValueError(f"step {exit_step} is not one of phase {phase}: {self.steps(phase)}")
         whole = tuple(Hop(i, self.times[i], self.times[i + 1]) for i in range(last))
         return (*whole, Hop(last, self.times[last], self.end(phase)))
+
+
+@dataclass(frozen=True)
+class RenoiseInterval:
+    """A phase's re-noise times t are drawn from (low, high], and those below `floor` are moved up to it.
+
+    Where low = high there is one time for all.
+    """
+
+    low: float
+    high: float
+    floor: float = 0.0
+
+    @classmethod
+    def of(cls, plan: PhasePlan, phase: int, where: str | float, above_switch: str | None) -> "RenoiseInterval":
+        """Returns the interval of a phase: from its end s up to t_0 (nested), to its own begin (disjoint), or one time.
+
+        above_switch: `truncate` or `clamp` bounds t to the range of the network that runs the phase's last step. An
+        interval that holds no time is a ValueError.
+        """
+        s, t_0 = plan.end(phase), plan.times[0]
+        if not isinstance(where, str):
+            if not s < where <= t_0:
+                raise ValueError(f"ablation.renoise: {where:g} is outside ({s:g}, {t_0:g}] of phase {phase}")
+            return cls(where, where)
+        bounds = (plan.floor(phase), 1.0) if above_switch and plan.floor(phase) > 0 else None
+        high = t_0 if where == "nested" else plan.begin(phase)
+        clamp = above_switch == "clamp"
+        low, high = renoise_range(s if s > 0 else T_MIN, high, bounds, clamp)
+        return cls(low, high, bounds[0] if bounds and clamp else 0.0)
+
+    @property
+    def support(self) -> tuple[float, float]:
+        """The least interval that holds every time: `PhasePlan.fakes` needs no more."""
+        return max(self.low, self.floor), self.high

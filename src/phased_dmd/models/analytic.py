@@ -24,6 +24,7 @@ from phased_dmd.maths.schedules import (
 )
 from phased_dmd.models.protocol import Condition
 
+FIT_BATCH, FIT_LR = 512, 2e-3  # of the fit of the student to the exact prediction
 SCHEDULES: dict[str, Schedule] = {
     "flow": FlowSchedule(), "vp-cosine": VPSchedule("cosine"), "vp-linear": VPSchedule("linear"), "ve": VESchedule(),
 }  # fmt: skip
@@ -67,7 +68,7 @@ class TimeMLP(nn.Module):
 
     FREQUENCIES = 8
 
-    def __init__(self, dims: int, hidden: int, layers: int) -> None:
+    def __init__(self, dims: int, hidden: int = 128, layers: int = 4) -> None:
         super().__init__()
         widths = [dims + 2 * self.FREQUENCIES, *[hidden] * layers]
         body = [(nn.Linear(a, b), nn.SiLU()) for a, b in itertools.pairwise(widths)]
@@ -92,12 +93,12 @@ def initial_student(config: AnalyticTeacher, seed: int, fit: bool) -> TimeMLP:
     exact, rng = build_mixture(config), generator(seed, "fit")
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
-        student = TimeMLP(exact.means.shape[1], config.hidden, config.layers)
-    optimiser = torch.optim.Adam(student.parameters(), lr=config.fit_lr)
+        student = TimeMLP(exact.means.shape[1])
+    optimiser = torch.optim.Adam(student.parameters(), lr=FIT_LR)
     decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, config.fit_steps)
     for _ in range(config.fit_steps if fit else 0):
-        x_0 = exact.sample(config.fit_batch, rng)
-        t = renoise_times(torch.rand(config.fit_batch, generator=rng), 0.01, 0.999, 1.0)
+        x_0 = exact.sample(FIT_BATCH, rng)
+        t = renoise_times(torch.rand(FIT_BATCH, generator=rng), 0.01, 0.999, 1.0)
         eps = torch.randn(x_0.shape, generator=rng)
         x_t = (exact.schedule.alpha(t)[:, None] * x_0 + exact.schedule.sigma(t)[:, None] * eps).float()
         loss = (student(x_t, t) - exact(x_t, t)).square().mean()
@@ -126,7 +127,7 @@ class AnalyticModel:
         self.sample_shapes: Sequence[tuple[int, ...]] = [(len(config.means[0]),)]
         if where.type == "meta":
             with where:
-                student = TimeMLP(len(config.means[0]), config.hidden, config.layers)
+                student = TimeMLP(len(config.means[0]))
         else:
             student = copy.deepcopy(initial_student(config, seed, fit))  # pyright: ignore[reportArgumentType] (frozen)
         self.students: Sequence[nn.Module] = [student.to(where)]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from phased_dmd.config import Config
+from phased_dmd.config import Config, phase_plan, renoise_interval
 from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.engine.randomness import seed_of
 from phased_dmd.errors import UserError
@@ -38,7 +38,7 @@ def load_teacher(config: Config, own: Own | None = None, fit: bool = True) -> Ow
         )
     try:
         check_start(model.prediction, model.schedule, config.plan.start)
-        config.phase_plan(model.switches)
+        phase_plan(config, model.switches)
     except ValueError as error:
         raise UserError(str(error)) from None
     return model, codec
@@ -46,7 +46,7 @@ def load_teacher(config: Config, own: Own | None = None, fit: bool = True) -> Ow
 
 def build_system(config: Config, model: VelocityModel, negative: Condition) -> System:
     """Returns the system of a teacher that has no experts yet."""
-    return System(config, model, Roles(model), config.phase_plan(model.switches), negative)
+    return System(config, model, Roles(model), phase_plan(config, model.switches), negative)
 
 
 def add_expert(system: System, phase: int, trainable: bool) -> None:
@@ -104,7 +104,9 @@ def add_adapters(system: System) -> dict[int, dict[str, Tensor]]:
             add_expert(system, phase, trainable=False)
     if config.fake.weights == "full":
         return {}
-    networks = sorted({network for phase in phases for network in plan.fakes(phase, config.support(plan, phase))})
+    networks = sorted(
+        {network for phase in phases for network in plan.fakes(phase, renoise_interval(config, plan, phase).support)}
+    )
     fresh = {}
     for phase in phases:
         roles.remove(FAKE)
@@ -117,7 +119,7 @@ def add_fake(system: System, phase: int, fresh: dict[str, Tensor] | None) -> Non
     """Adds the phase's fakes, which compute what the teacher does: copies, or the adapter that starts from `fresh`."""
     config, plan, roles = system.config, system.plan, system.roles
     if fresh is None:
-        roles.add(FAKE, plan.fakes(phase, config.support(plan, phase)), None, seed=config.seed)
+        roles.add(FAKE, plan.fakes(phase, renoise_interval(config, plan, phase).support), None, seed=config.seed)
     else:
         roles.load(FAKE, fresh)
         roles.train(FAKE)

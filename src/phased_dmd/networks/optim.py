@@ -116,14 +116,14 @@ class Learner:
     """Holds what trains one role in a phase: its parameters, its optimiser and, if asked for, their running average."""
 
     def __init__(
-        self, role: str, parameters: dict[str, Parameter], config: Optimiser, ema: float | None = None, seed: int = 0
-    ) -> None:
-        self.role, self.parameters, self.config, self.ema_decay = role, parameters, config, ema
+        self, role: str, parameters: dict[str, Parameter], config: Optimiser, lr: float, ema: float | None = None,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.role, self.parameters, self.config, self.lr, self.ema_decay = role, parameters, config, lr, ema
         second_moment = torch.bfloat16 if config.second_moment == "bfloat16" else torch.float32
         self.optimiser = MomentumFreeAdamW(
-            parameters.values(), config.lr, config.beta2, weight_decay=config.weight_decay,
-            second_moment=second_moment, seed=seed_of(seed, role),
-        )  # fmt: skip
+            parameters.values(), lr, second_moment=second_moment, seed=seed_of(seed, role)
+        )
         self.ema = {name: p.detach().clone() for name, p in parameters.items()} if ema is not None else None
 
     def checked_norm(self, loss: float, where: str) -> Tensor:
@@ -144,7 +144,7 @@ class Learner:
     def step(self, iteration: int, iterations: int) -> None:
         """Updates the weights at the learning rate of this iteration (from 0), and their average."""
         for group in self.optimiser.param_groups:
-            group["lr"] = decayed(self.config.lr, self.config.decay, iteration, iterations)
+            group["lr"] = decayed(self.lr, self.config.decay, iteration, iterations)
         self.optimiser.step()
         if self.ema is not None and self.ema_decay is not None:
             for name, p in self.parameters.items():

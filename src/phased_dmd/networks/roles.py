@@ -247,7 +247,7 @@ class System:
             expert = self.plan.expert(step)
             return self.roles.predict(expert_role(expert.phase), expert.network, x, t, condition)
 
-        model, solver = self.model, self.config.plan.solver
+        model, solver = self.model, self.config.ablation.solver
         return rollout(predict, x, path, model.schedule, model.prediction, gradient_steps, solver, renoise)
 
     def teacher(self, x: Tensor, t: Tensor, condition: Condition, present: Sequence[int] | None = None) -> Tensor:

@@ -3,14 +3,14 @@
 import math
 from dataclasses import dataclass
 
-from phased_dmd.config import Config
+from phased_dmd.config import Config, phase_plan
 from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.networks.roles import TEACHER
 from phased_dmd.plan import advice
-from phased_dmd.plan.bare import bare_model, image_shapes, largest, text_width
+from phased_dmd.plan.bare import bare_model, image_shapes, text_width
 from phased_dmd.plan.measure import Forward
 from phased_dmd.plan.memory import (
     RESERVE,
@@ -82,7 +82,7 @@ def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4,
     _check(config, gpus, memory_gb, utilisation, tflops)
     model = bare_model(config)
     try:
-        plan = config.phase_plan(model.switches)
+        plan = phase_plan(config, model.switches)
     except ValueError as error:
         raise UserError(str(error)) from None
     forward = measured(config, model)
@@ -92,8 +92,8 @@ def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4,
     preview = previews(config, model, flops)
 
     def sizes(config: Config, gpus: int) -> list[Memory]:
-        phases, shape, shown = range(1, plan.num_phases + 1), largest(model.sample_shapes), preview(config, gpus).memory
-        return [phase_memory(config, plan, networks, phase, gpus, forward, shape, shown) for phase in phases]
+        phases, shown = range(1, plan.num_phases + 1), preview(config, gpus).memory
+        return [phase_memory(config, plan, networks, phase, gpus, forward, shown) for phase in phases]
 
     def fits(config: Config, gpus: int) -> bool:
         return max(each.gpu for each in sizes(config, gpus)) <= usable

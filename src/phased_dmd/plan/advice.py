@@ -12,7 +12,7 @@ from phased_dmd.maths.phases import NEAR, PhasePlan
 Options = tuple[tuple[str, Any, str], ...]
 OPTIONS: Options = (
     ("sample_every", None, "no previews"),
-    ("fake.optimiser.second_moment", "bfloat16", "rounded at random"),
+    ("optimiser.second_moment", "bfloat16", "rounded at random"),
     ("fake.weights", "lora", "loses quality"),
     ("engine.offload", True, "slow: weights cross to the host and back"),
 )  # cheapest first, after those of `free`

@@ -1,7 +1,7 @@
 """`distill --dry-run`: all of a run that can be checked without reading a weight, on the meta device."""
 
 from phased_dmd.conditions import fitting
-from phased_dmd.config import Config
+from phased_dmd.config import Config, phase_plan, renoise_interval
 from phased_dmd.config.teacher import OwnTeacher, PipelineTeacher
 from phased_dmd.engine.world import warn
 from phased_dmd.errors import UserError
@@ -31,7 +31,7 @@ def dry_run(config: Config, strict: bool = False) -> None:
     model, codec = bare_model(config.teacher, config.seed, source), bare_codec(config.teacher, source)
     try:
         check_start(model.prediction, model.schedule, config.plan.start)
-        plan = config.phase_plan(model.switches)
+        plan = phase_plan(config, model.switches)
     except ValueError as error:
         raise UserError(str(error)) from None
     check_roles(config, model, plan)
@@ -48,7 +48,9 @@ def dry_run(config: Config, strict: bool = False) -> None:
 def check_roles(config: Config, model: VelocityModel, plan: PhasePlan) -> None:
     """Adds the adapters of all experts and fakes; a UserError where an initial expert does not fit its own."""
     phases, shapes = range(1, plan.num_phases + 1), expert_shapes(config, model, plan)
-    fakes = sorted({network for phase in phases for network in plan.fakes(phase, config.support(plan, phase))})
+    fakes = sorted(
+        {network for phase in phases for network in plan.fakes(phase, renoise_interval(config, plan, phase).support)}
+    )
     if config.fake.weights == "lora":
         with META:
             Roles(model).add(FAKE, fakes, config.fake.lora, seed=0)

@@ -1,13 +1,13 @@
 """Bytes on each GPU: weights, gradients and optimisers in shards, activations, and blocks gathered whole."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
 
-from phased_dmd.config import Config, Lora, Optimiser
+from phased_dmd.config import Config, Lora, renoise_interval
 from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.models.protocol import VelocityModel
@@ -101,7 +101,7 @@ def expert_of(config: Config, plan: PhasePlan, networks: list[Network], phase: i
 
 def fake_of(config: Config, plan: PhasePlan, networks: list[Network], phase: int) -> Trained:
     """What a phase's fake trains."""
-    own = [networks[index] for index in plan.fakes(phase, config.support(plan, phase))]
+    own = [networks[index] for index in plan.fakes(phase, renoise_interval(config, plan, phase).support)]
     return _sum([n.full if config.fake.weights == "full" else n.fake_adapter for n in own])
 
 
@@ -129,14 +129,9 @@ def states(config: Config, plan: PhasePlan, networks: list[Network], phase: int)
     experts = sum(expert_of(config, plan, networks, other).parameters for other in built)
     average = expert.parameters if config.generator.ema is not None else 0
     weights = sum(network.bytes for network in networks) + item * (experts + fake.parameters + average)
-    moments = ((expert, config.generator.optimiser), (fake, config.fake.optimiser))
-    optimiser = sum(role.parameters * moment(how, item) for role, how in moments)
+    second_moment = 2 if config.optimiser.second_moment == "bfloat16" else item
+    optimiser = second_moment * (expert.parameters + fake.parameters)
     return weights, item * max(expert.learning, fake.learning), optimiser
-
-
-def moment(optimiser: Optimiser, item: int) -> int:
-    """Bytes a parameter of Adam's second moment."""
-    return 2 if optimiser.second_moment == "bfloat16" else item
 
 
 def shards(config: Config, gpus: int) -> int:
@@ -169,16 +164,8 @@ def activations(config: Config, plan: PhasePlan, phase: int, batch: int, forward
     fake = config.fake.lora if config.fake.weights == "lora" else None
     own = kept(config, forward(batch, generator), len(plan.steps(phase)) if config.plan.gradient == "all" else 1)
     scored, guided = kept(config, forward(batch, fake)), kept(config, forward(batch, generator), 2)
-    beside = {"kl": 0, "fisher": max(guided, scored), "fisher-stop-gradient": scored}[config.objective.divergence]
+    beside = {"fisher": max(guided, scored), "fisher-stop-gradient": scored}.get(config.objective, 0)
     return max(own + beside, scored)
-
-
-def pooled(config: Config, phase: int, gpus: int, shape: Sequence[int]) -> int:
-    """Bytes of a GPU's share of the pool's states."""
-    if phase == 1 or config.rollouts.pool_on_disk:
-        return 0
-    samples = config.rollouts.pool * math.ceil(config.batch_size * config.engine.sequence_parallel / gpus)
-    return samples * math.prod(shape) * 4
 
 
 def gathered(config: Config, networks: list[Network], gpus: int) -> int:
@@ -199,9 +186,9 @@ def gathered(config: Config, networks: list[Network], gpus: int) -> int:
 
 def phase_memory(
     config: Config, plan: PhasePlan, networks: list[Network], phase: int, gpus: int, forward: Measure,
-    shape: Sequence[int], preview: int,
+    preview: int,
 ) -> Memory:  # fmt: skip
-    """Bytes on each GPU in a phase. shape: of the largest bucket's samples. preview: bytes, without an EMA's."""
+    """Bytes on each GPU in a phase. preview: bytes, without an EMA's."""
     own = [math.ceil(size / shards(config, gpus)) for size in states(config, plan, networks, phase)]
     if config.sample_every is not None and config.generator.ema is not None:  # the trained weights are set aside
         aside = expert_of(config, plan, networks, phase).parameters * networks[0].trained_itemsize
@@ -209,9 +196,8 @@ def phase_memory(
     return Memory(
         *own,
         gathered=gathered(config, networks, gpus),
-        activations=activations(config, plan, phase, micro_batch(config, gpus), forward)
-        + pooled(config, phase, gpus, shape),
-        preview=preview + pooled(config, phase, gpus, shape),
+        activations=activations(config, plan, phase, micro_batch(config, gpus), forward),
+        preview=preview,
         host=sum(own) if config.engine.offload else 0,
     )
 

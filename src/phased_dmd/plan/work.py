@@ -48,23 +48,17 @@ def phase_work(config: Config, plan: PhasePlan, phase: int, guided: bool) -> Wor
     frozen, steps = plan.steps(phase).start, len(plan.steps(phase))  # of the phases before, and its own
     exits = steps if config.plan.gradient == "all" else fmean(range(1, steps + 1))
     recorded = exits if config.plan.gradient == "all" else 1
-    fakes = steps if config.plan.fake_rollout == "full" else exits
+    fakes = steps if config.ablation.fake_rollout == "full" else exits
     runs, anew = float(updates), 1  # of the generator for the fake, and once more for its own update
     before = float(frozen)  # a run's calls of the experts before the phase
     if rollouts.reuse:
         runs, anew = 1.0, 0
-    elif rollouts.antithetic == "noise" and not (rollouts.pool and frozen):
-        runs = updates / 2
-    if rollouts.pool:
-        made = min(rollouts.pool_refresh, rollouts.pool)  # batches an iteration
-        made += rollouts.pool / config.phase_iterations(phase)
-        before *= min(made / (runs + anew), 1)
     for_fake = runs * (before + fakes)
     for_generator = anew * (before + exits - recorded)
     if not anew and fakes > exits:  # its path is the fake's at the last exit alone
         for_generator = exits - recorded - (steps - 1) / steps
     teacher = 2 if guided else 1
-    differentiated = {"kl": 0, "fisher": teacher + 1, "fisher-stop-gradient": 1}[config.objective.divergence]
+    differentiated = {"fisher": teacher + 1, "fisher-stop-gradient": 1}.get(config.objective, 0)
     scores = teacher + 1 + differentiated * (1 + checkpointing)
     return Work(
         generator_calls=for_generator + recorded + teacher + 1,

@@ -107,5 +107,5 @@ def _of_sampler(
         sets[chosen.name] = compare(rows, chosen, floor, tools, folder / "samples", seen)
     return {
         "recipe": config.recipe, "method": config.method, "seed": config.seed,
-        "weighting": config.objective.descends, "nets": tools.nets(clips) if tools else {}, "sets": sets,
+        "weighting": config.objective, "nets": tools.nets(clips) if tools else {}, "sets": sets,
     }  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, Template
 
 from phased_dmd.checkpoint import write_atomically
-from phased_dmd.config import Config
+from phased_dmd.config import Config, phase_plan
 from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate import HEADINGS
 from phased_dmd.lab.metrics.formats import number
@@ -44,7 +44,7 @@ def _page() -> Template:
 
 def _phases(config: Config) -> list[tuple[int, str, str]]:
     """Of each phase its number, the times its steps start at, and where it ends."""
-    plan = config.phase_plan()
+    plan = phase_plan(config)
     return [
         (phase, ", ".join(f"{plan.times[i]:.4g}" for i in plan.steps(phase)), f"{plan.end(phase):.4g}")
         for phase in range(1, plan.num_phases + 1)

@@ -11,7 +11,7 @@ from phased_dmd.config import Config
 from phased_dmd.errors import UserError
 
 ASIDE = {"recipe", "seed", "log_every", "checkpoint_every", "sample_every", "trackers"}  # of a config: no method
-STUDENT = {"hidden", "layers", "fit_steps", "fit_batch", "fit_lr", "lora_targets"}  # of a teacher: no part of the base
+STUDENT = {"fit_steps", "lora_targets"}  # of a teacher: no part of the base
 
 Figure = dict[str, Any]  # value, half_width, gap, gap_half_width; a half width may be None
 

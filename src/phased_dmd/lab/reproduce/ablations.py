@@ -6,7 +6,7 @@ FAKE_LORA = {  # as much room, and as large steps, as the generator's own adapte
     "fake.weights": "lora",
     "fake.lora.rank": 32,
     "fake.lora.alpha": 32,
-    "fake.optimiser.lr": 1e-3,
+    "fake.lr": 1e-3,
 }
 
 ABLATIONS = {
@@ -15,7 +15,7 @@ ABLATIONS = {
         says="Nested re-noise intervals (t_k, 1) give better samples than disjoint ones (t_k, t_{k-1}).",
         shown="Frames of Wan2.2 text-to-video: low contrast and degraded faces with disjoint intervals. No figures.",
         trials=trials(
-            {"nested": PHASED, "disjoint": Variant("phased", {"renoise.interval": "disjoint"})},
+            {"nested": PHASED, "disjoint": Variant("phased", {"ablation.renoise": "disjoint"})},
             (("nested", "disjoint"),),
         ),
     ),
@@ -26,9 +26,7 @@ ABLATIONS = {
         trials=trials(
             {
                 "Phased DMD": PHASED,
-                "disjoint and biased": Variant(
-                    "phased", {"renoise.interval": "disjoint", "objective.target": "biased"}
-                ),
+                "disjoint and biased": Variant("phased", {"ablation.renoise": "disjoint", "ablation.target": "biased"}),
             },
             (("Phased DMD", "disjoint and biased"),),
         ),
@@ -41,8 +39,8 @@ ABLATIONS = {
         trials=trials(
             {
                 "all t": DMD,
-                "t = .882": Variant("dmd", {"renoise.fixed": 0.882}),
-                "t = .357": Variant("dmd", {"renoise.fixed": 0.357}),
+                "t = .882": Variant("dmd", {"ablation.renoise": 0.882}),
+                "t = .357": Variant("dmd", {"ablation.renoise": 0.357}),
             },
             (("t = .882", "t = .357"), ("all t", "t = .357")),
         ),
@@ -52,7 +50,7 @@ ABLATIONS = {
         says="The fake must be trained by the unbiased objective within a subinterval, Eq. 13.",
         shown="Trajectories of a 1-D score model, Fig. 2, without distillation. No figures.",
         trials=trials(
-            {"unbiased": PHASED, "biased": Variant("phased", {"objective.target": "biased"})},
+            {"unbiased": PHASED, "biased": Variant("phased", {"ablation.target": "biased"})},
             (("unbiased", "biased"),),
         ),
     ),
@@ -61,7 +59,7 @@ ABLATIONS = {
         says="As printed the equation lost a bracket, which turns the sign of x_s; corrected it gives better samples.",
         shown="None; Eq. 12 beside it has the bracket.",
         trials=trials(
-            {"corrected": PHASED, "as printed": Variant("phased", {"objective.target": "printed"})},
+            {"corrected": PHASED, "as printed": Variant("phased", {"ablation.target": "printed"})},
             (("corrected", "as printed"),),
         ),
     ),
@@ -70,7 +68,7 @@ ABLATIONS = {
         says="Where a switch bounds t, truncated draws give better samples than clamped ones, which pile up at it.",
         shown="None: the paper clamps, and compares with nothing.",
         trials=trials(
-            {"truncated": Variant(None, {"renoise.clamp": False}), "clamped": Variant()},
+            {"truncated": Variant(None, {"renoise.above_switch": "truncate"}), "clamped": Variant()},
             (("truncated", "clamped"),),
             {"nano-moe": (FRECHET,)},
         ),
@@ -80,7 +78,7 @@ ABLATIONS = {
         says="The fake must learn from the same truncated rollouts as the generator: full ones bias its gradient.",
         shown="None: the paper does not say which it uses.",
         trials=trials(
-            {"same": Variant("phased-sgts", {"plan.fake_rollout": "same"}), "full": PHASED_SGTS},
+            {"same": Variant("phased-sgts", {"ablation.fake_rollout": "same"}), "full": PHASED_SGTS},
             (("same", "full"),),
         ),
     ),
@@ -91,8 +89,8 @@ ABLATIONS = {
         trials=trials(
             {
                 "normalised": PHASED,
-                "paper": Variant("phased", {"objective.weighting": "paper"}),
-                "public": Variant("phased", {"objective.weighting": "public"}),
+                "paper": Variant("phased", {"objective": "paper"}),
+                "public": Variant("phased", {"objective": "public"}),
             },
             (("normalised", "paper"), ("normalised", "public")),
         ),

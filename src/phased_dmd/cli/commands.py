@@ -1,4 +1,4 @@
-"""The commands that configure, plan, run, sample and export a distillation."""
+"""Defines the commands that configure, plan, run, sample and export a distillation."""
 
 import codecs
 import json
