@@ -1,4 +1,4 @@
-"""What processes do together: reductions, errors that end all of them, and long work that is divided among them."""
+"""Has processes act together: they reduce numbers, share errors that end all of them, and divide long work."""
 
 import threading
 import time
