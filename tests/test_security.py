@@ -24,7 +24,7 @@ from phased_dmd.export import export
 from phased_dmd.finished import read_export, read_run
 from phased_dmd.models import trust
 from phased_dmd.models.loader import load_model
-from phased_dmd.plan.dry_run import dry_run
+from phased_dmd.dry_run import dry_run
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import resolve
 from phased_dmd.sample_files import write_samples

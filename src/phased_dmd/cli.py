@@ -113,7 +113,7 @@ def distill(
     about = f"{config.method} on {config.recipe}, {_count(plan.steps, 'step')} in {_count(plan.phases, 'phase')}"
     about = f"{folder}: {about}, {_count(config.updates, 'update')} in all"
     if dry_run:
-        from phased_dmd.plan.dry_run import dry_run as check
+        from phased_dmd.dry_run import dry_run as check
 
         check(config, strict)
         tell(about, sys.stderr)

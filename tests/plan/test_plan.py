@@ -27,7 +27,7 @@ from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.engine import world
 from phased_dmd.errors import UserError
 from phased_dmd.models.architectures import architecture, skeleton
-from phased_dmd.models.loader import bare_codec, load_model
+from phased_dmd.models.loader import bare_codec, bare_model, load_model
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.models.quantise import quantise
 from phased_dmd.models.weightless import META, BareSource
@@ -35,10 +35,9 @@ from phased_dmd.networks.optim import Learner
 from phased_dmd.networks.roles import FAKE, Roles, expert_role
 from phased_dmd.networks.system import add_expert, build_system
 from phased_dmd.plan import advice, needs
-from phased_dmd.plan.bare import bare_model, text_width
-from phased_dmd.plan.measure import measure
-from phased_dmd.plan.memory import describe, measured
-from phased_dmd.plan.preview import Peak, decoded, previews
+from phased_dmd.plan.measure import call, condition_shapes
+from phased_dmd.plan.memory import network_bytes
+from phased_dmd.plan.preview import PeakBytes, decode_cost, preview
 from phased_dmd.plan.work import forward_flops, phase_work
 from phased_dmd.recipes import RECIPES, resolve
 from phased_dmd.sample import Sampler
@@ -153,7 +152,7 @@ def test_wan_14b_needs_the_bytes_and_flops_worked_out_by_hand() -> None:
 
 def test_qwen_image_forward_costs_what_was_worked_out_by_hand() -> None:
     config = resolve("qwen-image", {"teacher.sizes": [{"height": 1328, "width": 1328}]})
-    assert forward_flops(config, bare_model(config)) == [pytest.approx(0.133e15, rel=0.005)]
+    assert forward_flops(config.teacher) == [pytest.approx(0.133e15, rel=0.005)]
 
 
 def test_calls_and_forwards_are_those_of_the_table_of_costs() -> None:

@@ -23,7 +23,7 @@ from phased_dmd.errors import UserError
 from phased_dmd.models import source
 from phased_dmd.models.loader import bare_model, load_model
 from phased_dmd.models.weightless import BareSource
-from phased_dmd.plan.dry_run import dry_run
+from phased_dmd.dry_run import dry_run
 from phased_dmd.recipes import RECIPES, resolve
 
 LARGE = [name for name in RECIPES if name.startswith(("wan", "qwen"))]
