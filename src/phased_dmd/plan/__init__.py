@@ -19,7 +19,7 @@ from phased_dmd.plan.memory import (
     parameters_by_role,
     phase_memory,
 )
-from phased_dmd.plan.preview import preview
+from phased_dmd.plan.preview import preview_cost
 from phased_dmd.plan.work import Work, forward_flops, mean_flops, phase_work
 from phased_dmd.prompts import read_prompts
 
@@ -121,7 +121,7 @@ def _phase_cost(config: Config, phase: int, gpus: int, tflops: float, utilisatio
     def hours(flops: float, gpus: int) -> float:
         return flops / (gpus * tflops * 1e12 * utilisation) / 3600
 
-    plan, shown, iterations = phase_plan(config), preview(config, gpus), config.phase_iterations(phase)
+    plan, shown, iterations = phase_plan(config), preview_cost(config, gpus), config.phase_iterations(phase)
     work = phase_work(config, plan, phase, guided=max(meta_model(config.teacher).guidance) > 1)
     flops = work.forwards * mean_flops(config.teacher) * config.batch_size
     each = hours(flops, gpus)

@@ -211,15 +211,27 @@ def _count_call(teacher: Teacher, network: nn.Module, shape: tuple[int, ...], ba
     }
     with FlopCounterMode(display=False, custom_mapping=attention) as counter, saved:
         output = model.predict(network, x, t, condition)
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(output.sum(), trained, allow_unused=True)
     checkpointed, whole = saved.outside | saved.inputs, dict(saved.outside)
     for block in saved.blocks:
         whole |= block
     inside = [sum(size for key, size in block.items() if key not in checkpointed) for block in saved.blocks]
     return Call(
         flops=counter.get_total_flops(), saved=sum(whole.values()), checkpointed=sum(checkpointed.values()),
-        trained=sum(p.numel() for p in trained),
-        learning=sum(gradient.numel() for gradient in gradients if gradient is not None),
+        trained=sum(p.numel() for p in network.parameters() if p.requires_grad),
+        learning=learning(output),
         block=max(inside, default=0),
     )  # fmt: skip
+
+
+def learning(output: Tensor) -> int:
+    """Returns how many numbers the gradient of an output reaches; a backward would tell, and take as long again."""
+    numbers, seen, left = 0, set(), [output.grad_fn]
+    while left:
+        node: Any = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        left += [following for following, _ in node.next_functions]
+        if node.name() == "torch::autograd::AccumulateGrad":
+            numbers += node.variable.numel()
+    return numbers

@@ -9,7 +9,7 @@ from phased_dmd.config import Config, Fake, Generator
 from phased_dmd.config.teacher import PipelineTeacher, Teacher
 from phased_dmd.networks.roles import FAKE, TEACHER, expert_role
 from phased_dmd.plan.measure import cached, largest_call, meta_model, phase_plan
-from phased_dmd.plan.preview import preview
+from phased_dmd.plan.preview import preview_cost
 
 RESERVE = 0.08  # of a GPU's memory: CUDA's context, NCCL's buffers, fragments; not measured
 PREFETCHED = 2  # blocks gathered at a time: the one that computes, and the next
@@ -147,7 +147,7 @@ def phase_memory(config: Config, phase: int, gpus: int) -> Memory:
     """Returns the bytes on each of some GPUs in a phase."""
     shards = gpus // config.engine.replicas
     weights, gradients, optimiser = (math.ceil(size / shards) for size in states(config, phase))
-    shown = preview(config, gpus).memory
+    shown = preview_cost(config, gpus).memory
     if config.sample_every is not None and config.generator.ema is not None:  # the trained weights are set aside
         expert = networks(config, phase)[0] * largest_call(config, 1, config.generator).trained
         shown += math.ceil(expert * itemsizes(config.teacher)[1] / shards)

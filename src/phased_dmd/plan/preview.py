@@ -65,7 +65,7 @@ class PeakBytes(TorchDispatchMode):
         self.now -= self._sizes.pop(storage)
 
 
-class Preview(NamedTuple):
+class PreviewCost(NamedTuple):
     """The cost of a preview to one process: bytes beside the networks, FLOPs of one step and of the decode."""
 
     memory: int
@@ -73,13 +73,13 @@ class Preview(NamedTuple):
     decode: int
 
 
-def preview(config: Config, gpus: int) -> Preview:
+def preview_cost(config: Config, gpus: int) -> PreviewCost:
     """Returns what a preview costs each of some GPUs.
 
     Its resolution bucket is the first; where first frames decide which one is drawn, the largest is counted.
     """
     if config.sample_every is None:
-        return Preview(0, 0, 0)
+        return PreviewCost(0, 0, 0)
     teacher, shapes = config.teacher, bucket_shapes(config.teacher)
     bucket = largest(shapes) if "image" in condition_shapes(teacher, shapes[0]) else 0
     shape, ways = shapes[bucket], config.engine.sequence_parallel
@@ -91,7 +91,7 @@ def preview(config: Config, gpus: int) -> Preview:
         decode_cost(teacher, shape, batch),
     )
     memory = vae + share * math.prod(shape) * 4 + max(steps // ways, decode)
-    return Preview(memory, share * (forward_flops(teacher)[bucket] // ways), flops * share // batch)
+    return PreviewCost(memory, share * (forward_flops(teacher)[bucket] // ways), flops * share // batch)
 
 
 @cached
