@@ -97,7 +97,7 @@ def test_what_must_not_happen_is_noticed(tmp_path: Path, monkeypatch: pytest.Mon
     for i, (wrong, harm) in enumerate(
         [("exit 1", lambda *_: 1 / 0), ("lines on stderr", _two_lines), ("something was written", _write)]
     ):
-        monkeypatch.setattr("phased_dmd.plan.dry_run.dry_run", harm)
+        monkeypatch.setattr("phased_dmd.dry_run.dry_run", harm)
         assert wrong in broken(case, tmp_path / str(i))[1]
 
 

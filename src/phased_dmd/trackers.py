@@ -1,4 +1,4 @@
-"""Shows a run in experiment trackers, from the extra `trackers`; their keys come from the environment, never from a config."""
+"""Shows a run in experiment trackers, of the extra `trackers`; keys come from the environment, never from a config."""
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence

@@ -37,7 +37,7 @@ class Damaged(UserError):
 
 
 class Point(NamedTuple):
-    """Says where in a run a checkpoint stands: iterations done in the phase, and updates in the next one. Sorts by time."""
+    """Says where in a run a checkpoint stands: iterations done in the phase, and updates in the next. Sorts by time."""
 
     phase: int
     iteration: int

@@ -31,7 +31,7 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 class ExactMixture(nn.Module):
-    """Predicts the exact E[p x_0 + q eps | x_t] for x_0 of the mixture sum_i w_i N(mean_i, std^2 I); std = 0 makes points.
+    """Predicts the exact E[p x_0 + q eps | x_t] for x_0 of the mixture sum_i w_i N(mean_i, std^2 I); std = 0: points.
 
     means: [modes, dims]; weights: [modes], normalised here.
     """

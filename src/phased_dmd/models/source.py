@@ -181,7 +181,7 @@ class BareSource(Source):
 
 
 def architecture(path: str) -> Path | None:
-    """Finds the shipped folder of a hub id: each part's configuration, as on the hub, and no weights; None if unknown."""
+    """Finds the shipped folder of a hub id: each part's configuration, as on the hub, no weights; None if unknown."""
     shipped = (ASSETS / "architectures").glob("*/*/model_index.json")
     return {f"{index.parts[-3]}/{index.parts[-2]}": index.parent for index in shipped}.get(path)
 

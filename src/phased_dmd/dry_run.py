@@ -1,4 +1,4 @@
-"""`distill --dry-run`: all of a run that can be checked without reading a weight, on the meta device."""
+"""`distill --dry-run` checks all of a run that can be checked without reading a weight, on the meta device."""
 
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config, phase_plan, renoise_interval
@@ -18,10 +18,10 @@ from phased_dmd.trackers import check_trackers
 
 
 def dry_run(config: Config, strict: bool = False) -> None:
-    """Builds the networks, experts and fakes of a run without values, and checks its inputs; what is wrong is a
-    UserError. A base that is no folder of this machine is one of the shipped architectures, and that is a warning.
+    """Builds the networks, experts and fakes of a run without values, and checks its inputs.
 
-    strict: refuse prompts that would be cut off.
+    Raises UserError for what is wrong, and, if strict, for prompts that would be cut off. Warns where the base is no
+    folder of this machine: its shipped architecture, or its configurations on the hub, are checked instead.
     """
     if isinstance(config.teacher, OwnTeacher):
         raise UserError("teacher.kind: own needs a model given from Python, see docs/extending.md")
@@ -46,7 +46,7 @@ def dry_run(config: Config, strict: bool = False) -> None:
 
 
 def check_roles(config: Config, model: VelocityModel, plan: PhasePlan) -> None:
-    """Adds the adapters of all experts and fakes; a UserError where an initial expert does not fit its own."""
+    """Adds the adapters of all experts and fakes. Raises UserError where an initial expert does not fit this run's."""
     phases, shapes = range(1, plan.num_phases + 1), expert_shapes(config, model, plan)
     fakes = sorted(
         {network for phase in phases for network in plan.fakes(phase, renoise_interval(config, plan, phase).support)}

@@ -18,12 +18,12 @@ from phased_dmd import cli
 from phased_dmd.checkpoint import save_tensors
 from phased_dmd.config import Config, Generator, Lora
 from phased_dmd.config.teacher import OwnTeacher
+from phased_dmd.dry_run import dry_run
 from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.models import source
 from phased_dmd.models.loader import bare_model, load_model
 from phased_dmd.models.source import BareSource
-from phased_dmd.plan.dry_run import dry_run
 from phased_dmd.recipes import RECIPES, resolve
 
 LARGE = [name for name in RECIPES if name.startswith(("wan", "qwen"))]
