@@ -40,7 +40,7 @@ from phased_dmd.maths.schedules import (
     times_like,
 )
 from phased_dmd.models.analytic import ExactMixture
-from phased_dmd.networks.system import build_system, load_teacher
+from phased_dmd.networks.build import build_system, load_teacher
 
 schedules = pytest.mark.parametrize("name", SCHEDULES)
 predictions = pytest.mark.parametrize("prediction", PREDICTIONS)

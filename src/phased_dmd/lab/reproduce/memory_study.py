@@ -13,9 +13,9 @@ from phased_dmd.checkpoint import write_atomically
 from phased_dmd.conditions import Conditions
 from phased_dmd.config import Config
 from phased_dmd.engine.randomness import seed_of
-from phased_dmd.engine.world import shares
+from phased_dmd.engine.world import split_batch
+from phased_dmd.networks.build import add_expert, build_system, load_teacher
 from phased_dmd.networks.roles import FAKE, expert_role
-from phased_dmd.networks.system import add_expert, build_system, load_teacher
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import resolve
 from phased_dmd.step import EXPERT_UPDATE, draw, expert_loss
@@ -51,7 +51,7 @@ def update_bytes(config: Config) -> list[int]:
     """Saved bytes of one generator update in each phase of a text-to-image run, the update that `distill` makes."""
     assert config.prompts is not None
     model, codec = load_teacher(config)
-    samples, totals = shares(config.batch_size, config.engine)[0], []
+    samples, totals = split_batch(config.batch_size, config.engine)[0], []
     with TemporaryDirectory() as folder:
         prompts = read_prompts(config.prompts)
         conditions = Conditions(codec, prompts, config.teacher.negative_prompt, Path(folder))
