@@ -12,9 +12,11 @@ from contests import FAST, LEVER_SEEDS, PAPER, Contest, key
 from scipy.optimize import isotonic_regression
 
 from phased_dmd.config import Config
-from phased_dmd.lab.reproduce.claim import Budget, Measure, Variant
-from phased_dmd.lab.reproduce.comparisons import compare, difference, ratio, shown
-from phased_dmd.lab.reproduce.study import Study, collect, planned
+from phased_dmd.lab.metrics.intervals import difference, ratio
+from phased_dmd.lab.reproduce.claim import Budget, Criterion, Variant
+from phased_dmd.lab.reproduce.results import read_rows, write_rows
+from phased_dmd.lab.reproduce.study import Study, plan_runs, rows_of, study_of
+from phased_dmd.lab.reproduce.verdict import compare, outcome
 from phased_dmd.lab.reproduce.workers import Workers
 from phased_dmd.plan.work import phase_work
 
@@ -30,7 +32,7 @@ def cost(contest: Contest, runs: Path, results: Path, jobs: int) -> dict[str, An
     """
     variants = {side: contest.variants(side) for side in contest.ladders}
     studies = studied(contest, variants, contest.seeds, runs, results, jobs)
-    curves = {side: [point(contest, studies[side], label) for label in variants[side]] for side in variants}
+    curves = {side: [point(contest, studies[side], label, runs) for label in variants[side]] for side in variants}
     decided_by = [contest.measures, *([measure] for measure in contest.measures if len(contest.measures) > 1)]
     which = range(len(contest.seeds))
     return {
@@ -50,38 +52,45 @@ def levers(contest: Contest, runs: Path, results: Path, jobs: int) -> dict[str, 
     return {
         "recipe": contest.recipe, "seeds": list(LEVER_SEEDS), "levers_of": side, "reference": contest.reference,
         "base": base(contest, study),
-        "levers": [weighed(contest, study, label) for label in wanted],
+        "levers": [weighed(contest, study, label, runs) for label in wanted],
     }  # fmt: skip
 
 
 def studied(
     contest: Contest, variants: Mapping[str, Mapping[str, Variant]], seeds: range, runs: Path, results: Path, jobs: int
 ) -> dict[str, Study]:
-    """A study of each side's variants, by side."""
+    """Returns a study of each side's variants; the rows of their runs replace those of results/cost.jsonl.
+
+    The rows of other contests and levers, which that file has too, stay.
+    """
     budget = Budget(len(seeds), contest.samples, first=seeds.start)
-    asked = {side: planned(contest.name(side), wanted, budget, runs) for side, wanted in variants.items()}
+    asked = {side: plan_runs(contest.name(side), wanted, budget, runs) for side, wanted in variants.items()}
     with Workers(jobs, print) as workers:
         everything = [run for runs_of_side in asked.values() for run in runs_of_side.values()]
-        workers.distil(everything)
+        workers.distill(everything)
         workers.evaluate(everything)
-    return {side: collect(contest.name(side), asked[side], budget, results) for side in asked}
+    rows = {side: rows_of(contest.name(side), asked[side]) for side in asked}
+    path = results / "cost.jsonl"
+    by_name = {row["name"]: row for row in (*read_rows(path), *(row for side in rows for row in rows[side]))}
+    write_rows(path, by_name.values())
+    return {side: study_of(contest.name(side), budget, rows[side]) for side in rows}
 
 
 def base(contest: Contest, study: Study) -> dict[str, float]:
-    """The measures of the teacher's samples."""
+    """Returns the measures of the teacher's samples."""
     return {
         key(m): next(iter(study.summary[m.table].values()))[m.name]["mean"]
         for m in (*contest.measures, *contest.diversity)
     }
 
 
-def race(curves: Curves, measures: Sequence[Measure], which: Sequence[int]) -> dict[str, Any]:
+def race(curves: Curves, measures: Sequence[Criterion], which: Sequence[int]) -> dict[str, Any]:
     """What the target costs both sides: the paper's own best, of each measure, in the mean over some of the seeds.
 
     which: those seeds, by their places in the values of a point.
     """
 
-    def means(side: str, measure: Measure) -> list[float]:
+    def means(side: str, measure: Criterion) -> list[float]:
         return [fmean(p["values"][key(measure)]["values"][i] for i in which) for p in curves[side]]
 
     targets = {key(m): smoothed(means(PAPER, m))[-1] for m in measures}
@@ -96,7 +105,7 @@ def race(curves: Curves, measures: Sequence[Measure], which: Sequence[int]) -> d
     return {"targets": targets, "reached": reached, "ratios": ratios}
 
 
-def likely(curves: Curves, measures: Sequence[Measure], which: Sequence[int], draws: int = 1000) -> dict[str, Any]:
+def likely(curves: Curves, measures: Sequence[Criterion], which: Sequence[int], draws: int = 1000) -> dict[str, Any]:
     """Where the ratios of `race` lie, by unit: the middle 95 % over bootstrap draws of the seeds, and the share from 2.
 
     A draw in which `fast` does not keep the target within its budgets counts as a ratio of zero.
@@ -144,27 +153,27 @@ def comparisons(
             together = difference([fmean(values) for values in by_seed], [0.0] * len(by_seed))
         labels = [f"{fast['label']} against {paper['label']}" for fast, paper in paired]
         found.append({
-            "measure": key(m), **together, "shows": shown(together),
-            "each": {label: {**c, "shows": shown(c)} for label, c in zip(labels, each, strict=True)},
+            "measure": key(m), **together, "shows": outcome(together),
+            "each": {label: {**c, "shows": outcome(c)} for label, c in zip(labels, each, strict=True)},
         })  # fmt: skip
     return found
 
 
-def weighed(contest: Contest, study: Study, label: str) -> dict[str, Any]:
+def weighed(contest: Contest, study: Study, label: str, runs: Path) -> dict[str, Any]:
     """The point of a lever, and of each measure whether it is told from the reference, the same seeds."""
     shows = {}
     for m in (*contest.measures, *contest.diversity):
         rows = study.summary[m.table]
-        shows[key(m)] = shown(compare(m, rows[label][m.name], rows[contest.reference][m.name]))
-    return {**point(contest, study, label), "shows": shows}
+        shows[key(m)] = outcome(compare(m, rows[label][m.name], rows[contest.reference][m.name]))
+    return {**point(contest, study, label, runs), "shows": shows}
 
 
-def point(contest: Contest, study: Study, label: str) -> dict[str, Any]:
-    """A label's cost, means over seeds, and its measures by seed."""
-    runs = [run for (other, _), run in study.runs.items() if other == label]
+def point(contest: Contest, study: Study, label: str, runs: Path) -> dict[str, Any]:
+    """Returns a label's cost, means over seeds, and its measures by seed."""
+    rows = [row for (other, _), row in study.evaluations.items() if other == label]
     return {
-        "label": label, "updates": runs[0].config.updates, "calls": forwards(runs[0].config),
-        "cpu_seconds": fmean(cpu_seconds(run.folder) for run in runs),
+        "label": label, "updates": study.sizes[label]["updates"], "calls": forwards(Config(**rows[0]["config"])),
+        "cpu_seconds": fmean(cpu_seconds(runs / row["subject"]) for row in rows),
         "values": {
             key(m): study.summary[m.table][label][m.name]
             for m in (*contest.measures, *contest.diversity)

@@ -17,7 +17,7 @@ from phased_dmd.cli import main
 from phased_dmd.engine.randomness import normal
 from phased_dmd.finished import load
 from phased_dmd.lab.evaluate import Protocol, evaluate
-from phased_dmd.lab.metrics.digit_classifier import WORDS, load_classifier, read
+from phased_dmd.lab.metrics.digit_classifier import WORDS, classify, load_classifier
 from phased_dmd.lab.report import write_report
 from phased_dmd.lab.teach.mnist import all_captions
 from phased_dmd.lab.teach.nano import Budget, teach_nano
@@ -74,7 +74,7 @@ def test_conditions_and_pixels_are_the_stock_pipelines(stock: WanPipeline, sampl
 def test_the_teacher_writes_the_digit_it_is_asked_for(sampler: Sampler) -> None:
     prompts = [f"a handwritten {word}" for word in ("zero", "one", "two", "three", "six", "seven")] * 5
     labels = torch.tensor([0, 1, 2, 3, 6, 7] * 5)
-    read_as = read(load_classifier()[0], sampler.decode(sampler(prompts, range(30), teacher_steps=20)))[1].argmax(1)
+    read_as = classify(load_classifier()[0], sampler.decode(sampler(prompts, range(30), teacher_steps=20)))[1].argmax(1)
     assert int((read_as == labels).sum()) >= 27
 
 
@@ -195,5 +195,5 @@ def test_nano_i2v_moves_the_first_frame_it_is_given() -> None:
     others = (clips[:, 0] - given.roll(1, 0)).square().mean((1, 2, 3))
     assert (error < others / 4).float().mean() > 0.9
     labels = torch.tensor([next(i for i, word in enumerate(WORDS) if word in p.text.split()) for p in prompts])
-    last = read(load_classifier()[0], clips[:, -1:])[1].argmax(1)
+    last = classify(load_classifier()[0], clips[:, -1:])[1].argmax(1)
     assert (last == labels).float().mean() > 0.85

@@ -44,7 +44,7 @@ def load_classifier() -> tuple[DigitClassifier, dict[str, Tensor], float]:
 
 
 @torch.no_grad()
-def read(classifier: DigitClassifier, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def classify(classifier: DigitClassifier, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Reads pictures or clips [n, f, h, w, 3]: features [n, 64] and log-probabilities [n, 10], averaged over frames."""
     n, f, h, w, _ = pixels.shape
     grey = pixels.mean(4).reshape(n * f, 1, h, w)

@@ -13,7 +13,7 @@ ABLATIONS = {
     "fig8": Claim(
         source="Fig. 8, Appendix E.2",
         says="Nested re-noise intervals (t_k, 1) give better samples than disjoint ones (t_k, t_{k-1}).",
-        shown="Frames of Wan2.2 text-to-video: low contrast and degraded faces with disjoint intervals. No figures.",
+        evidence="Frames of Wan2.2 text-to-video: low contrast and degraded faces with disjoint intervals. No figures.",
         trials=trials(
             {"nested": PHASED, "disjoint": Variant("phased", {"renoise.interval": "disjoint"})},
             (("nested", "disjoint"),),
@@ -22,7 +22,7 @@ ABLATIONS = {
     "tdm": Claim(
         source="Sec. 4, Appendix B",
         says="TDM's disjoint intervals, with x_s in the place of x_0 in the fake's objective, are incorrect.",
-        shown="By argument, and by Fig. 8 for the intervals alone. No figures.",
+        evidence="By argument, and by Fig. 8 for the intervals alone. No figures.",
         trials=trials(
             {
                 "Phased DMD": PHASED,
@@ -37,7 +37,7 @@ ABLATIONS = {
         source="Fig. 9, Appendix E.2",
         says="Plain DMD with t fixed at .357 gives worse samples than at .882 or with all t; the paper: it fails to "
         "converge, where .882 gives correct results.",
-        shown="Pictures of Wan2.1 text-to-image. No figures.",
+        evidence="Pictures of Wan2.1 text-to-image. No figures.",
         trials=trials(
             {
                 "all t": DMD,
@@ -50,7 +50,7 @@ ABLATIONS = {
     "biased": Claim(
         source="Sec. 2.3.2, Appendix D",
         says="The fake must be trained by the unbiased objective within a subinterval, Eq. 13.",
-        shown="Trajectories of a 1-D score model, Fig. 2, without distillation. No figures.",
+        evidence="Trajectories of a 1-D score model, Fig. 2, without distillation. No figures.",
         trials=trials(
             {"unbiased": PHASED, "biased": Variant("phased", {"objective.target": "biased"})},
             (("unbiased", "biased"),),
@@ -59,7 +59,7 @@ ABLATIONS = {
     "eq13": Claim(
         source="Eq. 13, not a claim of the paper",
         says="As printed the equation lost a bracket, which turns the sign of x_s; corrected it gives better samples.",
-        shown="None; Eq. 12 beside it has the bracket.",
+        evidence="None; Eq. 12 beside it has the bracket.",
         trials=trials(
             {"corrected": PHASED, "as printed": Variant("phased", {"objective.target": "printed"})},
             (("corrected", "as printed"),),
@@ -68,7 +68,7 @@ ABLATIONS = {
     "clamp": Claim(
         source="Appendix C, of Wan2.2; not a claim of the paper",
         says="Where a switch bounds t, truncated draws give better samples than clamped ones, which pile up at it.",
-        shown="None: the paper clamps, and compares with nothing.",
+        evidence="None: the paper clamps, and compares with nothing.",
         trials=trials(
             {"truncated": Variant(None, {"renoise.clamp": False}), "clamped": Variant()},
             (("truncated", "clamped"),),
@@ -78,7 +78,7 @@ ABLATIONS = {
     "sgts-fake": Claim(
         source="Sec. 2.2, SGTS; not a claim of the paper",
         says="The fake must learn from the same truncated rollouts as the generator: full ones bias its gradient.",
-        shown="None: the paper does not say which it uses.",
+        evidence="None: the paper does not say which it uses.",
         trials=trials(
             {"same": Variant("phased-sgts", {"plan.fake_rollout": "same"}), "full": PHASED_SGTS},
             (("same", "full"),),
@@ -87,7 +87,7 @@ ABLATIONS = {
     "weighting": Claim(
         source="Eq. 11; not a claim of the paper",
         says="The normalised weighting gives better samples than Eq. 11's own and than that of public code.",
-        shown="None: the paper has Eq. 11 only.",
+        evidence="None: the paper has Eq. 11 only.",
         trials=trials(
             {
                 "normalised": PHASED,
@@ -100,7 +100,7 @@ ABLATIONS = {
     "fake-lora": Claim(
         source="Appendix C; not a claim of the paper",
         says="A fake trained in full, as the paper's, gives better samples than one of LoRA alone.",
-        shown="None: the paper compares with nothing.",
+        evidence="None: the paper compares with nothing.",
         trials=trials(
             {"full": PHASED, "lora": Variant("phased", FAKE_LORA)},
             (("full", "lora"),),

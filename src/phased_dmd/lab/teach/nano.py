@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from phased_dmd.checkpoint import save_tensors
-from phased_dmd.lab.metrics.digit_classifier import DigitClassifier, read
+from phased_dmd.lab.metrics.digit_classifier import DigitClassifier, classify
 from phased_dmd.lab.metrics.distances import moments
 from phased_dmd.lab.teach.mnist import Digits, all_captions, clip_batch, image_batch, load_digits
 from phased_dmd.maths.phases import shift_time, unshift_time
@@ -230,7 +230,7 @@ def train_classifier(
         schedule.step()
     classifier.eval()
     pixels, _, labels = image_batch(held_out, 4000, generator)
-    log_probabilities = read(classifier, pixels.permute(0, 2, 3, 4, 1) / 2 + 0.5)[1]
+    log_probabilities = classify(classifier, pixels.permute(0, 2, 3, 4, 1) / 2 + 0.5)[1]
     return classifier, float((log_probabilities.argmax(1) == labels).double().mean())
 
 
@@ -241,7 +241,7 @@ def teach_digits(output: Path, data: Path, seed: int, budget: Budget, say: Calla
     training, held_out = load_digits(data)
     classifier, accuracy = train_classifier(training, held_out, budget.classifier_steps, rng)
     pixels, _, _ = image_batch(held_out, 4000, rng)
-    mean, covariance = moments(read(classifier, pixels.permute(0, 2, 3, 4, 1) / 2 + 0.5)[0])
+    mean, covariance = moments(classify(classifier, pixels.permute(0, 2, 3, 4, 1) / 2 + 0.5)[0])
     tensors = {**classifier.state_dict(), "real.mean": mean, "real.covariance": covariance}
     save_tensors(output / "digits.safetensors", tensors, {"held_out_accuracy": accuracy})
     say(f"digits: {accuracy:.4f} of held-out digits read right")
