@@ -57,13 +57,12 @@ SHARES = {"phase_shares": [0.125, 0.125, 0.25, 3.5]}
 SLOWER = {"generator.optimiser.lr": 5e-4}
 ALONE = {
     "none": {},
-    "reuse": {"rollouts.reuse": True}, "pool": {"rollouts.pool": 32},
-    "antithetic noise": {"rollouts.antithetic": "noise"}, "antithetic start": {"rollouts.antithetic": "start"},
+    "reuse": {"rollouts.reuse": True}, "antithetic start": {"rollouts.antithetic": "start"},
     "2 fake updates": {"fake.updates": 2}, "1 fake update": {"fake.updates": 1}, "pull": {"fake.pull": 1.0},
     "slower fake": {"fake.optimiser.lr": 1e-3}, "slower generator": SLOWER, "shares": SHARES,
     "Fisher": {"objective.divergence": "fisher"},
     "Fisher, stop gradient": {"objective.divergence": "fisher-stop-gradient"},
-    "2 phases, SGTS": SGTS, "2 phases, SGTS, shuffled exits": {**SGTS, "plan.exits": "shuffled"},
+    "2 phases, SGTS": SGTS,
 }  # fmt: skip
 TOY = Contest(
     recipe="toy-2d", seeds=range(16, 28), samples=4000, measures=(Criterion("mixture", "distance_to_nearest_mode"),),

@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 from phased_dmd import train
-from phased_dmd.draws import Draws
-from phased_dmd.models.protocol import Condition
 from phased_dmd.networks.roles import FAKE, expert_role
-from phased_dmd.paths import Paths
 from phased_dmd.recipes import resolve
-from phased_dmd.train import Job, Position
-from phased_dmd.updates import distribution_matching, score_matching
+from phased_dmd.step import EXPERT_UPDATE, Batch, States, draw, expert_loss, fake_loss
+from phased_dmd.train import Job
 
 AFTER = 10**6  # iterations: draws that training has not had
-PAIRS = (None, "noise", "start")
+PAIRS = (None, "start")
 
 
 def variances(folder: Path, iterations: int = 30, batches: int = 48) -> list[dict[str, Any]]:
@@ -31,11 +28,11 @@ def variances(folder: Path, iterations: int = 30, batches: int = 48) -> list[dic
 
     def measured(job: Job, phase: int, expert: Any) -> None:
         row: dict[str, Any] = {"phase": phase}
-        for role, update, descend in (
-            (FAKE, 1, score_matching),
-            (expert_role(phase), 0, distribution_matching),
+        for role, update, loss_of in (
+            (FAKE, 1, fake_loss),
+            (expert_role(phase), EXPERT_UPDATE, expert_loss),
         ):
-            by_pairs = {str(kind): variance(job, phase, role, update, descend, kind, batches) for kind in PAIRS}
+            by_pairs = {str(kind): variance(job, phase, role, update, loss_of, kind, batches) for kind in PAIRS}
             row["fake" if role == FAKE else "expert"] = {
                 kind: value / by_pairs["None"] for kind, value in by_pairs.items()
             }
@@ -48,7 +45,7 @@ def variances(folder: Path, iterations: int = 30, batches: int = 48) -> list[dic
 
 
 def variance(
-    job: Job, phase: int, role: str, update: int, descend: Callable[[Draws, Condition, Paths], Tensor],
+    job: Job, phase: int, role: str, update: int, loss_of: Callable[[Batch, States], Tensor],
     kind: str | None, batches: int,
 ) -> float:  # fmt: skip
     """The trace of the covariance of a role's gradient over batches drawn with one kind of pairs."""
@@ -58,8 +55,10 @@ def variance(
     rollouts = job.system.config.rollouts.model_copy(update={"antithetic": kind})
     system = replace(job.system, config=job.system.config.model_copy(update={"rollouts": rollouts}))
     for batch in range(batches):
-        for draws, condition in replace(job, system=system).batch(Position(phase, AFTER + batch), update):
-            descend(draws, condition, Paths())
+        with system.roles.active(role):
+            for samples in job.micro_batches:
+                drawn = draw(system, phase, AFTER + batch, update, samples, job.weights, job.conditions)
+                loss_of(drawn, {}).backward()
         for name, p in parameters.items():
             assert p.grad is not None
             gradient = p.grad.double()

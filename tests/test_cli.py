@@ -214,7 +214,7 @@ def test_a_section_given_to_set_changes_only_what_it_names(
 def test_the_package_imports_without_torchvision_and_extras() -> None:
     """With every optional package made unimportable, the whole package still imports."""
     blocked = ["torchvision", "cv2", "tensorboard", "wandb", "trackio", "hypothesis", "beartype"]
-    modules = ["train", "evaluate", "report", "reproduce", "teach.nano", "cli"]
+    modules = ["train", "lab.evaluate", "lab.report", "lab.reproduce", "lab.teach.nano", "cli"]
     code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
     code += "\n".join(f"import phased_dmd.{module}" for module in modules)
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})

@@ -25,7 +25,6 @@ from phased_dmd.cli import main
 from phased_dmd.conditions import CHUNK, Conditions, picture_hashes
 from phased_dmd.config import Config
 from phased_dmd.config.teacher import Size, WanTeacher
-from phased_dmd.draws import bucket_weights
 from phased_dmd.errors import Stopped, UserError
 from phased_dmd.inputs import check_prompts, prepare
 from phased_dmd.models import contents
@@ -36,6 +35,7 @@ from phased_dmd.models.wan import NANO, WanCodec
 from phased_dmd.networks import system
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
+from phased_dmd.step import bucket_weights
 from phased_dmd.train import distill
 
 MANY = [Prompt(f"prompt {i} {'x' * (i % 7)}") for i in range(2 * CHUNK + 5)]  # three files

@@ -1,6 +1,7 @@
 """The Fisher divergence against closed forms and in training; guidance in one call; a fake that is pulled along."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -16,24 +17,20 @@ from pipelines import CAPTIONS, build, teacher
 from tiny import TinyCodec, TinyWan, draw
 from torch import Tensor
 
-from phased_dmd import finished, train
+from phased_dmd import finished, step, train
 from phased_dmd.config import Config
-from phased_dmd.draws import Draws
 from phased_dmd.errors import UserError
 from phased_dmd.maths.losses import score_matching_loss, subinterval_target
-from phased_dmd.maths.rollout import Rollout
-from phased_dmd.maths.schedules import forward
+from phased_dmd.maths.schedules import add_noise
 from phased_dmd.models.analytic import build_mixture
 from phased_dmd.models.loader import load_model
 from phased_dmd.models.protocol import rows
 from phased_dmd.networks import system
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles
 from phased_dmd.networks.system import add_expert, add_fake, build_system
-from phased_dmd.paths import Paths
 from phased_dmd.recipes import resolve
 from phased_dmd.sample import Sampler
 from phased_dmd.train import Learner, distill
-from phased_dmd.updates import distribution_matching, fisher
 
 POINTS = [(0.75, 0.9), (0.75, 0.76), (0.3, 0.6), (0.0, 0.5), (0.0, 0.9)]
 KINDS = [("flow", "flow"), ("flow", "x0"), ("vp-cosine", "v"), ("vp-linear", "eps"), ("ve", "x0"), ("ve", "v")]
@@ -97,13 +94,11 @@ class Gaussian:
             model = SimpleNamespace(schedule=SCHEDULES[self.name], prediction=self.prediction)
             config = SimpleNamespace(objective=SimpleNamespace(divergence=divergence))
             asked: Any = SimpleNamespace(
-                model=model, config=config, teacher=real, fake=self.fake,
+                model=model, config=config,
                 roles=SimpleNamespace(active=lambda role: nullcontext()),
             )  # fmt: skip
-            draws: Any = SimpleNamespace(
-                system=asked, networks=lambda: [0], times=lambda: (s, t), eps=lambda: eps
-            )  # fmt: skip
-            return fisher(draws, {}, Rollout(x_s, x_s))
+            batch: Any = SimpleNamespace(system=asked, s=s, t=t, eps=eps)
+            return step.fisher_loss(batch, x_s, real, self.fake)
 
         found = self.expected(loss)
         assert grads == [divergence == "fisher"]
@@ -142,11 +137,11 @@ def test_simpler_forms_are_not_the_fisher_gradient(s: float, t: float) -> None:
     schedule = SCHEDULES["flow"]
 
     def naive(x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        x_t = forward(x_s, eps, s, t, schedule)
+        x_t = add_noise(x_s, eps, s, t, schedule)
         return (case.teacher(x_t) - case.fake(x_t)).square()[:, 0]
 
     def detached(x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        x_t, y = forward(x_s, eps, s, t, schedule), subinterval_target(x_s.detach(), eps, s, t, schedule, "flow")
+        x_t, y = add_noise(x_s, eps, s, t, schedule), subinterval_target(x_s.detach(), eps, s, t, schedule, "flow")
         return ((case.teacher(x_t) - y).square() - (case.fake(x_t) - y).square())[:, 0]
 
     right = [case.a**2 * slope for slope in case.fisher()]
@@ -206,10 +201,12 @@ def test_only_the_generator_has_gradients_after_its_update(divergence: str, weig
         add_fake(asked, 1, None)
     for i, p in enumerate(asked.roles.parameters(FAKE).values()):
         p.data += 0.1 * draw(*p.shape, seed=i)
-    draws = Draws(asked, 1, 0, 0, [range(4)], [1.0])
-    assert draws.networks() == [0, 1]
-    condition = model.batch(TinyCodec().encode_text(["one", "seven", "digit", "a one"]))
-    distribution_matching(draws, condition, Paths())
+    rows = TinyCodec().encode_text(["one", "seven", "digit", "a one"])
+    table: Any = SimpleNamespace(eligible=lambda bucket: range(4), row=lambda index, bucket: rows[index])
+    batch = step.draw(asked, 1, 0, 0, [range(4)], [1.0], table)
+    assert batch.networks == [0, 1]
+    with asked.roles.active("phase_1"):
+        step.expert_loss(batch, {}).backward()
     assert any(p.grad is not None and p.grad.any() for p in asked.roles.parameters("phase_1").values())
     assert all(p.grad is None for p in asked.roles.parameters(FAKE).values())
     assert all(p.requires_grad for p in asked.roles.parameters(FAKE).values())
@@ -230,14 +227,21 @@ def test_teacher_and_fake_are_differentiated_with_guidance_and_route(wan: Callab
     for i, p in enumerate(asked.roles.parameters(FAKE).values()):
         p.data = 0.1 * draw(*p.shape, seed=i, dtype=torch.float64)
     x = draw(4, 16, 1, 4, 4, seed=1, dtype=torch.float64).requires_grad_()
-    draws = Draws(asked, 1, 0, 0, [range(4)], [1.0])
-    (s, t), eps = draws.times(), draws.eps()
     texts, empty = (
         model.batch(TinyCodec().encode_text(prompts))["text"].double()
         for prompts in (["one", "seven", "digit", "a one"], [""])
     )
     asked.negative["text"] = asked.negative["text"].double()
-    found = fisher(draws, {"text": texts}, Rollout(x, x))
+    rows = [{"text": text} for text in texts]
+    table: Any = SimpleNamespace(eligible=lambda bucket: [0], row=lambda index, bucket: rows[0])
+    batch = step.draw(asked, 1, 0, 0, [range(4)], [1.0], table)
+    batch = dataclasses.replace(batch, condition={"text": texts})
+    eps, s, t = batch.eps, batch.s, batch.t
+
+    def called(network: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, t: network(x, t, batch.condition, batch.networks)
+
+    found = step.fisher_loss(batch, x, called(asked.teacher), called(asked.fake))
 
     def alone(predict: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         def each(x: Tensor, t: Tensor) -> Tensor:
@@ -361,16 +365,13 @@ def states(config: Config, run: Path) -> Iterator[tuple[dict[str, Tensor], ...]]
                     own[f"{network}.{name}.weight"] = module.get_delta_weight(role).detach().clone()
         return own
 
-    def watched(self: Learner, *args: Any) -> float:
-        if self.role == FAKE:
-            norm = step(self, *args)
-            found[:] = [weights(FAKE)]
-            return norm
+    def watched(self: Learner, *args: Any) -> None:
         before = weights(self.role)
-        norm = step(self, *args)
-        change = {name: p - before[name] for name, p in weights(self.role).items()}
-        found.append(change)
-        return norm
+        step(self, *args)
+        if self.role == FAKE:
+            found[:] = [weights(FAKE)]
+        else:
+            found.append({name: p - before[name] for name, p in weights(self.role).items()})
 
     steps: list[tuple[dict[str, Tensor], ...]] = []
     leave = train.leave_if_asked

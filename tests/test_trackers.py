@@ -12,9 +12,9 @@ from torch import Tensor
 
 from phased_dmd import train
 from phased_dmd.checkpoint import RunFolder
-from phased_dmd.draws import Draws
 from phased_dmd.errors import UserError
 from phased_dmd.recipes import resolve
+from phased_dmd.step import EXPERT_UPDATE, Batch
 from phased_dmd.train import distill
 
 FAST = {"iterations": 2, "batch_size": 4, "log_every": 1, "teacher.fit_steps": 2, "teacher.hidden": 8}
@@ -90,12 +90,12 @@ def test_every_tracker_sees_every_logged_row(tmp_path: Path) -> None:
 def test_what_an_update_that_was_left_out_has_no_value_of_is_left_out_of_its_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = train.distribution_matching
+    made = train.expert_loss
 
-    def spoilt(draws: Draws, *more: Any) -> Tensor:
-        return made(draws, *more) * (float("nan") if (draws.phase, draws.iteration) == (1, 1) else 1)
+    def spoilt(batch: Batch, *more: Any) -> Tensor:
+        return made(batch, *more) * (float("nan") if batch.rollout_key[1:] == (1, 1, EXPERT_UPDATE) else 1)
 
-    monkeypatch.setattr(train, "distribution_matching", spoilt)
+    monkeypatch.setattr(train, "expert_loss", spoilt)
     config = resolve("toy-1d", {**FAST, "iterations": 3, "skips": 1, "trackers": ALL})
     with pytest.warns(UserWarning) as warned:
         distill(config, tmp_path / "run", quiet=True)

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +19,10 @@ from rich.progress import Progress
 from tiny import TinyCodec, TinyWan, draw, killed_after, newest_checkpoint, teacher_alone
 from torch import Tensor
 
-from phased_dmd import finished, inputs, sample, train, updates
+from phased_dmd import finished, inputs, sample, step, train
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.config import Config, Optimiser, Plan
 from phased_dmd.config.overrides import build
-from phased_dmd.draws import Draws
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import unshift_time
 from phased_dmd.models.loader import load_model
@@ -172,11 +171,11 @@ def kill(patch: pytest.MonkeyPatch, at: str) -> None:
     step, log, save = Learner.step, RunFolder.log, RunFolder.save_checkpoint
     taken = Counter()
 
-    def killed_step(self: Learner, loss: float, where: str, progress: tuple[int, int]) -> float:
+    def killed_step(self: Learner, iteration: int, iterations: int) -> None:
         taken[self.role] += 1
         if at == "in a step" and taken["phase_2"] == 8:
             raise KeyboardInterrupt
-        return step(self, loss, where, progress)
+        step(self, iteration, iterations)
 
     def killed_log(self: RunFolder, name: str, row: dict[str, Any]) -> None:
         due = name == "metrics.jsonl" and (row["phase"], row["iteration"]) == (2, 8)
@@ -206,9 +205,9 @@ def generator_updates(config: Config, run: Path, role: str) -> int:
     count = Counter()
     step = Learner.step
 
-    def counted(self: Learner, *args: Any) -> float:
+    def counted(self: Learner, *args: Any) -> None:
         count[self.role] += 1
-        return step(self, *args)
+        step(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Learner, "step", counted)
@@ -370,7 +369,7 @@ def test_a_non_finite_number_stops_before_the_step(
 ) -> None:
     """In phase 2, iteration 1: the fake's second update, or the generator's; all weights stay as they were."""
     name = "score_matching_loss" if role == FAKE else "distribution_matching_loss"
-    original, calls, before = getattr(updates, name), Counter(), {}
+    original, calls, before = getattr(step, name), Counter(), {}
     due = 6 + 2 + 2 if role == FAKE else 3 + 2  # calls: 2 and 1 an iteration, 3 iterations a phase
 
     def spoilt(*args: Any, **kwargs: Any) -> Tensor:
@@ -385,7 +384,7 @@ def test_a_non_finite_number_stops_before_the_step(
         loss.register_hook(lambda gradient: gradient * bad)
         return loss
 
-    monkeypatch.setattr(updates, name, spoilt)
+    monkeypatch.setattr(step, name, spoilt)
     which = r"the loss is (nan|inf)" if fault == "loss" else r"the gradient of 0\.net\.\d+\.(weight|bias) is not finite"
     kept = r"the state before it is in \S+"
     with pytest.raises(NonFiniteError, match=rf"^phase 2, iteration 1, {role}: {which}; {kept}$"):
@@ -404,11 +403,19 @@ def spoilt_trainer(gradients: dict[str, list[float]]) -> tuple[Learner, dict[str
     return Learner(FAKE, parameters, Optimiser(lr=0.1)), parameters
 
 
+def stepped(trainer: Learner) -> float:
+    """The norm before clipping, after a step as training takes it."""
+    norm = trainer.checked_norm(1.0, "phase 1, iteration 0")
+    trainer.clip(norm)
+    trainer.step(0, 1)
+    return norm.item()
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_the_guard_names_the_tensor_at_fault(bad: float) -> None:
     trainer, parameters = spoilt_trainer({"first": [1.0, 2.0], "second": [3.0, bad], "third": [1.0]})
     with pytest.raises(NonFiniteError, match="^phase 1, iteration 0, fake: the gradient of second is not finite$"):
-        trainer.step(1.0, "phase 1, iteration 0", (0, 1))
+        stepped(trainer)
     assert not any(p.any() for p in parameters.values())
 
 
@@ -416,7 +423,7 @@ def test_a_norm_that_overflows_stops_as_well() -> None:
     """1e30 is finite and its square is not, in float32: the norm is infinite."""
     trainer, parameters = spoilt_trainer({"first": [1e30, 1.0], "second": [2.0]})
     with pytest.raises(NonFiniteError, match="^phase 1, iteration 0, fake: the norm of all gradients overflows$"):
-        trainer.step(1.0, "phase 1, iteration 0", (0, 1))
+        stepped(trainer)
     assert not any(p.any() for p in parameters.values())
 
 
@@ -431,10 +438,10 @@ def test_a_step_returns_the_norm_before_clipping_and_takes_the_clipped_gradient(
 
     monkeypatch.setattr(MomentumFreeAdamW, "step", spy)
     trainer, _ = spoilt_trainer({"first": [3.0, 4.0], "second": [12.0]})
-    assert trainer.step(torch.tensor(1.0), "here", (0, 1)) == pytest.approx(13, rel=1e-6)
+    assert stepped(trainer) == pytest.approx(13, rel=1e-6)
     assert applied[0][0] == pytest.approx([3 / 13, 4 / 13], rel=1e-5) and applied[0][1] == pytest.approx([12 / 13])
     trainer, _ = spoilt_trainer({"first": [0.3, 0.4], "second": [0.5]})
-    assert trainer.step(torch.tensor(1.0), "here", (0, 1)) == pytest.approx(0.5**0.5, rel=1e-6)
+    assert stepped(trainer) == pytest.approx(0.5**0.5, rel=1e-6)
     assert applied[1] == [torch.tensor([0.3, 0.4]).tolist(), [0.5]]
 
 
@@ -519,13 +526,12 @@ def test_the_expert_file_holds_the_ema(tmp_path: Path, systems: list[System], mo
     last = {}
     step = Learner.step
 
-    def spy(self: Learner, *args: Any) -> float:
-        norm = step(self, *args)
+    def spy(self: Learner, *args: Any) -> None:
+        step(self, *args)
         if self.role != FAKE:
             last[self.role] = {name: p.detach().clone() for name, p in self.parameters.items()}
             average = averages[self.role]
             averages[self.role] = {k: 0.7 * v + 0.3 * last[self.role][k].double() for k, v in average.items()}
-        return norm
 
     monkeypatch.setattr(Learner, "step", spy)
     run = distill(config, tmp_path / "run", quiet=True)
@@ -563,19 +569,18 @@ def test_linear_decay_reaches_both_optimisers(tmp_path: Path, monkeypatch: pytes
 def test_gradients_are_clipped_and_the_clipped_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of log_every 2 and a last one of 1; the norm that is logged is the one before clipping."""
     norms, clipped_norms = defaultdict(list), []
-    step, update = Learner.step, MomentumFreeAdamW.step
+    clip, update = Learner.clip, MomentumFreeAdamW.step
 
-    def spy(self: Learner, *args: Any) -> float:
-        norm = step(self, *args)
-        norms[self.role].append(norm)
-        return norm
+    def spy(self: Learner, norm: Tensor) -> None:
+        norms[self.role].append(norm.item())
+        clip(self, norm)
 
     def spy_update(self: MomentumFreeAdamW) -> Any:
         gradients = [p.grad for group in self.param_groups for p in group["params"]]
         clipped_norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in gradients)))
         return update(self)
 
-    monkeypatch.setattr(Learner, "step", spy)
+    monkeypatch.setattr(Learner, "clip", spy)
     monkeypatch.setattr(MomentumFreeAdamW, "step", spy_update)
     run = distill(toy(iterations=5, generator__optimiser__clip=0.05), tmp_path / "run", quiet=True)
     rows = [row for row in metrics(run) if row["phase"] == 1]
@@ -723,13 +728,13 @@ def test_a_fixed_time_is_the_only_one(tmp_path: Path, spy: Spy) -> None:
 
 def test_no_two_updates_share_their_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    original = Draws._normal
+    original = step.normal
 
-    def spy_noise(self: Draws, samples: Sequence[int], *key: int | str) -> Tensor:
-        drawn.append(original(self, samples, *key))
+    def spy_noise(*arguments: Any) -> Tensor:
+        drawn.append(original(*arguments))
         return drawn[-1]
 
-    monkeypatch.setattr(Draws, "_normal", spy_noise)
+    monkeypatch.setattr(step, "normal", spy_noise)
     distill(toy(plan__solver="renoise", plan__steps=4, plan__phases=2), tmp_path / "run", quiet=True)
     assert len(drawn) == 9 * (2 + 2) + 9 * (2 + 3)  # start and eps, and one renoise a step that ends above 0
     numbers = torch.cat(drawn).flatten()
@@ -738,12 +743,13 @@ def test_no_two_updates_share_their_noise(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_prompts_are_drawn_uniformly_by_sample() -> None:
     """Pearson's chi-squared over 8 prompts: 24.3 is exceeded once in a thousand (7 degrees). Splits agree."""
-    model = SimpleNamespace(batch=lambda rows: {"text": torch.tensor([row["text"] for row in rows])})
-    system: Any = SimpleNamespace(model=model, config=toy())
+    batch = {"batch": lambda rows: {"text": torch.tensor([row["text"] for row in rows])}}
+    model = SimpleNamespace(sample_shapes=[(1,)], **batch)
+    system: Any = SimpleNamespace(model=model, config=toy(), plan=toy().phase_plan())
     table: Any = SimpleNamespace(eligible=lambda bucket: range(8), row=lambda index, bucket: {"text": index})
 
     def drawn(update: int, samples: range) -> Tensor:
-        return Draws(system, 1, 2, update, [samples], [1.0]).condition(table)["text"]
+        return step.draw(system, 1, 2, update, [samples], [1.0], table).condition["text"]
 
     whole = drawn(3, range(4000))
     assert ((torch.bincount(whole, minlength=8) - 500.0) ** 2 / 500).sum() < 24.3
@@ -753,10 +759,11 @@ def test_prompts_are_drawn_uniformly_by_sample() -> None:
 
 def test_buckets_are_drawn_by_weight_one_a_batch() -> None:
     """Weights 1, 0, 3: shares 1/4, 0, 3/4 of 4000 batches, within four standard deviations, whatever the samples."""
-    system: Any = SimpleNamespace(config=toy())
+    model = SimpleNamespace(sample_shapes=[(1,), (2,), (3,)], batch=lambda rows: {})
+    system: Any = SimpleNamespace(config=toy(), model=model, plan=toy().phase_plan())
 
     def drawn(samples: range) -> list[int]:
-        return [Draws(system, 1, i, 2, [samples], [1.0, 0.0, 3.0]).bucket for i in range(4000)]
+        return [step.draw(system, 1, i, 2, [samples], [1.0, 0.0, 3.0], None).shape[0] - 1 for i in range(4000)]
 
     buckets = drawn(range(2))
     shares = torch.tensor(buckets).bincount(minlength=3) / 4000

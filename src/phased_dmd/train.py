@@ -1,14 +1,15 @@
 """`distill`: the training of Phased DMD, its baselines and ablations, top to bottom: run, phase, iteration."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 from torch import Tensor
@@ -16,10 +17,9 @@ from torch import Tensor
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.conditions import Conditions, picture_hashes
 from phased_dmd.config import Config
-from phased_dmd.draws import Draws, bucket_weights
 from phased_dmd.engine.patience import patiently
 from phased_dmd.engine.signals import Signals
-from phased_dmd.engine.world import check, on_first_rank, processes, rank, shares, warn
+from phased_dmd.engine.world import check, mean, on_first_rank, processes, rank, shares, warn
 from phased_dmd.errors import Stopped, UserError
 from phased_dmd.finished import read_expert
 from phased_dmd.inputs import compare_finished, contents, initial_expert, prepare
@@ -37,15 +37,16 @@ from phased_dmd.networks.system import (
     load_expert,
     remove_fake,
 )
-from phased_dmd.paths import Paths
 from phased_dmd.sample import Sampler, preview_size
+from phased_dmd.step import EXPERT_UPDATE, Batch, States, bucket_weights, draw, expert_loss, fake_loss
 from phased_dmd.trackers import Trackers
-from phased_dmd.updates import distribution_matching, over, score_matching
 
 
 @dataclass
 class Position:
-    """Where a phase is, between two updates of a network, and what its next line of metrics has gathered by then."""
+    """Progress inside a phase, between two updates, with what the next line of metrics has gathered by then; saved in
+    checkpoints.
+    """
 
     phase: int
     iteration: int = 0  # iterations done
@@ -59,24 +60,22 @@ class Position:
 
 @dataclass(frozen=True)
 class Job:
-    """What the phases of a run share."""
+    """What the phases of a run share.
+
+    weights: the odds of the resolution buckets. micro_batches: for each the samples of every process, see `shares`.
+    fresh_fakes: what adapters that are fakes start from, by phase, see `add_adapters`.
+    """
 
     run: RunFolder
     system: System
     codec: Codec
     conditions: Conditions | None
-    weights: Sequence[float]  # of the resolution buckets
-    micro_batches: Sequence[Sequence[range]]  # see `shares`
-    fresh_fakes: Mapping[int, dict[str, Tensor]]  # see `add_adapters`
+    weights: Sequence[float]
+    micro_batches: Sequence[Sequence[range]]
+    fresh_fakes: Mapping[int, dict[str, Tensor]]
     signals: Signals
     trackers: Trackers
     quiet: bool
-
-    def batch(self, at: Position, update: int) -> Iterator[tuple[Draws, Condition]]:
-        """What an update draws, micro-batch by micro-batch; update 0 is the generator's."""
-        for samples in self.micro_batches:
-            draws = Draws(self.system, at.phase, at.iteration, update, samples, self.weights)
-            yield draws, draws.condition(self.conditions)
 
 
 def distill(
@@ -124,8 +123,7 @@ def distill(
             )  # fmt: skip
             for phase in range(1, system.plan.num_phases + 1):
                 if learners := begin(job, phase):
-                    with run.scratch("pool") if config.rollouts.pool_on_disk else nullcontext() as folder:
-                        train_phase(job, phase, *learners, Paths(config.rollouts.reuse, folder))
+                    train_phase(job, phase, *learners)
                     end(job, phase, learners[0])
     return run.path
 
@@ -145,8 +143,8 @@ def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
     return expert, Learner(FAKE, roles.parameters(FAKE), config.fake.optimiser, seed=config.seed)
 
 
-def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Paths) -> None:
-    """The phase's iterations from its last checkpoint on: updates of the fake, then one of the expert."""
+def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
+    """Runs the phase's iterations from its last checkpoint on: some updates of the fake, then one of the expert."""
     run, config = job.run, job.system.config
     state, iterations = expert.state() | fake.state(), config.phase_iterations(phase)
     at = Position(**(run.load_checkpoint(phase, state) or {"phase": phase}))
@@ -157,27 +155,29 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Pat
         cpu_seconds = 0.0  # since the last line
         while at.iteration < iterations:
             started, cpu_started = time.perf_counter(), time.process_time()
+            states: States = {}  # of rollouts that the updates of this iteration share
+
+            # The fake follows the generator, then the expert is updated against it.
             for update in range(at.update + 1, config.fake.updates + 1):
-                loss = over(job.batch(at, update), paths, score_matching)
-                norm = step(job, fake, loss, at, state)
+                loss, norm = train_step(job, at, update, fake, fake_loss, states, state)
                 if norm is not None:
                     at.fake_norm = norm
                     at.fake_losses.append(loss)
                 at.update = update
                 leave_if_asked(job, at, state)
-            loss = over(job.batch(at, 0), paths, distribution_matching)
             with job.system.roles.following(expert.role, config.fake.pull):
-                norm = step(job, expert, loss, at, state)
+                loss, norm = train_step(job, at, EXPERT_UPDATE, expert, expert_loss, states, state)
             at.clipped += norm is not None and norm > config.generator.optimiser.clip
-            fake_loss = sum(at.fake_losses) / len(at.fake_losses) if at.fake_losses else None
+            fake_losses = sum(at.fake_losses) / len(at.fake_losses) if at.fake_losses else None
             at.iteration, at.update, at.fake_losses, at.counted = at.iteration + 1, 0, [], at.counted + 1
             cpu_seconds += time.process_time() - cpu_started
 
+            # What is seen of it: the bar, a line of metrics, a preview, a checkpoint.
             last = at.iteration == iterations
-            show(at.iteration, f"fake {fake_loss or 0:.3g} generator {loss:.3g}")
+            show(at.iteration, f"fake {fake_losses or 0:.3g} generator {loss:.3g}")
             if at.iteration % config.log_every == 0 or last:
                 row = {
-                    "phase": phase, "iteration": at.iteration, "fake_loss": fake_loss,
+                    "phase": phase, "iteration": at.iteration, "fake_loss": fake_losses,
                     "generator_loss": None if norm is None else loss, "fake_gradient_norm": at.fake_norm,
                     "generator_gradient_norm": norm, "clipped": at.clipped / at.counted,
                 }  # fmt: skip
@@ -192,6 +192,35 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner, paths: Pat
             leave_if_asked(job, at, state)
 
 
+def train_step(
+    job: Job, at: Position, update: int, learner: Learner, loss_of: Callable[[Batch, States], Tensor], states: States,
+    state: Mapping[str, Tensor],
+) -> tuple[float, float | None]:  # fmt: skip
+    """One update of a network: forward and backward of every micro-batch, then clip and optimiser step.
+
+    Returns the loss over all processes, and the gradient's norm before it was clipped, or None for an update that was
+    left out, see `on_non_finite`.
+    """
+    system, config, losses = job.system, job.system.config, []
+    with system.roles.active(learner.role):  # which adapter is on is a state of the network: backward needs it, too
+        for samples in job.micro_batches:
+            batch = draw(system, at.phase, at.iteration, update, samples, job.weights, job.conditions)
+            loss = loss_of(batch, states if config.rollouts.reuse else {})
+            (loss * config.engine.sequence_parallel).backward()  # those that share a sample each have a part of it
+            losses.append(loss.detach())
+    mean_loss = mean(torch.stack(losses).sum())
+    try:
+        norm = learner.checked_norm(mean_loss, f"phase {at.phase}, iteration {at.iteration}")
+        learner.clip(norm)
+        learner.step(at.iteration, config.phase_iterations(at.phase))
+        return mean_loss, norm.item()
+    except NonFiniteError as error:
+        on_non_finite(job, error, at, state)
+        return mean_loss, None
+    finally:
+        learner.optimiser.zero_grad()
+
+
 def end(job: Job, phase: int, expert: Learner) -> None:
     """Writes the expert, averaged if it is; from now on it is frozen, and its fakes are gone."""
     if expert.ema is not None:
@@ -202,25 +231,19 @@ def end(job: Job, phase: int, expert: Learner) -> None:
     remove_fake(job.system)
 
 
-def step(job: Job, learner: Learner, loss: float, at: Position, state: Mapping[str, Tensor]) -> float | None:
-    """The gradient's norm; None where the update was left out, as `skips` allows. Else what is not finite is an error,
-    once the networks and optimisers are kept as they were before it.
+def on_non_finite(job: Job, error: NonFiniteError, at: Position, state: Mapping[str, Tensor]) -> None:
+    """Counts an update that is left out, as `skips` allows; else saves networks and optimisers as they were before it,
+    and raises the error with the place.
     """
-    config = job.system.config
-    where = f"phase {at.phase}, iteration {at.iteration}"
+    if at.skipped < (most := job.system.config.skips):
+        at.skipped += 1
+        warn(f"{error}; left out, {at.skipped} of at most {most} in this phase")
+        return
     try:
-        return learner.step(loss, where, (at.iteration, config.phase_iterations(at.phase)))
-    except NonFiniteError as error:
-        learner.skip()
-        if at.skipped < config.skips:
-            at.skipped += 1
-            warn(f"{error}; left out, {at.skipped} of at most {config.skips} in this phase")
-            return None
-        try:
-            kept = f"the state before it is in {job.run.save_failure(asdict(at), state)}"
-        except UserError as problem:
-            kept = str(problem)
-        raise NonFiniteError(f"{error}; {kept}") from None
+        kept = f"the state before it is in {job.run.save_failure(asdict(at), state)}"
+    except UserError as problem:
+        kept = str(problem)
+    raise NonFiniteError(f"{error}; {kept}") from None
 
 
 def leave_if_asked(job: Job, at: Position, state: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
-import torch
 from tiny import TinyCodec, TinyWan
 from torch import Tensor
 from torch.distributed.run import get_args_parser
@@ -17,13 +16,13 @@ from torch.distributed.run import get_args_parser
 from phased_dmd import cli, train
 from phased_dmd.config import Method
 from phased_dmd.config.teacher import PipelineTeacher
-from phased_dmd.draws import Draws
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import Expert
 from phased_dmd.networks import system
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import FIRST_FRAMES, RECIPES, WAN_NEGATIVE, resolve
+from phased_dmd.step import draw_times
 from phased_dmd.train import distill
 
 PAPER = {  # hub id, shift, negative prompt, of diffusers' own encoding the most tokens, the teacher's switch
@@ -170,14 +169,12 @@ def test_phase_1_of_wan22_piles_up_at_the_switch(recipe: str, share: float) -> N
     config = resolve(recipe, OWN)
     (switch,) = switches_of(recipe)
     system: Any = SimpleNamespace(config=config, plan=config.phase_plan((switch,)))
-    times = {phase: Draws(system, phase, 0, 0, [range(4000)], [1.0]).times() for phase in (1, 2)}
-    s, t = times[1]
-    assert torch.equal(s, torch.full_like(s, 5 / 6)) and t.min() == switch and t.max() <= 1
+    t, later = (draw_times(system, phase, (0, phase, 0, 0), range(4000), shares=False) for phase in (1, 2))
+    assert t.min() == switch and t.max() <= 1
     assert {system.plan.network(time) for time in t.tolist()} == {0}
     found = (t == switch).double().mean().item()
     assert found == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 4000))
-    s, t = times[2]
-    assert not s.any() and t.min() < 0.1 and t.max() > 0.99 and not (t == switch).any()
+    assert later.min() < 0.1 and later.max() > 0.99 and not (later == switch).any()
 
 
 @pytest.mark.parametrize(

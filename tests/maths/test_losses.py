@@ -28,7 +28,7 @@ from phased_dmd.maths.losses import (
     score_matching_weight,
     subinterval_target,
 )
-from phased_dmd.maths.schedules import forward, renoise_times
+from phased_dmd.maths.schedules import add_noise, renoise_times
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.recipes import resolve
 
@@ -594,7 +594,7 @@ def test_teacher_and_fake_see_the_renoised_sample_at_its_time():
     x_s, eps = randn(2, 5, 3)
     x_s.requires_grad_()
     s, t = times(0.75, 0.9, x_s)
-    x_t, seen = forward(x_s.detach(), eps, s, t, SCHEDULES["flow"]), []
+    x_t, seen = add_noise(x_s.detach(), eps, s, t, SCHEDULES["flow"]), []
 
     def network(x: Tensor, time: Tensor) -> Tensor:
         seen.append((x, time))

@@ -1,7 +1,8 @@
 """The two losses of Phased DMD, for every phase: s = 0 gives ordinary DMD.
 
 Arguments are tensors and callables only. x_s, eps: [b, ...]; s, t: [b] float64, s < t. `Predict` maps (x_t, t) to
-the native prediction psi [b, ...]. Losses come per sample, [b], averaged over the sample's elements.
+the native prediction psi = p x_0 + q eps [b, ...]. Losses come per sample, [b], averaged over the sample's elements.
+D is the determinant of (x_0, eps) -> (x_t, psi), `d` in the code; see `schedules`.
 """
 
 from collections.abc import Callable
@@ -17,10 +18,10 @@ from phased_dmd.maths.schedules import (
     Samples,
     Schedule,
     Times,
+    add_noise,
     coefficients,
     determinant,
-    forward,
-    on,
+    expand_like,
     predicted_x0,
 )
 
@@ -29,24 +30,32 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 Target = Callable[[Tensor, Tensor, Tensor, Tensor, Schedule, Prediction], Tensor]
 Weighting = Literal["normalised", "paper", "posterior", "public"]
 
-CLAMP = 10.0  # of 1/sigma_ts^2 in Eq. 13
-FLOOR = 1e-4  # of the normalising mean absolute error
+MAX_WEIGHT = 10.0  # Eq. 13 clamps its weight 1/sigma_ts^2 to [0, 10]
+MIN_NORMALISER = 1e-4  # the least mean absolute error that a gradient is divided by
 
 
-def _mean(x: Tensor) -> Tensor:
-    """Mean over all but the batch: [b, ...] -> [b], in float32 at least."""
+def _mean_per_sample(x: Tensor) -> Tensor:
+    """Averages [b, ...] over all axes but the batch's, in float32 at least: [b]."""
     return x.flatten(1).to(torch.promote_types(x.dtype, torch.float32)).mean(1)
 
 
-def _clean(s: Tensor, schedule: Schedule) -> Tensor:
-    """Where x_s is x_0 itself, so that Eq. 12 is Eq. 4: [b], bool."""
+def _is_clean(s: Tensor, schedule: Schedule) -> Tensor:
+    """Says for each s whether x_s is x_0 itself, so that Eq. 12 is Eq. 4: [b], bool."""
     return (schedule.sigma(s) == 0) & (schedule.alpha(s) == 1)
+
+
+def _expected_x_s(x0: Samples, x_t: Samples, s: Times, t: Times, schedule: Schedule) -> Samples:
+    """Returns E[x_s | x_t] [b, ...] for a prediction x0 of E[x_0 | x_t]: the mean of p(x_s | x_t, x_0) at x_0 = x0."""
+    alpha_s, sigma_s, sigma_t = schedule.alpha(s), schedule.sigma(s), schedule.sigma(t)
+    alpha_ts, sigma_ts = schedule.transition(s, t)
+    on_x_t, on_x0 = alpha_ts * sigma_s**2 / sigma_t**2, alpha_s * sigma_ts**2 / sigma_t**2
+    return expand_like(on_x_t, x_t) * x_t + expand_like(on_x0, x_t) * x0
 
 
 def subinterval_target(
     x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction
 ) -> Samples:
-    """Eq. 12 (flow), Eq. 15 (x0) and their twins: the unbiased regression target at x_t, given only x_s.
+    """Returns the unbiased regression target [b, ...] at x_t, given only x_s: Eq. 12 (flow), Eq. 15 (x0), their twins.
 
     target = p x0* + q eps*, with x0* = x_s/alpha_s - alpha_t sigma_s^2/(alpha_s^2 sigma_ts) eps and
     eps* = sigma_t/sigma_ts eps; its mean given x_t is that of p x_0 + q eps. It diverges at t = s if sigma_s > 0.
@@ -55,41 +64,48 @@ def subinterval_target(
     _, sigma_ts = schedule.transition(s, t)
     p, q = coefficients(prediction, alpha_t, sigma_t)
     on_eps = (q * sigma_t - p * alpha_t * sigma_s**2 / alpha_s**2) / sigma_ts
-    return on(p / alpha_s, x_s) * x_s + on(on_eps, x_s) * eps
+    return expand_like(p / alpha_s, x_s) * x_s + expand_like(on_eps, x_s) * eps
 
 
 def biased_target(
     x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction
 ) -> Samples:
-    """Ablation (Sec. 2.3.2): Eq. 4 with x_s in the place of x_0, p x_s + q eps. Biased wherever s > 0."""
+    """Returns p x_s + q eps [b, ...], Eq. 4's target with x_s for x_0: an ablation (Sec. 2.3.2), biased at s > 0."""
     p, q = coefficients(prediction, schedule.alpha(t), schedule.sigma(t))
-    return on(p, x_s) * x_s + on(q, x_s) * eps
+    return expand_like(p, x_s) * x_s + expand_like(q, x_s) * eps
 
 
 def printed_target(
     x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction
 ) -> Samples:
-    """Ablation: Eq. 13 as printed, without the bracket it lost, which flips the sign of x_s. Wrong wherever s > 0."""
+    """Returns Eq. 13's target [b, ...] as it is printed: an ablation, wrong wherever s > 0.
+
+    The print lost a bracket, which flips the sign of the term in x_s.
+    """
     p, _ = coefficients(prediction, schedule.alpha(t), schedule.sigma(t))
-    flipped = torch.where(_clean(s, schedule), 0.0, 2 * p / schedule.alpha(s))
-    return subinterval_target(x_s, eps, s, t, schedule, prediction) - on(flipped, x_s) * x_s
+    flipped = torch.where(_is_clean(s, schedule), 0.0, 2 * p / schedule.alpha(s))
+    return subinterval_target(x_s, eps, s, t, schedule, prediction) - expand_like(flipped, x_s) * x_s
 
 
 def score_matching_weight(s: Times, t: Times, schedule: Schedule) -> Coefficients:
-    """Eq. 13's clamp(1/sigma_ts^2, 0, 10) sigma_ts^2 = min(1, 10 sigma_ts^2), [b]; 1 where x_s is clean (Eq. 4)."""
+    """Returns Eq. 13's weight on the prediction's own squared error, [b] float64; 1 where x_s is clean (Eq. 4).
+
+    Eq. 13 clamps 1/sigma_ts^2 to [0, 10] and has sigma_ts times the error: the weight is min(1, 10 sigma_ts^2). Where
+    the schedule's sigma exceeds 1, sigma_ts^2 is measured in `Schedule.clamp_unit`.
+    """
     _, sigma_ts = schedule.transition(s, t)
-    weight = (CLAMP * sigma_ts**2 / schedule.clamp_unit(t)).clamp(max=1.0)
-    return torch.where(_clean(s, schedule), torch.ones_like(weight), weight)
+    weight = (MAX_WEIGHT * sigma_ts**2 / schedule.clamp_unit(t)).clamp(max=1.0)
+    return torch.where(_is_clean(s, schedule), torch.ones_like(weight), weight)
 
 
 def score_matching_loss(
     predict: Predict, x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction,
     target: Target = subinterval_target,
 ) -> Losses:  # fmt: skip
-    """Eq. 13, its lost bracket restored; Eq. 4 at s = 0. The fake's loss [b] on generated samples x_s."""
-    psi = predict(forward(x_s, eps, s, t, schedule), t)
+    """Returns Eq. 13 with its lost bracket restored, Eq. 4 at s = 0: the fake's loss [b] on generated samples x_s."""
+    psi = predict(add_noise(x_s, eps, s, t, schedule), t)
     error = psi - target(x_s, eps, s, t, schedule, prediction)
-    square = _mean(error**2)
+    square = _mean_per_sample(error**2)
     return score_matching_weight(s, t, schedule).to(square) * square
 
 
@@ -97,66 +113,69 @@ def matching_gradient(
     x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction,
     teacher: Predict, fake: Predict, weighting: Weighting = "normalised", x0_generator: Samples | None = None,
 ) -> Samples:  # fmt: skip
-    """Eq. 11 (Eq. 9 at s = 0): the gradient with respect to x_s, [b, ...], without graph.
+    """Returns the gradient of Eq. 11 (Eq. 9 at s = 0) with respect to x_s, [b, ...], without graph.
 
-    paper: w (T - F), w = alpha_ts alpha_t / (sigma_t D). posterior: kappa (x0_F - x0_T) = E_F[x_s | x_t] -
-    E_T[x_s | x_t]. normalised: the same over the mean absolute x_s - E_T[x_s | x_t], which takes many elements to be a
-    mean; at s = 0 the form of public DMD code. public: x0_F - x0_T over the mean absolute
-    x0_generator - x0_T, the generator's own x_0 prediction.
+    T and F are the predictions of teacher and fake at x_t, x0_T and x0_F what they say of x_0. The weightings differ by
+    a positive factor for each sample and t:
+    paper: w (T - F), w = alpha_ts alpha_t / (sigma_t D).
+    posterior: kappa (x0_F - x0_T) = E_F[x_s | x_t] - E_T[x_s | x_t], kappa = alpha_s sigma_ts^2 / sigma_t^2.
+    normalised: the same, divided by the mean absolute x_s - E_T[x_s | x_t] of the sample, which needs many elements to
+    be a mean; at s = 0 it is the form of public DMD code.
+    public: x0_F - x0_T, divided by the mean absolute x0_generator - x0_T; x0_generator is the generator's own
+    prediction of x_0, and a ValueError says so if it is missing.
     """
     with torch.no_grad():
         x_s, eps = (v.detach().to(torch.promote_types(v.dtype, torch.float32)) for v in (x_s, eps))
-        x_t = forward(x_s, eps, s, t, schedule)
+        x_t = add_noise(x_s, eps, s, t, schedule)
         psi_teacher, psi_fake = teacher(x_t, t), fake(x_t, t)
-        alpha_s, sigma_s, alpha_t, sigma_t = schedule.alpha(s), schedule.sigma(s), schedule.alpha(t), schedule.sigma(t)
+        alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
         alpha_ts, sigma_ts = schedule.transition(s, t)
         d = determinant(prediction, alpha_t, sigma_t)
         if weighting == "paper":
-            return on(alpha_ts * alpha_t / (sigma_t * d), x_s) * (psi_teacher - psi_fake)
+            return expand_like(alpha_ts * alpha_t / (sigma_t * d), x_s) * (psi_teacher - psi_fake)
         x0_teacher = predicted_x0(psi_teacher, x_t, t, schedule, prediction)
-        x0_difference = on(sigma_t / d, x_s) * (psi_teacher - psi_fake)  # x0_F - x0_T
+        x0_difference = expand_like(sigma_t / d, x_s) * (psi_teacher - psi_fake)  # x0_F - x0_T
+        kappa = expand_like(schedule.alpha(s) * sigma_ts**2 / sigma_t**2, x_s)
+        if weighting == "posterior":
+            return kappa * x0_difference
         if weighting == "public":
             if x0_generator is None:
                 raise ValueError("the public weighting needs the generator's own x_0 prediction, x0_generator")
-            return x0_difference / on(_mean((x0_generator - x0_teacher).abs()).clamp(min=FLOOR), x_s)
-        kappa = alpha_s * sigma_ts**2 / sigma_t**2
-        if weighting == "posterior":
-            return on(kappa, x_s) * x0_difference
-        expected_x_s = on(alpha_ts * sigma_s**2 / sigma_t**2, x_s) * x_t + on(kappa, x_s) * x0_teacher
-        return on(kappa, x_s) * x0_difference / on(_mean((x_s - expected_x_s).abs()).clamp(min=FLOOR), x_s)
+            gradient, error = x0_difference, x0_generator - x0_teacher
+        else:
+            gradient, error = kappa * x0_difference, x_s - _expected_x_s(x0_teacher, x_t, s, t, schedule)
+        return gradient / expand_like(_mean_per_sample(error.abs()).clamp(min=MIN_NORMALISER), x_s)
 
 
 def distribution_matching_loss(
     x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction,
     teacher: Predict, fake: Predict, weighting: Weighting = "normalised", x0_generator: Samples | None = None,
 ) -> Losses:  # fmt: skip
-    """Eq. 11 as a loss [b]: 0.5 |x_s - sg(x_s - gradient)|^2, whose gradient in x_s is `matching_gradient` / elements.
+    """Returns Eq. 11 as a loss [b], 0.5 |x_s - sg(x_s - gradient)|^2, sg being the stop of gradients.
 
-    x_s: the rollout's end, with its graph. teacher: with guidance; fake: without; neither is differentiated.
+    Its gradient in x_s is `matching_gradient` / elements. x_s is the rollout's end, with its graph. The teacher is
+    called with guidance, the fake without; neither is differentiated.
     """
     gradient = matching_gradient(x_s, eps, s, t, schedule, prediction, teacher, fake, weighting, x0_generator)
-    return 0.5 * _mean((x_s - (x_s - gradient).detach()) ** 2)
+    return 0.5 * _mean_per_sample((x_s - (x_s - gradient).detach()) ** 2)
 
 
 def fisher_stop_gradient_loss(
     teacher: Predict, fake: Predict, x_s: Samples, eps: Samples, s: Times, t: Times,
     schedule: Schedule, prediction: Prediction,
 ) -> Losses:  # fmt: skip
-    """|sg(E_T[x_s | x_t]) - E_F[x_s | x_t]|^2, [b], differentiated through the fake's input alone.
+    """Returns |sg(E_T[x_s | x_t]) - E_F[x_s | x_t]|^2, [b], differentiated through the fake's input alone.
 
-    On x_s, never on a velocity: only there does it descend. It is no Fisher gradient but the KL's, preconditioned by
-    the covariance of x_s given x_t; the Fisher divergence itself is `score_matching_loss` of the teacher minus the
-    fake's, on samples with their graph.
+    The two means are of x_s, never of a velocity: only there does the loss descend. Its gradient is not the Fisher
+    divergence's but the KL's, preconditioned by the covariance of x_s given x_t. The Fisher divergence itself is
+    `score_matching_loss` of the teacher minus the fake's, on samples with their graph.
     """
     x_s, eps = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (x_s, eps))
-    x_t = forward(x_s, eps, s, t, schedule)
-    alpha_s, sigma_s, sigma_t = schedule.alpha(s), schedule.sigma(s), schedule.sigma(t)
-    alpha_ts, sigma_ts = schedule.transition(s, t)
+    x_t = add_noise(x_s, eps, s, t, schedule)
 
     def expected_x_s(predict: Predict) -> Samples:
-        x0 = predicted_x0(predict(x_t, t), x_t, t, schedule, prediction)
-        return on(alpha_ts * sigma_s**2 / sigma_t**2, x_s) * x_t + on(alpha_s * sigma_ts**2 / sigma_t**2, x_s) * x0
+        return _expected_x_s(predicted_x0(predict(x_t, t), x_t, t, schedule, prediction), x_t, s, t, schedule)
 
     with torch.no_grad():
         wanted = expected_x_s(teacher)
-    return _mean((expected_x_s(fake) - wanted) ** 2)
+    return _mean_per_sample((expected_x_s(fake) - wanted) ** 2)

@@ -6,27 +6,30 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")  # a float, or a tensor of them
-NEAR = 1e-6  # of a time: what rounding may move it by, here in float64 or in a pipeline's float32
+NEAR = 1e-6  # times nearer than this are the same: rounding moves a time by less, in a pipeline's float32 too
 
 
 def shift_time(u: T, shift: float) -> T:
-    """Raw time u in [0, 1] to shifted time t = k u / (1 + (k - 1) u), k = shift."""
+    """Maps raw time u in [0, 1] to shifted time t = k u / (1 + (k - 1) u), k = shift."""
     return shift * u / (1 + (shift - 1) * u)  # type: ignore[operator]
 
 
 def unshift_time(t: T, shift: float) -> T:
-    """Shifted time t to raw time u, the inverse of `shift_time`."""
+    """Maps shifted time t to raw time u, as the inverse of `shift_time`."""
     return t / (shift - (shift - 1) * t)  # type: ignore[operator]
 
 
 def step_times(steps: int, shift: float, start: float = 1.0) -> tuple[float, ...]:
-    """The grid start = t_0 > ... > t_N = 0: evenly spaced in raw time, then shifted (Sec. 2.2)."""
+    """Returns the grid start = t_0 > ... > t_N = 0, evenly spaced in raw time and then shifted (Sec. 2.2)."""
     u_0 = unshift_time(start, shift)
     return (start, *(shift_time(u_0 * (1 - i / steps), shift) for i in range(1, steps)), 0.0)
 
 
 def renoise_range(low: float, high: float, t_range: tuple[float, float] | None, clamp: bool) -> tuple[float, float]:
-    """The interval t is drawn from: (low, high), cut down by t_range unless t_range clamps. Empty is a ValueError."""
+    """Returns the bounds that the re-noise time t is drawn between: (low, high), cut down by t_range unless it clamps.
+
+    Raises ValueError where nothing is left to draw from.
+    """
     if not low < high:
         raise ValueError(f"renoise: no time is left between {low:g} and {high:g}")
     if t_range is None:
@@ -44,7 +47,7 @@ def renoise_range(low: float, high: float, t_range: tuple[float, float] | None, 
 
 
 class Hop(NamedTuple):
-    """One network call of a rollout: the expert of `step` takes x from time t to time r < t."""
+    """A hop is one network call of a rollout: the expert of `step` takes x from time t to time r < t."""
 
     step: int
     t: float
@@ -52,7 +55,7 @@ class Hop(NamedTuple):
 
 
 class Expert(NamedTuple):
-    """The trainable of one phase (counted from 1) on one base network (counted from 0, noisiest first)."""
+    """An expert is what one phase (counted from 1) trains on one base network (counted from 0, noisiest first)."""
 
     phase: int
     network: int
@@ -60,12 +63,13 @@ class Expert(NamedTuple):
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """The steps of a few-step sampler, split into phases and laid over the teacher's networks.
+    """A phase plan splits the steps of a few-step sampler into phases and lays them over the teacher's networks.
 
     times: t_0 > ... > t_N = 0. starts: the first step of each phase, beginning with 0.
-    switches: the teacher's own switch times, decreasing; network i serves t >= switches[i], up to rounding, the last
-    one the rest.
-    A phase's *boundary* (its end s_k) and the teacher's *switch* are different things.
+    switches: the teacher's own switch times, decreasing; network i serves t >= switches[i], up to rounding, and the
+    last network serves the rest.
+    A phase's *boundary* (its end s_k) and the teacher's *switch* are different things. A plan that cannot be is a
+    ValueError.
     """
 
     times: tuple[float, ...]
@@ -92,7 +96,7 @@ class PhasePlan:
     def even(
         cls, steps: int = 4, phases: int = 2, shift: float = 5.0, start: float = 1.0, switches: Sequence[float] = ()
     ) -> "PhasePlan":
-        """`steps` steps on the shifted grid in `phases` phases of equal length."""
+        """Makes a plan of `steps` steps on the shifted grid, in `phases` phases of equal length."""
         if steps < 1 or phases < 1 or steps % phases:
             raise ValueError(f"plan.phases: {steps} steps cannot be split into {phases} equal phases")
         starts = tuple(range(0, steps, steps // phases))
@@ -107,42 +111,45 @@ class PhasePlan:
         return len(self.starts)
 
     def steps(self, phase: int) -> range:
-        """The steps that phase `phase` owns."""
+        """Returns the steps that the phase owns."""
         return range(self.starts[phase - 1], (*self.starts, self.num_steps)[phase])
 
     def begin(self, phase: int) -> float:
-        """The time the phase starts from, s_{k-1} (t_0 for the first)."""
+        """Returns the time the phase starts from, s_{k-1}; t_0 for the first."""
         return self.times[self.steps(phase).start]
 
     def end(self, phase: int) -> float:
-        """The phase's boundary s_k: the time its expert ends at (0 for the last)."""
+        """Returns the phase's boundary s_k, the time its expert ends at; 0 for the last."""
         return self.times[self.steps(phase).stop]
 
     def network(self, t: float) -> int:
-        """The teacher network whose range holds t."""
+        """Returns the number of the teacher network whose range holds t."""
         return sum(t < switch - NEAR for switch in self.switches)
 
     def expert(self, step: int) -> Expert:
-        """Who runs step `step`: its phase's expert on the network whose range holds t_step."""
+        """Returns the expert that runs the step: its phase's, on the network whose range holds t_step."""
         phase = sum(step >= start for start in self.starts)
         return Expert(phase, self.network(self.times[step]))
 
     def experts(self, phase: int) -> tuple[Expert, ...]:
-        """All that phase trains: one expert a network that serves one of its steps."""
+        """Returns all that the phase trains: one expert for each network that serves one of its steps."""
         return tuple(sorted({self.expert(step) for step in self.steps(phase)}))
 
     def floor(self, phase: int) -> float:
-        """The least time of the network that runs the phase's last step: a switch, or 0."""
+        """Returns the least time of the network that runs the phase's last step: a switch, or 0."""
         return (*self.switches, 0.0)[self.network(self.times[self.steps(phase)[-1]])]
 
     def fakes(self, phase: int, renoised: tuple[float, float] | None = None) -> tuple[int, ...]:
-        """The networks whose range meets the re-noise times, (s_k, t_0) if not given: each needs a fake then."""
+        """Returns the networks that need a fake: those whose range meets the re-noise times, (s_k, t_0) by default."""
         low, high = renoised or (self.end(phase), self.times[0])
         first = self.network(high)
         return tuple(range(first, max(first, self.network(low)) + 1))
 
     def path(self, phase: int, exit_step: int | None = None) -> tuple[Hop, ...]:
-        """From t_0 to the phase's end (Sec. 2.3). With an exit step (SGTS), that step jumps straight to the end."""
+        """Returns the hops from t_0 to the phase's end (Sec. 2.3).
+
+        With an exit step (SGTS) that step jumps straight to the end; if it is not the phase's, it is a ValueError.
+        """
         last = self.steps(phase)[-1] if exit_step is None else exit_step
         if last not in self.steps(phase):
             raise ValueError(f"step {exit_step} is not one of phase {phase}: {self.steps(phase)}")

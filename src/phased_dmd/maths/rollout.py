@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from phased_dmd.maths.phases import Hop
-from phased_dmd.maths.schedules import Prediction, Schedule, ddim_step, on, predicted_x0, times_like
+from phased_dmd.maths.schedules import Prediction, Schedule, ddim_step, expand_like, predicted_x0, times_like
 
 Solver = Literal["ddim", "renoise"]
 
 
 class Rollout(NamedTuple):
-    """x: the sample at the path's end [b, ...]. x0: the last call's prediction of x_0 [b, ...]."""
+    """A rollout gives x, the sample at the path's end [b, ...], and x0, the last call's prediction of x_0 [b, ...]."""
 
     x: Tensor
     x0: Tensor
@@ -29,11 +29,12 @@ def rollout(
     solver: Solver = "ddim",
     noise: Callable[[int], Tensor] | None = None,
 ) -> Rollout:
-    """The pipeline of Eq. 10, over the hops of `PhasePlan.path` (Sec. 2.2, 2.3).
+    """Runs the pipeline of Eq. 10 over the hops of `PhasePlan.path` (Sec. 2.2, 2.3).
 
-    predict(step, x, t): the native prediction of the step's expert, t [b]. x: sigma(t_0) eps, [b, ...].
-    gradient_steps: the steps recorded for backward: all of the phase's, or the exit step alone (SGTS).
-    solver `ddim` keeps the predicted noise; `renoise` draws it anew, from noise(step) [b, ...], wherever sigma_r > 0.
+    predict(step, x, t) returns the native prediction [b, ...] of the step's expert at t [b]. x is the first sample,
+    sigma(t_0) eps, [b, ...]. gradient_steps are the steps recorded for backward: all of the phase's, or the exit step
+    alone (SGTS). The solver `ddim` keeps the predicted noise; `renoise` draws it anew from noise(step) [b, ...], which
+    may be None (else ValueError) only if no hop ends at sigma_r > 0.
     """
     x0 = x
     for step, t, r in path:
@@ -44,9 +45,9 @@ def rollout(
             if solver == "ddim":
                 x = ddim_step(psi, x, t_, r_, schedule, prediction)
                 continue
-            x = on(schedule.alpha(r_), x0) * x0
+            x = expand_like(schedule.alpha(r_), x0) * x0
             if schedule.sigma(r_)[0] > 0:
                 if noise is None:
                     raise ValueError("the renoise solver needs a source of noise")
-                x = x + on(schedule.sigma(r_), x) * noise(step)
+                x = x + expand_like(schedule.sigma(r_), x) * noise(step)
     return Rollout(x, x0)

@@ -2,6 +2,14 @@
 
 x_t = alpha_t x_0 + sigma_t eps with t from 0 (data) to 1 (noise). A time is a tensor of shape [b]; it and every
 coefficient are float64 whatever the dtype of the samples, because sigma_ts cancels catastrophically near t = s.
+
+A network of any prediction type returns psi = p x_0 + q eps. With x_t this makes a 2 x 2 linear map,
+
+    x_t = alpha_t x_0 + sigma_t eps
+    psi =       p x_0 +       q eps,      of determinant D = alpha_t q - sigma_t p,
+
+and whatever is computed from psi is a row of its inverse: x0_hat = (q x_t - sigma_t psi) / D and
+eps_hat = (alpha_t psi - p x_t) / D. In the code D is `d`.
 """
 
 import math
@@ -21,40 +29,48 @@ Samples = Float[Tensor, "b ..."]
 
 
 def times_like(t: float | Tensor, x: Tensor) -> Tensor:
-    """t as float64 of shape [b] for samples x [b, ...]."""
+    """Returns the time t, one number or [b], as float64 of shape [b] for samples x [b, ...]."""
     return torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(x.shape[0])
 
 
-def on(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A float64 coefficient [b] shaped to multiply x [b, ...], in float32 at least."""
+def expand_like(coefficient: Tensor, x: Tensor) -> Tensor:
+    """Reshapes a coefficient [b] to [b, 1, ...] so that it multiplies samples x [b, ...].
+
+    The result is on x's device, in x's dtype but in float32 at least: bfloat16 would round it to three digits.
+    """
     shaped = coefficient.reshape(-1, *[1] * (x.ndim - 1))
     return shaped.to(x.device, torch.promote_types(x.dtype, torch.float32))
 
 
 class Schedule(ABC):
-    """(alpha_t, sigma_t) of Eq. 1; alpha_t / sigma_t falls strictly in t."""
+    """A noise schedule gives (alpha_t, sigma_t) of Eq. 1; alpha_t / sigma_t must fall strictly in t."""
 
     @abstractmethod
     def alpha(self, t: Times) -> Coefficients:
-        """The signal's factor at t [b], float64."""
+        """Returns the signal's factor alpha_t at times t [b], float64 [b]."""
 
     @abstractmethod
     def sigma(self, t: Times) -> Coefficients:
-        """The noise's standard deviation at t [b], float64."""
+        """Returns the noise's standard deviation sigma_t at times t [b], float64 [b]."""
 
-    @abstractmethod
     def clamp_unit(self, t: Times) -> Coefficients:
-        """The unit of sigma_ts^2 in the clamp of Eq. 13: 1 where sigma is at most 1, else sigma_t^2."""
+        """Returns the variance [b], float64, that the clamp of Eq. 13 takes as 1.
+
+        The paper clamps 1/sigma_ts^2 at 10 and so assumes that sigma_t is at most 1, as here. A schedule whose sigma_t
+        exceeds 1 returns sigma_t^2, so that the clamp acts on sigma_ts^2/sigma_t^2.
+        """
+        return torch.ones_like(t, dtype=torch.float64)
 
     def transition(self, s: Times, t: Times) -> tuple[Coefficients, Coefficients]:
-        """Eq. 2: (alpha_ts, sigma_ts), both float64 [b], of p(x_t | x_s) = N(alpha_ts x_s, sigma_ts^2) for s < t."""
+        """Returns (alpha_ts, sigma_ts) of Eq. 2, p(x_t | x_s) = N(alpha_ts x_s, sigma_ts^2), for s < t; float64 [b]."""
         alpha_ts = self.alpha(t) / self.alpha(s)
         mean_sigma = alpha_ts * self.sigma(s)
+        # A difference of squares, factored: squaring first would round what cancels near s.
         return alpha_ts, ((self.sigma(t) - mean_sigma) * (self.sigma(t) + mean_sigma)).sqrt()
 
 
 class FlowSchedule(Schedule):
-    """Rectified flow: alpha = 1 - t, sigma = t."""
+    """Rectified flow interpolates linearly: alpha_t = 1 - t, sigma_t = t."""
 
     def alpha(self, t: Times) -> Coefficients:
         return 1 - t.double()
@@ -62,12 +78,12 @@ class FlowSchedule(Schedule):
     def sigma(self, t: Times) -> Coefficients:
         return t.double()
 
-    def clamp_unit(self, t: Times) -> Coefficients:
-        return torch.ones_like(t, dtype=torch.float64)
-
 
 class VPSchedule(Schedule):
-    """Variance preserving, alpha^2 + sigma^2 = 1: `cosine`, or the SDE with `linear` beta from .1 to 20."""
+    """A variance preserving schedule has alpha_t^2 + sigma_t^2 = 1.
+
+    kind: `cosine`, alpha_t = cos(pi t / 2), or `linear`, the SDE whose beta rises linearly from .1 to 20.
+    """
 
     def __init__(self, kind: Literal["cosine", "linear"] = "cosine") -> None:
         if kind not in ("cosine", "linear"):
@@ -85,12 +101,12 @@ class VPSchedule(Schedule):
             return torch.sin(t.double() * math.pi / 2)
         return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
 
-    def clamp_unit(self, t: Times) -> Coefficients:
-        return torch.ones_like(t, dtype=torch.float64)
-
 
 class VESchedule(Schedule):
-    """Variance exploding: alpha = 1, sigma rises geometrically from sigma_min > 0 to sigma_max."""
+    """A variance exploding schedule has alpha_t = 1, and sigma_t rises geometrically from sigma_min to sigma_max.
+
+    sigma_min must be above 0, so x_s is never clean: x_0 is never seen without noise.
+    """
 
     def __init__(self, sigma_min: float = 0.02, sigma_max: float = 10.0) -> None:
         if not 0 < sigma_min < sigma_max:
@@ -108,7 +124,7 @@ class VESchedule(Schedule):
 
 
 def coefficients(prediction: Prediction, alpha: Coefficients, sigma: Coefficients) -> tuple[Coefficients, Coefficients]:
-    """(p, q) of psi = p x_0 + q eps: flow (-1, 1), x0 (1, 0), eps (0, 1), v (-sigma, alpha)."""
+    """Returns (p, q) [b] of psi = p x_0 + q eps: flow (-1, 1), x0 (1, 0), eps (0, 1), v (-sigma_t, alpha_t)."""
     one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
     match prediction:
         case "flow":
@@ -123,44 +139,40 @@ def coefficients(prediction: Prediction, alpha: Coefficients, sigma: Coefficient
 
 
 def determinant(prediction: Prediction, alpha: Coefficients, sigma: Coefficients) -> Coefficients:
-    """D = alpha q - sigma p, of the linear map (x_0, eps) -> (x_t, psi)."""
+    """Returns D = alpha_t q - sigma_t p [b], the determinant of the linear map (x_0, eps) -> (x_t, psi)."""
     p, q = coefficients(prediction, alpha, sigma)
     return alpha * q - sigma * p
 
 
-def forward(x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule) -> Samples:
-    """x_t = alpha_ts x_s + sigma_ts eps (Eq. 2); x_s and eps [b, ...], s < t [b]."""
+def add_noise(x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule) -> Samples:
+    """Samples Eq. 2: returns x_t = alpha_ts x_s + sigma_ts eps for x_s and eps [b, ...], s < t [b]."""
     alpha_ts, sigma_ts = schedule.transition(s, t)
-    return on(alpha_ts, x_s) * x_s + on(sigma_ts, x_s) * eps
+    return expand_like(alpha_ts, x_s) * x_s + expand_like(sigma_ts, x_s) * eps
 
 
 def predicted_x0(psi: Samples, x_t: Samples, t: Times, schedule: Schedule, prediction: Prediction) -> Samples:
-    """x0_hat = (q x_t - sigma_t psi) / D. For eps prediction it needs alpha_t > 0."""
+    """Returns x0_hat = (q x_t - sigma_t psi) / D for psi and x_t [b, ...]. Eps prediction needs alpha_t > 0."""
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     _, q = coefficients(prediction, alpha, sigma)
     d = determinant(prediction, alpha, sigma)
-    return on(q / d, x_t) * x_t - on(sigma / d, x_t) * psi
-
-
-def predicted_eps(psi: Samples, x_t: Samples, t: Times, schedule: Schedule, prediction: Prediction) -> Samples:
-    """eps_hat = (alpha_t psi - p x_t) / D. For x0 prediction it needs sigma_t > 0."""
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    p, _ = coefficients(prediction, alpha, sigma)
-    d = determinant(prediction, alpha, sigma)
-    return on(alpha / d, x_t) * psi - on(p / d, x_t) * x_t
+    return expand_like(q / d, x_t) * x_t - expand_like(sigma / d, x_t) * psi
 
 
 def ddim_step(psi: Samples, x_t: Samples, t: Times, r: Times, schedule: Schedule, prediction: Prediction) -> Samples:
-    """x_r = alpha_r x0_hat + sigma_r eps_hat, r < t: the deterministic step. On `FlowSchedule` it is Euler's."""
+    """Steps from t to r < t without new noise: returns x_r = alpha_r x0_hat + sigma_r eps_hat [b, ...].
+
+    It is written as one sum over x_t and psi, because their coefficients cancel near r = t and float64 can afford that.
+    On `FlowSchedule` with flow prediction the step is Euler's.
+    """
     alpha, sigma, alpha_r, sigma_r = schedule.alpha(t), schedule.sigma(t), schedule.alpha(r), schedule.sigma(r)
     p, q = coefficients(prediction, alpha, sigma)
     d = determinant(prediction, alpha, sigma)
     on_x, on_psi = (alpha_r * q - sigma_r * p) / d, (sigma_r * alpha - alpha_r * sigma) / d
-    return on(on_x, x_t) * x_t + on(on_psi, x_t) * psi
+    return expand_like(on_x, x_t) * x_t + expand_like(on_psi, x_t) * psi
 
 
 def check_start(prediction: Prediction, schedule: Schedule, t_0: float) -> None:
-    """Raises ValueError where eps prediction would start at alpha = 0: x_0 is not determined there."""
+    """Raises ValueError if eps prediction would start where alpha(t_0) is about 0: x_0 is not determined there."""
     alpha = schedule.alpha(torch.tensor([t_0], dtype=torch.float64)).item()
     if prediction == "eps" and alpha < 1e-3:
         raise ValueError(
@@ -171,12 +183,15 @@ def check_start(prediction: Prediction, schedule: Schedule, t_0: float) -> None:
 def renoise_times(
     r: Times, low: float, high: float, shift: float, t_range: tuple[float, float] | None = None, clamp: bool = False
 ) -> Coefficients:
-    """Re-noise times t in (low, high], float64 [b], from r uniform in [0, 1): uniform in raw time, then shifted.
+    """Maps r [b], uniform in [0, 1), to re-noise times t in (low, high], float64 [b] (Sec. 2.3.1).
 
-    t_range truncates (raw time uniform on the image of the intersection) or, with clamp, piles up at its bounds.
+    t is uniform in raw time, then shifted. t_range truncates the interval to its intersection with t_range; with clamp
+    t is drawn from the whole interval and then clamped to t_range, so that t piles up at its bounds.
     """
     low, high = renoise_range(low, high, t_range, clamp)
     u_low, u_high = unshift_time(low, shift), unshift_time(high, shift)
     t = shift_time(u_high - (u_high - u_low) * r.double(), shift).clamp(max=high)
-    t = torch.where(t > low, t, torch.nextafter(torch.full_like(t, low), torch.ones_like(t)))  # rounding: never t = s
+    t = torch.where(
+        t > low, t, torch.nextafter(torch.full_like(t, low), torch.ones_like(t))
+    )  # rounding must not give t = s
     return t.clamp(*t_range) if clamp and t_range else t

@@ -129,25 +129,29 @@ class Learner:
         )  # fmt: skip
         self.ema = {name: p.detach().clone() for name, p in parameters.items()} if ema is not None else None
 
-    def step(self, loss: float, where: str, progress: tuple[int, int]) -> float:
-        """Checks, clips, updates and averages after a backward; returns the gradient's norm before clipping."""
+    def checked_norm(self, loss: float, where: str) -> Tensor:
+        """The norm of all gradients together, a tensor; a NonFiniteError where it or the loss is not finite.
+
+        loss: over all processes. where: the phase and iteration, for the message.
+        """
         norm = get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         check_finite(loss, norm.item(), self.parameters, f"{where}, {self.role}")
+        return norm
+
+    def clip(self, norm: Tensor) -> None:
+        """Scales all gradients down where their norm exceeds the clip."""
         if norm + CLIP_EPS > self.config.clip:  # else it would multiply all gradients by 1
             clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
+
+    def step(self, iteration: int, iterations: int) -> None:
+        """Updates the weights at the learning rate of this iteration (from 0), and their average."""
         for group in self.optimiser.param_groups:
-            group["lr"] = decayed(self.config.lr, self.config.decay, *progress)
+            group["lr"] = decayed(self.config.lr, self.config.decay, iteration, iterations)
         self.optimiser.step()
-        self.optimiser.zero_grad()
         if self.ema is not None and self.ema_decay is not None:
             for name, p in self.parameters.items():
                 self.ema[name].lerp_(p.detach(), 1 - self.ema_decay)
-        return norm.item()
-
-    def skip(self) -> None:
-        """Leaves an update out."""
-        self.optimiser.zero_grad()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

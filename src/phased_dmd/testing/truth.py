@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from phased_dmd.engine.randomness import normal
-from phased_dmd.maths.schedules import Prediction, on, predicted_x0, times_like
+from phased_dmd.maths.schedules import Prediction, expand_like, predicted_x0, times_like
 from phased_dmd.models.protocol import Condition, VelocityModel
 from phased_dmd.testing.parts import Complaints, ModelError, Part, call
 
@@ -67,7 +67,7 @@ def _errors(
     """Mean square error of x_0, over that of the best a x_t + b, for each sign and type of the prediction at t."""
     eps, times = normal(samples.shape[1:], range(len(samples)), "check", "eps").to(samples), times_like(t, samples)
     alpha, sigma = model.schedule.alpha(times), model.schedule.sigma(times)
-    x_t = on(alpha, samples) * samples + on(sigma, samples) * eps
+    x_t = expand_like(alpha, samples) * samples + expand_like(sigma, samples) * eps
     (v_0, c), (_, v_t) = torch.stack([samples.flatten(), x_t.flatten()]).double().cov(correction=0).tolist()
     try:
         psi = call(model, part, x_t, times_like(told, samples), rows)

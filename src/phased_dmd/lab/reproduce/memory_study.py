@@ -1,16 +1,16 @@
 """`reproduce memory`: what one generator update must keep for its backward, plain DMD against Phased DMD (Sec. 2.3)."""
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from phased_dmd.conditions import Conditions
 from phased_dmd.config import Config
-from phased_dmd.draws import Draws
 from phased_dmd.engine.randomness import seed_of
 from phased_dmd.engine.world import shares
 from phased_dmd.lab.metrics.formats import markdown_table
@@ -18,10 +18,9 @@ from phased_dmd.lab.reproduce.figure import style_panel
 from phased_dmd.lab.reproduce.results import write_page
 from phased_dmd.networks.roles import FAKE, expert_role
 from phased_dmd.networks.system import add_expert, build_system, load_teacher
-from phased_dmd.paths import Paths
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import resolve
-from phased_dmd.updates import distribution_matching
+from phased_dmd.step import EXPERT_UPDATE, draw, expert_loss
 
 STEPS = (1, 2, 4, 8)
 RECIPE = "nano-t2i"
@@ -54,22 +53,24 @@ def update_bytes(config: Config) -> list[int]:
     """Returns the bytes that autograd saves for one generator update of `distill`, by phase of a text-to-image run."""
     assert config.prompts is not None
     model, codec = load_teacher(config)
-    texts = [prompt.text for prompt in islice(cycle(read_prompts(config.prompts)), config.batch_size)]
-    condition = model.batch(codec.encode_text(texts))
-    system = build_system(config, model, codec.encode_text([config.teacher.negative_prompt])[0])
-    roles, plan, totals = system.roles, system.plan, []
-    for phase in range(1, plan.num_phases + 1):
-        role = expert_role(phase)
-        add_expert(system, phase, trainable=True)
-        roles.add(FAKE, plan.fakes(phase), None, seed=seed_of(config.seed, phase))
-        draws = Draws(system, phase, 0, 0, shares(config.batch_size, config.engine)[0], [1.0])
-        shared = [p for network in (*model.networks, *model.students) for p in network.parameters()]
-        saved = SavedBytes([*shared, *roles.parameters(role).values()])
-        with saved:
-            distribution_matching(draws, condition, Paths())
-        totals.append(saved.total)
-        roles.freeze(role)
-        roles.remove(FAKE)
+    samples, totals = shares(config.batch_size, config.engine)[0], []
+    with TemporaryDirectory() as folder:
+        prompts = read_prompts(config.prompts)
+        conditions = Conditions(codec, prompts, config.teacher.negative_prompt, Path(folder))
+        system = build_system(config, model, conditions.negative)
+        roles, plan = system.roles, system.plan
+        for phase in range(1, plan.num_phases + 1):
+            role = expert_role(phase)
+            add_expert(system, phase, trainable=True)
+            roles.add(FAKE, plan.fakes(phase), None, seed=seed_of(config.seed, phase))
+            batch = draw(system, phase, 0, EXPERT_UPDATE, samples, [1.0], conditions)
+            shared = [p for network in (*model.networks, *model.students) for p in network.parameters()]
+            saved = SavedBytes([*shared, *roles.parameters(role).values()])
+            with roles.active(role), saved:
+                expert_loss(batch, {}).backward()
+            totals.append(saved.total)
+            roles.freeze(role)
+            roles.remove(FAKE)
     return totals
 
 

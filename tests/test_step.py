@@ -1,7 +1,6 @@
-"""The options that make a run cheaper: what they share, what they leave alone, and that no law changes."""
+"""One update: what it draws, what the options that make it cheaper share, and that they change no distribution."""
 
 import math
-import re
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -11,16 +10,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from faults import small_disk
 from gaussians import MEAN, exact_prediction, hermite
 from tiny import TinyCodec, TinyWan
 from torch import Tensor
 
-from phased_dmd import draws as drawing
-from phased_dmd import train, updates
+from phased_dmd import step, train
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.config import Config
-from phased_dmd.draws import Draws
 from phased_dmd.engine import world
 from phased_dmd.engine.signals import Signals
 from phased_dmd.errors import Stopped, UserError
@@ -28,18 +24,17 @@ from phased_dmd.maths.losses import score_matching_loss
 from phased_dmd.maths.rollout import Rollout, rollout
 from phased_dmd.maths.schedules import FlowSchedule
 from phased_dmd.networks import system
-from phased_dmd.networks.roles import FAKE, TEACHER, Roles, expert_role
-from phased_dmd.paths import Paths
+from phased_dmd.networks.roles import FAKE, TEACHER, Roles
 from phased_dmd.plan.work import phase_work
 from phased_dmd.recipes import resolve
 from phased_dmd.sample import Sampler
+from phased_dmd.step import Batch, States, draw, roll_out
 from phased_dmd.train import distill
 
 QUICK = {
     "teacher.fit_steps": 20, "teacher.fit_batch": 64, "teacher.hidden": 16, "teacher.layers": 2, "fake.updates": 2,
     "batch_size": 8, "iterations": 4, "log_every": 1, "checkpoint_every": 1000, "sample_every": 1000,
 }  # fmt: skip
-POOLED = {"rollouts__pool": 3, "rollouts__pool_refresh": 0.5}
 
 
 def toy(**overrides: Any) -> Config:
@@ -56,7 +51,7 @@ def files(run: Path) -> dict[str, bytes]:
 class Drawn(NamedTuple):
     """What an update's loss was given; x: x_s, or the end of the generator's own path."""
 
-    draws: Draws
+    batch: Batch
     x: Tensor
     eps: Tensor
     t: Tensor
@@ -84,27 +79,30 @@ class Watch:
         patch.setattr(Roles, "predict", counted)
         patch.setattr(Sampler, "preview", lambda *_: None)
         patch.setattr(train, "save_preview", lambda *_: None)
-        for name, kept in (("score_matching", self.fake), ("distribution_matching", self.generator)):
-            self._watch(patch, name, kept)
+        for name, loss, kept in (
+            ("fake_loss", "score_matching_loss", self.fake),
+            ("expert_loss", "distribution_matching_loss", self.generator),
+        ):
+            self._watch(patch, name, loss, kept)
 
-    def _watch(self, patch: pytest.MonkeyPatch, name: str, kept: dict[int, list[Drawn]]) -> None:
-        update, loss = getattr(train, name), getattr(updates, f"{name}_loss")
+    def _watch(self, patch: pytest.MonkeyPatch, name: str, loss_name: str, kept: dict[int, list[Drawn]]) -> None:
+        update, loss = getattr(train, name), getattr(step, loss_name)
 
         def lossy(*given: Any, **more: Any) -> Tensor:
             x, eps, _, t = given[1:5] if callable(given[0]) else given[:4]
             self._losses.append((x.detach().clone(), eps, t))
             return loss(*given, **more)
 
-        def watched(draws: Draws, condition: Any, paths: Paths) -> Tensor:
+        def watched(batch: Batch, states: States) -> Tensor:
             self._losses.clear()
-            self.calls[draws.phase].append(Counter())
-            done = update(draws, condition, paths)
+            self.calls[batch.phase].append(Counter())
+            done = update(batch, states)
             for given in self._losses[-1:]:
-                kept[draws.phase].append(Drawn(draws, *given))
-            self.after(draws, condition, paths)
+                kept[batch.phase].append(Drawn(batch, *given))
+            self.after(batch, states)
             return done
 
-        patch.setattr(updates, f"{name}_loss", lossy)
+        patch.setattr(step, loss_name, lossy)
         patch.setattr(train, name, watched)
 
     def total(self, phase: int) -> Counter[str]:
@@ -138,8 +136,8 @@ def gaussian(config: Config) -> Any:
     )  # fmt: skip
 
 
-def drawn(config: Config, update: int, samples: int, phase: int = 1, iteration: int = 0) -> Draws:
-    return Draws(gaussian(config), phase, iteration, update, [range(samples)], [1.0])
+def drawn(config: Config, update: int, samples: int, phase: int = 1, iteration: int = 0, prompts: Any = None) -> Batch:
+    return draw(gaussian(config), phase, iteration, update, [range(samples)], [1.0], prompts)
 
 
 # One path for a whole cycle
@@ -161,23 +159,20 @@ def test_reuse_gives_every_update_of_a_cycle_the_same_path(gradient: str, tmp_pa
         assert len(ends) == 4 and len(torch.cat(ends).unique()) == 4 * 8
 
 
-@pytest.mark.parametrize(
-    "levers",
-    [
-        {"rollouts__reuse": True}, {"rollouts__reuse": True, "plan__fake_rollout": "same"}, POOLED,
-        POOLED | {"rollouts__reuse": True, "rollouts__pool_on_disk": True}, POOLED | {"rollouts__antithetic": "noise"},
-    ],
-)  # fmt: skip
-def test_a_state_that_is_kept_is_the_one_computed_afresh(levers: Any, tmp_path: Path, watch: Watch) -> None:
+@pytest.mark.parametrize("fake_rollout", ["full", "same"])
+def test_a_state_that_is_kept_is_the_one_computed_afresh(fake_rollout: str, tmp_path: Path, watch: Watch) -> None:
     """In every update at a phase's begin, before the exit and at the end, in phases of three steps."""
     compared = Counter()
 
-    def after(draws: Draws, condition: Any, paths: Paths) -> None:
-        for state in (Paths.begin, Paths.before_exit, Paths.end):
-            assert torch.equal(state(paths, draws, condition), state(Paths(), draws, condition))
-            compared[draws.phase] += 1
+    def after(batch: Batch, states: States) -> None:
+        begin = batch.system.plan.steps(batch.phase).start
+        for hops in (begin, len(batch.path) - 1, len(batch.path)):
+            kept = len(states)
+            assert torch.equal(roll_out(batch, hops, dict(states)), roll_out(batch, hops, {})) and len(states) == kept
+            compared[batch.phase] += 1
 
     watch.after = after
+    levers = {"rollouts__reuse": True, "plan__fake_rollout": fake_rollout}
     distill(toy(plan__steps=6, plan__gradient="last", iterations=6, **levers), tmp_path / "run", quiet=True)
     assert compared == {1: 6 * 3 * 3, 2: 6 * 3 * 3}
 
@@ -189,102 +184,37 @@ LEVERS: dict[str, dict[str, Any]] = {
     "reuse, same": {"rollouts__reuse": True, "plan__fake_rollout": "same"},
     "reuse, all": {"rollouts__reuse": True, "plan__gradient": "all"},
     "reuse, full": {"rollouts__reuse": True, "plan__steps": 6, "iterations": 3},
-    "noise": {"rollouts__antithetic": "noise"},
     "start": {"rollouts__antithetic": "start"},
-    "reuse, noise": {"rollouts__reuse": True, "rollouts__antithetic": "noise"},
+    "reuse, start": {"rollouts__reuse": True, "rollouts__antithetic": "start"},
     "fisher": {"objective__divergence": "fisher"},
     "fisher-stop-gradient": {"objective__divergence": "fisher-stop-gradient"},
     "sorted": {"renoise__sort": True, "engine__micro_batch": 4},
     "pulled": {"fake__pull": 0.5},
     "together": {
-        "rollouts__reuse": True, "rollouts__antithetic": "noise", "objective__divergence": "fisher", "fake__pull": 0.5,
+        "rollouts__reuse": True, "rollouts__antithetic": "start", "objective__divergence": "fisher", "fake__pull": 0.5,
         "renoise__sort": True, "engine__micro_batch": 4, "engine__batched_guidance": True,
     },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("levers", LEVERS.values(), ids=LEVERS)
-def test_the_plan_foresees_the_calls(levers: dict[str, Any], tmp_path: Path, watch: Watch) -> None:
-    """By role, a sample. Shuffled exits come each as often as the other, so that averages over them are exact."""
-    config = toy(**{"plan__gradient": "last", "plan__exits": "shuffled", **levers})
+def test_the_plan_foresees_the_calls(
+    levers: dict[str, Any], tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By role, a sample. The plan's figures are means over the exits: each is drawn once here, in turn."""
+    config, turns = toy(**{"plan__gradient": "last", **levers}), Counter()
+
+    def in_turn(count: int, *key: int | str) -> int:
+        turns[key[1:]] += 0  # a draw that other updates share is one turn
+        return list(turns).index(key[1:]) % count
+
+    monkeypatch.setattr(step, "choice", in_turn)
     distill(config, tmp_path / "run", quiet=True)
     for phase in (1, 2):
         work = phase_work(config, config.phase_plan(), phase, guided=False)
         found = {role: count / (config.iterations * 8) for role, count in watch.total(phase).items()}
         assert (found.pop(TEACHER), found.pop(FAKE)) == (1, 2 + 1)
         assert sum(found.values()) == pytest.approx(work.calls - (1 + 2 + 1), abs=1e-12)
-
-
-# States that are kept at a phase's begin
-
-
-def renewals(place: int, iteration: int) -> int:
-    """How often a place was made anew by then: half a batch an iteration, one place of three after the other."""
-    return sum(batch % 3 == place for batch in range(math.floor(iteration * 0.5)))
-
-
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_frozen_experts_are_called_for_new_and_renewed_places_only(on_disk: bool, tmp_path: Path, watch: Watch) -> None:
-    """Of three places, half a one an iteration. A state stays what it was when its place is renewed."""
-    config, versions, expected, states = toy(iterations=14, rollouts__pool_on_disk=on_disk, **POOLED), {}, [], []
-
-    def after(draws: Draws, condition: Any, paths: Paths) -> None:
-        if draws.phase == 1:
-            assert draws.place is None
-            return
-        assert draws.place is not None
-        version = renewals(draws.place, draws.iteration)
-        expected.append(2 * 8 if versions.get(draws.place) != version else 0)
-        versions[draws.place] = version
-        states.append((draws.place, version, paths.begin(draws, condition)))
-
-    watch.after = after
-    distill(config, tmp_path / "run", quiet=True)
-    assert [calls["phase_1"] for calls in watch.calls[2]] == expected
-    assert set(versions) == {0, 1, 2} and expected.count(16) > 5
-    kept = {(place, version): state for place, version, state in states}
-    assert len(kept) == expected.count(16)
-    assert all(torch.equal(kept[place, version], state) for place, version, state in states)
-    assert len(torch.cat(list(kept.values())).unique()) == 8 * len(kept)
-
-
-def test_without_refreshing_a_pool_is_filled_once(tmp_path: Path, watch: Watch) -> None:
-    distill(toy(iterations=14, rollouts__pool=3, rollouts__pool_refresh=0), tmp_path / "run", quiet=True)
-    assert watch.total(2)["phase_1"] == 3 * 2 * 8
-    assert not any(calls["phase_1"] for calls in watch.calls[2][21:])  # by then every place has been drawn
-
-
-@pytest.mark.parametrize("reuse", [False, True])
-@pytest.mark.parametrize("antithetic", [None, "noise"])
-def test_the_plan_foresees_a_pools_calls(reuse: bool, antithetic: str | None, tmp_path: Path, watch: Watch) -> None:
-    """At most: a place that is renewed before it is drawn again costs nothing, which the plan does not know."""
-    levers = {"rollouts__reuse": reuse, "rollouts__antithetic": antithetic, "plan__gradient": "all"}
-    config = toy(iterations=30, batch_size=4, rollouts__pool=2, rollouts__pool_refresh=0.25, **levers)
-    distill(config, tmp_path / "run", quiet=True)
-    calls = {role: count / (30 * 4) for role, count in watch.total(2).items()}
-    frozen = calls.pop("phase_1")
-    foreseen = phase_work(config, config.phase_plan(), 2, guided=False).calls - sum(calls.values())
-    assert 0.8 * foreseen < frozen < foreseen + 1e-9
-
-
-def test_a_place_is_made_anew_once_an_iteration_at_most(tmp_path: Path, watch: Watch) -> None:
-    config = toy(iterations=30, batch_size=4, rollouts__pool=2, rollouts__pool_refresh=6, fake__updates=5)
-    distill(config, tmp_path / "run", quiet=True)
-    assert watch.total(2)["phase_1"] <= 2 * 2 * 4 * 30  # places, steps, samples and iterations
-    plain, pooled = (phase_work(c, c.phase_plan(), 2, guided=False).calls for c in (toy(fake__updates=5), config))
-    assert plain - pooled == pytest.approx(2 * (6 - (2 + 2 / 30)))  # steps; draws, of which these are new
-
-
-def test_a_pool_leaves_the_first_phase_alone_and_is_the_same_on_disk(tmp_path: Path) -> None:
-    runs = {
-        name: files(distill(toy(rollouts__reuse=True, **levers), tmp_path / name, quiet=True))
-        for name, levers in (
-            ("none", {}), ("memory", POOLED), ("disk", POOLED | {"rollouts__pool_on_disk": True}),
-        )
-    }  # fmt: skip
-    assert runs["memory"] == runs["disk"]
-    assert runs["none"]["phase-1"] == runs["memory"]["phase-1"] and runs["none"]["phase-2"] != runs["memory"]["phase-2"]
-    assert not list((tmp_path / "disk").glob(".pool*"))
 
 
 def stopped_after(checks: int, config: Config, run: Path) -> str:
@@ -301,66 +231,18 @@ def stopped_after(checks: int, config: Config, run: Path) -> str:
     return str(stop.value)
 
 
-def test_what_a_kill_left_of_a_pool_is_removed_and_a_link_is_refused(tmp_path: Path) -> None:
-    config, run = toy(rollouts__pool_on_disk=True, **POOLED), tmp_path / "run"
-    whole = files(distill(config, tmp_path / "whole", quiet=True))
-    assert "phase 2" in stopped_after(4 * 3 + 5, config, run)
-    assert not list(run.glob(".pool*"))  # an orderly end leaves none
-    (run / ".pool-0").mkdir()
-    (run / ".pool-3").mkdir()  # of more processes
-    (run / ".pool-3" / "0.safetensors").write_text("rubbish")
-    for rubbish in ("0.safetensors", "1.safetensors", "other"):
-        (run / ".pool-0" / rubbish).write_text("rubbish")
-    (tmp_path / "precious").mkdir()
-    (run / ".pool-0" / "link").symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match=r"link: a symlink, which a run folder may not hold$"):
-        distill(config, run, quiet=True)
-    assert (run / ".pool-0" / "other").exists()
-    (run / ".pool-0" / "link").unlink()
-    distill(config, run, quiet=True)
-    assert files(run) == whole and not list(run.glob(".pool*")) and (tmp_path / "precious").is_dir()
-
-
-def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    big = {"rollouts__pool": 100, "rollouts__pool_on_disk": True, "batch_size": 2048, "iterations": 20}
-    with small_disk(tmp_path / "disk", 256):
-        run = tmp_path / "disk" / "run"
-        with pytest.raises(UserError) as error:
-            distill(toy(**big, teacher__fit_steps=1), run, quiet=True)
-        reason = r"pool-0/\d+\.safetensors: cannot be written: No space left on device"
-        assert re.search(rf"{reason}; the same command goes on from the last checkpoint$", str(error.value))
-        assert not list(run.glob(".pool*"))
-
-
 # Antithetic pairs
-
-
-@pytest.mark.parametrize("reuse", [False, True])
-def test_pairs_of_both_signs_share_path_and_time(reuse: bool, tmp_path: Path, watch: Watch) -> None:
-    """With reuse each member of a pair has its turn; else half of the paths are run. The generator's are no pairs."""
-    distill(toy(rollouts__antithetic="noise", rollouts__reuse=reuse), tmp_path / "run", quiet=True)
-    for phase in (1, 2):
-        for i, (_, x, eps, t) in enumerate(watch.fake[phase]):
-            assert torch.equal(eps[::2], -eps[1::2]) and torch.equal(t[::2], t[1::2]) and len(t.unique()) == 4
-            assert torch.equal(x[::2], x[1::2]) and len(x.unique()) == 4
-            if reuse:
-                end = watch.generator[phase][i // 2].x
-                assert torch.equal(x[::2], end[1::2] if i % 2 == 0 else end[::2])
-        for _, x, eps, t in watch.generator[phase]:
-            assert min(len(values.abs().unique()) for values in (x, eps, t)) == 8
-        rolled = [calls[expert_role(phase)] for calls in watch.calls[phase]]
-        assert rolled == ([16, 0, 16] if reuse else [8, 8, 16]) * 4
 
 
 def test_pairs_of_opposite_first_noises_share_prompt_time_and_noise() -> None:
     table: Any = SimpleNamespace(eligible=lambda bucket: range(1000), row=lambda index, bucket: {"text": index})
-    draws = drawn(toy(rollouts__antithetic="start"), update=1, samples=40)
-    start, eps, (_, t), text = draws.start(), draws.eps(), draws.times(), draws.condition(table)["text"]
+    batch = drawn(toy(rollouts__antithetic="start"), update=1, samples=40, prompts=table)
+    start, eps, t, text = batch.first_noise(), batch.eps, batch.t, batch.condition["text"]
     assert torch.equal(start[::2], -start[1::2]) and len(start.abs().unique()) == 20
     for shared in (eps, t, text):
         assert torch.equal(shared[::2], shared[1::2]) and len(shared.unique()) > 15
     own = drawn(toy(rollouts__antithetic="start"), update=0, samples=40)
-    assert len(own.eps().abs().unique()) == len(own.times()[1].unique()) == 40  # re-noised for the generator: no pairs
+    assert len(own.eps.abs().unique()) == len(own.t.unique()) == 40  # re-noised for the generator: no pairs
 
 
 def kolmogorov(x: Tensor) -> float:
@@ -370,16 +252,15 @@ def kolmogorov(x: Tensor) -> float:
     return (torch.maximum((law - grid).abs(), (grid + 1 / len(x) - law).abs()).max() * math.sqrt(len(x))).item()
 
 
-@pytest.mark.parametrize("antithetic", ["noise", "start"])
-def test_each_noise_of_a_pair_is_standard_normal(antithetic: str) -> None:
+def test_each_noise_of_a_pair_is_standard_normal() -> None:
     """Either member of the pairs; an eps that does not change its sign alternately is shared."""
     for reuse in (False, True):
-        draws = drawn(toy(rollouts__antithetic=antithetic, rollouts__reuse=reuse), update=1, samples=4000)
-        for noise in (draws.eps(), draws.start()):
+        batch = drawn(toy(rollouts__antithetic="start", rollouts__reuse=reuse), update=1, samples=4000)
+        for noise in (batch.eps, batch.first_noise()):
             for member in (noise[::2], noise[1::2]):
                 assert kolmogorov(member) < 1.95
                 assert abs(member.var().item() - 1) < 4 * math.sqrt(2 / len(member))
-        assert abs(torch.corrcoef(torch.stack([draws.eps()[: len(draws.rolled)], draws.start()]).squeeze())[0, 1]) < 0.1
+        assert abs(torch.corrcoef(torch.stack([batch.eps, batch.first_noise()]).squeeze())[0, 1]) < 0.1
 
 
 def test_samples_that_cannot_be_paired_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,7 +269,7 @@ def test_samples_that_cannot_be_paired_are_refused(monkeypatch: pytest.MonkeyPat
         with pytest.raises(
             UserError, match=r"^rollouts\.antithetic: needs an even batch_size, and engine\.micro_batch"
         ):
-            toy(rollouts__antithetic="noise", **levers)
+            toy(rollouts__antithetic="start", **levers)
     monkeypatch.setattr(world, "world_size", lambda: 2)
     with pytest.raises(UserError, match=r"^rollouts\.antithetic: 3 samples in calls of 3 cannot be paired$"):
         world.shares(6, toy().engine, pairs=True)
@@ -403,27 +284,24 @@ def features(x: Tensor) -> Tensor:
 
 def gradients(config: Config, samples: int) -> Tensor:
     """Of each sample's loss in the fake's three weights [b, 3], from one update's draws."""
-    draws = drawn(config, update=1, samples=samples)
-    x_s, (s, t) = Paths().end(draws, {}).double(), draws.times()
-    x_s = x_s if draws.shared is None else x_s[draws.shared]
+    batch = drawn(config, update=1, samples=samples)
+    x_s, eps = roll_out(batch, len(batch.path), {}).double(), batch.eps.double()
     theta = FEATURES.repeat(samples, 1).requires_grad_()
     loss = score_matching_loss(
-        lambda x, _: (theta * features(x)).sum(1, keepdim=True), x_s, draws.eps().double(), s, t, FlowSchedule(), "flow"
+        lambda x, _: (theta * features(x)).sum(1, keepdim=True), x_s, eps, batch.s, batch.t, FlowSchedule(), "flow"
     )
     return torch.autograd.grad(loss.sum(), theta)[0]
 
 
 @pytest.mark.parametrize("reuse", [False, True])
-@pytest.mark.parametrize(("antithetic", "t", "most"), [("noise", 5 / 6 + 0.004, 0.5), ("start", 1.0, 0.1)])
-def test_pairs_keep_the_expected_gradient_and_lower_its_variance(
-    antithetic: str, t: float, most: float, reuse: bool
-) -> None:
+def test_pairs_keep_the_expected_gradient_and_lower_its_variance(reuse: bool) -> None:
     """One exact step from t = 1 gives x_s = (1 - s) MEAN + s eps_0, so the fake's optimum is known, and the mean of
     the gradient by quadrature: within four standard errors. A pair's variance against that of two single draws.
     """
+    t = 1.0
     plain = {"plan__steps": 2, "plan__shift": 5.0, "renoise__fixed": t}
     config, samples = toy(**plain), 6000
-    paired = toy(**plain, rollouts__antithetic=antithetic, rollouts__reuse=reuse)
+    paired = toy(**plain, rollouts__antithetic="start", rollouts__reuse=reuse)
     single = gradients(config, samples).unflatten(0, (-1, 2)).mean(1)
     pair = gradients(paired, samples).unflatten(0, (-1, 2)).mean(1)
     (z,), weight = hermite(80, 1)
@@ -434,40 +312,13 @@ def test_pairs_keep_the_expected_gradient_and_lower_its_variance(
     for found in (single, pair):
         standard_error = found.std(0) / math.sqrt(len(found))
         assert ((found.mean(0) - expected).abs() < 4 * standard_error).all()
-    assert (pair.var(0) / single.var(0)).max() < most
-
-
-# Exits
-
-
-@pytest.mark.parametrize("reuse", [False, True])
-def test_shuffled_exits_come_once_each_before_any_comes_again(reuse: bool) -> None:
-    """Of the generator's turns, and of the fake's own where it has any; in another order for another seed."""
-
-    def exits(seed: int, phase: int, generator: bool) -> list[int]:
-        shuffled = {"plan__steps": 8, "plan__gradient": "last", "plan__exits": "shuffled", "fake__updates": 3}
-        shuffled |= {"plan__fake_rollout": "same"}
-        config = toy(**shuffled, rollouts__reuse=reuse, seed=seed)
-        turns = [(i, u) for i in range(16) for u in ([0] if generator else [1, 2, 3])]
-        return [drawn(config, u, 1, phase, i).path[-1].step for i, u in turns]
-
-    orders = []
-    for seed in (0, 1):
-        for phase, own in ((1, [0, 1, 2, 3]), (2, [4, 5, 6, 7])):
-            generator, fake = exits(seed, phase, True), exits(seed, phase, False)
-            if reuse:
-                assert fake == [step for step in generator for _ in range(3)]
-            for turns in [generator] if reuse else [generator, fake]:
-                orders.append(tuple(step - own[0] for step in turns))
-                runs = [turns[i : i + 4] for i in range(0, len(turns), 4)]
-                assert all(sorted(run) == own for run in runs) and len({tuple(run) for run in runs}) > 1
-    assert len({order[:16] for order in orders}) == len(orders)
+    assert (pair.var(0) / single.var(0)).max() < 0.1
 
 
 # Sorted re-noise times
 
 
-@pytest.mark.parametrize("antithetic", [None, "noise"])
+@pytest.mark.parametrize("antithetic", [None, "start"])
 def test_sorted_times_are_those_of_the_batch_in_order_however_it_is_shared(
     antithetic: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,8 +330,8 @@ def test_sorted_times_are_those_of_the_batch_in_order_however_it_is_shared(
         for everyone in world.shares(24, config.engine, pairs=antithetic is not None):
             found.append([])
             for rank in range(processes):
-                monkeypatch.setattr(drawing, "rank", lambda rank=rank: rank)
-                found[-1] += Draws(gaussian(config), 1, 4, 1, everyone, [1.0]).times()[1].tolist()
+                monkeypatch.setattr(step, "rank", lambda rank=rank: rank)
+                found[-1] += draw(gaussian(config), 1, 4, 1, everyone, [1.0], None).t.tolist()
         return found
 
     alone, pair, unsorted = times(1, True), times(2, True), times(1, False)
@@ -488,7 +339,7 @@ def test_sorted_times_are_those_of_the_batch_in_order_however_it_is_shared(
     flat = [t for part in alone for t in part]
     assert flat == sorted(flat, reverse=True) == sorted((t for part in unsorted for t in part), reverse=True)
     assert len(set(flat)) == (24 if antithetic is None else 12)
-    if antithetic == "noise":
+    if antithetic == "start":
         assert flat[::2] == flat[1::2]
 
 
@@ -530,7 +381,6 @@ def test_sorted_times_call_fewer_networks(wan: Callable, tmp_path: Path, monkeyp
 
 def test_levers_that_do_not_go_together_are_refused() -> None:
     for levers, message in (
-        ({"renoise__sort": True, "rollouts__pool": 2}, r"renoise\.sort: with a rollouts\.pool"),
         ({"objective__divergence": "fisher", "engine__sequence_parallel": 2}, r"objective\.divergence: only 'kl'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -556,8 +406,7 @@ def test_a_run_with_every_lever_is_byte_identical_when_it_is_stopped_between_upd
     divergence: str, wan: Callable, tmp_path: Path
 ) -> None:
     levers = {
-        "rollouts__reuse": True, "rollouts__antithetic": "noise", "rollouts__pool": 2, "rollouts__pool_refresh": 0.5,
-        "rollouts__pool_on_disk": True, "plan__exits": "shuffled", "plan__solver": "renoise",
+        "rollouts__reuse": True, "rollouts__antithetic": "start", "plan__solver": "renoise",
         "objective__divergence": divergence, "fake__pull": 0.5, "engine__micro_batch": 2,
         "engine__batched_guidance": True, "batch_size": 4, "iterations": 3,
     }  # fmt: skip
@@ -584,11 +433,11 @@ def test_with_every_lever_off_the_draws_are_what_they_always_were(
 ) -> None:
     """Written down when there was none of them: six steps, seed 0, phase 2, iteration 3."""
     asked = gaussian(toy(plan__steps=6, plan__gradient="last", plan__fake_rollout="same", plan__solver="renoise"))
-    asked.model.sample_shapes = [(1,), (1,)]
-    draws = Draws(asked, 2, 3, update, [range(2)], [1.0, 2.0])
+    asked.model.sample_shapes = [(1,), (1, 1)]
     table: Any = SimpleNamespace(eligible=lambda bucket: range(1000), row=lambda index, bucket: {"text": index})
-    assert (draws.bucket, draws.path[-1].step, draws.shared) == (1, exit_step, None)
-    assert draws.condition(table)["text"].tolist() == list(prompts)
-    found = draws.start(), draws.eps(), draws.times()[1], Paths().end(draws, {})
+    batch = draw(asked, 2, 3, update, [range(2)], [1.0, 2.0], table)
+    assert (batch.shape, batch.path[-1].step) == ((1, 1), exit_step), "the second bucket"
+    assert batch.condition["text"].tolist() == list(prompts)
+    found = batch.first_noise(), batch.eps, batch.t, roll_out(batch, len(batch.path), {})
     for tensor, numbers in zip(found, (start, eps, t, x_s), strict=True):
         assert tensor.flatten().tolist() == pytest.approx(numbers, abs=1e-6)

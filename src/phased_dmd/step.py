@@ -1,0 +1,243 @@
+"""One update of the fake or of an expert, in the order of the paper: draw, roll out, re-noise, score.
+
+`draw` fixes every random number of an update. `fake_loss` and `expert_loss` roll the generator out with them and
+return the loss whose gradient the update descends; the training loop calls backward, clips and steps.
+"""
+
+from bisect import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from phased_dmd.conditions import Conditions
+from phased_dmd.config import Config
+from phased_dmd.config.teacher import OwnTeacher, PipelineTeacher
+from phased_dmd.engine.randomness import choice, normal, uniform
+from phased_dmd.engine.world import device, rank, world_size
+from phased_dmd.maths.losses import (
+    Predict,
+    biased_target,
+    distribution_matching_loss,
+    fisher_stop_gradient_loss,
+    printed_target,
+    score_matching_loss,
+    subinterval_target,
+)
+from phased_dmd.maths.phases import Hop
+from phased_dmd.maths.schedules import renoise_times, times_like
+from phased_dmd.models.protocol import Condition
+from phased_dmd.networks.roles import FAKE, TEACHER
+from phased_dmd.networks.system import System
+
+EXPERT_UPDATE = 0  # the number of the expert's update in an iteration; the fake's are 1, 2, ...
+TARGETS = {"unbiased": subinterval_target, "biased": biased_target, "printed": printed_target}
+Key = tuple[int | str, ...]
+States = dict[tuple[range, tuple[Hop, ...]], Tensor]  # x behind these hops of these samples' rollout
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an update draws for the samples of one micro-batch in this process.
+
+    samples: their indices in the global batch. pairs: for each sample the index that keys the draws that a pair of
+    antithetic samples shares; without pairs, its own. rollout_key: the random key of the rollout; updates whose keys
+    are equal share one rollout. path: the network calls from t_0 to the phase's end. s, t: float64 [b], the phase's
+    end and the re-noise times. eps: [b, ...], the re-noise noise. networks: those that serve the t of any process.
+    share: the samples' share of this process's part of the global batch.
+    """
+
+    system: System
+    phase: int
+    samples: range
+    pairs: Sequence[int]
+    shape: tuple[int, ...]
+    rollout_key: Key
+    condition: Condition
+    path: tuple[Hop, ...]
+    s: Tensor
+    t: Tensor
+    eps: Tensor
+    networks: list[int]
+    share: float
+
+    def first_noise(self) -> Tensor:
+        """Draws the standard normal noise [b, ...] that a rollout starts from; of a pair, the second is the negative
+        of the first.
+        """
+        noise = normal(self.shape, self.pairs, *self.rollout_key, "start")
+        if self.system.config.rollouts.antithetic:
+            noise[1::2] *= -1
+        return noise.to(device())
+
+    def renoise(self, step: int) -> Tensor:
+        """Draws the standard normal noise [b, ...] that the `renoise` solver adds in a step."""
+        return normal(self.shape, self.samples, *self.rollout_key, "renoise", step).to(device())
+
+
+def draw(
+    system: System, phase: int, iteration: int, update: int, samples_of: Sequence[range], weights: Sequence[float],
+    conditions: Conditions | None,
+) -> Batch:  # fmt: skip
+    """Draws all random numbers of an update, each a function of its key and the sample's index alone.
+
+    update: `EXPERT_UPDATE`, or the number of the fake's update. samples_of: the samples of each process. weights: the
+    odds of the resolution buckets. conditions: the encoded prompts, or None for a model that takes none.
+    """
+    config, plan, samples = system.config, system.plan, samples_of[rank()]
+    key: Key = (config.seed, phase, iteration, update)
+    rollout_key: Key = (config.seed, phase, iteration, EXPERT_UPDATE) if config.rollouts.reuse else key
+    pairs = in_pairs(samples) if config.rollouts.antithetic else samples
+
+    # The rollout: one resolution bucket for the whole batch, then a prompt for each sample.
+    bucket = 0
+    if len(weights) > 1:
+        u = uniform([0], *rollout_key, "bucket").item() * sum(weights)
+        bucket = min(bisect(list(accumulate(weights)), u), len(weights) - 1)
+    rows: list[Condition] = [{}] * len(samples)
+    if conditions is not None:
+        prompts = conditions.eligible(bucket)
+        chosen = (uniform(pairs, *rollout_key, "prompt") * len(prompts)).long().tolist()
+        rows = [conditions.row(prompts[i], bucket) for i in chosen]
+
+    # Stochastic gradient truncation (SGTS): one step of the phase, the exit, jumps from its time to the phase's end.
+    steps = plan.steps(phase)
+    exits_early = config.plan.gradient == "last" and (update == EXPERT_UPDATE or config.plan.fake_rollout == "same")
+    exit_step = steps[choice(len(steps), *rollout_key, "exit")] if exits_early else steps[-1]
+
+    # Re-noising: in the fake's updates the samples of a pair share its time and noise.
+    shares = bool(config.rollouts.antithetic) and update != EXPERT_UPDATE
+    shape = tuple(system.model.sample_shapes[bucket])
+    t = draw_times(system, phase, key, samples, shares).to(device())
+    networks = [0]
+    if plan.switches:
+        everywhere = [draw_times(system, phase, key, of_one, shares) for of_one in samples_of]
+        networks = sorted({plan.network(time) for time in torch.cat(everywhere).tolist()})
+    return Batch(
+        system, phase, samples, pairs, shape, rollout_key,
+        condition=system.model.batch(rows), path=plan.path(phase, exit_step),
+        s=times_like(plan.end(phase), t), t=t,
+        eps=normal(shape, pairs if shares else samples, *key, "eps").to(device()),
+        networks=networks,
+        share=len(samples) * world_size() / (config.batch_size * config.engine.sequence_parallel),
+    )  # fmt: skip
+
+
+def draw_times(system: System, phase: int, key: Key, samples: Sequence[int], shares: bool) -> Tensor:
+    """Draws the re-noise times of samples, float64 [b]; shares: one time for both samples of a pair."""
+    config, plan = system.config, system.plan
+    if config.renoise.fixed is not None:
+        return torch.full((len(samples),), config.renoise.fixed, dtype=torch.float64)
+    low, high = config.interval(plan, phase)
+    drawn = range(config.batch_size) if config.renoise.sort else samples
+    r = uniform(in_pairs(drawn) if shares else drawn, *key, "t")
+    if config.renoise.sort:  # over the global batch, so that a micro-batch calls fewer of a teacher's networks
+        r = r.sort().values[list(samples)]
+    return renoise_times(r, low, high, config.plan.shift, config.t_range(plan, phase), config.renoise.clamp)
+
+
+def in_pairs(samples: Sequence[int]) -> list[int]:
+    """Returns for each sample the even one of its pair, 0 for 0 and 1, 2 for 2 and 3."""
+    return [sample - sample % 2 for sample in samples]
+
+
+@torch.no_grad()
+def roll_out(batch: Batch, hops: int, states: States) -> Tensor:
+    """Returns x [b, ...] behind the first `hops` calls of the batch's path, without gradient.
+
+    states: what the updates of an iteration share where `rollouts.reuse` is on, filled here; an empty one shares
+    nothing. An update may ask for x at the phase's begin, before the last call and at the phase's end.
+    """
+    system, begin = batch.system, batch.system.plan.steps(batch.phase).start
+    x, done = None, 0
+    for stop in sorted({begin, len(batch.path) - 1, hops}):
+        if stop > hops:
+            break
+        key = batch.samples, batch.path[:stop]
+        if key not in states:
+            x = system.start(batch.first_noise()) if x is None else x
+            states[key] = system.roll(batch.path[done:stop], x, batch.condition, renoise=batch.renoise).x
+        x, done = states[key], stop
+    assert x is not None
+    return x
+
+
+def fake_loss(batch: Batch, states: States) -> Tensor:
+    """Returns the loss by which the fake learns the score of what the generator makes (Eq. 13; Eq. 4 at s = 0).
+
+    It is the mean over the samples, times their share of the process's batch. Call it and its backward inside
+    `roles.active(FAKE)`.
+    """
+    system = batch.system
+    x_s = roll_out(batch, len(batch.path), states)
+    loss = score_matching_loss(
+        lambda x, t: system.fake(x, t, batch.condition, batch.networks),
+        x_s, batch.eps, batch.s, batch.t, system.model.schedule, system.model.prediction,
+        TARGETS[system.config.objective.target],
+    )  # fmt: skip
+    return loss.mean() * batch.share
+
+
+def expert_loss(batch: Batch, states: States) -> Tensor:
+    """Returns the loss by which the phase's expert descends its divergence from the teacher at the phase's end s
+    (Eq. 11; Eq. 9 at s = 0).
+
+    Gradient flows through all calls of the phase, or with SGTS through the last one alone. The mean over the samples,
+    times their share of the process's batch. Call it and its backward inside `roles.active(expert_role(phase))`.
+    """
+    system, config, model = batch.system, batch.system.config, batch.system.model
+    recorded = len(batch.path) - 1 if config.plan.gradient == "last" else system.plan.steps(batch.phase).start
+    x, hops = roll_out(batch, recorded, states), batch.path[recorded:]
+    end = system.roll(hops, x, batch.condition, [hop.step for hop in hops], batch.renoise)
+
+    def teacher(x: Tensor, t: Tensor) -> Tensor:
+        return system.teacher(x, t, batch.condition, batch.networks)
+
+    def fake(x: Tensor, t: Tensor) -> Tensor:
+        return system.fake(x, t, batch.condition, batch.networks)
+
+    if config.objective.divergence != "kl":
+        return fisher_loss(batch, end.x, teacher, fake).mean() * batch.share
+    loss = distribution_matching_loss(
+        end.x, batch.eps, batch.s, batch.t, model.schedule, model.prediction,
+        teacher, fake, config.objective.weighting, end.x0.detach(),
+    )  # fmt: skip
+    return loss.mean() * batch.share
+
+
+def fisher_loss(batch: Batch, x_s: Tensor, teacher: Predict, fake: Predict) -> Tensor:
+    """Returns a loss [b] whose gradient in x_s is that of the Fisher divergence: the teacher's denoising error minus
+    the fake's, or its variant with a stopped gradient.
+
+    Teacher and fake are differentiated down to x_s one after the other, each inside its own role: one network carries
+    both, and only one of its adapters can be on.
+    """
+    roles, x = batch.system.roles, x_s.detach().requires_grad_()
+    given = x, batch.eps, batch.s, batch.t, batch.system.model.schedule, batch.system.model.prediction
+    terms: list[tuple[str, Callable[[], Tensor]]] = [(FAKE, lambda: fisher_stop_gradient_loss(teacher, fake, *given))]
+    if batch.system.config.objective.divergence == "fisher":
+        terms = [
+            (TEACHER, lambda: score_matching_loss(teacher, *given)),
+            (FAKE, lambda: -score_matching_loss(fake, *given)),
+        ]
+    losses = []
+    for role, term in terms:
+        with roles.active(role):
+            loss = term()
+            slope = torch.autograd.grad(loss.sum(), x)[0]
+        losses.append(loss.detach() + ((x_s - x.detach()) * slope).flatten(1).sum(1))
+    return torch.stack(losses).sum(0)
+
+
+def bucket_weights(config: Config, conditions: Conditions | None) -> list[float]:
+    """Returns the odds of the resolution buckets, 0 for one that no prompt's first frame fits."""
+    match config.teacher:
+        case PipelineTeacher(sizes=sizes):
+            weights = [size.weight for size in sizes]
+        case OwnTeacher(weights=own):
+            weights = list(own)
+        case _:
+            weights = [1.0]
+    return [w if conditions is None or conditions.eligible(i) else 0.0 for i, w in enumerate(weights)]
