@@ -20,7 +20,7 @@ from phased_dmd.lab.evaluate import Protocol, evaluate
 from phased_dmd.lab.metrics.digit_classifier import WORDS, classify, load_classifier
 from phased_dmd.lab.report import write_report
 from phased_dmd.lab.teach.mnist import all_captions
-from phased_dmd.lab.teach.nano import Budget, teach_nano
+from phased_dmd.lab.teach.nano import TrainingBudget, teach_nano
 from phased_dmd.lab.teach.variants import teach_i2v, teach_moe
 from phased_dmd.models.wan import NANO
 from phased_dmd.prompts import Prompt, read_prompts
@@ -145,7 +145,7 @@ def test_clips_are_sampled_evaluated_and_reported(
 
 def test_the_teacher_can_be_taught_again(tmp_path: Path) -> None:
     """Every stage for a step or two: the folder loads into the stock pipeline and samples."""
-    budget = Budget(vae_steps=2, num_images=256, num_clips=64, transformer_steps=3)
+    budget = TrainingBudget(vae_steps=2, num_images=16, num_clips=8, transformer_steps=3)
     teach_nano(tmp_path, DATA, 0, budget, lambda _: None)
     config = resolve("nano-t2v", {"teacher.path": str(tmp_path)})
     pixels = teacher_alone(config)
@@ -156,7 +156,7 @@ def test_the_teacher_can_be_taught_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["nano-moe", "nano-i2v"])
 def test_the_variants_can_be_taught_again(name: str, tmp_path: Path) -> None:
     """A complete folder, whose teacher samples; of nano-moe each network is trained for itself."""
-    budget = Budget(num_images=256, num_clips=64, switch_steps=(2, 2), first_frame_steps=2)
+    budget = TrainingBudget(num_images=16, num_clips=8, switch_steps=(2, 2), first_frame_steps=2)
     {"nano-moe": teach_moe, "nano-i2v": teach_i2v}[name](tmp_path, DATA, 0, budget, lambda _: None)
     config = resolve(name, {"teacher.path": str(tmp_path)})
     sampler = teacher_alone(config)

@@ -19,7 +19,7 @@ ASSETS = Path(__file__).parents[2] / "assets"
 
 
 def write_report(runs: Sequence[Path | str], output: Path) -> Path:
-    """Writes the page of finished and evaluated runs, in this order; a UserError where they cannot be compared."""
+    """Writes a page of finished and evaluated runs, in this order; raises UserError where they cannot be compared."""
     if output.is_dir():
         raise UserError(f"--output: {output} is a folder; name a file in it")
     read = read_runs(runs)
@@ -43,7 +43,7 @@ def _page() -> Template:
 
 
 def _phases(config: Config) -> list[tuple[int, str, str]]:
-    """Of each phase its number, the times its steps start at, and where it ends."""
+    """Returns for each phase its number, the times at which its steps start, and where it ends."""
     plan = config.phase_plan()
     return [
         (phase, ", ".join(f"{plan.times[i]:.4g}" for i in plan.steps(phase)), f"{plan.end(phase):.4g}")

@@ -3,58 +3,58 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from phased_dmd.lab.evaluate import HEADINGS, NET_OF
+from phased_dmd.lab.evaluate import HEADINGS, NET_OF, Measurement
 from phased_dmd.lab.metrics.intervals import interval
-from phased_dmd.lab.report.runs import Figure, Group, base_rows
+from phased_dmd.lab.report.runs import Group, base_rows
 
 
 @dataclass(frozen=True)
-class Row:
-    """A generator's figures by measure; seeds: the training seeds that they are means over."""
+class NumberRow:
+    """A generator's measurements by measure; seeds: the training seeds of which they are means."""
 
     name: str
     detail: str
-    figures: Mapping[str, Figure]
+    figures: Mapping[str, Measurement]
     seeds: list[int]
     own: bool
 
 
 @dataclass(frozen=True)
-class Table:
-    """A prompt set's numbers; base: the row that every gap is to; nets: what measured, by measure."""
+class NumberTable:
+    """A prompt set's numbers; base: the row that every gap is taken to; nets: the network of each measure."""
 
     name: str
     about: str
     base: str
     measures: list[str]
     nets: dict[str, str]
-    rows: list[Row]
+    rows: list[NumberRow]
 
 
-def make_tables(groups: Sequence[Group]) -> list[Table]:
-    """A table for each prompt set of the evaluations."""
+def make_tables(groups: Sequence[Group]) -> list[NumberTable]:
+    """Returns a table for each prompt set of the evaluations."""
     tables, known = [], groups[0].runs[0].evaluation["nets"]
     for name, first in groups[0].runs[0].evaluation["sets"].items():
-        rows = [Row(row, "", run.figures(name, row), [], False) for row, run in base_rows(groups, name).items()]
+        bases = base_rows(groups, name).items()
+        rows = [NumberRow(row, "", run.measurements(name, row), [], False) for row, run in bases]
         for group in groups:
-            figures = combine([run.figures(name, run.row) for run in group.runs])
-            rows.append(Row(group.name, group.detail, figures, [run.config.seed for run in group.runs], True))
+            combined = combine([run.measurements(name, run.row) for run in group.runs])
+            rows.append(NumberRow(group.name, group.detail, combined, [run.config.seed for run in group.runs], True))
         measures = [measure for measure in HEADINGS if any(measure in row.figures for row in rows)]
         nets = {measure: known[NET_OF[measure]] for measure in measures if NET_OF.get(measure) in known}
-        tables.append(Table(name, first["about"], first["base"], measures, nets, rows))
+        tables.append(NumberTable(name, first["about"], first["base"], measures, nets, rows))
     return tables
 
 
-def combine(runs: Sequence[Mapping[str, Figure]]) -> dict[str, Figure]:
-    """Means over training seeds with 95 % intervals; one run keeps the intervals of its own evaluation."""
+def combine(runs: Sequence[Mapping[str, Measurement]]) -> dict[str, Measurement]:
+    """Returns means over training seeds with 95 % intervals; one run keeps the intervals of its own evaluation."""
     if len(runs) == 1:
         return dict(runs[0])
-    return {measure: _over_seeds([run[measure] for run in runs]) for measure in runs[0]}
-
-
-def _over_seeds(figures: Sequence[Figure]) -> Figure:
-    value, gap = (interval([figure[key] for figure in figures]) for key in ("value", "gap"))
-    return {
-        "value": value["mean"], "half_width": value["half_width"], "gap": gap["mean"],
-        "gap_half_width": gap["half_width"],
-    }  # fmt: skip
+    combined = {}
+    for measure in runs[0]:
+        value, gap = (interval([run[measure][key] for run in runs]) for key in ("value", "gap"))  # type: ignore[misc]
+        combined[measure] = {
+            "value": value["mean"], "half_width": value["half_width"], "gap": gap["mean"],
+            "gap_half_width": gap["half_width"],
+        }  # fmt: skip
+    return combined

@@ -11,7 +11,7 @@ from PIL import Image, ImageSequence
 
 from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate import slug
-from phased_dmd.lab.report.runs import Group, Run, base_rows
+from phased_dmd.lab.report.runs import EvaluatedRun, Group, base_rows
 from phased_dmd.pictures import as_shown, opened
 
 SMALL = 128  # pixels of the shorter side, up to which a file is taken as it is
@@ -32,8 +32,8 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A generator's samples, a column each: stills or clips, and of clips the frames side by side too."""
+class PictureRow:
+    """A generator's samples, a column each: pictures or clips, and of clips the frames side by side too."""
 
     name: str
     detail: str
@@ -50,12 +50,12 @@ class Sheet:
     about: str
     prompts: list[tuple[str, int]]
     seeds: list[int]
-    rows: list[Row]
+    rows: list[PictureRow]
     clips: bool
 
 
 def embed(path: Path, box: tuple[int, int] = BOX, shown: int = SHOWN) -> Picture:
-    """A file as it is where it is small, else a lossy WebP that fits the box, animated as the file is."""
+    """Embeds a small file as it is, another as a lossy WebP that fits the box, animated as the file is."""
     try:
         with opened(path) as image:
             if min(image.size) <= SMALL:
@@ -83,15 +83,15 @@ def _data_url(data: bytes, kind: str) -> str:
 
 
 def make_sheets(groups: Sequence[Group]) -> list[Sheet]:
-    """A sheet for each prompt set; of samples without pictures, a scatter plot a row."""
+    """Returns a sheet for each prompt set; a row of samples without pictures has a scatter plot."""
     return [_sheet(groups, name, s["about"]) for name, s in groups[0].runs[0].evaluation["sets"].items()]
 
 
 def _sheet(groups: Sequence[Group], name: str, about: str) -> Sheet:
     shown = groups[0].runs[0].shown.get(name, [])
-    rows = [Row(row, "", None, *_files(run, name, row)) for row, run in base_rows(groups, name).items()]
+    rows = [PictureRow(row, "", None, *_files(run, name, row)) for row, run in base_rows(groups, name).items()]
     for group in groups:
-        rows += [Row(run.row, group.detail, run.config.seed, *_files(run, name, run.row)) for run in group.runs]
+        rows += [PictureRow(run.row, group.detail, run.config.seed, *_files(run, name, run.row)) for run in group.runs]
     prompts = itertools.groupby(sample["prompt"] for sample in shown)
     return Sheet(
         name, about, [(prompt, len(list(same))) for prompt, same in prompts],
@@ -99,8 +99,8 @@ def _sheet(groups: Sequence[Group], name: str, about: str) -> Sheet:
     )  # fmt: skip
 
 
-def _files(run: Run, name: str, row: str) -> tuple[list[Picture], list[Picture]]:
-    """A row's pictures, and where they are clips their frames, in the order of the columns."""
+def _files(run: EvaluatedRun, name: str, row: str) -> tuple[list[Picture], list[Picture]]:
+    """Returns a row's pictures, and the frames of clips, in the order of the columns."""
     folder = run.path / "samples" / name / slug(row)
     if name not in run.shown:
         return [embed(folder / "points.png", PLOT)], []
