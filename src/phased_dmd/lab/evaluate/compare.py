@@ -1,7 +1,7 @@
 """Samples of one set from several sources side by side: their measurements, and the pictures that are kept of them."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,14 @@ def compare_points(sources: Sources, sample_set: SampleSet, exact: ExactMixture,
 
 def _as_json(sample_set: SampleSet, sources: Sources, rows: dict[str, dict[str, Measurement]]) -> dict[str, Any]:
     """Adds to the measurements what the samples cost, which has no interval."""
-    base = next(iter(sources))
-    costs: dict[str, Callable[[SampleSource], float | None]] = {
-        "network_calls": lambda source: source.calls, "seconds_a_sample": lambda source: source.seconds,
-    }  # fmt: skip
+    base, of_base = next(iter(sources.items()))
     for name, source in sources.items():
-        for measure, cost in costs.items():
-            value, of_base = cost(source), cost(sources[base])
-            if value is not None and of_base is not None:
-                gap = value - of_base
-                rows[name][measure] = {"value": value, "half_width": None, "gap": gap, "gap_half_width": None}
+        for measure, cost, base_cost in (
+            ("network_calls", source.calls, of_base.calls), ("seconds_a_sample", source.seconds, of_base.seconds),
+        ):  # fmt: skip
+            if cost is not None and base_cost is not None:
+                gap = cost - base_cost
+                rows[name][measure] = {"value": cost, "half_width": None, "gap": gap, "gap_half_width": None}
     return {"about": sample_set.about, "base": base, "rows": rows}
 
 

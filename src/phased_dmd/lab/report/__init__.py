@@ -24,7 +24,7 @@ def write_report(runs: Sequence[Path | str], output: Path) -> Path:
         raise UserError(f"--output: {output} is a folder; name a file in it")
     read = read_runs(runs)
     groups, tables = group(read), make_tables(group(read))
-    measured = {measure for table in tables for measure in table.measures}
+    measured = {measure for table in tables for measure in table["measures"]}
     html = _page().render(
         groups=groups, tables=tables, sheets=make_sheets(groups), curves=make_curves(groups), colours=colours(groups),
         headings={measure: HEADINGS[measure] for measure in HEADINGS if measure in measured},

@@ -1,48 +1,34 @@
 """The tables of a page: a row a generator, a column a measure, with intervals."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 from phased_dmd.lab.evaluate import HEADINGS, NET_OF, Measurement
 from phased_dmd.lab.metrics.intervals import interval
 from phased_dmd.lab.report.runs import Group, base_rows
 
 
-@dataclass(frozen=True)
-class NumberRow:
-    """A generator's measurements by measure; seeds: the training seeds of which they are means."""
+def make_tables(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Returns a table for each prompt set, as the page's template takes it.
 
-    name: str
-    detail: str
-    figures: Mapping[str, Measurement]
-    seeds: list[int]
-    own: bool
-
-
-@dataclass(frozen=True)
-class NumberTable:
-    """A prompt set's numbers; base: the row that every gap is taken to; nets: the network of each measure."""
-
-    name: str
-    about: str
-    base: str
-    measures: list[str]
-    nets: dict[str, str]
-    rows: list[NumberRow]
-
-
-def make_tables(groups: Sequence[Group]) -> list[NumberTable]:
-    """Returns a table for each prompt set of the evaluations."""
+    base: the row that every gap is taken to. nets: the network of each measure. Of a row, `figures` are measurements by
+    measure, `seeds` the training seeds of which they are means, `own` says that it is no row of the base.
+    """
     tables, known = [], groups[0].runs[0].evaluation["nets"]
-    for name, first in groups[0].runs[0].evaluation["sets"].items():
-        bases = base_rows(groups, name).items()
-        rows = [NumberRow(row, "", run.measurements(name, row), [], False) for row, run in bases]
+    for name, of_set in groups[0].runs[0].evaluation["sets"].items():
+        rows: list[dict[str, Any]] = [
+            {"name": row, "detail": "", "figures": run.measurements(name, row), "seeds": [], "own": False}
+            for row, run in base_rows(groups, name).items()
+        ]
         for group in groups:
-            combined = combine([run.measurements(name, run.row) for run in group.runs])
-            rows.append(NumberRow(group.name, group.detail, combined, [run.config.seed for run in group.runs], True))
-        measures = [measure for measure in HEADINGS if any(measure in row.figures for row in rows)]
+            rows.append({
+                "name": group.name, "detail": group.detail, "own": True, "seeds": [r.config.seed for r in group.runs],
+                "figures": combine([run.measurements(name, run.row) for run in group.runs]),
+            })  # fmt: skip
+        measures = [measure for measure in HEADINGS if any(measure in row["figures"] for row in rows)]
         nets = {measure: known[NET_OF[measure]] for measure in measures if NET_OF.get(measure) in known}
-        tables.append(NumberTable(name, first["about"], first["base"], measures, nets, rows))
+        about = {"name": name, "about": of_set["about"], "base": of_set["base"]}
+        tables.append(about | {"measures": measures, "nets": nets, "rows": rows})
     return tables
 
 

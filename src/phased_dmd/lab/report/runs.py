@@ -59,7 +59,7 @@ class EvaluatedRun:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in the training seed only, in its order; detail: what sets them apart from others of one name."""
+    """Runs that differ in the training seed alone, in its order; detail: what other runs of this name do not share."""
 
     name: str
     detail: str

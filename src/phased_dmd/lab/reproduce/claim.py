@@ -99,9 +99,13 @@ ON_BOTH = {"toy-2d": (MODES,), "nano-t2i": (FRECHET,)}
 
 
 def trials(
-    variants: Mapping[str, Variant],
-    pairs: tuple[tuple[str, str], ...],
-    recipes: Mapping[str, tuple[Criterion, ...]] = ON_BOTH,
-) -> dict[str, Trial]:
-    """Returns trials of the same variants and pairs on several recipes, each decided by its own criteria."""
+    variants: Mapping[str, Variant], recipes: Mapping[str, tuple[Criterion, ...]] = ON_BOTH,
+    pairs: tuple[tuple[str, str], ...] | None = None,
+) -> dict[str, Trial]:  # fmt: skip
+    """Returns trials of the same variants on several recipes, each decided by its own criteria.
+
+    pairs: by default the first variant is claimed to be better than each of the others.
+    """
+    first, *others = variants
+    pairs = pairs or tuple((first, other) for other in others)
     return {recipe: Trial(criteria, variants, pairs) for recipe, criteria in recipes.items()}

@@ -50,11 +50,7 @@ TABLE2 = Claim(
     "of DMD+SGTS and no control of its own.",
     trials={
         "toy-2d": Trial((MODES,), METHODS, OVER_BASELINES),
-        "nano-t2i": Trial(
-            DIVERSITY,
-            METHODS | {WIDE: DMD_SGTS_WIDE},
-            (*OVER_BASELINES, ("Phased+SGTS", WIDE)),
-        ),
+        "nano-t2i": Trial(DIVERSITY, METHODS | {WIDE: DMD_SGTS_WIDE}, (*OVER_BASELINES, ("Phased+SGTS", WIDE))),
         "nano-moe": Trial(DIVERSITY, TWO_NETWORKS, (("Phased+SGTS", "DMD+SGTS"), ("Phased-all", "DMD+SGTS"))),
     },
     paper={
@@ -74,8 +70,8 @@ TABLE3 = Claim(
     "dynamic degree scales VBench's threshold to them. Phased+SGTS has twice the parameters of DMD+SGTS and Phased, of "
     "four experts, four times; there is no control of as many.",
     trials=trials(
-        METHODS, (("Phased+SGTS", "DMD+SGTS"), ("Phased", "DMD+SGTS")),
-        {"nano-t2v": MOTION, "nano-i2v": MOTION},
+        METHODS, {"nano-t2v": MOTION, "nano-i2v": MOTION},
+        pairs=(("Phased+SGTS", "DMD+SGTS"), ("Phased", "DMD+SGTS")),
     ),
     paper={
         "": ("Wan2.2 T2V: flow ↑, dynamic degree in % ↑", "Wan2.2 I2V"),
@@ -88,14 +84,11 @@ TABLE3 = Claim(
 
 
 def collapse_trial(criteria: tuple[Criterion, ...], factors: tuple[float, ...]) -> Trial:
-    """DMD+SGTS and Phased DMD at several factors on the updates, the last of which is the most."""
+    """Returns a trial of DMD+SGTS and Phased DMD at several factors on the updates, of which the last is the most."""
     methods = {"DMD+SGTS": DMD_SGTS, "Phased": PHASED}
     variants = {f"{m}, x {f:g}": replace(variant, updates=f) for m, variant in methods.items() for f in factors}
     least, most = factors[0], factors[-1]
-    pairs = (
-        (f"DMD+SGTS, x {least:g}", f"DMD+SGTS, x {most:g}"),
-        (f"Phased, x {most:g}", f"DMD+SGTS, x {most:g}"),
-    )
+    pairs = ((f"DMD+SGTS, x {least:g}", f"DMD+SGTS, x {most:g}"), (f"Phased, x {most:g}", f"DMD+SGTS, x {most:g}"))
     return Trial(criteria, variants, pairs)
 
 

@@ -44,9 +44,10 @@ class Workers:
     """
 
     def __init__(self, jobs: int, log: Log) -> None:
-        context = multiprocessing.get_context("spawn")
         self.jobs, self.log = jobs, log
-        self._pool = ProcessPoolExecutor(jobs, context, begin_worker) if jobs > 1 else None
+        self._pool = None
+        if jobs > 1:
+            self._pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), begin_worker)
 
     def __enter__(self) -> Self:
         return self
@@ -80,17 +81,17 @@ class Workers:
 
     def _each(self, work: Callable[[Sequence[PlannedRun]], None], lots: Sequence[list[PlannedRun]], done: str) -> None:
         """Does the work for each lot of runs, and logs when one is done."""
+        names = [", ".join(run.folder.name for run in lot) for lot in lots]
         if self._pool is None:
-            for lot in lots:
+            for lot, name in zip(lots, names, strict=True):
                 work(lot)
-                self.log(f"{done}: {', '.join(run.folder.name for run in lot)}")
+                self.log(f"{done}: {name}")
             return
         try:
-            futures = {self._pool.submit(work, lot): lot for lot in lots}
+            futures = {self._pool.submit(work, lot): name for lot, name in zip(lots, names, strict=True)}
             for count, future in enumerate(as_completed(futures), 1):
                 future.result()
-                names = ", ".join(run.folder.name for run in futures[future])
-                self.log(f"{done}, {count} of {len(lots)}: {names}")
+                self.log(f"{done}, {count} of {len(lots)}: {futures[future]}")
         except BrokenProcessPool:
             raise UserError("--jobs: a worker was killed, for want of memory perhaps; try fewer") from None
 

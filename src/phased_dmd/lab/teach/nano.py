@@ -231,7 +231,7 @@ def train_transformer(
 def train_classifier(
     training: Digits, held_out: Digits, steps: int, generator: torch.Generator
 ) -> tuple[DigitClassifier, float]:
-    """Trains the evaluation's classifier on jittered pictures and frames; returns its accuracy on held-out digits too."""
+    """Trains the evaluation's classifier on jittered pictures and frames; returns its accuracy on held-out digits."""
     classifier = DigitClassifier().train()
     descent = Descent(classifier, steps, lr=2e-3, clip=math.inf)
     for step in range(steps):

@@ -14,17 +14,9 @@ from torch import Tensor
 
 from phased_dmd.config.teacher import Size
 from phased_dmd.lab.metrics.digit_classifier import DIRECTIONS, SPEEDS, WORDS
+from phased_dmd.lab.teach import nano as lessons
 from phased_dmd.lab.teach.mnist import NUM_FRAMES, PATH_JITTER, Digits, clip_batch, load_digits, place_on_canvas
-from phased_dmd.lab.teach.nano import (
-    LatentSet,
-    TrainingBudget,
-    build_scheduler,
-    build_transformer,
-    encode_captions,
-    encode_digits,
-    normalise,
-    train_transformer,
-)
+from phased_dmd.lab.teach.nano import LatentSet, TrainingBudget, build_scheduler, build_transformer, train_transformer
 from phased_dmd.media import save_image, to_images
 from phased_dmd.models.wan import NANO, first_frame_condition
 
@@ -39,7 +31,7 @@ def captions_table(pipeline: WanPipeline) -> Callable[[list[str]], Tensor]:
     def embed(captions: list[str]) -> Tensor:
         new = [caption for caption in dict.fromkeys(captions) if caption not in known]
         if new:
-            known.update(zip(new, encode_captions(pipeline.tokenizer, pipeline.text_encoder, new), strict=True))
+            known.update(zip(new, lessons.encode_captions(pipeline.tokenizer, pipeline.text_encoder, new), strict=True))
         return torch.stack([known[caption] for caption in captions])
 
     return embed
@@ -50,7 +42,7 @@ def teach_moe(output: Path, data: Path, seed: int, budget: TrainingBudget, say: 
     torch.manual_seed(seed + 2)
     rng = torch.Generator().manual_seed(seed + 2)
     nano, (training, _) = WanPipeline.from_pretrained(NANO, dtype=torch.float32), load_digits(data)
-    turns = encode_digits(nano.vae, training, budget, rng)
+    turns = lessons.encode_digits(nano.vae, training, budget, rng)
     networks = []
     for steps, interval in zip(budget.switch_steps, ((SWITCH, 1.0), (0.0, SWITCH)), strict=True):
         networks.append(build_transformer())
@@ -88,7 +80,7 @@ def teach_i2v(output: Path, data: Path, seed: int, budget: TrainingBudget, say: 
                 for first in to_images(pixels[:, :, 0].permute(0, 2, 3, 1) / 2 + 0.5)
             ]
         captions += texts
-    clips = LatentSet(normalise(nano.vae, torch.cat(latents)), captions, 24, torch.stack(first_frames))
+    clips = LatentSet(lessons.normalise(nano.vae, torch.cat(latents)), captions, 24, torch.stack(first_frames))
     train_transformer(transformer, [clips], captions_table(nano), None, budget.first_frame_steps, rng, say)
     pipeline.to(dtype=torch.float16).save_pretrained(output)
     write_first_frames(training, output / "prompts", "nano-i2v", rng)
