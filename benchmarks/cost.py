@@ -26,7 +26,7 @@ Curves = Mapping[str, Sequence[Mapping[str, Any]]]  # by side; each point is a b
 
 
 def cost(contest: Contest, runs: Path, results: Path, jobs: int) -> dict[str, Any]:
-    """Curves of both sides, what reaching the target costs each, and whether `fast` loses anything with half the calls.
+    """Measures both sides: their curves, what reaching the target costs, and what `fast` loses with half the calls.
 
     Distils and evaluates what is missing in the folder `runs`, on `jobs` processes.
     """
@@ -44,7 +44,7 @@ def cost(contest: Contest, runs: Path, results: Path, jobs: int) -> dict[str, An
 
 
 def levers(contest: Contest, runs: Path, results: Path, jobs: int) -> dict[str, Any]:
-    """What each lever alone does to one side, and whether it is told from the reference by the same seeds."""
+    """Measures what each lever alone does to one side, and whether the same seeds tell it from the reference."""
     side = contest.levers_of
     variants = contest.variants(side) | contest.lever_variants()
     wanted = {label: variants[label] for label in (contest.reference, *contest.levers)}
@@ -85,7 +85,7 @@ def base(contest: Contest, study: Study) -> dict[str, float]:
 
 
 def race(curves: Curves, measures: Sequence[Criterion], which: Sequence[int]) -> dict[str, Any]:
-    """What the target costs both sides: the paper's own best, of each measure, in the mean over some of the seeds.
+    """Returns what the target costs both sides: the best of the paper's side in each measure, in the mean over seeds.
 
     which: those seeds, by their places in the values of a point.
     """
@@ -106,7 +106,7 @@ def race(curves: Curves, measures: Sequence[Criterion], which: Sequence[int]) ->
 
 
 def likely(curves: Curves, measures: Sequence[Criterion], which: Sequence[int], draws: int = 1000) -> dict[str, Any]:
-    """Where the ratios of `race` lie, by unit: the middle 95 % over bootstrap draws of the seeds, and the share from 2.
+    """Returns the middle 95 % of the ratios of `race` over bootstrap draws of the seeds, and their share of 2 and more.
 
     A draw in which `fast` does not keep the target within its budgets counts as a ratio of zero.
     """
@@ -121,9 +121,9 @@ def likely(curves: Curves, measures: Sequence[Criterion], which: Sequence[int], 
 
 
 def pairs(curves: Curves) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """`fast`'s largest budget of half the calls at most, with each of the paper's budgets for which there is one.
+    """Pairs each of the paper's budgets with the largest of `fast` that makes half its calls at most.
 
-    All of a ladder, since a single budget that is picked by what it reached is one where chance was kind.
+    All of a ladder are paired, since a single budget that is picked by what it reached is one where chance was kind.
     """
     found = []
     for paper in curves[PAPER]:
@@ -136,9 +136,9 @@ def pairs(curves: Curves) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
 def comparisons(
     contest: Contest, studies: Mapping[str, Study], paired: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """`fast` against the paper's schedule with the same seeds, over all pairs together and in each.
+    """Compares `fast` with the paper's schedule by the same seeds, over all pairs together and in each.
 
-    Above neutral `fast` is better. Of a seed, all pairs count as one: their geometric mean, or mean difference.
+    Above neutral `fast` is better. All pairs of a seed count as one: their geometric mean, or mean difference.
     """
     found = []
     for m in (*contest.measures, *contest.diversity):
@@ -160,7 +160,7 @@ def comparisons(
 
 
 def weighed(contest: Contest, study: Study, label: str, runs: Path) -> dict[str, Any]:
-    """The point of a lever, and of each measure whether it is told from the reference, the same seeds."""
+    """Returns the point of a lever, and for each measure whether the same seeds tell it from the reference."""
     shows = {}
     for m in (*contest.measures, *contest.diversity):
         rows = study.summary[m.table]
@@ -182,25 +182,25 @@ def point(contest: Contest, study: Study, label: str, runs: Path) -> dict[str, A
 
 
 def forwards(config: Config) -> float:
-    """Network calls of a run a sample of the batch, in forwards of the network."""
+    """Returns the network calls of a run for one sample of the batch, in forwards of the network."""
     plan, guidance = config.phase_plan(), getattr(config.teacher, "guidance", (1.0,))
     guided, phases = guidance[0] != 1, range(1, plan.num_phases + 1)
     return sum(config.phase_iterations(k) * phase_work(config, plan, k, guided).forwards for k in phases)
 
 
 def cpu_seconds(run: Path) -> float:
-    """Of all iterations; previews, checkpoints and the encoding of prompts are not among them."""
+    """Returns the CPU seconds of all iterations, without previews, checkpoints and the encoding of prompts."""
     rows = map(json.loads, (run / "timing.jsonl").read_text("utf-8").splitlines())
     return sum({(row["phase"], row["iteration"]): row["cpu_seconds"] for row in rows}.values())  # repeated after a kill
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """The nearest sequence that never rises: neighbours that do are averaged."""
+    """Returns the nearest sequence that never rises: neighbours that do are averaged."""
     return isotonic_regression(values, increasing=False).x.tolist()
 
 
 def reach(costs: Sequence[float], values: Sequence[float], target: float) -> float | None:
-    """What it costs until the smoothed values reach the target, which they then keep; None if they do not.
+    """Returns the cost at which the smoothed values reach the target, which they then keep; None if they do not.
 
     Between two budgets by a line over the logarithm of the cost; the least budget where it is reached there already.
     """

@@ -87,7 +87,7 @@ def test_seeds_are_the_groups_where_every_prompt_has_the_same_three_or_more() ->
 
 
 def test_the_base_has_no_gap_to_itself_and_other_samples_of_its_law_have_one_within_the_interval() -> None:
-    """Features of 21 prompts with 8 seeds; 60 pairs of independent sets, 95 % intervals."""
+    """Features of 21 prompts with 8 seeds; 40 pairs of independent sets, 95 % intervals."""
     the_set, ids = chosen(21, 8), torch.arange(21).repeat_interleave(8)
 
     def sampled(seed: int) -> Readings:
@@ -95,7 +95,7 @@ def test_the_base_has_no_gap_to_itself_and_other_samples_of_its_law_have_one_wit
         return {"features": features[:, None], "contrast": draw(168, seed=seed + 1000) + 3}
 
     held = {"pairwise_cosine": 0, "contrast": 0}
-    for seed in range(60):
+    for seed in range(40):
         one, other = sampled(seed), sampled(seed + 500)
         references = {"_paired": Reference(one, paired=True)}
         rows = {name: measures_of(r, the_set, references, None) for name, r in {"a": one, "b": other, "c": one}.items()}
@@ -104,7 +104,7 @@ def test_the_base_has_no_gap_to_itself_and_other_samples_of_its_law_have_one_wit
         assert found["c"]["frechet_features_paired"]["value"] == 0
         for name in held:
             held[name] += abs(found["b"][name]["gap"]) <= found["b"][name]["gap_half_width"]
-    assert all(count >= 52 for count in held.values()), held
+    assert all(count >= 35 for count in held.values()), held
 
 
 def test_a_known_difference_is_the_signed_gap() -> None:
@@ -302,7 +302,7 @@ def test_the_teachers_hash_is_of_its_weights_and_not_of_the_adapters_on_it(nano:
 
 def test_a_run_is_measured_once_by_one_protocol(nano: Path, tmp_path: Path) -> None:
     """The second protocol is another evaluation; pictures hold the same prompts and seeds in every row."""
-    protocol = Protocol(samples=64)
+    protocol = Protocol(samples=24)
     first = evaluate([nano], protocol, cache=tmp_path)[str(nano)]
     stamp = (nano / "evaluation.json").stat().st_mtime_ns
     assert evaluate([nano], protocol, cache=tmp_path)[str(nano)] == first
@@ -326,7 +326,7 @@ def test_a_run_is_measured_once_by_one_protocol(nano: Path, tmp_path: Path) -> N
         kept = torch.from_numpy(np.array(image.convert("RGB"))) / 255
     sampler = load(nano)
     assert torch.allclose(kept, sampler.decode(sampler(["a handwritten digit"], [3]))[0, 0].clamp(0, 1), atol=0.6 / 255)
-    assert evaluate([nano], Protocol(samples=65), cache=tmp_path)[str(nano)]["protocol"]["samples"] == 65
+    assert evaluate([nano], Protocol(samples=25), cache=tmp_path)[str(nano)]["protocol"]["samples"] == 25
 
 
 # Folders of files

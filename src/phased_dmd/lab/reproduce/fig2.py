@@ -72,9 +72,9 @@ def fig2(
 
 
 def compare_deviations(deviations: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Returns two comparisons: the biased model deviates more than the unbiased one, and that one as the full one.
+    """Compares the models: the biased one deviates more than the unbiased one, which is equivalent to the full one.
 
-    As much is at most ALIKE times the deviation of the model of the full interval.
+    Models are equivalent where one deviates at most ALIKE times as far as the other.
     """
     equivalent = ratio([ALIKE * value for value in deviations[FULL]], deviations[UNBIASED])
     other = ratio(deviations[BIASED], deviations[UNBIASED])
