@@ -18,8 +18,9 @@ from teachers import make_teacher
 
 from phased_dmd.config import Config, Engine, Plan
 from phased_dmd.config.teacher import Size
-from phased_dmd.engine.world import device, on_first_rank, processes, world_size
-from phased_dmd.models.architectures import architecture
+from phased_dmd.engine.collectives import run_on_first_rank
+from phased_dmd.engine.world import device, processes, world_size
+from phased_dmd.models.source import architecture
 from phased_dmd.plan import needs
 from phased_dmd.recipes import resolve
 from phased_dmd.train import distill
@@ -105,10 +106,10 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     with processes():
-        on_first_rank(lambda: make_teacher(arguments.work / "teacher", shape_of(arguments.tiny), torch.bfloat16))
+        run_on_first_rank(lambda: make_teacher(arguments.work / "teacher", shape_of(arguments.tiny), torch.bfloat16))
         config = config_of(arguments.work / "teacher", arguments)
         found = measure(config, arguments.work / "run", arguments.memory_gb, arguments.tflops)
-        on_first_rank(lambda: write(found, arguments.output))
+        run_on_first_rank(lambda: write(found, arguments.output))
 
 
 if __name__ == "__main__":

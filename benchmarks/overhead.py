@@ -11,8 +11,7 @@ import torch
 from phased_dmd import train
 from phased_dmd.config import Config
 from phased_dmd.engine.randomness import normal
-from phased_dmd.networks.roles import FAKE, TEACHER, expert_role
-from phased_dmd.networks.system import System
+from phased_dmd.networks.roles import FAKE, TEACHER, System, expert_role
 
 WARM_UP = 3  # iterations of each phase that are not counted
 

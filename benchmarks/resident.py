@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from phased_dmd.config import Config
+from phased_dmd.networks.build import add_adapters, add_expert, add_fake, build_system, load_teacher
 from phased_dmd.networks.optim import Learner
 from phased_dmd.networks.roles import FAKE, expert_role
-from phased_dmd.networks.system import add_adapters, add_expert, add_fake, build_system, load_teacher
 
 
 def resident(config: Config) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import os
 import shutil
 import signal
 import sys
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,18 @@ from safetensors.torch import load_file, save_file
 from tiny import TinyCodec, TinyWan, draw, killed_after
 from torch import Tensor
 
-from phased_dmd import conditions
-from phased_dmd.checkpoint import RunFolder, awaited, save_tensors
+from phased_dmd.checkpoint import RunFolder, wait_for_lock
 from phased_dmd.cli import main
 from phased_dmd.conditions import CHUNK, Conditions, picture_hashes
 from phased_dmd.config import Config
-from phased_dmd.config.teacher import Size, WanTeacher
+from phased_dmd.config.teacher import OwnTeacher, Size, WanTeacher
 from phased_dmd.errors import Stopped, UserError
 from phased_dmd.inputs import check_prompts, prepare
-from phased_dmd.models import contents
 from phased_dmd.models.analytic import PlainCodec
+from phased_dmd.models.hashes import REMEMBERED
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import Source
 from phased_dmd.models.wan import NANO, WanCodec
-from phased_dmd.networks import system
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
 from phased_dmd.step import bucket_weights
@@ -117,19 +116,23 @@ def test_nanos_rows_are_unpadded_and_the_encoder_is_let_go(nano: WanCodec, tmp_p
     torch.testing.assert_close(cache.negative["text"], rows[1]["text"], rtol=0, atol=1e-6)
 
 
-def test_a_full_cache_loads_no_encoder(nano: WanCodec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_cache_loads_no_encoder(nano: WanCodec, tmp_path: Path) -> None:
     prompts = [Prompt("a handwritten seven")]
     Conditions(nano, prompts, "", tmp_path)
-    loaded, load = [], Source.load
+    loaded = []
 
-    def spy_load(self: Source, kind: type, name: str, **options: Any) -> Any:
-        loaded.append(name)
-        return load(self, kind, name, **options)
+    class Recorded(Source):
+        def load(self, kind: type, name: str, **options: Any) -> Any:
+            loaded.append(name)
+            return super().load(kind, name, **options)
 
-    monkeypatch.setattr(Source, "load", spy_load)
-    Conditions(WanCodec(WanTeacher(path="nano", max_tokens=16), torch.device("cpu")), prompts, "", tmp_path)
-    assert loaded == ["tokenizer", "vae"]
-    Conditions(WanCodec(WanTeacher(path="nano", max_tokens=15), torch.device("cpu")), prompts, "", tmp_path)
+    def codec(max_tokens: int) -> WanCodec:
+        teacher = WanTeacher(path="nano", max_tokens=max_tokens)
+        return WanCodec(teacher, torch.device("cpu"), Recorded(teacher))
+
+    Conditions(codec(16), prompts, "", tmp_path)
+    assert sorted(loaded) == ["tokenizer", "vae"]
+    Conditions(codec(15), prompts, "", tmp_path)
     assert "text_encoder" in loaded  # cut off elsewhere, prompts may be encoded to something else
 
 
@@ -139,20 +142,21 @@ def test_a_full_cache_loads_no_encoder(nano: WanCodec, tmp_path: Path, monkeypat
 @pytest.mark.parametrize("where", ["encoding", "writing"])
 def test_a_killed_encoding_goes_on_with_what_is_missing(where: str, tmp_path: Path) -> None:
     """Killed in the second of three files: the first is not encoded again, and nothing is half-written."""
-    save, written = conditions.save_tensors, []
+    replace, written = Path.replace, []
 
-    def killed(path: Path, *args: Any) -> None:
+    def killed(path: Path, target: Path) -> None:
         written.append(path)
         if len(written) == 2:
-            path.with_name(f".{path.name}.partial").write_bytes(b"\0" * 100)
+            path.write_bytes(b"\0" * 100)
             raise KeyboardInterrupt
-        save(path, *args)
+        replace(path, target)
 
     first = Recorder(killed_at=MANY[CHUNK + 1].text if where == "encoding" else None)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         if where == "writing":
-            patch.setattr(conditions, "save_tensors", killed)
+            patch.setattr(Path, "replace", killed)
         Conditions(first, MANY, "", tmp_path)
+    assert [path.exists() for path in written] == ([False, True] if where == "writing" else [])
     second = Recorder()
     cache = Conditions(second, MANY, "", tmp_path)
     assert second.texts == [[p.text for p in MANY[CHUNK : 2 * CHUNK]], [p.text for p in MANY[2 * CHUNK :]], [""]]
@@ -350,62 +354,61 @@ def test_runs_with_other_prompts_and_encoders_do_not_disturb_each_other(tmp_path
     assert all(codec.texts == [] for codec in codecs)
 
 
-@pytest.fixture
-def tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Config, list[str]]]:
-    """A run of one update a phase on a tiny random Wan, and the prompts that its codec will be asked to encode."""
-    (tmp_path / "prompts.txt").write_text("a seven\na handwritten digit\nseven\n")
-
-    def make(**overrides: Any) -> tuple[Config, list[str]]:
-        asked: list[str] = []
-
-        class Codec(TinyCodec):
-            def encode_text(self, prompts: Sequence[str]) -> list[Condition]:
-                asked.extend(prompts)
-                return super().encode_text(prompts)
-
-        monkeypatch.setattr(system, "load_model", lambda teacher, seed, fit: (TinyWan(), Codec()))
-        small = {
-            "prompts": str(tmp_path / "prompts.txt"), "iterations": 1, "batch_size": 2, "fake.updates": 1,
-            "plan.steps": 2, "plan.phases": 2, "generator.lora.rank": 2, "fake.weights": "lora",
-        }  # fmt: skip
-        return resolve("nano-t2i", {**small, **overrides}), asked
-
-    return make
+SMALL = {
+    "iterations": 1, "batch_size": 2, "fake.updates": 1, "plan.steps": 2, "plan.phases": 2, "sample_every": None,
+    "generator.lora.rank": 2, "fake.weights": "lora",
+}  # fmt: skip
 
 
-def test_two_runs_that_share_a_cache_encode_once(tiny_run: Callable, tmp_path: Path) -> None:
+def small_run(folder: Path, **overrides: Any) -> Config:
+    """A run of nano's, of one update a phase."""
+    prompts = folder / "prompts.txt"
+    if not prompts.exists():
+        prompts.write_text("a seven\na handwritten digit\nseven\n")
+    return resolve("nano-t2i", {"prompts": str(prompts)} | SMALL | overrides)
+
+
+def tiny_run(folder: Path, terminated_at: int = -1) -> tuple[Config, tuple[TinyWan, TinyCodec], list[str]]:
+    """Such a run of a tiny random Wan, its model and codec, and the prompts that the codec will be asked to encode.
+
+    terminated_at: once it has encoded so many, the process gets a SIGTERM.
+    """
+    asked: list[str] = []
+
+    class Codec(TinyCodec):
+        def encode_text(self, prompts: Sequence[str]) -> list[Condition]:
+            asked.extend(prompts)
+            if len(asked) == terminated_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().encode_text(prompts)
+
+    return small_run(folder).model_copy(update={"teacher": OwnTeacher(name="tiny")}), (TinyWan(), Codec()), asked
+
+
+def test_two_runs_that_share_a_cache_encode_once(tmp_path: Path) -> None:
     """And train on what a run with a folder of its own trains on."""
     runs = []
     for name, cache, expected in (("a", "shared", 4), ("b", "shared", 0), ("c", None, 4)):
-        config, asked = tiny_run()
-        runs.append(distill(config, tmp_path / name, quiet=True, cache=cache and tmp_path / cache))
+        config, own, asked = tiny_run(tmp_path)
+        runs.append(distill(config, tmp_path / name, quiet=True, own=own, cache=cache and tmp_path / cache))
         assert len(asked) == expected
     assert [(run / "conditions").exists() for run in runs] == [False, False, True]
     experts = [(run / "experts" / "phase-2.safetensors").read_bytes() for run in runs]
     assert experts[0] == experts[1] == experts[2]
 
 
-def test_a_signal_ends_the_encoding_between_two_files(
-    tiny_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_ends_the_encoding_between_two_files(tmp_path: Path) -> None:
     """The file at hand is finished, and kept."""
     (tmp_path / "prompts.txt").write_text("".join(f"seven {i}\n" for i in range(2 * CHUNK + 5)))
-    config, asked = tiny_run()
-    saved: list[Path] = []
-
-    def save(path: Path, *rest: Any) -> None:
-        save_tensors(path, *rest)
-        saved.append(path)
-        if len(saved) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(conditions, "save_tensors", save)
+    config, own, asked = tiny_run(tmp_path, terminated_at=2 * CHUNK)
     with pytest.raises(Stopped, match="stopped while prompts were encoded; the same command goes on") as stopped:
-        distill(config, tmp_path / "run", quiet=True)
+        distill(config, tmp_path / "run", quiet=True, own=own)
+    saved = list((tmp_path / "run" / "conditions").glob("*.safetensors"))
     assert stopped.value.number == signal.SIGTERM and len(asked) == 2 * CHUNK and len(saved) == 2
-    assert all(path.exists() for path in saved) and not (tmp_path / "run" / "experts").exists()
-    distill(config, tmp_path / "run", quiet=True)
-    assert len(asked) == 2 * CHUNK + 5 + 1 and len(set(saved)) == 4  # the rest, and the negative prompt
+    assert not (tmp_path / "run" / "experts").exists()
+    distill(config, tmp_path / "run", quiet=True, own=own)
+    assert len(asked) == 2 * CHUNK + 5 + 1  # the rest, and the negative prompt
+    assert len(list((tmp_path / "run" / "conditions").glob("*.safetensors"))) == 4
     assert (tmp_path / "run" / "experts" / "phase-2.safetensors").exists()
 
 
@@ -429,7 +432,7 @@ def test_each_process_of_a_group_encodes_a_share_of_the_files(already: bool, tmp
 
 
 def test_a_run_waits_for_another_one_that_fills_the_folder_and_can_be_stopped_meanwhile(tmp_path: Path) -> None:
-    with awaited(tmp_path / ".lock"), pytest.raises(ZeroDivisionError):
+    with wait_for_lock(tmp_path / ".lock"), pytest.raises(ZeroDivisionError):
         times = iter([None, None, 0])
         Conditions(Recorder(), MANY, "", tmp_path, lambda: 1 / 0 if next(times) == 0 else None)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
@@ -456,21 +459,20 @@ def test_of_a_group_each_process_reads_a_share_of_the_first_frames(tmp_path: Pat
 
 @pytest.fixture
 def hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that were read in whole for their hash; of any size and age they are remembered."""
-    read, digest = [], hashlib.file_digest
+    """The files that were read in whole for their hash, some time after they were written."""
+    read, digest, now = [], hashlib.file_digest, time.time
 
     def spy(file: Any, *more: Any) -> Any:
         read.append(Path(file.name).name)
         return digest(file, *more)
 
     monkeypatch.setattr(hashlib, "file_digest", spy)
-    monkeypatch.setattr(contents, "REMEMBERED", 0)
-    monkeypatch.setattr(contents, "SETTLED", -1e9)
+    monkeypatch.setattr(time, "time", lambda: now() + 10)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     return read
 
 
-def encoder_of(folder: Path, size: int = 300_000) -> Path:
+def encoder_of(folder: Path, size: int = REMEMBERED) -> Path:
     """A file of weights in a pipeline's folder."""
     path = folder / "text_encoder" / "model.safetensors"
     path.parent.mkdir(parents=True)
@@ -482,7 +484,7 @@ def fingerprint(folder: Path) -> str:
     return Source(WanTeacher(path=str(folder))).fingerprint(["text_encoder"])
 
 
-@pytest.mark.parametrize("at", [0, 150_000, 299_999])
+@pytest.mark.parametrize("at", [0, REMEMBERED // 2, REMEMBERED - 1])
 def test_an_encoder_that_is_changed_anywhere_has_another_fingerprint(at: int, tmp_path: Path) -> None:
     path = encoder_of(tmp_path)
     before = fingerprint(tmp_path)
@@ -516,7 +518,7 @@ def test_a_hash_that_cannot_be_relied_on_is_made_again(
     if fault == "nowhere to keep it":
         (tmp_path / "xdg").write_text("a file")
     if fault == "just written":
-        monkeypatch.setattr(contents, "SETTLED", 1000)
+        monkeypatch.setattr(time, "time", lambda: 0.0)
     before = fingerprint(tmp_path / "base")
     for note in (tmp_path / "xdg").rglob("*.json"):
         note.write_bytes(b'{"file"')
@@ -535,7 +537,9 @@ def resharded(base: Path, folder: Path) -> Path:
         save_file({name: tensors[name] for name in names}, file.with_name(f"part-{i}.safetensors"), {"format": "pt"})
         where |= dict.fromkeys(names, f"part-{i}.safetensors")
     file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))  # a variant beside it, which is not loaded
-    (file.parent / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (file.parent / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     config = json.loads((file.parent / "config.json").read_text())
     (file.parent / "config.json").write_text(json.dumps(config | {"_diffusers_version": "1.0", "_name_or_path": "x"}))
     return folder
@@ -554,13 +558,13 @@ def test_a_base_is_the_same_however_it_is_cut_and_reached_and_another_once_a_ten
     assert held(copy) != held("nano")
 
 
-def test_a_run_goes_on_where_prompts_base_and_initial_experts_have_moved_to(tiny_run: Callable, tmp_path: Path) -> None:
+def test_a_run_goes_on_where_prompts_base_and_initial_experts_have_moved_to(tmp_path: Path) -> None:
     """To the byte, and only with the same."""
-    first = distill(tiny_run()[0], tmp_path / "first", quiet=True)
+    first = distill(small_run(tmp_path), tmp_path / "first", quiet=True)
 
     def config(**places: object) -> Config:
         here = {"init_experts": first} | places
-        return tiny_run(checkpoint_every=1, **{field: str(place) for field, place in here.items()})[0]
+        return small_run(tmp_path, checkpoint_every=1, **{field: str(place) for field, place in here.items()})
 
     whole, run, data = distill(config(), tmp_path / "whole", quiet=True), tmp_path / "run", tmp_path / "data"
     with killed_after(1, 1):

@@ -25,9 +25,9 @@ from phased_dmd.maths.schedules import add_noise
 from phased_dmd.models.analytic import build_mixture
 from phased_dmd.models.loader import load_model
 from phased_dmd.models.protocol import rows
-from phased_dmd.networks import system
+from phased_dmd.networks import build as networks_build
+from phased_dmd.networks.build import add_expert, add_fake, build_system
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles
-from phased_dmd.networks.system import add_expert, add_fake, build_system
 from phased_dmd.recipes import resolve
 from phased_dmd.sample import Sampler
 from phased_dmd.train import Learner, distill
@@ -177,7 +177,7 @@ def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
 
     def make(**overrides: Any) -> tuple[Config, TinyWan]:
         model = TinyWan(2, (0.9,), guidance=2.0)
-        monkeypatch.setattr(system, "load_model", lambda *_: (model, TinyCodec()))
+        monkeypatch.setattr(networks_build, "load_model", lambda *_: (model, TinyCodec()))
         base = {
             "prompts": str(tmp_path / "prompts.txt"), "fake.updates": 2, "generator.lora.rank": 3, "plan.phases": 2,
             "generator.lora.alpha": 6, "batch_size": 4, "iterations": 2, "log_every": 1, "plan.gradient": "last",

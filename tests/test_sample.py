@@ -22,7 +22,7 @@ from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate.samples import SampleFolder
 from phased_dmd.media import save_preview
-from phased_dmd.networks.system import add_expert, build_system
+from phased_dmd.networks.build import add_expert, build_system
 from phased_dmd.plan.bare import bare_model
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.recipes import resolve

@@ -23,7 +23,7 @@ from phased_dmd.errors import Stopped, UserError
 from phased_dmd.maths.losses import score_matching_loss
 from phased_dmd.maths.rollout import Rollout, rollout
 from phased_dmd.maths.schedules import FlowSchedule
-from phased_dmd.networks import system
+from phased_dmd.networks import build as networks_build
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles
 from phased_dmd.plan.work import phase_work
 from phased_dmd.recipes import resolve
@@ -350,7 +350,7 @@ def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config
 
     def make(**overrides: Any) -> Config:
         model = TinyWan(2, (0.9,), guidance=2.0)
-        monkeypatch.setattr(system, "load_model", lambda *_: (model, TinyCodec()))
+        monkeypatch.setattr(networks_build, "load_model", lambda *_: (model, TinyCodec()))
         base = {
             "prompts": str(tmp_path / "prompts.txt"), "fake.updates": 2, "generator.lora.rank": 3, "plan.phases": 2,
             "generator.lora.alpha": 6, "batch_size": 8, "iterations": 2, "log_every": 1, "plan.gradient": "last",

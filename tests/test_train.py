@@ -26,10 +26,9 @@ from phased_dmd.config.overrides import build
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import unshift_time
 from phased_dmd.models.loader import load_model
-from phased_dmd.networks import system
+from phased_dmd.networks import build as networks_build
 from phased_dmd.networks.optim import MomentumFreeAdamW, NonFiniteError
-from phased_dmd.networks.roles import FAKE, TEACHER, Roles, expert_role
-from phased_dmd.networks.system import System
+from phased_dmd.networks.roles import FAKE, TEACHER, Roles, System, expert_role
 from phased_dmd.recipes import resolve
 from phased_dmd.sample import Sampler
 from phased_dmd.train import Learner, distill
@@ -787,7 +786,7 @@ def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
         if checkpointing:
             for network in model.networks:
                 network.enable_gradient_checkpointing()
-        monkeypatch.setattr(system, "load_model", lambda teacher, seed, fit: (model, TinyCodec()))
+        monkeypatch.setattr(networks_build, "load_model", lambda teacher, seed, fit: (model, TinyCodec()))
         base = {
             "prompts": str(tmp_path / "prompts.txt"), "fake.updates": 1, "generator.lora.rank": 3,
             "generator.lora.alpha": 3, "fake.lora.rank": 3, "batch_size": 3, "iterations": 2, "log_every": 1,

@@ -1,4 +1,4 @@
-"""What a run's prompts are encoded to: once, unpadded, in files that a killed run finds again."""
+"""The prompt cache: prompts are encoded once, unpadded, into files that a killed run finds again."""
 
 import hashlib
 import json
@@ -11,9 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from phased_dmd.checkpoint import HEADER, awaited, save_tensors
-from phased_dmd.engine.patience import share_out
-from phased_dmd.engine.world import on_first_rank
+from phased_dmd.checkpoint import HEADER, save_tensors, wait_for_lock
+from phased_dmd.engine.collectives import map_over_ranks, run_on_first_rank
 from phased_dmd.errors import UserError
 from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.prompts import Prompt
@@ -22,7 +21,7 @@ CHUNK = 64  # prompts a file, and a call of the encoder
 
 
 class Part(NamedTuple):
-    """Some of the prompts, the first of them number `first`, and the file of what they are encoded to."""
+    """A file of the cache, and the prompts in it, of which the first is number `first`."""
 
     path: Path
     first: int
@@ -52,7 +51,7 @@ class Conditions:
             prompts = [Prompt(prompt.text) for prompt in prompts]
         images = picture_hashes(prompts, between) if pictures is None else pictures
         self._files: dict[Path, tuple[safe_open, dict[str, str]]] = {}
-        (fingerprint,) = share_out([codec], lambda codec: codec.fingerprint, between)
+        (fingerprint,) = map_over_ranks([codec], lambda codec: codec.fingerprint, between)
 
         def part(name: str, first: int, prompts: Sequence[Prompt], images: Sequence[str]) -> Part:
             key = hashlib.blake2b(fingerprint.encode(), digest_size=16)
@@ -70,28 +69,31 @@ class Conditions:
         self.negative = self._read(last.path, "0.")
 
     def eligible(self, bucket: int) -> Sequence[int]:
-        """The prompts that can be drawn in a bucket: all, or those whose first frame fits it."""
+        """Lists the prompts that can be drawn in a bucket: all, or those whose first frame fits it."""
         return [i for i, fits in enumerate(self.buckets) if bucket in fits] if self.buckets else range(self.num_prompts)
 
     def row(self, index: int, bucket: int) -> Condition:
-        """One prompt's condition."""
+        """Reads one prompt's condition."""
         file = self._chunks[index // CHUNK]
         image = self._read(file, f"{index}.{bucket}.") if self.buckets else {}
         return self._read(file, f"{index}.") | image
 
     def _encode(self, codec: Codec, parts: Sequence[Part], between: Callable[[], object]) -> None:
-        """Writes the files that are not there. Of the runs that share the folder, one does so at a time."""
+        """Writes the files that are not there. Of the runs that share the folder, one writes at a time."""
 
         def missing() -> list[int]:
             return [i for i, part in enumerate(parts) if not _is_whole(part.path)]
 
-        if not on_first_rank(missing):
+        if not run_on_first_rank(missing):
             return
         with ExitStack() as stack:
-            share_out([self.folder / ".lock"], lambda lock: stack.enter_context(awaited(lock, between)), between)
-            share_out(on_first_rank(missing), lambda i: self._write(codec, *parts[i]), between)
+            map_over_ranks(
+                [self.folder / ".lock"], lambda lock: stack.enter_context(wait_for_lock(lock, between)), between
+            )
+            map_over_ranks(run_on_first_rank(missing), lambda i: self._write(codec, *parts[i]), between)
 
     def _write(self, codec: Codec, path: Path, first: int, prompts: Sequence[Prompt]) -> None:
+        """Encodes the prompts of one file."""
         tensors = {}
         texts = codec.encode_text([prompt.text for prompt in prompts])
         for i, (prompt, row) in enumerate(zip(prompts, texts, strict=True), first):
@@ -103,6 +105,7 @@ class Conditions:
         save_tensors(path, tensors, {"hashes": {name: _hash(tensor) for name, tensor in tensors.items()}})
 
     def _read(self, path: Path, prefix: str) -> Condition:
+        """Reads the tensors whose names are the prefix and one word; one that is damaged is a UserError."""
         if path not in self._files:
             file = safe_open(path, "pt")
             self._files[path] = file, json.loads(file.metadata()[HEADER])["hashes"]
@@ -116,16 +119,20 @@ class Conditions:
 
 
 def picture_hashes(prompts: Sequence[Prompt], between: Callable[[], object] = lambda: None) -> list[str]:
-    """Of all bytes of the prompts' first frames, empty where there is none; each process reads a share."""
+    """Hashes all bytes of the prompts' first frames, to an empty hash without one; each process reads its part."""
 
     def picture_hash(prompt: Prompt) -> str:
         return hashlib.blake2b(prompt.image.read_bytes(), digest_size=16).hexdigest() if prompt.image else ""
 
-    return share_out(prompts, picture_hash, between) if any(prompt.image for prompt in prompts) else [""] * len(prompts)
+    return (
+        map_over_ranks(prompts, picture_hash, between)
+        if any(prompt.image for prompt in prompts)
+        else [""] * len(prompts)
+    )
 
 
 def fitting(codec: Codec, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """For each prompt the buckets that its first frame fits; empty for a model that takes none."""
+    """Lists for each prompt the buckets that its first frame fits; empty for a model that takes none."""
     if not codec.takes_images:
         return []
     if missing := next((prompt for prompt in prompts if prompt.image is None), None):
@@ -134,7 +141,7 @@ def fitting(codec: Codec, prompts: Sequence[Prompt]) -> list[list[int]]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the file is there, as long as its header says, with a hash of every tensor."""
+    """Says whether the file is there, as long as its header says, with a hash of every tensor."""
     try:
         with safe_open(path, "pt") as file:
             return json.loads(file.metadata()[HEADER])["hashes"].keys() == set(file.keys())

@@ -15,7 +15,7 @@ from phased_dmd.config import Config
 from phased_dmd.config.overrides import build
 from phased_dmd.config.teacher import Section
 from phased_dmd.errors import UserError
-from phased_dmd.networks.system import Own, add_expert, build_system, load_expert, load_teacher
+from phased_dmd.networks.build import Own, add_expert, build_system, load_expert, load_teacher
 from phased_dmd.sample import Sampler
 
 EXPORT = "export.json"  # in an export's folder: the run's config, and the file of each expert

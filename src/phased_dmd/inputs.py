@@ -1,4 +1,4 @@
-"""What a run is made from: checked before anything is written, and known again by what it holds, wherever it lies."""
+"""The inputs of a run: checked before anything is written, and known again by what they hold, wherever they lie."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.engine.world import warn
 from phased_dmd.errors import UserError
 from phased_dmd.finished import read_expert
-from phased_dmd.models.contents import file_hash
+from phased_dmd.models.hashes import file_hash
 from phased_dmd.models.protocol import Codec, VelocityModel
 from phased_dmd.models.source import Source
-from phased_dmd.networks.system import Own, load_teacher
+from phased_dmd.networks.build import Own, load_teacher
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.trackers import check_trackers
 
 
 def prepare(config: Config, own: Own | None = None, strict: bool = False) -> tuple[VelocityModel, Codec, list[Prompt]]:
-    """All that can be checked before a run writes anything: networks, codec, prompts and their first frames.
+    """Loads and checks networks, codec, prompts and their first frames, before a run writes anything.
 
     Prompts that the encoder must cut off are counted in a warning, or, if strict, refused.
     """
@@ -36,7 +36,7 @@ def prepare(config: Config, own: Own | None = None, strict: bool = False) -> tup
 
 
 def check_prompts(codec: Codec, prompts: Sequence[Prompt], strict: bool) -> None:
-    """A UserError where a first frame is missing or does not fit; for the rest see `prepare`."""
+    """Raises a UserError where a first frame is missing or does not fit; for the rest see `prepare`."""
     fitting(codec, prompts)
     if cut := codec.too_long([prompt.text for prompt in prompts]):
         message = f"prompts: {cut} of {len(prompts)} are longer than the text encoder takes, and are cut off"
@@ -46,7 +46,7 @@ def check_prompts(codec: Codec, prompts: Sequence[Prompt], strict: bool) -> None
 
 
 def initial_expert(config: Config, model: VelocityModel, phase: int) -> dict[str, Tensor]:
-    """What the run `init_experts` holds for the time a phase begins at: its expert that serves the nearest step.
+    """Reads the expert of the run `init_experts` that serves the step nearest to the time at which a phase begins.
 
     An adapter is rescaled to this run's alpha / rank, so that it computes what it did there.
     """
@@ -70,7 +70,7 @@ def initial_expert(config: Config, model: VelocityModel, phase: int) -> dict[str
 def contents(
     config: Config, prompts: Sequence[Prompt], pictures: Sequence[str] | None = None
 ) -> dict[str, tuple[str, str]]:
-    """For what the config only says the place of: that in words, and a hash of what is there.
+    """Returns for each input that the config names by its place that place in words, and a hash of what is there.
 
     pictures: see `picture_hashes`; None where they are not looked at.
     """
@@ -91,6 +91,6 @@ def contents(
 
 
 def compare_finished(run: RunFolder, config: Config) -> None:
-    """A UserError where the config's places, if they are others than the run's, lead to something else."""
+    """Raises a UserError where the config's places, if they are others than the run's, lead to something else."""
     if run.moved(config):
         run.compare(contents(config, read_prompts(config.prompts) if config.prompts is not None else []))

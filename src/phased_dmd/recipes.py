@@ -1,12 +1,12 @@
 """A run is a function that returns a Config. Start here, then read `train.py`."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
-from phased_dmd.config import Config, Fake, Generator, Lora, Method, Objective, Optimiser, Plan, Renoise, Rollouts
-from phased_dmd.config.overrides import apply_overrides, build, read_file, with_method
+from phased_dmd.config import Config, Fake, Generator, Lora, Method, Objective, Optimiser, Plan
+from phased_dmd.config.overrides import apply_overrides, build, changed, read_file, with_method
 from phased_dmd.config.teacher import AnalyticTeacher, QwenImageTeacher, Size, WanTeacher
 from phased_dmd.errors import UserError, did_you_mean
 
@@ -37,17 +37,6 @@ def toy_2d() -> Config:
     )  # fmt: skip
 
 
-def toy_2d_fast() -> Config:
-    """The same with less than half of the network calls; docs/results/performance.md weighs it."""
-    changes = {
-        "recipe": "toy-2d-fast", "rollouts": Rollouts(reuse=True, antithetic="start"),
-        "generator": Generator(weights="full", optimiser=Optimiser(lr=5e-4, decay="linear")),
-        "fake": Fake(optimiser=Optimiser(lr=1e-3, decay="linear"), updates=1, pull=1.0),
-        "phase_shares": (0.125, 0.125, 0.25, 3.5),
-    }  # fmt: skip
-    return toy_2d().model_copy(update=changes)
-
-
 def nano_t2i() -> Config:
     """The embedded teacher, text-to-image: 40 steps with guidance become 4 without, a LoRA expert a step."""
     return Config(
@@ -60,59 +49,43 @@ def nano_t2i() -> Config:
     )  # fmt: skip
 
 
-def nano_t2i_fast() -> Config:
-    """The same with less than half of the network calls; docs/results/performance.md weighs it."""
-    nano = nano_t2i()
-    changes = {
-        "recipe": "nano-t2i-fast", "rollouts": Rollouts(reuse=True, antithetic="start"),
-        "generator": nano.generator.model_copy(update={"ema": 0.9}),
-        "fake": Fake(optimiser=Optimiser(lr=1.5e-4, decay="linear"), updates=2, pull=1.0),
-        "phase_shares": (0.5, 0.5, 1.0, 2.25),
-    }  # fmt: skip
-    return nano.model_copy(update=changes)
-
-
-def nano_t2v() -> Config:
-    """The same teacher, text-to-video: nine frames of a digit that moves."""
-    image = nano_t2i()
-    teacher = image.teacher.model_copy(update={"sizes": (Size(num_frames=9),)})
-    changes = {"recipe": "nano-t2v", "teacher": teacher, "prompts": "nano-t2v", "iterations": 60, "batch_size": 24}
-    return image.model_copy(update=changes)
-
-
+# Of the two *-fast recipes, with less than half of the network calls: docs/results/performance.md weighs them.
+FEWER_CALLS = {"rollouts.reuse": True, "rollouts.antithetic": "start", "fake.pull": 1.0}
 # Wan2.2 in the paper: while only the noisier network's steps are distilled, t is clamped to that network's range.
-ABOVE_SWITCH = Renoise(above_switch=True, clamp=True)
+ABOVE_SWITCH = {"renoise.above_switch": True, "renoise.clamp": True}
+CLIP = {"teacher.sizes": [{"num_frames": 9}], "iterations": 60, "batch_size": 24}  # of a digit that moves
+
+VARIANTS = {  # a recipe, and what this one changes in it
+    "toy-2d-fast": (toy_2d, FEWER_CALLS | {
+        "generator.optimiser.lr": 5e-4, "fake.optimiser.lr": 1e-3, "fake.updates": 1,
+        "phase_shares": [0.125, 0.125, 0.25, 3.5],
+    }),
+    "nano-t2i-fast": (nano_t2i, FEWER_CALLS | {
+        "generator.ema": 0.9, "fake.optimiser.lr": 1.5e-4, "fake.updates": 2, "phase_shares": [0.5, 0.5, 1.0, 2.25],
+    }),
+    "nano-t2v": (nano_t2i, CLIP | {"prompts": "nano-t2v"}),
+    # A teacher of two networks like Wan2.2's, and an expert on each: as many updates in all as nano-t2i.
+    "nano-moe": (nano_t2i, ABOVE_SWITCH | {"teacher.path": "nano-moe", "plan.phases": 2, "iterations": 240}),
+    # A teacher that is told the first of nine frames, which comes with the prompt.
+    "nano-i2v": (nano_t2i, CLIP | {"teacher.path": "nano-i2v", "prompts": "nano-i2v"}),
+}  # fmt: skip
 
 
-def nano_moe() -> Config:
-    """A teacher of two networks like Wan2.2's, and an expert on each: as many updates in all as nano-t2i."""
-    image = nano_t2i()
-    teacher = image.teacher.model_copy(update={"path": "nano-moe"})
-    plan = Plan(steps=4, phases=2, shift=5.0, gradient="all")
-    changes = {"recipe": "nano-moe", "teacher": teacher, "plan": plan, "renoise": ABOVE_SWITCH, "iterations": 240}
-    return image.model_copy(update=changes)
+def variant(recipe: str) -> Config:
+    """Another recipe with the changes of `VARIANTS`."""
+    original, changes = VARIANTS[recipe]
+    return changed(original(), {"recipe": recipe, **changes})
 
 
-def nano_i2v() -> Config:
-    """A teacher that is told the first of nine frames, which comes with the prompt."""
-    video = nano_t2v()
-    teacher = video.teacher.model_copy(update={"path": "nano-i2v"})
-    return video.model_copy(update={"recipe": "nano-i2v", "teacher": teacher, "prompts": "nano-i2v"})
+def _sizes(num_frames: int, weight: float, *shapes: tuple[int, int]) -> tuple[Size, ...]:
+    """Returns buckets of height x width that have the same number of frames and share of the batches."""
+    return tuple(Size(num_frames=num_frames, height=height, width=width, weight=weight) for height, width in shapes)
 
 
-# The paper's systems. docs/models.md says of each figure where it comes from.
-
-PICTURE = (Size(num_frames=1, height=720, width=1280),)
-CLIPS_480P = (
-    Size(num_frames=81, height=480, width=832, weight=0.4),  # the first one: previews are made at it
-    Size(num_frames=81, height=832, width=480, weight=0.4),
-)
-CLIPS = (
-    *CLIPS_480P,
-    Size(num_frames=81, height=720, width=1280, weight=0.1),
-    Size(num_frames=81, height=1280, width=720, weight=0.1),
-)
-QWEN_SHAPES = ((1328, 1328), (1664, 928), (928, 1664), (1472, 1104), (1104, 1472), (1584, 1056), (1056, 1584))
+PICTURE = _sizes(1, 1.0, (720, 1280))
+CLIPS_480P = _sizes(81, 0.4, (480, 832), (832, 480))  # the first size is what previews are made at
+CLIPS = CLIPS_480P + _sizes(81, 0.1, (720, 1280), (1280, 720))
+SEVEN = _sizes(1, 1.0, (1328, 1328), (1664, 928), (928, 1664), (1472, 1104), (1104, 1472), (1584, 1056), (1056, 1584))
 FIRST_FRAMES = "first-frames.jsonl"  # of the user's own, in the working folder: none are shipped at these sizes
 WAN_NEGATIVE = (  # `sample_neg_prompt` of Wan's own configuration, what its program samples with unless told
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
@@ -121,68 +94,48 @@ WAN_NEGATIVE = (  # `sample_neg_prompt` of Wan's own configuration, what its pro
 )
 
 
-def paper(
-    recipe: str, teacher: WanTeacher | QwenImageTeacher, shift: float, prompts: str, renoise: Renoise | None = None
-) -> Config:
-    """What the paper sets for all of its models, in four steps and two phases with SGTS."""
-    return Config(
+WAN = partial(WanTeacher, negative_prompt=WAN_NEGATIVE, max_tokens=512)
+QWEN = partial(QwenImageTeacher, negative_prompt=" ", max_tokens=1024)
+
+
+class System(NamedTuple):
+    """What differs between the paper's systems. docs/models.md says of each figure where it comes from."""
+
+    teacher: Callable[..., WanTeacher | QwenImageTeacher]
+    path: str
+    sizes: tuple[Size, ...]
+    shift: float
+    prompts: str
+    more: Mapping[str, Any] = {}
+
+
+SYSTEMS = {  # wan21-t2v-1.3b, at the size it was made for, is not in the paper
+    "wan21-t2i":      System(WAN, "Wan-AI/Wan2.1-T2V-14B-Diffusers",  PICTURE,    5.0, "default-t2i"),
+    "wan21-t2v-1.3b": System(WAN, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", CLIPS_480P, 5.0, "default-t2v"),
+    "wan22-t2i":      System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", PICTURE,    5.0, "default-t2i", ABOVE_SWITCH),
+    "wan22-t2v":      System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", CLIPS,      5.0, "default-t2v", ABOVE_SWITCH),
+    "wan22-i2v":      System(WAN, "Wan-AI/Wan2.2-I2V-A14B-Diffusers", CLIPS,      5.0, FIRST_FRAMES,  ABOVE_SWITCH),
+    "qwen-image":     System(QWEN, "Qwen/Qwen-Image",                 SEVEN,      3.0, "default-t2i"),
+}  # fmt: skip
+
+
+def paper(recipe: str) -> Config:
+    """What the paper sets for all of its systems, in four steps and two phases with SGTS."""
+    teacher, path, sizes, shift, prompts, more = SYSTEMS[recipe]
+    config = Config(
         recipe=recipe,
-        teacher=teacher,
+        teacher=teacher(path=path, sizes=sizes, guidance=(4.0,), base_steps=40, dtype="bfloat16"),
         plan=Plan(steps=4, phases=2, shift=shift, gradient="last"),
-        renoise=renoise or Renoise(),
         generator=Generator(weights="lora", lora=Lora(rank=64, alpha=8), optimiser=Optimiser(lr=5e-5)),
         fake=Fake(weights="full", optimiser=Optimiser(lr=4e-7), updates=5),
         prompts=prompts, iterations=500, batch_size=64, log_every=1, checkpoint_every=50, sample_every=50,
     )  # fmt: skip
+    return changed(config, more)
 
 
-def wan(path: str, sizes: tuple[Size, ...]) -> WanTeacher:
-    return WanTeacher(
-        path=path, sizes=sizes, guidance=(4.0,), negative_prompt=WAN_NEGATIVE, max_tokens=512, base_steps=40,
-        dtype="bfloat16",
-    )  # fmt: skip
-
-
-def wan21_t2i() -> Config:
-    """Wan2.1 14B, one frame of 1280 x 720."""
-    return paper("wan21-t2i", wan("Wan-AI/Wan2.1-T2V-14B-Diffusers", PICTURE), 5.0, "default-t2i")
-
-
-def wan21_t2v_small() -> Config:
-    """Wan2.1 1.3B, five seconds at 480p, the size it was made for; the paper has no such model."""
-    return paper("wan21-t2v-1.3b", wan("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", CLIPS_480P), 5.0, "default-t2v")
-
-
-def wan22_t2i() -> Config:
-    """Wan2.2's two networks of 14B, one frame of 1280 x 720."""
-    return paper("wan22-t2i", wan("Wan-AI/Wan2.2-T2V-A14B-Diffusers", PICTURE), 5.0, "default-t2i", ABOVE_SWITCH)
-
-
-def wan22_t2v() -> Config:
-    """Wan2.2's two networks of 14B, five seconds at 480p and 720p."""
-    return paper("wan22-t2v", wan("Wan-AI/Wan2.2-T2V-A14B-Diffusers", CLIPS), 5.0, "default-t2v", ABOVE_SWITCH)
-
-
-def wan22_i2v() -> Config:
-    """The same from a given first frame; prompts and pictures are the user's own."""
-    return paper("wan22-i2v", wan("Wan-AI/Wan2.2-I2V-A14B-Diffusers", CLIPS), 5.0, FIRST_FRAMES, ABOVE_SWITCH)
-
-
-def qwen_image() -> Config:
-    """Qwen-Image 20B in its seven shapes."""
-    teacher = QwenImageTeacher(
-        path="Qwen/Qwen-Image", sizes=tuple(Size(height=height, width=width) for height, width in QWEN_SHAPES),
-        guidance=(4.0,), negative_prompt=" ", max_tokens=1024, base_steps=40, dtype="bfloat16",
-    )  # fmt: skip
-    return paper("qwen-image", teacher, 3.0, "default-t2i")
-
-
-RECIPES = {
-    "toy-1d": toy_1d, "toy-2d": toy_2d, "toy-2d-fast": toy_2d_fast,
-    "nano-t2i": nano_t2i, "nano-t2i-fast": nano_t2i_fast,
-    "nano-t2v": nano_t2v, "nano-moe": nano_moe, "nano-i2v": nano_i2v,
-    "wan21-t2i": wan21_t2i, "wan21-t2v-1.3b": wan21_t2v_small,
-    "wan22-t2i": wan22_t2i, "wan22-t2v": wan22_t2v, "wan22-i2v": wan22_i2v, "qwen-image": qwen_image,
+RECIPES: dict[str, Callable[[], Config]] = {
+    "toy-1d": toy_1d, "toy-2d": toy_2d, "nano-t2i": nano_t2i,
+    **{name: partial(variant, name) for name in VARIANTS}, **{name: partial(paper, name) for name in SYSTEMS},
 }  # fmt: skip
 
 
@@ -192,7 +145,7 @@ def resolve(recipe: str | Path, overrides: Mapping[str, Any] | None = None, meth
     A method keeps the generator updates in all: where it changes the number of phases, `iterations` are converted, the
     recipe's or given ones.
     """
-    data, overrides = _read(recipe), {} if overrides is None else overrides
+    data, overrides = read_recipe(recipe), {} if overrides is None else overrides
     if not isinstance(overrides, Mapping):
         raise UserError(f"overrides: {overrides!r} is no mapping of fields, as {{'seed': 1}}; a method is an argument")
     if "method" in overrides:
@@ -214,17 +167,17 @@ def resolve(recipe: str | Path, overrides: Mapping[str, Any] | None = None, meth
     if "iterations" in overrides:
         if config.plan.phases == int(data["plan"]["phases"]):
             return config
-        own = own.model_copy(update={"iterations": config.iterations})
+        own = changed(own, {"iterations": config.iterations})
     iterations = max(1, int(own.updates // sum(config.phase_shares or (1,) * config.plan.phases)))
-    return config.model_copy(update={"iterations": iterations})
+    return changed(config, {"iterations": iterations})
 
 
-def _read(recipe: str | Path) -> dict[str, Any]:
-    """All fields of a recipe or of a file."""
+def read_recipe(recipe: str | Path) -> dict[str, Any]:
+    """Returns all fields of a recipe, given by its name, or of a file, as JSON would hold them."""
     if not isinstance(recipe, str | Path):
         raise UserError(f"recipe: a name or a file is needed, not a {type(recipe).__name__}; a Config is resolved")
     if recipe in RECIPES:
-        return json.loads(RECIPES[str(recipe)]().model_dump_json())
+        return RECIPES[str(recipe)]().model_dump(mode="json")
     if Path(recipe).suffix not in (".yaml", ".yml", ".json"):
         raise UserError(f"recipe: unknown recipe {str(recipe)!r}{did_you_mean(str(recipe), list(RECIPES))}")
     data = read_file(Path(recipe))
@@ -235,4 +188,4 @@ def _read(recipe: str | Path) -> dict[str, Any]:
                 f"{recipe}: {field} is missing: a file holds a whole configuration, and inherits from no recipe; "
                 f"`phased-dmd distill {like} --dry-run > my-run.json` writes one to begin with"
             )
-    return json.loads(build(data).model_dump_json())
+    return build(data).model_dump(mode="json")

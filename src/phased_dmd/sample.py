@@ -11,13 +11,14 @@ from torch import Tensor
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config
 from phased_dmd.config.teacher import WanTeacher
+from phased_dmd.engine.collectives import run_on_all_ranks
 from phased_dmd.engine.randomness import normal
-from phased_dmd.engine.world import device, rank, together, world_size
+from phased_dmd.engine.world import device, rank, world_size
 from phased_dmd.errors import UserError
 from phased_dmd.media import FRAMES, thumbnails
 from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.models.source import SHIPPED
-from phased_dmd.networks.system import System
+from phased_dmd.networks.roles import System
 from phased_dmd.prompts import Prompt
 
 BATCH, BATCH_NUMBERS = 64, 2**18  # samples a network call when sampling, and the most numbers that they hold
@@ -109,7 +110,7 @@ class Sampler:
         ends = [self._end(phase, rows, [min(i, len(rows) - 1) for i in batch]) for batch in batches]
         kept = [end[: max(0, len(rows) - batch.start)] for batch, end in zip(batches, ends, strict=True)]
         own = [end for end in kept if len(end)] if rank() % ways == 0 else []
-        shown = together(lambda: [_small(self.codec.decode(end).cpu(), len(rows)) for end in own])
+        shown = run_on_all_ranks(lambda: [_small(self.codec.decode(end).cpu(), len(rows)) for end in own])
         pixels = torch.cat([part for parts in shown for part in parts])
         return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
 

@@ -7,6 +7,7 @@ return the loss whose gradient the update descends; the training loop calls back
 from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -29,8 +30,7 @@ from phased_dmd.maths.losses import (
 from phased_dmd.maths.phases import Hop
 from phased_dmd.maths.schedules import renoise_times, times_like
 from phased_dmd.models.protocol import Condition
-from phased_dmd.networks.roles import FAKE, TEACHER
-from phased_dmd.networks.system import System
+from phased_dmd.networks.roles import FAKE, TEACHER, System
 
 EXPERT_UPDATE = 0  # the number of the expert's update in an iteration; the fake's are 1, 2, ...
 TARGETS = {"unbiased": subinterval_target, "biased": biased_target, "printed": printed_target}
@@ -173,7 +173,7 @@ def fake_loss(batch: Batch, states: States) -> Tensor:
     system = batch.system
     x_s = roll_out(batch, len(batch.path), states)
     loss = score_matching_loss(
-        lambda x, t: system.fake(x, t, batch.condition, batch.networks),
+        partial(system.fake, condition=batch.condition, present=batch.networks),
         x_s, batch.eps, batch.s, batch.t, system.model.schedule, system.model.prediction,
         TARGETS[system.config.objective.target],
     )  # fmt: skip
@@ -191,13 +191,9 @@ def expert_loss(batch: Batch, states: States) -> Tensor:
     recorded = len(batch.path) - 1 if config.plan.gradient == "last" else system.plan.steps(batch.phase).start
     x, hops = roll_out(batch, recorded, states), batch.path[recorded:]
     end = system.roll(hops, x, batch.condition, [hop.step for hop in hops], batch.renoise)
-
-    def teacher(x: Tensor, t: Tensor) -> Tensor:
-        return system.teacher(x, t, batch.condition, batch.networks)
-
-    def fake(x: Tensor, t: Tensor) -> Tensor:
-        return system.fake(x, t, batch.condition, batch.networks)
-
+    teacher, fake = (
+        partial(predict, condition=batch.condition, present=batch.networks) for predict in (system.teacher, system.fake)
+    )
     if config.objective.divergence != "kl":
         return fisher_loss(batch, end.x, teacher, fake).mean() * batch.share
     loss = distribution_matching_loss(

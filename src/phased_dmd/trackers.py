@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ Row = Mapping[str, float]
 
 
 class Tracker(NamedTuple):
-    """One tracker: what takes a row of metrics at a step, and what ends it."""
+    """One tracker: `track` takes a row of metrics at a step, and `close` ends it."""
 
     track: Callable[[int, Row], object]
     close: Callable[[], object]
@@ -43,21 +44,23 @@ class Trackers:
             self._try(name, tracker.close)
 
     def begin(self, done: int) -> None:
-        """Opens them, once, where the run goes on: behind this many updates of the generator, over all phases."""
+        """Opens the trackers, once, where the run goes on: behind `done` updates of the generator, over all phases."""
+
+        def start(name: str) -> None:
+            self._open[name] = open_tracker(name, self._folder, self._config, done)
+
         for name in () if self._begun else self._names:
-            self._try(name, lambda name=name: self._start(name, done))
+            self._try(name, partial(start, name))
         self._begun = True
 
     def track(self, step: int, row: Mapping[str, float | None]) -> None:
-        """A logged row of metrics, without what has no value, of a left-out update."""
+        """Tracks a row of metrics, but for what has no value because its update was left out."""
         there = {key: value for key, value in row.items() if value is not None}
         for name, tracker in self._open.items():
-            self._try(name, lambda tracker=tracker: tracker.track(step, there))
-
-    def _start(self, name: str, done: int) -> None:
-        self._open[name] = open_tracker(name, self._folder, self._config, done)
+            self._try(name, partial(tracker.track, step, there))
 
     def _try(self, name: str, action: Callable[[], object]) -> None:
+        """Warns of the first failure of a tracker, instead of raising it."""
         try:
             action()
         except Exception as error:
@@ -67,14 +70,14 @@ class Trackers:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """A UserError where a tracker's package is missing."""
+    """Raises a UserError where a tracker's package is missing."""
     for name in names:
         if find_spec(name) is None:
             raise UserError(f"trackers: {name} is not installed; pip install 'phased-dmd[trackers]'")
 
 
 def open_tracker(name: str, folder: Path, config: Config, done: int) -> Tracker:
-    """A tracker that goes on behind the step `done`."""
+    """Opens a tracker that goes on behind the step `done`."""
     match name:
         case "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -101,7 +104,7 @@ def open_tracker(name: str, folder: Path, config: Config, done: int) -> Tracker:
 
 
 def tracker_id(folder: Path) -> str:
-    """By which trackers know the run; in its folder, so that it stays the same run where that is moved to."""
+    """Returns what trackers know the run by; it is kept in the run's folder, which may be moved."""
     path = folder / "tracker-id"
     with suppress(FileNotFoundError):
         return path.read_text("utf-8").strip()

@@ -17,17 +17,15 @@ from torch import Tensor
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.conditions import Conditions, picture_hashes
 from phased_dmd.config import Config
-from phased_dmd.engine.patience import patiently
+from phased_dmd.engine.collectives import all_reduce_mean, run_on_first_rank, run_with_heartbeat
 from phased_dmd.engine.signals import Signals
-from phased_dmd.engine.world import check, mean, on_first_rank, processes, rank, shares, warn
+from phased_dmd.engine.world import check_groups, processes, rank, split_batch, warn
 from phased_dmd.errors import Stopped, UserError
 from phased_dmd.finished import read_expert
 from phased_dmd.inputs import compare_finished, contents, initial_expert, prepare
 from phased_dmd.media import save_preview
 from phased_dmd.models.protocol import Codec, Condition
-from phased_dmd.networks.optim import Learner, NonFiniteError
-from phased_dmd.networks.roles import FAKE, expert_role
-from phased_dmd.networks.system import (
+from phased_dmd.networks.build import (
     Own,
     System,
     add_adapters,
@@ -37,6 +35,8 @@ from phased_dmd.networks.system import (
     load_expert,
     remove_fake,
 )
+from phased_dmd.networks.optim import Learner, NonFiniteError
+from phased_dmd.networks.roles import FAKE, expert_role
 from phased_dmd.sample import Sampler, preview_size
 from phased_dmd.step import EXPERT_UPDATE, Batch, States, bucket_weights, draw, expert_loss, fake_loss
 from phased_dmd.trackers import Trackers
@@ -62,7 +62,7 @@ class Position:
 class Job:
     """What the phases of a run share.
 
-    weights: the odds of the resolution buckets. micro_batches: for each the samples of every process, see `shares`.
+    weights: the odds of the resolution buckets. micro_batches: the samples of every process in each, see `split_batch`.
     fresh_fakes: what adapters that are fakes start from, by phase, see `add_adapters`.
     """
 
@@ -96,12 +96,12 @@ def distill(
     run = RunFolder(output or Path("runs") / config.recipe)
     with processes(alone=config.engine.offload):
         run.check(config)
-        if on_first_rank(lambda: run.finished(config)):
-            on_first_rank(lambda: compare_finished(run, config))
+        if run_on_first_rank(lambda: run.finished(config)):
+            run_on_first_rank(lambda: compare_finished(run, config))
             return run.path
-        check(config.engine)
-        micro_batches = shares(config.batch_size, config.engine, pairs=config.rollouts.antithetic is not None)
-        model, codec, prompts = patiently(lambda _: prepare(config, own, strict))
+        check_groups(config.engine)
+        micro_batches = split_batch(config.batch_size, config.engine, pairs=config.rollouts.antithetic is not None)
+        model, codec, prompts = run_with_heartbeat(lambda _: prepare(config, own, strict))
         with (
             Signals() as signals, run.locked(),
             Trackers(config.trackers if rank() == 0 else (), run.path, config) as trackers,
@@ -110,12 +110,12 @@ def distill(
             between = partial(leave_encoding, signals, kept)
             pictures = picture_hashes(prompts, between) if codec.takes_images else None
             lines = [prompt.line() for prompt in prompts]
-            on_first_rank(lambda: run.open(config, lines, contents(config, prompts, pictures)))
+            run_on_first_rank(lambda: run.open(config, lines, contents(config, prompts, pictures)))
             negative = config.teacher.negative_prompt
             conditions = Conditions(codec, prompts, negative, kept, between, pictures) if prompts else None
             system = build_system(config, model, conditions.negative if conditions else {})
             fresh_fakes = add_adapters(system)
-            system.roles.spread(config.engine)
+            system.roles.shard(config.engine)
             weights = bucket_weights(config, conditions)
             job = Job(
                 run, system, codec, conditions, weights, micro_batches, fresh_fakes, signals, trackers,
@@ -132,7 +132,7 @@ def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
     """Phase onset: a new expert and new fakes, both from the teacher, with new optimisers; None if it is done."""
     run, roles, config, role = job.run, job.system.roles, job.system.config, expert_role(phase)
     add_expert(job.system, phase, trainable=True)
-    if on_first_rank(run.expert_path(phase).exists):
+    if run_on_first_rank(run.expert_path(phase).exists):
         load_expert(job.system, phase, read_expert(run, phase)[0], str(run.expert_path(phase)))
         roles.freeze(role)
         return None
@@ -148,7 +148,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
     run, config = job.run, job.system.config
     state, iterations = expert.state() | fake.state(), config.phase_iterations(phase)
     at = Position(**(run.load_checkpoint(phase, state) or {"phase": phase}))
-    on_first_rank(lambda: run.rewind_metrics(phase, at.iteration))
+    run_on_first_rank(lambda: run.rewind_metrics(phase, at.iteration))
     done = sum(map(config.phase_iterations, range(1, phase)))
     job.trackers.begin(done + at.iteration)
     with progress_bar(config, phase, at.iteration, job.quiet) as show:
@@ -182,7 +182,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
                     "generator_gradient_norm": norm, "clipped": at.clipped / at.counted,
                 }  # fmt: skip
                 row |= {"skipped": at.skipped} if config.skips else {}
-                on_first_rank(partial(log, run, row, time.perf_counter() - started, cpu_seconds))
+                run_on_first_rank(partial(log, run, row, time.perf_counter() - started, cpu_seconds))
                 at.clipped, at.counted, cpu_seconds = 0, 0, 0.0
                 job.trackers.track(done + at.iteration, row)
             if config.sample_every is not None and (at.iteration % config.sample_every == 0 or last):
@@ -208,7 +208,7 @@ def train_step(
             loss = loss_of(batch, states if config.rollouts.reuse else {})
             (loss * config.engine.sequence_parallel).backward()  # those that share a sample each have a part of it
             losses.append(loss.detach())
-    mean_loss = mean(torch.stack(losses).sum())
+    mean_loss = all_reduce_mean(torch.stack(losses).sum())
     try:
         norm = learner.checked_norm(mean_loss, f"phase {at.phase}, iteration {at.iteration}")
         learner.clip(norm)
@@ -226,7 +226,7 @@ def end(job: Job, phase: int, expert: Learner) -> None:
     if expert.ema is not None:
         expert.put(expert.ema)
     tensors, header = job.system.roles.state(expert_role(phase)), expert_header(job.system.config, job.system, phase)
-    on_first_rank(lambda: job.run.save_expert(phase, tensors, header))
+    run_on_first_rank(lambda: job.run.save_expert(phase, tensors, header))
     job.system.roles.freeze(expert_role(phase))
     remove_fake(job.system)
 
@@ -266,7 +266,7 @@ def save_samples(job: Job, at: Position, expert: Learner) -> None:
     with expert.averaged():
         preview = preview_samples(job.system, job.codec, at.phase, job.conditions, job.weights)
     name = f"phase-{at.phase}-iteration-{at.iteration:06d}.png"
-    on_first_rank(lambda: job.run.save_samples(name, lambda path: save_preview(path, preview)))
+    run_on_first_rank(lambda: job.run.save_samples(name, lambda path: save_preview(path, preview)))
 
 
 def leave_encoding(signals: Signals, folder: Path) -> None:

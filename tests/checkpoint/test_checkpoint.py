@@ -24,7 +24,7 @@ from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors, write_atomically
 from phased_dmd.checkpoint.folders import Manifest, Sum
-from phased_dmd.engine.world import on_first_rank, together
+from phased_dmd.engine.collectives import run_on_all_ranks, run_on_first_rank
 from phased_dmd.errors import UserError
 from phased_dmd.recipes import resolve
 
@@ -727,19 +727,19 @@ def test_a_fault_of_one_process_is_one_of_all(tmp_path: Path) -> None:
         os.fsync = fsync
         for error in (UserError("one line"), ZeroDivisionError()):
             with pytest.raises(UserError if isinstance(error, UserError) else (ZeroDivisionError, RuntimeError)):
-                together(lambda error=error: fail(error) if rank == 1 else None)
+                run_on_all_ranks(lambda error=error: fail(error) if rank == 1 else None)
             with pytest.raises(UserError if isinstance(error, UserError) else (ZeroDivisionError, RuntimeError)):
-                on_first_rank(lambda error=error: fail(error))
-        assert on_first_rank(lambda: rank + 7) == 7 and together(lambda: rank) == [0, 1]
+                run_on_first_rank(lambda error=error: fail(error))
+        assert run_on_first_rank(lambda: rank + 7) == 7 and run_on_all_ranks(lambda: rank) == [0, 1]
         loaded = {name: x for name, x in sharded(0).items() if rank == 0 or name != "one"}
         with pytest.raises(UserError, match="a checkpoint of something else: one is"):
             RunFolder(tmp_path).load_checkpoint(1, loaded)
         assert_loads(tmp_path, 10)
         with RunFolder(tmp_path).locked():
-            together(lambda: None)
+            run_on_all_ranks(lambda: None)
             with pytest.raises(UserError, match="is being written by process [0-9]+$"), RunFolder(tmp_path).locked():
                 pass
-            together(lambda: None)
+            run_on_all_ranks(lambda: None)
 
     assert group(2, action) == [0, 0]
     assert not list(tmp_path.rglob("*.partial"))

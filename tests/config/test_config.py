@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from phased_dmd import prompts
-from phased_dmd.cli import _assignment
+from phased_dmd.cli.flags import assignment
 from phased_dmd.config import Config
 from phased_dmd.config.overrides import apply_overrides, build, read_file, with_method
 from phased_dmd.config.teacher import AnalyticTeacher
@@ -146,7 +146,7 @@ READ_OTHERWISE = [  # after --set; what is said
 def test_what_a_field_needs_and_what_yaml_made_of_the_setting_is_said_in_our_words(setting: str, says: str) -> None:
     key = setting.partition("=")[0]
     with pytest.raises(UserError) as error:
-        resolve("nano-t2i", dict([_assignment(setting)]))
+        resolve("nano-t2i", dict([assignment(setting)]))
     assert str(error.value).startswith(f"{key}: {says.format(key)}")
 
 
@@ -171,18 +171,18 @@ def test_a_number_that_yaml_reads_in_another_base_than_it_looks_like_is_refused(
     """YAML 1.1: octal for a leading zero, sexagesimal for a colon."""
     assert yaml.safe_load(text) == value
     with pytest.raises(UserError, match=f"--set: 'seed={text}' is not read: {text} is {value} to YAML; write that; "):
-        _assignment(f"seed={text}")
+        assignment(f"seed={text}")
     (tmp_path / "run.yaml").write_text(f"recipe: a\nteacher: {{kind: wan}}\nseed: {text}\n")
     with pytest.raises(UserError, match=f"run.yaml: cannot be read as YAML or JSON: {text} is {value} to YAML"):
         resolve(str(tmp_path / "run.yaml"), {})
     for fine, read in ((f'"{text}"', text), ("007", 7), ("08", "08"), ("0", 0), ("0x10", 16), ("1.05", 1.05)):
-        assert _assignment(f"seed={fine}") == ("seed", read)
+        assert assignment(f"seed={fine}") == ("seed", read)
 
 
 @pytest.mark.parametrize("value", ["@night", "*", "a: b: c", "'open"])
 def test_a_text_that_is_no_yaml_is_told_to_be_quoted(value: str) -> None:
     with pytest.raises(UserError, match=r"is not read: .*; quote what is text: --set 'teacher.negative_prompt=\"..."):
-        _assignment(f"teacher.negative_prompt={value}")
+        assignment(f"teacher.negative_prompt={value}")
 
 
 @pytest.mark.parametrize(("recipe", "overrides", "message"), REFUSED)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import pytest
 from tiny import TinyCodec, TinyWan
@@ -18,7 +18,7 @@ from phased_dmd.config import Method
 from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import Expert
-from phased_dmd.networks import system
+from phased_dmd.networks import build as networks_build
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import FIRST_FRAMES, RECIPES, WAN_NEGATIVE, resolve
@@ -194,7 +194,7 @@ def test_training_asks_the_noisier_network_alone_while_its_steps_are_distilled(
         "generator.lora.rank": 2, "fake.weights": "lora", "generator.ema": None,
     }  # fmt: skip
     model = TinyWan(2, (0.875,), guidance=1.0)
-    monkeypatch.setattr(system, "load_model", lambda teacher, seed, fit: (model, TinyCodec()))
+    monkeypatch.setattr(networks_build, "load_model", lambda teacher, seed, fit: (model, TinyCodec()))
     seen: dict[int, dict[str, set[int]]] = {}
     begin, predict = train.begin, Roles.predict
 
@@ -291,8 +291,3 @@ def test_the_slurm_script_runs_a_command_that_is_valid(tmp_path: Path, monkeypat
     del variables["RECIPE"]
     failed = subprocess.run(["bash", SLURM], env=variables, capture_output=True, text=True)
     assert failed.returncode and "RECIPE: a recipe, or a YAML or JSON file" in failed.stderr
-
-
-def test_the_help_of_distill_lists_every_recipe() -> None:
-    (argument,) = get_type_hints(cli.distill, include_extras=True)["recipe"].__metadata__
-    assert argument.help == f"{', '.join(RECIPES)}, or a YAML or JSON file"

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phased_dmd.engine import randomness
-from phased_dmd.engine.randomness import choice, generators, normal, seed_of, uniform
+from phased_dmd.engine.randomness import choice, generators, normal, seed_of, splitmix64, uniform
 
 KEY = (3, 1, 250, 4)  # run seed, phase, iteration, sub-update
 
@@ -19,23 +18,22 @@ def test_seed_is_blake2b_of_the_key() -> None:
     assert seed_of(0, 1, 2, "fake") == int.from_bytes(bytes.fromhex(digest), "little") // 2
 
 
-def test_samples_are_seeded_by_splitmix64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The published outputs of SplitMix64 from seed 1234567, halved: sample i has the (i + 1)-th."""
-    stream = (
+def test_samples_are_seeded_by_splitmix64() -> None:
+    """The published outputs of SplitMix64 from seed 1234567; sample i has the (i + 1)-th of its key's seed, halved."""
+    stream = [
         6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821
-    )  # fmt: skip
-    monkeypatch.setattr(randomness, "seed_of", lambda *key: 1234567)
-    assert [rng.initial_seed() for rng in generators(range(5), *KEY)] == [output // 2 for output in stream]
-    assert [rng.initial_seed() for rng in generators([4, 0], *KEY)] == [stream[4] // 2, stream[0] // 2]
+    ]  # fmt: skip
+    assert [splitmix64(1234567, i) for i in range(5)] == stream
+    halves = [splitmix64(seed_of(*KEY), i) // 2 for i in range(5)]
+    assert [rng.initial_seed() for rng in generators(range(5), *KEY)] == halves
+    assert [rng.initial_seed() for rng in generators([4, 0], *KEY)] == [halves[4], halves[0]]
 
 
-def test_seeds_alike_in_their_lower_half_give_distinct_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own generator takes only 32 bits of a seed: these would all draw the same."""
-    draws = []
-    for seed in (7, 7 + 2**32, 7 + 2**50, 7 + 2**62):
-        monkeypatch.setattr(randomness, "seed_of", lambda *key, seed=seed: seed)
-        draws += [normal((4,), range(3), *KEY), uniform(range(3), *KEY)[:, None].expand(3, 4)]
-    assert len(torch.cat(draws[::2]).unique(dim=0)) == len(torch.cat(draws[1::2]).unique(dim=0)) == 12
+def test_seeds_alike_in_their_lower_half_give_distinct_draws() -> None:
+    """torch's own generator takes only 32 bits of a seed: these would all draw the same without mixing."""
+    seeds = [splitmix64(seed, i) >> 1 for seed in (7, 7 + 2**32, 7 + 2**50, 7 + 2**62) for i in range(3)]
+    draws = torch.stack([torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    assert len(draws.unique(dim=0)) == 12
 
 
 @pytest.mark.parametrize("cut", [1, 3, 7])

@@ -11,7 +11,7 @@ import pytest
 from faults import KILLED, group
 
 from phased_dmd.engine import world
-from phased_dmd.engine.patience import patiently, share_out
+from phased_dmd.engine.collectives import map_over_ranks, run_with_heartbeat
 from phased_dmd.engine.signals import Signals
 from phased_dmd.engine.world import GONE, warn
 from phased_dmd.errors import Stopped, UserError
@@ -28,20 +28,20 @@ def impatient() -> Iterator[None]:
 def test_each_process_does_a_share_and_all_have_all_results_in_order(tmp_path: Path) -> None:
     def action(rank: int) -> None:
         done: list[int] = []
-        assert share_out(range(7), lambda i: done.append(i) or i * i) == [i * i for i in range(7)]
+        assert map_over_ranks(range(7), lambda i: done.append(i) or i * i) == [i * i for i in range(7)]
         assert done == list(range(rank, 7, 3))
-        assert share_out([], str) == []
+        assert map_over_ranks([], str) == []
 
     assert group(3, action) == [0, 0, 0]
-    assert share_out(range(3), str) == ["0", "1", "2"]  # without a group
+    assert map_over_ranks(range(3), str) == ["0", "1", "2"]  # without a group
 
 
 def test_one_that_works_longer_than_the_patience_is_waited_for(impatient: None) -> None:
     def action(rank: int) -> None:
         started = time.monotonic()
-        share_out(range(2), lambda i: time.sleep(2.5 * i))
+        map_over_ranks(range(2), lambda i: time.sleep(2.5 * i))
         assert time.monotonic() - started > 2.5
-        assert patiently(lambda _: rank) == rank
+        assert run_with_heartbeat(lambda _: rank) == rank
 
     assert group(2, action) == [0, 0]
 
@@ -70,9 +70,9 @@ def test_what_fails_on_one_process_ends_the_work_of_all(error: Exception) -> Non
     def action(rank: int) -> None:
         started = time.monotonic()
         with pytest.raises(kind, match=str(error.args[-1])):
-            share_out(range(1000), slow(rank, lambda: fail(error)))
+            map_over_ranks(range(1000), slow(rank, lambda: fail(error)))
         assert time.monotonic() - started < 15, "50 seconds of work were left"
-        assert share_out(range(2), int) == [0, 1]  # they are together again
+        assert map_over_ranks(range(2), int) == [0, 1]  # they are together again
 
     assert group(2, action) == [0, 0]
 
@@ -91,7 +91,7 @@ def test_a_signal_for_one_process_stops_all_at_work_or_waiting(items: int) -> No
                 raise Stopped(signals.noted, "stopped here")
 
         with Signals() as signals, pytest.raises(Stopped, match="stopped here") as stopped:
-            share_out(range(items), lambda i: time.sleep(0.05 if items > 1 else 2), between)
+            map_over_ranks(range(items), lambda i: time.sleep(0.05 if items > 1 else 2), between)
         assert stopped.value.number == signal.SIGTERM and time.monotonic() - started < 15
 
     assert group(2, action) == [0, 0]
@@ -101,7 +101,7 @@ def test_a_process_that_dies_at_work_is_noticed_at_once() -> None:
     def action(rank: int) -> None:
         started = time.monotonic()
         with pytest.raises(RuntimeError, match="|".join(GONE)):
-            share_out(range(1000), slow(rank, lambda: os._exit(KILLED)))
+            map_over_ranks(range(1000), slow(rank, lambda: os._exit(KILLED)))
         assert time.monotonic() - started < 15
         os._exit(0)  # there is no group to leave
 
@@ -118,7 +118,7 @@ def test_a_process_that_gives_no_sign_of_life_is_given_up_after_a_while(impatien
     def action(rank: int) -> None:
         started = time.monotonic()
         with pytest.raises(RuntimeError, match="|".join(GONE)):
-            share_out(range(1000), slow(rank, stop))
+            map_over_ranks(range(1000), slow(rank, stop))
         assert 1 < time.monotonic() - started < 15
         os.kill(int((tmp_path / "process").read_text()), signal.SIGKILL)
         os._exit(0)
@@ -132,7 +132,7 @@ def test_a_process_that_is_interrupted_leaves_at_once_and_the_others_follow() ->
     def action(rank: int) -> None:
         started = time.monotonic()
         with pytest.raises(KeyboardInterrupt if rank == 1 else RuntimeError):
-            share_out(range(1000), slow(rank, lambda: fail(KeyboardInterrupt())))
+            map_over_ranks(range(1000), slow(rank, lambda: fail(KeyboardInterrupt())))
         assert time.monotonic() - started < (2 if rank == 1 else 15)
         if rank == 0:
             os._exit(0)

@@ -15,7 +15,7 @@ from phased_dmd.checkpoint import RunFolder
 from phased_dmd.config import Config
 from phased_dmd.maths.schedules import FlowSchedule
 from phased_dmd.models.analytic import PlainCodec
-from phased_dmd.networks.system import build_system, load_teacher
+from phased_dmd.networks.build import build_system, load_teacher
 from phased_dmd.sample import Sampler
 
 TEXT_DIM = 32

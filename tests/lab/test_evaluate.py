@@ -35,7 +35,7 @@ from phased_dmd.lab.metrics.features import load_features
 from phased_dmd.lab.metrics.intervals import interval, jackknife_half_width, leave_one_out
 from phased_dmd.media import grid, read_media, save_clip, save_image, to_images
 from phased_dmd.models.analytic import AnalyticModel, PlainCodec
-from phased_dmd.networks.system import build_system
+from phased_dmd.networks.build import build_system
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
 from phased_dmd.sample import Sampler

@@ -62,8 +62,8 @@ from phased_dmd.lab.reproduce.workers import PlannedRun, Workers, inherit, uniqu
 from phased_dmd.maths.losses import biased_target, subinterval_target
 from phased_dmd.maths.schedules import FlowSchedule
 from phased_dmd.models.analytic import ExactMixture
+from phased_dmd.networks.build import add_expert, build_system, load_teacher
 from phased_dmd.networks.roles import expert_role
-from phased_dmd.networks.system import add_expert, build_system, load_teacher
 from phased_dmd.recipes import RECIPES, resolve
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"

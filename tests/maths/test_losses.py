@@ -17,11 +17,13 @@ from gaussians import (
     p_q,
     transition,
 )
+from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 
 from phased_dmd.maths.losses import (
     biased_target,
     distribution_matching_loss,
+    fisher_stop_gradient_loss,
     matching_gradient,
     printed_target,
     score_matching_loss,
@@ -557,8 +559,19 @@ def test_gradient_of_the_loss(weighting, prediction):
 def test_public_weighting_needs_the_generators_prediction():
     x_s, eps = randn(2, 5, 3)
     net = Affine(0.3, -0.2)
-    with pytest.raises(ValueError, match="x0_generator"):
+    message = "the public weighting needs the generator's own x_0 prediction, x0_generator"
+    with pytest.raises(ValueError, match=f"^{message}$"):
         matching_gradient(x_s, eps, *times(0.75, 0.9, x_s), SCHEDULES["flow"], "flow", net, net, "public")
+
+
+def test_an_unknown_weighting_is_refused():
+    """By its annotation already where jaxtyping's import hook is on."""
+    x_s, eps = randn(2, 5, 3)
+    net = Affine(0.3, -0.2)
+    with pytest.raises((ValueError, TypeCheckError), match="'Fisher'") as error:
+        matching_gradient(x_s, eps, *times(0.75, 0.9, x_s), SCHEDULES["flow"], "flow", net, net, "Fisher")
+    message = "weighting: 'Fisher' is none of normalised, paper, posterior, public"
+    assert error.type is TypeCheckError or str(error.value) == message
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -604,6 +617,49 @@ def test_teacher_and_fake_see_the_renoised_sample_at_its_time():
     assert len(seen) == 2
     for x, time in seen:
         assert torch.equal(x, x_t) and torch.equal(time, t) and not x.requires_grad
+
+
+# The Fisher divergence's form that stops at the teacher
+
+
+@schedules
+@predictions
+@pytest.mark.parametrize(("s", "t"), [(0.0, 0.3), (0.3, 0.6), (0.75, 0.9)])
+def test_fisher_stop_gradient_loss_is_the_square_of_posterior_means(name, prediction, s, t):
+    """mean (E_F[x_s | x_t] - E_T[x_s | x_t])^2 a sample, the means from joint Gaussian laws; d / d x_s has
+    alpha_ts d E_F / d x_t alone. Neither network gets a gradient, and the teacher sees no graph of x_t.
+    """
+    x_s, eps = randn(2, 5, 3, 2)
+    x_s.requires_grad_()
+    teacher, fake = exact_prediction(name, prediction, t), exact_prediction(name, prediction, t, -0.2, 0.4)
+    graphs = []
+
+    def seen(x: Tensor, time: Tensor) -> Tensor:
+        graphs.append(torch.is_grad_enabled())
+        assert torch.equal(time, full(t, x))
+        return teacher(x)
+
+    loss = fisher_stop_gradient_loss(seen, fake, x_s, eps, *times(s, t, x_s), SCHEDULES[name], prediction)
+    alpha_ts, variance_ts = transition(name, s, t)
+    x_t = (alpha_ts * x_s + math.sqrt(variance_ts) * eps).detach()
+    real, own = exact_x_s(name, s, t), exact_x_s(name, s, t, -0.2, 0.4)
+    difference = own(x_t) - real(x_t)
+    torch.testing.assert_close(loss, difference.square().mean((1, 2)), rtol=1e-8, atol=1e-14)
+    loss.sum().backward()
+    slope = 2 / 6 * difference * own.slope * alpha_ts
+    torch.testing.assert_close(x_s.grad, slope, rtol=1e-8, atol=1e-8 * slope.abs().max().item())
+    assert graphs == [False]
+
+
+def test_fisher_stop_gradient_loss_of_low_precision_samples_is_in_float32():
+    x_s, eps = randn(2, 5, 64, dtype=torch.bfloat16)
+    s, t = times(0.75, 0.9, x_s)
+    low, high = (
+        fisher_stop_gradient_loss(Affine(0.3, -0.2), Affine(0.5, 0.1), a, b, s, t, SCHEDULES["flow"], "flow")
+        for a, b in ((x_s, eps), (x_s.double(), eps.double()))
+    )
+    assert (low.dtype, high.dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close(low.double(), high, rtol=1e-5, atol=0)
 
 
 def descended(weighting: str, iterations: int = 150, batch: int = 128) -> tuple[float, float]:

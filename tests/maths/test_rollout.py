@@ -231,9 +231,16 @@ def test_renoise_draws_wherever_sigma_is_above_zero(name, phase, drawn):
     torch.testing.assert_close(end.x0, x_0[last], rtol=0, atol=1e-13)
 
 
-def test_renoise_needs_noise_only_above_sigma_zero():
+def test_a_path_without_hops_leaves_the_sample_as_it_is():
     x = randn(5, 3)
-    with pytest.raises(ValueError, match="source of noise"):
+    end = rollout(lambda *_: x.new_zeros(5, 3), x, (), SCHEDULES["flow"], "flow")
+    assert torch.equal(end.x, x) and torch.equal(end.x0, x)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_renoise_needs_noise_only_above_sigma_zero(batch):
+    x = randn(batch, 3)
+    with pytest.raises(ValueError, match="^the renoise solver needs a source of noise$"):
         rollout(lambda _step, x, _t: x, x, TWO_PHASES.path(1), SCHEDULES["flow"], "flow", solver="renoise")
     end = rollout(lambda _step, x, _t: 0.3 * x, x, (Hop(0, 1.0, 0.0),), SCHEDULES["flow"], "flow", solver="renoise")
     torch.testing.assert_close(end.x, 0.7 * x, rtol=1e-15, atol=0)

@@ -40,7 +40,7 @@ from phased_dmd.maths.schedules import (
     times_like,
 )
 from phased_dmd.models.analytic import ExactMixture
-from phased_dmd.networks.system import build_system, load_teacher
+from phased_dmd.networks.build import build_system, load_teacher
 
 schedules = pytest.mark.parametrize("name", SCHEDULES)
 predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -93,17 +93,26 @@ def test_clean_end_and_noisy_end(name):
         assert 0 < schedule.alpha(one).item() < 1e-16
 
 
-@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0), (2.0, 1.0)])
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0), (2.0, 1.0), (2.0, 2.0)])
 def test_ve_needs_increasing_positive_bounds(bounds):
-    with pytest.raises(ValueError, match="0 < sigma_min < sigma_max"):
+    message = f"VESchedule: needs 0 < sigma_min < sigma_max, got {bounds[0]}, {bounds[1]}"
+    with pytest.raises(ValueError, match=f"^{message}$"):
         VESchedule(*bounds)
+
+
+def test_schedules_made_without_arguments():
+    """The cosine; and sigma from .02 to 10, as in Karras et al.'s models of small pictures."""
+    t = tensor(0.0, 0.3, 1.0)
+    torch.testing.assert_close(VPSchedule().alpha(t), torch.cos(t * math.pi / 2), rtol=1e-15, atol=0)
+    assert VESchedule().sigma(tensor(0.0, 1.0)).tolist() == pytest.approx([0.02, 10.0], rel=1e-15)
+    assert VESchedule(0.5).sigma(tensor(0.0, 1.0)).tolist() == pytest.approx([0.5, 10.0], rel=1e-15)
 
 
 def test_vp_kind_is_checked():
     """By its annotation already where jaxtyping's import hook is on."""
     with pytest.raises((ValueError, TypeCheckError), match="'sine'") as error:
         VPSchedule("sine")
-    assert error.type is TypeCheckError or "kind is 'cosine' or 'linear', not 'sine'" in str(error.value)
+    assert error.type is TypeCheckError or str(error.value) == "VPSchedule: kind is 'cosine' or 'linear', not 'sine'"
 
 
 # Transitions
@@ -154,6 +163,15 @@ def test_transition_is_finite_up_to_the_last_ulp(name):
     assert alpha_ts.isfinite().all() and (sigma_ts > 0).all()
 
 
+@schedules
+def test_coefficients_of_float32_times_are_float64(name):
+    """Those of the same times in float64, to the last digit."""
+    schedule, t = SCHEDULES[name], torch.tensor([0.1, 0.5, 0.9])
+    for function in (schedule.alpha, schedule.sigma, schedule.clamp_unit):
+        assert function(t).dtype == torch.float64
+        assert torch.equal(function(t), function(t.double()))
+
+
 def test_float32_times_are_computed_in_float64():
     s, t = torch.tensor([0.75]), torch.tensor([0.7500001])
     alpha_ts, sigma_ts = SCHEDULES["flow"].transition(s, t)
@@ -188,6 +206,8 @@ def test_coefficients_broadcast_over_the_samples():
     assert torch.equal(expand_like(tensor(2.0, 3.0), x) * x, torch.stack([2 * torch.ones(3, 4), 3 * torch.ones(3, 4)]))
     assert torch.equal(times_like(0.3, x), tensor(0.3, 0.3))
     assert torch.equal(times_like(tensor(0.3), x), tensor(0.3, 0.3))
+    elsewhere = x.to("meta")
+    assert times_like(0.3, elsewhere).device == expand_like(tensor(2.0, 3.0), elsewhere).device == elsewhere.device
 
 
 # Prediction types
@@ -228,7 +248,7 @@ def test_an_unknown_prediction_is_refused():
     """By its annotation already where jaxtyping's import hook is on."""
     with pytest.raises((ValueError, TypeCheckError), match="'score'") as error:
         coefficients("score", tensor(0.5), tensor(0.5))
-    assert error.type is TypeCheckError or "'score' is none of flow, x0, eps, v" in str(error.value)
+    assert error.type is TypeCheckError or str(error.value) == "prediction: 'score' is none of flow, x0, eps, v"
 
 
 @schedules
@@ -328,11 +348,29 @@ def test_bfloat16_samples_are_computed_in_float32(name, prediction):
 # Where eps prediction may start
 
 
-@pytest.mark.parametrize(("name", "t_0"), [("flow", 1.0), ("flow", 0.9999), ("vp-cosine", 1.0), ("vp-cosine", 0.9999)])
-def test_eps_prediction_cannot_start_at_pure_noise(name, t_0):
+@pytest.mark.parametrize(
+    ("name", "t_0", "alpha"),
+    [("flow", 1.0, "0.0e+00"), ("flow", 0.9999, "1.0e-04"), ("vp-cosine", 1.0, "6.1e-17"), ("ve-like", 1, "9.9e-04")],
+)
+def test_eps_prediction_cannot_start_at_pure_noise(name, t_0, alpha):
     """Refused with alpha(t_0) below 1e-3, which catches cosine's alpha(1) = 6e-17 too."""
-    with pytest.raises(ValueError, match="eps prediction cannot start"):
-        check_start("eps", SCHEDULES[name], t_0)
+    schedule = SCHEDULES.get(name, constant_alpha(0.00099))
+    message = f"plan.start: eps prediction cannot start at t = {t_0:g}, where alpha is {alpha}; start below 1"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check_start("eps", schedule, t_0)
+
+
+def constant_alpha(alpha: float) -> VESchedule:
+    """A schedule whose signal has one size at every t."""
+    schedule = VESchedule()
+    schedule.alpha = lambda t: torch.full_like(t, alpha)
+    return schedule
+
+
+def test_eps_prediction_may_start_where_alpha_is_a_thousandth():
+    """The bound itself is allowed; and so is flow's .999, whose alpha is above it in float64 and below in float32."""
+    check_start("eps", constant_alpha(1e-3), 1.0)
+    check_start("eps", SCHEDULES["flow"], 0.999)
 
 
 @pytest.mark.parametrize(
@@ -424,6 +462,10 @@ def test_truncated_and_clamped_range(bound, atom, clamped_mean, truncated_mean):
     torch.testing.assert_close((1 - raw) / (1 - lower), grid(), rtol=0, atol=1e-12)
 
 
+def test_clamp_without_a_range_does_nothing():
+    assert torch.equal(renoise_times(grid(9), 0.75, 1.0, 5.0, clamp=True), renoise_times(grid(9), 0.75, 1.0, 5.0))
+
+
 def test_clamp_piles_up_at_both_bounds():
     t = renoise_times(grid(), 1e-9, 1.0, 5.0, (0.02, 0.98), clamp=True)
     assert (t.min().item(), t.max().item()) == (0.02, 0.98)
@@ -431,7 +473,7 @@ def test_clamp_piles_up_at_both_bounds():
     assert (t == 0.02).double().mean().item() == pytest.approx(0.004, abs=5e-4)
 
 
-@pytest.mark.parametrize("t_range", [None, (0.5, 1.0), (0.875, 0.98)])
+@pytest.mark.parametrize("t_range", [None, (0.0, 1.0), (0.5, 1.0), (0.875, 0.98)])
 def test_renoise_bounds(t_range):
     """r = 0 is the upper bound itself."""
     low, high = (5 / 6, 1.0) if t_range is None else (max(5 / 6, t_range[0]), t_range[1])
@@ -452,7 +494,8 @@ def test_renoise_time_lies_above_s_and_not_above_the_bound(name, s, above, shift
 
 @pytest.mark.parametrize("t_range", [(0.2, 0.5), (0.2, 0.75)])
 def test_an_empty_range_is_an_error(t_range):
-    with pytest.raises(ValueError, match=r"leaves nothing of \(0.75, 1\)"):
+    message = re.escape(f"renoise.t_range: {t_range} leaves nothing of (0.75, 1)")
+    with pytest.raises(ValueError, match=f"^{message}$"):
         renoise_times(tensor(0.5), 0.75, 1.0, 5.0, t_range)
 
 
@@ -467,7 +510,8 @@ def test_a_range_that_is_no_interval_is_an_error(t_range, clamp):
 @pytest.mark.parametrize(("t_range", "high"), [((0.2, 0.5), 1.0), ((0.2, 0.75), 1.0), ((0.91, 0.95), 0.9)])
 def test_a_clamp_out_of_the_interval_is_an_error(t_range, high):
     """At or below s it would put t where sigma_ts is 0 or NaN; above, beyond the phase."""
-    with pytest.raises(ValueError, match=rf"t_range: .* would clamp t out of \(0\.75, {high:g}\]"):
+    message = re.escape(f"renoise.t_range: {t_range} would clamp t out of (0.75, {high:g}]")
+    with pytest.raises(ValueError, match=f"^{message}$"):
         renoise_times(tensor(0.5), 0.75, high, 5.0, t_range, clamp=True)
 
 
@@ -482,5 +526,5 @@ def test_a_clamp_that_touches_the_interval_is_allowed():
 @pytest.mark.parametrize("clamp", [False, True])
 @pytest.mark.parametrize(("low", "high"), [(0.75, 0.75), (0.9, 0.75)])
 def test_an_empty_interval_is_an_error(low, high, t_range, clamp):
-    with pytest.raises(ValueError, match=rf"no time is left between {low:g} and {high:g}"):
+    with pytest.raises(ValueError, match=f"^renoise: no time is left between {low:g} and {high:g}$"):
         renoise_times(tensor(0.5), low, high, 5.0, t_range, clamp)

@@ -33,9 +33,9 @@ from phased_dmd.maths.schedules import predicted_x0
 from phased_dmd.models.loader import load_model
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
 from phased_dmd.models.source import quiet
+from phased_dmd.networks.build import add_expert, build_system
 from phased_dmd.networks.optim import Learner
-from phased_dmd.networks.roles import FAKE
-from phased_dmd.networks.system import System, add_expert, build_system
+from phased_dmd.networks.roles import FAKE, System
 from phased_dmd.prompts import Prompt
 from phased_dmd.sample_files import write_samples
 

@@ -22,9 +22,9 @@ from phased_dmd.checkpoint import RunFolder
 from phased_dmd.config import Lora
 from phased_dmd.errors import UserError
 from phased_dmd.inputs import initial_expert
+from phased_dmd.networks.build import build_system
 from phased_dmd.networks.optim import MomentumFreeAdamW
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles, expert_role, route
-from phased_dmd.networks.system import build_system
 from phased_dmd.recipes import resolve
 from phased_dmd.train import expert_header
 

@@ -19,8 +19,8 @@ from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.maths.phases import NEAR, PhasePlan
 from phased_dmd.maths.schedules import FlowSchedule
 from phased_dmd.models.analytic import PlainCodec
-from phased_dmd.networks.roles import FAKE, TEACHER, Roles, expert_role
-from phased_dmd.networks.system import System, add_expert
+from phased_dmd.networks.build import add_expert
+from phased_dmd.networks.roles import FAKE, TEACHER, Roles, System, expert_role
 from phased_dmd.train import distill
 
 SWITCH = 0.875

@@ -22,7 +22,7 @@ from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.models import source
 from phased_dmd.models.loader import bare_model, load_model
-from phased_dmd.models.weightless import BareSource
+from phased_dmd.models.source import BareSource
 from phased_dmd.plan.dry_run import dry_run
 from phased_dmd.recipes import RECIPES, resolve
 
@@ -49,7 +49,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "load", refuse)
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     monkeypatch.setattr(source.DiffusionPipeline, "download", refuse)
-    monkeypatch.setattr("phased_dmd.models.weightless.snapshot_download", refuse)
+    monkeypatch.setattr("phased_dmd.models.source.snapshot_download", refuse)
 
 
 def tiny(name: str, folder: Path, prompts: str = "nano-t2i", **changes: Any) -> Config:

@@ -26,14 +26,13 @@ from phased_dmd.config import Config, Engine, Fake, Generator, Lora, Optimiser
 from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.engine import world
 from phased_dmd.errors import UserError
-from phased_dmd.models.architectures import architecture, skeleton
 from phased_dmd.models.loader import bare_codec, load_model
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.models.quantise import quantise
-from phased_dmd.models.weightless import META, BareSource
+from phased_dmd.models.source import META, BareSource, architecture, skeleton
+from phased_dmd.networks.build import add_expert, build_system
 from phased_dmd.networks.optim import Learner
 from phased_dmd.networks.roles import FAKE, Roles, expert_role
-from phased_dmd.networks.system import add_expert, build_system
 from phased_dmd.plan import advice, needs
 from phased_dmd.plan.bare import bare_model, text_width
 from phased_dmd.plan.measure import measure

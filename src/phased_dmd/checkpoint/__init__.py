@@ -7,13 +7,13 @@
 """
 
 from phased_dmd.checkpoint.files import HEADER, load_tensors, partial_of, resolve_inside, save_tensors, write_atomically
-from phased_dmd.checkpoint.lock import awaited
+from phased_dmd.checkpoint.lock import wait_for_lock
 from phased_dmd.checkpoint.runfolder import RunFolder
 
 __all__ = [
     "HEADER",
     "RunFolder",
-    "awaited",
+    "wait_for_lock",
     "load_tensors",
     "partial_of",
     "resolve_inside",

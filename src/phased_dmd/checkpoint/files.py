@@ -1,4 +1,4 @@
-"""Single files: written beside their place and renamed into it, safetensors with a header, and no symlinks."""
+"""Single files: written beside their place and renamed into it; safetensors with a header; and the symlink guards."""
 
 import json
 import os
@@ -16,12 +16,12 @@ HEADER = "phased_dmd"  # one key, so that the header's bytes do not depend on a 
 
 
 def partial_of(path: Path) -> Path:
-    """Where a file or folder is written before it takes its name; a kill may leave it behind."""
+    """Returns the place where a file or folder is written before it takes its name; a kill may leave it behind."""
     return path.with_name(f".{path.name}.partial")
 
 
 def sync(path: Path) -> None:
-    """What a file holds, or the names a folder holds, is on the disk when this returns."""
+    """Forces to the disk what a file holds, or the names that a folder holds."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -46,12 +46,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Writes tensors and a JSON header atomically; the same content gives the same bytes."""
     ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
     write_atomically(path, save(ordered, {HEADER: json.dumps(header, sort_keys=True)}))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the header of a file that `save_tensors` wrote; anything else is a UserError."""
+    """Reads the tensors and the header of a file that `save_tensors` wrote; anything else is a UserError."""
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})[HEADER])
@@ -61,20 +62,20 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def refuse_link(path: Path) -> None:
-    """A UserError for a symlink, which could lead out of the run."""
+    """Raises a UserError for a symlink, which could lead out of the run."""
     if path.is_symlink():
         raise UserError(f"{path}: a symlink, which a run folder may not hold")
 
 
 def refuse_links(folder: Path) -> None:
-    """A UserError if the folder, which need not be there, or anything in it is a symlink."""
+    """Raises a UserError if the folder, which need not be there, or anything in it is a symlink."""
     refuse_link(folder)
     for path in folder.iterdir() if folder.is_dir() else ():
         refuse_link(path)
 
 
 def resolve_inside(folder: Path, path: Path) -> Path:
-    """Returns the path itself, unless a symlink leads it out of the folder, which is a UserError."""
+    """Returns the path itself; a UserError if a symlink leads it out of the folder."""
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{path}: leads out of {folder}")
     return path

@@ -24,10 +24,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from phased_dmd.checkpoint.files import partial_of, refuse_links, sync
 from phased_dmd.config.teacher import Section
-from phased_dmd.engine.world import on_first_rank, rank, sharded, together, world_size
+from phased_dmd.engine.collectives import run_on_all_ranks, run_on_first_rank
+from phased_dmd.engine.world import rank, sharded, world_size
 from phased_dmd.errors import UserError
 
 MANIFEST = "manifest.json"
+POINT = re.compile(r"phase-(\d+)-iteration-(\d+)-update-(\d+)", re.ASCII)
 
 
 class Damaged(UserError):
@@ -45,13 +47,6 @@ class Point(NamedTuple):
     def of(cls, at: Mapping[str, Any]) -> Self:
         return cls(at["phase"], at["iteration"], at["update"])
 
-    @classmethod
-    def named(cls, name: str) -> Self | None:
-        """The point that a folder's name stands for, if it is one."""
-        numbers = re.fullmatch(r"phase-(\d+)-iteration-(\d+)-update-(\d+)", name, re.ASCII)
-        point = cls(*map(int, numbers.groups())) if numbers else None
-        return point if point and point.name == name else None
-
     @property
     def name(self) -> str:
         return f"phase-{self.phase}-iteration-{self.iteration:06d}-update-{self.update}"
@@ -60,7 +55,17 @@ class Point(NamedTuple):
         return f"phase {self.phase}, iteration {self.iteration}" + (f", update {self.update}" if self.update else "")
 
 
+def points_in(folder: Path) -> list[Point]:
+    """Lists the points of all folders that have a checkpoint's name, whole or not, oldest first."""
+    refuse_links(folder)
+    names = os.listdir(folder) if folder.exists() else ()
+    found = {name: Point(*map(int, numbers.groups())) for name in names if (numbers := POINT.fullmatch(name))}
+    return sorted(point for name, point in found.items() if point.name == name)
+
+
 class Sum(Section):
+    """The size of a file and a hash of its bytes."""
+
     size: int = Field(ge=0)
     blake2b: str = Field(pattern="^[0-9a-f]{64}$")
 
@@ -78,13 +83,14 @@ class Manifest(Section):
     files: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Sum]
 
     def encode(self) -> bytes:
-        """The manifest as bytes, with a sum of its own."""
+        """Writes the manifest as JSON, with a sum of its own."""
         content = self.model_dump()
         digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=32).hexdigest()
         return json.dumps({**content, "blake2b": digest}, indent=1, sort_keys=True).encode()
 
     @classmethod
     def read(cls, path: Path) -> Self:
+        """Reads the manifest of a checkpoint's folder; Damaged if a byte of it is wrong, or it is another folder's."""
         data = path.read_bytes()
         try:
             content = json.loads(data.decode())
@@ -107,23 +113,29 @@ def write_folder(folder: Path, at: Mapping[str, Any], state: Mapping[str, Tensor
 
     A whole checkpoint that is there already stands for the same point of the same run, and is left as it is.
     """
-    fields, partial = json.loads(json.dumps(at)), partial_of(folder)
-    if on_first_rank(lambda: os.path.lexists(folder)):
+    if run_on_first_rank(lambda: os.path.lexists(folder)):
         try:
             verify(folder)
             return
         except Damaged:
             pass
+    fields, partial = json.loads(json.dumps(at)), partial_of(folder)
+
+    def synced(path: Path) -> Sum:
+        sync(path)
+        return Sum.of(path)
+
     try:
-        on_first_rank(lambda: _stage(partial))
+        run_on_first_rank(lambda: _stage(partial))
         with _plain_errors():
-            whole = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+            contiguous = {name: tensor.detach().contiguous() for name, tensor in state.items()}
             writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-            dcp.save(whole, storage_writer=writer, no_dist=not sharded())
-        names = sorted({name for found in together(lambda: os.listdir(partial)) for name in found})
-        sums = together(lambda: {name: _synced(partial / name) for name in names[rank() :: world_size()]})
+            dcp.save(contiguous, storage_writer=writer, no_dist=not sharded())
+        names = sorted({name for found in run_on_all_ranks(lambda: os.listdir(partial)) for name in found})
+        own = names[rank() :: world_size()]
+        sums = run_on_all_ranks(lambda: {name: synced(partial / name) for name in own})
         files = {name: entry for found in sums for name, entry in found.items()}
-        on_first_rank(lambda: _commit(folder, Manifest(at=fields, files=files)))
+        run_on_first_rank(lambda: _commit(folder, Manifest(at=fields, files=files)))
     except BaseException:
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -131,14 +143,14 @@ def write_folder(folder: Path, at: Mapping[str, Any], state: Mapping[str, Tensor
 
 
 def remove(folder: Path) -> None:
-    """Takes the name away first: a folder that is half deleted is no checkpoint."""
+    """Removes a checkpoint, its name first: a folder that is half deleted is no checkpoint."""
     partial = partial_of(folder)
     os.rename(folder, partial)
     shutil.rmtree(partial)
 
 
 def _stage(partial: Path) -> None:
-    """An empty folder to write to; what a kill left behind is removed."""
+    """Makes an empty folder to write to, and removes what a kill left behind."""
     parent = partial.parent
     refuse_links(parent)
     if not parent.exists():
@@ -149,12 +161,8 @@ def _stage(partial: Path) -> None:
     partial.mkdir()
 
 
-def _synced(path: Path) -> Sum:
-    sync(path)
-    return Sum.of(path)
-
-
 def _commit(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest and renames the partial folder into its place."""
     partial = partial_of(folder)
     with (partial / MANIFEST).open("xb") as file:
         file.write(manifest.encode())
@@ -172,8 +180,8 @@ def _commit(folder: Path, manifest: Manifest) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def check(folder: Path, summed: slice) -> dict[str, Any]:
-    """The `at` of a folder that holds exactly what its manifest says; Damaged otherwise. For one rank.
+def check_folder(folder: Path, summed: slice) -> dict[str, Any]:
+    """Returns the `at` of a folder that holds exactly what its manifest says; Damaged otherwise. For one rank.
 
     summed: which of the files, in the order of their names, are read and compared with their sums.
     """
@@ -197,35 +205,35 @@ def check(folder: Path, summed: slice) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The `at` of a whole checkpoint, of which each rank read a share; Damaged on every rank otherwise."""
-    return together(lambda: check(folder, slice(rank(), None, world_size())))[0]
+    """Returns the `at` of a whole checkpoint, of which each rank reads its part; Damaged on every rank otherwise."""
+    return run_on_all_ranks(lambda: check_folder(folder, slice(rank(), None, world_size())))[0]
 
 
 def read_folder(folder: Path, state: Mapping[str, Tensor]) -> None:
     """Copies a verified checkpoint into the tensors; a UserError, and they are as before, if it holds others."""
     reader = HuggingFaceStorageReader(str(folder))
-    together(lambda: _compare(folder, reader, state))
+    run_on_all_ranks(lambda: _compare(folder, reader, state))
     with _plain_errors():
         dcp.load(dict(state), storage_reader=reader, no_dist=not sharded())
 
 
 def _compare(folder: Path, reader: HuggingFaceStorageReader, state: Mapping[str, Tensor]) -> None:
-    stored = reader.read_metadata().state_dict_metadata
-    found = {
+    """Raises a UserError that names the first tensor whose name, type or shape differs from the state's."""
+    stored = {
         name: f"{entry.properties.dtype} {list(entry.size)}"
-        for name, entry in stored.items()
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
     wanted = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in state.items()}
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            has, needs = found.get(name, "missing"), wanted.get(name, "none")
+    for name in sorted(stored.keys() | wanted.keys()):
+        has, needs = stored.get(name, "missing"), wanted.get(name, "none")
+        if has != needs:
             raise UserError(f"{folder}: a checkpoint of something else: {name} is {has}, where this run has {needs}")
 
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Around a call of `torch.distributed.checkpoint`: the error itself is raised, on every rank, an OSError first."""
+    """Unwraps what `torch.distributed.checkpoint` raises: the error itself, on every rank, an OSError first."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is enough

@@ -1,11 +1,15 @@
-"""One writer at a time, or one after the other: locks that the kernel frees however their holder dies."""
+"""Locks that the kernel frees however their holder dies.
+
+`filelock` is not used: it says nothing of who holds a lock, and its versions differ in what they do on a file system
+without locks.
+"""
 
 import errno
 import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from phased_dmd.engine.world import warn
@@ -17,46 +21,53 @@ POLL = 0.1  # seconds
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive `flock` on the file, which names the holder; held by another process: UserError.
+    """Holds an exclusive `flock` on the file and writes the holder's number to it; a UserError if another holds it.
 
     A folder that was made for the lock, and holds nothing else in the end, is removed again.
     """
-    folder = path.parent
-    made = not folder.exists()
-    try:
-        descriptor = _take(path)
-    except OSError as error:
-        raise UserError(f"--output: {folder} cannot be written: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            if os.listdir(folder) == [path.name]:
-                path.unlink()
-                if made:
-                    folder.rmdir()
-        os.close(descriptor)
+    folder, made = path.parent, not path.parent.exists()
+    with ExitStack() as stack:
+        try:
+            while not _take(path, stack.enter_context(_opened(path))):
+                pass
+        except OSError as error:
+            raise UserError(f"--output: {folder} cannot be written: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if os.listdir(folder) == [path.name]:
+                    path.unlink()
+                    if made:
+                        folder.rmdir()
 
 
 @contextmanager
-def awaited(path: Path, meanwhile: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Holds an exclusive `flock` on the file, which stays, once no other process does; OSError if it cannot be made.
+def wait_for_lock(path: Path, meanwhile: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Waits until no other process holds an exclusive `flock` on the file, and holds it; OSError if it cannot be made.
 
     meanwhile: called again and again while another process holds it; what it raises ends the waiting.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    try:
-        while not _free(descriptor):
+    with _opened(path) as descriptor:
+        while _try_lock(descriptor) is False:
             meanwhile()
             time.sleep(POLL)
         yield
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Opens the file, made with its folder if need be and never through a symlink; yields its descriptor."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _free(descriptor: int) -> bool:
-    """Whether no other process had the lock; it is this one's now. Where there are no locks, nobody has one."""
+def _try_lock(descriptor: int) -> bool | None:
+    """Takes the lock if it is free. Returns False if another process holds it, None where the disk has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -64,28 +75,20 @@ def _free(descriptor: int) -> bool:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
+        return None
     return True
 
 
-def _take(path: Path) -> int:
-    """The descriptor of the locked file."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+def _take(path: Path, descriptor: int) -> bool:
+    """Locks the file for this process; returns False if its former holder removed it after it was opened here."""
+    match _try_lock(descriptor):
+        case False:
             holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
-            os.close(descriptor)
-            raise UserError(f"--output: {path.parent} is being written by process {holder}".rstrip()) from error
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                os.close(descriptor)
-                raise
+            raise UserError(f"--output: {path.parent} is being written by process {holder}".rstrip())
+        case None:
             warn(f"{path.parent} cannot be locked: run no second process on it")
-        with suppress(FileNotFoundError):  # the former holder may have removed the file between our two calls
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-                return descriptor
-        os.close(descriptor)
+    if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+        return False
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return True

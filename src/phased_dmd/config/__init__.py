@@ -15,137 +15,147 @@ class Plan(Section):
     """The few-step grid and its phases (Sec. 2.2, 2.3)."""
 
     steps: int = Field(default=4, gt=0, le=1000)
+    """Network calls in which the distilled generator makes a sample."""
     phases: int = Field(default=2, gt=0, le=1000)
+    """Phases that the steps are split into, each with experts of its own; must divide the steps."""
     shift: float = Field(default=5.0, ge=1e-3, le=1e3)
-    start: float = Field(default=1.0, gt=0, le=1, description="t_0")
-    gradient: Literal["all", "last"] = Field(
-        default="last", description="through all of a phase's steps, or the exit (SGTS)"
-    )
+    """Time shift k: evenly spaced times u become k u / (1 + (k - 1) u), more of them near noise where k is above 1."""
+    start: float = Field(default=1.0, gt=0, le=1)
+    """Time t_0 at which sampling starts; 1 is pure noise."""
+    gradient: Literal["all", "last"] = "last"
+    """Steps of a phase that the generator's gradient flows through: all, or one drawn exit step (SGTS)."""
     solver: Literal["ddim", "renoise"] = "ddim"
-    fake_rollout: Literal["full", "same"] = Field(
-        default="full", description="of SGTS: what the finished sampler makes, or exits drawn as the generator's are"
-    )
-    exits: Literal["independent", "shuffled"] = Field(
-        default="independent", description="of SGTS: drawn each time, or every step once before any comes again"
-    )
+    """Step from a predicted sample to the next time: along the predicted noise (ddim), or with new noise (renoise)."""
+    fake_rollout: Literal["full", "same"] = "full"
+    """Samples that the fake learns from under SGTS: what the finished sampler makes, or exits as the generator's."""
+    exits: Literal["independent", "shuffled"] = "independent"
+    """Exit steps of SGTS: drawn anew for each update, or from a shuffled deck of all steps."""
 
 
 class Renoise(Section):
-    """The distribution of the re-noise time t."""
+    """The distribution of the time t that samples are noised to again, for the fake and for the generator."""
 
-    interval: Literal["nested", "disjoint"] = Field(default="nested", description="(s_k, t_0], or up to s_{k-1} only")
-    fixed: float | None = Field(default=None, gt=0, le=1, description="one t for all draws, an ablation")
+    interval: Literal["nested", "disjoint"] = "nested"
+    """Interval of a phase's re-noise times: from its end to the start t_0 (nested), or to its own begin (disjoint)."""
+    fixed: float | None = Field(default=None, gt=0, le=1)
+    """One re-noise time for all draws; null draws it from the interval."""
     t_range: tuple[float, float] | None = None
-    above_switch: bool = Field(
-        default=False, description="bound t also by a teacher's switch between a phase's last step and its end"
-    )
-    clamp: bool = Field(default=False, description="these bounds pile t up at themselves instead of truncating")
-    t_min: float = Field(default=0.02, ge=0, lt=1, description="the least t where s = 0")
-    sort: bool = Field(default=False, description="in a batch, so that a micro-batch calls fewer of several networks")
+    """Bounds on the re-noise times beside the interval's own; null sets none."""
+    above_switch: bool = False
+    """Bounds a phase's re-noise times to the range of the teacher's network that runs its last step."""
+    clamp: bool = False
+    """Moves re-noise times that are out of bounds onto the bound; else none are drawn there."""
+    t_min: float = Field(default=0.02, ge=0, lt=1)
+    """Least re-noise time of the last phase, which ends at 0."""
+    sort: bool = False
+    """Sorts a batch by re-noise time, so that each micro-batch calls fewer of a teacher's several networks."""
 
 
 class Rollouts(Section):
-    """How often the generator is run for training: by default anew for every update, from the first noise on."""
+    """How often the generator is run for training; by default anew for every update, from the first noise on."""
 
-    reuse: bool = Field(
-        default=False, description="one run for all updates until the generator changes, its own included"
-    )
-    antithetic: Literal["noise", "start"] | None = Field(
-        default=None, description="pairs of samples: for the fake, one sample re-noised with eps and -eps; or, for "
-        "all, two from a first noise and its negative, which the fake sees re-noised alike",
-    )  # fmt: skip
-    pool: int = Field(
-        default=0, ge=0, le=10**6, description="batches whose states at a phase's begin are kept, instead of made anew"
-    )
-    pool_refresh: float = Field(default=1.0, ge=0, le=1000, description="of these, made anew in an iteration")
-    pool_on_disk: bool = Field(default=False, description="in the run folder, not in memory")
+    reuse: bool = False
+    """Runs the generator once an iteration, for the fake's updates and its own; else anew for each."""
+    antithetic: Literal["noise", "start"] | None = None
+    """Draws samples in pairs, from a first noise and its negative (start); null draws each by itself."""
+    pool: int = Field(default=0, ge=0, le=10**6)
+    """Batches whose states at a phase's begin are kept and used again; 0 makes all anew."""
+    pool_refresh: float = Field(default=1.0, ge=0, le=1000)
+    """Batches of the pool that are made anew in an iteration."""
+    pool_on_disk: bool = False
+    """Keeps the pool in the run folder, not in memory."""
 
 
 class Objective(Section):
-    divergence: Literal["kl", "fisher", "fisher-stop-gradient"] = Field(
-        default="kl", description="of the generator from the teacher; the paper's is KL"
-    )
-    weighting: Literal["normalised", "paper", "posterior", "public"] = Field(
-        default="normalised", description="of KL's gradient; posterior: normalised without its mean over elements"
-    )
-    target: Literal["unbiased", "biased", "printed"] = Field(
-        default="unbiased", description="the last two are ablations"
-    )
+    """What the generator and the fake descend."""
+
+    divergence: Literal["kl", "fisher", "fisher-stop-gradient"] = "kl"
+    """Divergence of the generator from the teacher that the generator descends; the paper's is kl."""
+    weighting: Literal["normalised", "paper", "posterior", "public"] = "normalised"
+    """Weighting of the KL's gradient; the paper's is Eq. 11."""
+    target: Literal["unbiased", "biased", "printed"] = "unbiased"
+    """Target of the fake's score matching within a subinterval: Eq. 13, with x_s for x_0, or Eq. 13 as printed."""
 
     @property
     def descends(self) -> str:
-        """What every result says that made it: the weighting of KL's gradient, or the divergence that has none."""
+        """Returns what every result says that made it: the weighting of KL's gradient, or the other divergence."""
         return self.weighting if self.divergence == "kl" else self.divergence
 
 
 class Optimiser(Section):
+    """AdamW without a first moment, beta1 = 0."""
+
     lr: float = Field(gt=0)
+    """Learning rate of AdamW."""
     decay: Literal["constant", "linear"] = "constant"
+    """Course of the learning rate over a phase: constant, or linear down to 0."""
     beta2: float = Field(default=0.999, gt=0, lt=1)
+    """Decay rate of AdamW's second moment."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Weight decay of AdamW, in units of the learning rate."""
     clip: float = Field(default=1.0, gt=0)
-    second_moment: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of Adam; bfloat16 is rounded at random, unbiased, and saves half of it"
-    )
+    """Norm that a larger gradient is scaled down to."""
+    second_moment: Literal["float32", "bfloat16"] = "float32"
+    """Number format of AdamW's second moment; bfloat16 is rounded at random, without bias, and saves half of it."""
 
 
 class Lora(Section):
+    """The size of LoRA adapters, where weights are lora."""
+
     rank: int = Field(default=64, gt=0, le=2**14)
+    """Rank of each LoRA adapter."""
     alpha: float = Field(default=8.0, gt=0)
+    """Scale of LoRA adapters, whose output is multiplied by alpha / rank."""
 
 
 class Generator(Section):
-    """Each phase's expert. weights: `lora` adapters on the frozen base, or a `full` copy."""
+    """The few-step generator, of one expert a phase and network."""
 
     weights: Literal["lora", "full"] = "lora"
+    """What each expert trains: LoRA adapters on the frozen base, or a full copy of it."""
     lora: Lora = Lora()
     optimiser: Optimiser = Optimiser(lr=5e-5)
-    ema: float | None = Field(
-        default=None, gt=0, lt=1,
-        description="of the weights, of LoRA its two factors; what later phases, export and evaluation then use",
-    )  # fmt: skip
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of a moving average of an expert's weights, which later phases, export and evaluation use; null: none."""
 
 
 class Fake(Section):
-    """The fake score network. `lora` saves memory at a cost in quality."""
+    """The fake score network, which follows the distribution of the generator's samples."""
 
     weights: Literal["lora", "full"] = "full"
+    """What the fake trains: a full copy of the base, or LoRA adapters on it, which save memory and lose quality."""
     lora: Lora = Lora()
     optimiser: Optimiser = Optimiser(lr=4e-7)
-    updates: Count = Field(default=5, description="before each update of the generator")
-    pull: float = Field(
-        default=0.0, ge=0, le=1, description="the share of each change of the generator's weights that it makes too"
-    )
+    updates: Count = 5
+    """Updates of the fake before each update of the generator."""
+    pull: float = Field(default=0.0, ge=0, le=1)
+    """Share of each change of the generator's weights that is added to the fake's weights too; needs a full fake."""
 
 
 class Engine(Section):
     """How a run is spread over processes and memory. A run may go on with another engine: only rounding changes."""
 
-    micro_batch: Count | None = Field(
-        default=None, description="the most samples in a network call; a process with more adds up gradients"
-    )
-    replicas: Count = Field(
-        default=1, description="groups of processes that each hold all of the weights (HSDP); 1 shards over all"
-    )
-    sequence_parallel: int = Field(
-        default=1, gt=0, description="processes that share each sample (Ulysses); Wan only, for clips that are too long"
-    )
-    activation_checkpointing: bool = Field(
-        default=False, description="keep only the inputs of the repeated blocks, and compute the rest again"
-    )
-    offload: bool = Field(default=False, description="weights, gradients and optimisers in the host's memory")
-    compile: bool = Field(default=False, description="the repeated blocks, with torch.compile")
-    batched_guidance: bool = Field(
-        default=False, description="the teacher with and without the prompt in one call, of twice the samples"
-    )
+    micro_batch: Count | None = None
+    """Most samples in one network call; a process with more adds up gradients. Null sets no limit."""
+    replicas: Count = 1
+    """Groups of processes that each hold all of the weights (HSDP); 1 shards them over all processes."""
+    sequence_parallel: int = Field(default=1, gt=0)
+    """Processes that share each sample (Ulysses), for clips too long for one GPU; Wan only."""
+    activation_checkpointing: bool = False
+    """Keeps only the inputs of the networks' blocks for the backward pass, and computes the rest again."""
+    offload: bool = False
+    """Keeps weights, gradients and optimisers in the host's memory, which saves the GPU's and is slow."""
+    compile: bool = False
+    """Compiles the networks' blocks with torch.compile."""
+    batched_guidance: bool = False
+    """Calls the teacher with and without the prompt in one batch of twice the samples, not in two calls."""
 
 
 class Config(Section):
     """A whole run. `recipes.py` holds functions that return one."""
 
-    recipe: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$", max_length=100, description="a name; the run's folder has it too"
-    )
+    recipe: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$", max_length=100)
+    """Name of the run, from which its folder gets one by default."""
     teacher: Annotated[Teacher, Field(discriminator="kind")]
     plan: Plan = Plan()
     renoise: Renoise = Renoise()
@@ -153,28 +163,33 @@ class Config(Section):
     objective: Objective = Objective()
     generator: Generator = Generator()
     fake: Fake = Fake()
-    prompts: Location | None = Field(
-        default=None, description="a shipped set's name, a txt, jsonl, csv or parquet file, or a hub data set's id"
-    )
-    init_experts: Location | None = Field(
-        default=None, description="a run whose experts these start from, step by step"
-    )
-    iterations: Count = Field(default=400, description="generator updates a phase")
-    phase_shares: tuple[Annotated[float, Field(gt=0, le=1000)], ...] | None = Field(
-        default=None, description="a factor on `iterations` for each phase: later ones may need more"
-    )
+    prompts: Location | None = None
+    """Training prompts: a shipped set's name, a txt, jsonl, csv or parquet file, or OWNER/NAME, a hub's data set."""
+    init_experts: Location | None = None
+    """Run folder whose experts this run's start from, step by step; null starts them from the base."""
+    iterations: Count = 400
+    """Generator updates in a phase."""
+    phase_shares: tuple[Annotated[float, Field(gt=0, le=1000)], ...] | None = None
+    """Factors on the iterations, one for each phase: later ones may need more. Null makes all phases alike."""
     batch_size: Count = 64
+    """Samples in each update, over all processes."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of every random draw."""
     log_every: Count = 10
+    """Iterations between two lines of metrics.jsonl."""
     checkpoint_every: Count = 100
-    keep_last: Count = Field(default=2, description="checkpoints; older ones are removed")
-    keep_every: Count | None = Field(default=None, description="iterations whose checkpoints are kept for good")
-    skips: int = Field(
-        default=0, ge=0, le=10**9, description="updates with a loss or gradient that is not finite to leave out"
-    )
+    """Iterations between two checkpoints."""
+    keep_last: Count = 2
+    """Newest checkpoints that are kept; older ones are removed."""
+    keep_every: Count | None = None
+    """Iterations between two checkpoints that are kept for good; null keeps none."""
+    skips: int = Field(default=0, ge=0, le=10**9)
+    """Updates of a phase with a loss or gradient that is not finite, to leave out before the run stops."""
     engine: Engine = Engine()
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    sample_every: Count | None = Field(default=100, description="iterations between previews; null makes none")
+    """Services that the metrics go to beside metrics.jsonl, each by its name."""
+    sample_every: Count | None = 100
+    """Iterations between two previews; null makes none."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -52,6 +52,11 @@ def build(data: Mapping[str, Any]) -> Config:
     return _validated(Config, data)
 
 
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Returns a validated copy of a Config with other values, given by dotted names or nested as `apply_overrides`."""
+    return build(apply_overrides(config.model_dump(mode="json"), changes))
+
+
 def _validated(section: type[S], data: Any, at: Sequence[str] = ()) -> S:
     """One section of a config; at: where it stands."""
     try:
@@ -69,7 +74,7 @@ def _validated(section: type[S], data: Any, at: Sequence[str] = ()) -> S:
 
 def _complaint(where: str, error: Mapping[str, Any]) -> str:
     """What is wrong with a field, what was given, and how to write it, from one of pydantic's errors."""
-    given = _shown(error["input"])
+    given = shown(error["input"])
     match error["type"]:
         case "value_error":
             message = error["msg"].removeprefix("Value error, ")
@@ -92,8 +97,8 @@ def _complaint(where: str, error: Mapping[str, Any]) -> str:
     return f"{where}: {needed}, and this is {given}{cure}"
 
 
-def _shown(value: Any) -> str:
-    """A value as JSON writes it, or the beginning of one that holds others."""
+def shown(value: Any) -> str:
+    """Returns a value as JSON writes it, or the beginning of one that is long."""
     try:
         holds = isinstance(value, Mapping | Set | list | tuple)
         text = reprlib.repr(value) if holds else json.dumps(value, ensure_ascii=False, default=str)

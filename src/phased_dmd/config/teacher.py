@@ -1,4 +1,7 @@
-"""The typed description of what is distilled: frozen pydantic models, free of torch."""
+"""The typed description of what is distilled: frozen pydantic models, free of torch.
+
+The text below a field is its help: `phased-dmd config` and docs/configuration.md print it.
+"""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -17,24 +20,38 @@ Location = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class AnalyticTeacher(Section):
-    """The exact prediction of a Gaussian mixture (std 0: points), and the MLP that is fitted to it as student."""
+    """The exact prediction of a Gaussian mixture, and the MLP that is fitted to it as student."""
 
     kind: Literal["analytic"] = "analytic"
+    """The kind of teacher."""
     negative_prompt: Literal[""] = ""
+    """An analytic teacher has no prompts, and so no negative one."""
     means: tuple[tuple[float, ...], ...]
+    """The means of the mixture's Gaussians, one list of coordinates for each."""
     std: float = Field(default=0.0, ge=0)
+    """The standard deviation of every Gaussian in every direction; 0 makes them points."""
     weights: tuple[float, ...] | None = None
+    """The relative probability of each Gaussian; null makes them all alike."""
     schedule: Literal["flow", "vp-cosine", "vp-linear", "ve"] = "flow"
+    """The noise schedule alpha(t), sigma(t): flow matching, variance preserving (two forms) or variance exploding."""
     prediction: Literal["flow", "x0", "eps", "v"] = "flow"
+    """What the networks predict of a noisy sample: the flow, the clean sample, the noise, or v."""
     hidden: int = Field(default=128, gt=0, le=2**16)
+    """The width of the student's hidden layers."""
     layers: int = Field(default=4, gt=0, le=1000)
+    """The number of the student's hidden layers."""
     fit_steps: Count = 2000
+    """Optimiser steps that fit the student to the teacher before the distillation begins."""
     fit_batch: Count = 512
+    """The samples in each step that fits the student to the teacher."""
     fit_lr: float = Field(default=2e-3, gt=0)
+    """The learning rate at which the student is fitted to the teacher."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -46,14 +63,16 @@ class AnalyticTeacher(Section):
 
 
 class Size(Section):
-    """A resolution bucket, in pixels; the first of a teacher's is what previews and samples are made at."""
+    """One resolution bucket, in pixels."""
 
     num_frames: int = Field(default=1, gt=0, le=2**16)
+    """The frames of a clip; 1 makes pictures."""
     height: int = Field(default=32, gt=0, le=2**16)
+    """The height of a frame in pixels."""
     width: int = Field(default=32, gt=0, le=2**16)
-    weight: float = Field(
-        default=1.0, gt=0, le=1e9, description="the share of global batches, over the sum of the weights"
-    )
+    """The width of a frame in pixels."""
+    weight: float = Field(default=1.0, gt=0, le=1e9)
+    """The bucket's share of the batches, relative to the sum over all buckets."""
 
     def __str__(self) -> str:
         return f"{self.num_frames}x{self.height}x{self.width}"
@@ -64,58 +83,66 @@ def _one_or_more(value: Any) -> Any:
 
 
 class PipelineTeacher(Section):
-    """What a teacher from a diffusers pipeline's folder or hub id is told, whatever the model."""
+    """What every teacher from a diffusers pipeline's folder or hub id is told."""
 
     path: Location = "nano"
-    revision: str | None = Field(
-        default=None, pattern=r"^\w[\w-]*([./][\w-]+)*$", max_length=200,
-        description="of a hub id: a commit, a tag or a branch",
-    )  # fmt: skip
+    """The pipeline's folder, hub id, or name inside the package: nano, nano-moe or nano-i2v."""
+    revision: str | None = Field(default=None, pattern=r"^\w[\w-]*([./][\w-]+)*$", max_length=200)
+    """The commit, tag or branch of a hub id; null takes the newest."""
     sizes: tuple[Size, ...] = Field(default=(Size(),), min_length=1)
+    """The resolution buckets to train at; previews and samples are made at the first one."""
     guidance: Annotated[tuple[Annotated[float, Field(ge=1)], ...], BeforeValidator(_one_or_more)] = Field(
-        default=(4.0,), min_length=1,
-        description="uncond + guidance * (cond - uncond); 1 is none; one for all networks, or one each, noisiest first",
-    )  # fmt: skip
-    negative_prompt: str = ""
-    max_tokens: Count = Field(default=512, description="of a prompt; what is beyond them is cut off")
-    base_steps: Count = Field(default=40, description="of the teacher's own sampler, in evaluations")
-    dtype: Literal["float64", "float32", "bfloat16"] = Field(default="float32", description="of the frozen networks")
-    quantise: Literal["int8", "nf4"] | None = Field(
-        default=None, description="their blocks, on one GPU, where experts and fake are adapters; needs bitsandbytes"
+        default=(4.0,), min_length=1
     )
+    """The scale g of the teacher's guidance, uncond + g (cond - uncond); 1 is none. One number, or one a network."""
+    negative_prompt: str = ""
+    """The prompt of the unconditional half of the teacher's guidance."""
+    max_tokens: Count = 512
+    """The most tokens of a prompt; what is beyond them is cut off."""
+    base_steps: Count = 40
+    """The steps in which the undistilled teacher is sampled where an evaluation compares with it."""
+    dtype: Literal["float64", "float32", "bfloat16"] = "float32"
+    """The number format of the frozen networks."""
+    quantise: Literal["int8", "nf4"] | None = None
+    """Compresses the frozen networks' blocks, on one GPU; experts and fake must be adapters. Needs bitsandbytes."""
 
 
 class WanTeacher(PipelineTeacher):
     """A `WanPipeline` or `WanImageToVideoPipeline`; `nano`, `nano-moe` and `nano-i2v` are those inside the package."""
 
     kind: Literal["wan"] = "wan"
-    first_frame: bool | None = Field(
-        default=None,
-        description="whether a first frame is given; by default as the pipeline's class says",
-    )
+    """The kind of teacher."""
+    first_frame: bool | None = None
+    """Whether every prompt comes with a first frame; null decides by the class of the pipeline."""
     lora_targets: Targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    """The ends of the names of the layers that get LoRA adapters."""
 
 
 class QwenImageTeacher(PipelineTeacher):
     """A `QwenImagePipeline`."""
 
     kind: Literal["qwen-image"] = "qwen-image"
+    """The kind of teacher."""
     lora_targets: Targets = (
         "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out",
         "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
     )  # fmt: skip
+    """The ends of the names of the layers that get LoRA adapters."""
 
 
 class OwnTeacher(Section):
     """A model of the user's own, given to `distill` and `load` as Python objects."""
 
     kind: Literal["own"] = "own"
+    """The kind of teacher."""
     name: str
+    """A name that tells the model from others."""
     negative_prompt: str = ""
+    """The prompt of the unconditional half of the teacher's guidance."""
     base_steps: Count = 40
-    weights: tuple[Annotated[float, Field(gt=0, le=1e9)], ...] = Field(
-        default=(1.0,), min_length=1, description="of the model's sample_shapes, as in a Size"
-    )
+    """The steps in which the undistilled teacher is sampled where an evaluation compares with it."""
+    weights: tuple[Annotated[float, Field(gt=0, le=1e9)], ...] = Field(default=(1.0,), min_length=1)
+    """The share of the batches that each of the model's sample_shapes gets, relative to their sum."""
 
 
 Teacher = AnalyticTeacher | WanTeacher | QwenImageTeacher | OwnTeacher

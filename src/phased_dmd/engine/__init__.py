@@ -1,1 +1,1 @@
-"""What a run is made on: the device, the processes, how networks are spread over them, and random numbers."""
+"""The device, the processes and what they do together, how networks are sharded over them, and random numbers."""

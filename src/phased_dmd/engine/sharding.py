@@ -1,6 +1,6 @@
-"""A network over many processes: FSDP2, blocks that are computed again in backward, blocks that are compiled.
+"""Makes a network ready to run: shards it (FSDP2), and has its blocks recomputed in backward, or compiled.
 
-FSDP2 keeps a slice of each parameter in every process, a DTensor, and gathers the parameters of one group, a block or
+FSDP2 keeps a shard of each parameter in every process, a DTensor, and gathers the parameters of one group, a block or
 what stands around the blocks, while they are used. What is trained in a group has one dtype: adapters in float32
 stand in the group of their frozen bfloat16 block; a copy in float32 computes in the dtype of the network it copies.
 """
@@ -16,35 +16,38 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from phased_dmd.config import Engine
-from phased_dmd.engine.world import device, mesh, on_first_rank, rank, sharded
+from phased_dmd.engine.collectives import run_on_first_rank
+from phased_dmd.engine.world import device, mesh, rank, sharded
 
 VARIANTS = 64  # of a compiled block: a shape each, with and without gradient, with each adapter and without
 
 
-def outline(network: nn.Module) -> nn.Module:
-    """A copy whose parameters have no values: on the meta device. Buffers and other attributes are copied."""
-    shells = {
+def meta_copy(network: nn.Module) -> nn.Module:
+    """Copies a network, but its parameters as ones without values, on the meta device."""
+    empty = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in network.parameters()
     }
-    return copy.deepcopy(network, shells)  # type: ignore[arg-type] what deepcopy finds here it takes for copied
+    return copy.deepcopy(network, empty)  # type: ignore[arg-type] what deepcopy finds here it takes for copied
 
 
-def spread(network: nn.Module, blocks: Sequence[nn.Module], engine: Engine, compute: torch.dtype | None = None) -> None:
-    """Makes a network ready to run: its parameters sharded, its blocks recomputed or compiled as asked.
+def parallelise(
+    network: nn.Module, blocks: Sequence[nn.Module], engine: Engine, compute: torch.dtype | None = None
+) -> None:
+    """Shards a network's parameters if there is a group, and has its blocks recomputed or compiled as asked.
 
-    Sharded parameters have the first process's values; an outline's are unset. compute: the dtype that the blocks'
-    parameters are gathered in, their own if None.
+    Sharded parameters have the first process's values; a meta copy's are left unset. compute: the dtype that the
+    blocks' parameters are gathered in, their own if None.
     """
     if engine.activation_checkpointing:
         for block in blocks:
             _recompute(block)
-    has_values = on_first_rank(lambda: not any(p.is_meta for p in network.parameters()))
+    has_values = run_on_first_rank(lambda: not any(p.is_meta for p in network.parameters()))
     if sharded():
         values = dict(network.named_parameters())
         _shard(network, blocks, engine, compute)
         if has_values:
-            fill(dict(network.named_parameters()), values)
+            copy_full_tensors(dict(network.named_parameters()), values)
     elif not has_values:
         _allocate(network, device(), dict(network.named_buffers()))
     if engine.compile:
@@ -68,7 +71,7 @@ def _shard(network: nn.Module, blocks: Sequence[nn.Module], engine: Engine, comp
 
 
 def _allocate(network: nn.Module, where: torch.device, buffers: Mapping[str, Tensor]) -> None:
-    """Memory for parameters, unset; the buffers have these values, on the device that computes."""
+    """Gives parameters memory without setting it; the buffers have these values, on the device that computes."""
     network.to_empty(device=where)
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
@@ -76,7 +79,7 @@ def _allocate(network: nn.Module, where: torch.device, buffers: Mapping[str, Ten
 
 
 def _recompute(block: nn.Module) -> None:
-    """Keeps only the block's inputs for backward; without gradient it runs as it is."""
+    """Has the block keep only its inputs for backward; without gradient it runs as it is."""
     forward = block.forward
 
     def recomputed(*args: Any, **more: Any) -> Any:
@@ -88,8 +91,8 @@ def _recompute(block: nn.Module) -> None:
 
 
 @torch.no_grad()
-def fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copies whole tensors into parameters by name; into sharded ones, those of the first process."""
+def copy_full_tensors(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copies full tensors into parameters by name; into sharded ones, those of the first process."""
     for name, p in parameters.items():
         if not isinstance(p, DTensor):
             p.copy_(values[name])
@@ -100,8 +103,8 @@ def fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None
         p.copy_(distribute_tensor(value, p.device_mesh, p.placements))
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A copy of a tensor, gathered from its shards, on the CPU; a tensor without values (meta) itself."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Copies a tensor to the CPU, gathered from its shards; returns one without values (meta) as it is."""
     if tensor.is_meta:
         return tensor
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

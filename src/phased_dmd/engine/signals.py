@@ -5,11 +5,11 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
-from phased_dmd.engine.world import most
+from phased_dmd.engine.collectives import all_reduce_max
 
 
 class Signals:
-    """Inside the context the signals are noted; a second one of the same kind acts as if there were no context."""
+    """A context in which the signals are noted; a second one of the same kind acts as if there were no context."""
 
     def __init__(self) -> None:
         self.noted = 0  # the number of a signal that this process has got
@@ -31,5 +31,5 @@ class Signals:
         signal.signal(number, self._before[number])
 
     def asked(self) -> int:
-        """The number of a signal that any process has got, or 0; all processes ask together."""
-        return most(self.noted)
+        """Returns the number of a signal that any process has got, or 0; all processes call this together."""
+        return all_reduce_max(self.noted)

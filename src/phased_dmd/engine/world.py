@@ -1,37 +1,34 @@
-"""The device, and the processes that torchrun started: alone, one process is its own world."""
+"""The device, the processes that torchrun started, and how a batch is split among them."""
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from phased_dmd.config import Engine
-from phased_dmd.errors import LostPeer, Stopped, UserError
+from phased_dmd.errors import LostPeer, UserError
 
-T = TypeVar("T")
 GONE = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe", "Timed out")  # said of peers
-PATIENCE = timedelta(minutes=30)  # for a word from another process; for work of unknown length see `patience`
+PATIENCE = timedelta(minutes=30)  # for a word from another process; see `collectives` for work of unknown length
 
 
 def device() -> torch.device:
-    """The accelerator, if there is one that knows float64, else the CPU."""
+    """Returns the accelerator if there is one that knows float64, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator if accelerator is not None and accelerator.type != "mps" else torch.device("cpu")
 
 
 @contextmanager
 def processes(alone: bool = False) -> Iterator[None]:
-    """Inside, this process is one of those that torchrun started, if it did. alone: a group of one without it, too.
+    """Joins the group of processes that torchrun started, and leaves it afterwards; without torchrun there is none.
 
-    Raises LostPeer where another process is gone.
+    alone: make a group of one process without torchrun, too. Raises LostPeer where another process is gone.
     """
     started = "TORCHELASTIC_RUN_ID" in os.environ
     if dist.is_initialized() or not (started or alone):
@@ -62,21 +59,21 @@ def processes(alone: bool = False) -> Iterator[None]:
 
 
 def sharded() -> bool:
-    """Whether networks are spread over a group of processes."""
+    """Whether there is a group of processes, over which networks are sharded."""
     return dist.is_initialized()
 
 
 def rank() -> int:
-    return dist.get_rank() if sharded() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if sharded() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @cache
 def mesh(replicas: int) -> DeviceMesh:
-    """All processes in a line, or in `replicas` lines that each hold all of the weights (HSDP)."""
+    """Arranges all processes in one line, or in `replicas` lines that each hold all of the weights (HSDP)."""
     if replicas == 1:
         return init_device_mesh(device().type, (world_size(),))
     return init_device_mesh(device().type, (replicas, world_size() // replicas), mesh_dim_names=("replicate", "shard"))
@@ -84,47 +81,29 @@ def mesh(replicas: int) -> DeviceMesh:
 
 @cache
 def sequence_mesh(ways: int) -> DeviceMesh:
-    """Groups of `ways` neighbouring processes, as diffusers names their dimensions."""
+    """Groups every `ways` neighbouring processes; the dimensions have the names that diffusers asks for."""
     shape = (world_size() // ways, 1, ways)
     return init_device_mesh(device().type, shape, mesh_dim_names=("batch", "ring", "ulysses"))
 
 
-def check(engine: Engine) -> None:
-    """A UserError where the processes cannot form the groups that are asked for."""
+def check_groups(engine: Engine) -> None:
+    """Raises a UserError where the processes cannot form the groups that are asked for."""
     for name, size in (("replicas", engine.replicas), ("sequence_parallel", engine.sequence_parallel)):
         if world_size() % size:
             raise UserError(f"engine.{name}: {world_size()} processes cannot be grouped by {size}")
 
 
 def warn(message: str) -> None:
-    """A warning where the caller was called from; of several processes, the first one speaks for all."""
+    """Warns where the caller was called from; of several processes, the first one speaks for all."""
     if rank() == 0 if sharded() else os.environ.get("RANK", "0") == "0":
         warnings.warn(message, stacklevel=3)
 
 
-def mean(value: Tensor) -> float:
-    """The mean over the processes of a number of each."""
-    if not sharded():
-        return value.item()
-    total = value.detach().to("cpu", torch.float64)
-    dist.all_reduce(total)
-    return total.item() / world_size()
+def split_batch(batch: int, engine: Engine, pairs: bool = False) -> list[list[range]]:
+    """Splits a global batch into micro-batches, and each of them into the samples of every process.
 
-
-def most(number: int) -> int:
-    """The greatest of the processes' numbers."""
-    if not sharded():
-        return number
-    found = torch.tensor(number)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
-
-
-def shares(batch: int, engine: Engine, pairs: bool = False) -> list[list[range]]:
-    """A global batch in micro-batches: for each the samples of every process; a UserError where it cannot be shared.
-
-    A micro-batch's samples are neighbours, and so are a process's; those that share sequences have the same.
-    pairs: no pair of neighbours may be parted.
+    A micro-batch's samples are neighbours, and so are a process's; those that share sequences have the same. Raises a
+    UserError where the batch cannot be split. pairs: no pair of neighbours may be parted.
     """
     groups = world_size() // engine.sequence_parallel
     own, rest = divmod(batch, groups)
@@ -140,38 +119,3 @@ def shares(batch: int, engine: Engine, pairs: bool = False) -> list[list[range]]
         begins = [start * groups + group * each for group in owners]
         micro_batches.append([range(begin, begin + each) for begin in begins])
     return micro_batches
-
-
-def together(action: Callable[[], T]) -> list[T]:
-    """What `action` gave on every rank, in their order. If it failed on any, every rank raises: its own error or the
-    first other's, an OSError, UserError or Stopped as what it was, anything else as a RuntimeError.
-    """
-    if not sharded():
-        return [action()]
-    mine, error = None, None
-    try:
-        mine = action()
-    except Exception as caught:
-        error = caught
-    found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (mine, error and _portable(error)))
-    if error is not None:
-        raise error
-    for _, other in found:
-        if other is not None:
-            raise other
-    return [value for value, _ in found]
-
-
-def on_first_rank(action: Callable[[], T]) -> T:
-    """What `action` gave on the first rank, the only one to run it; if it failed, every rank raises."""
-    return cast(T, together(lambda: action() if rank() == 0 else None)[0])
-
-
-def _portable(error: Exception) -> Exception:
-    """The same error, as one that every process can unpickle."""
-    if isinstance(error, OSError):
-        return OSError(error.errno, error.strerror)
-    if isinstance(error, Stopped):
-        return error
-    return type(error)(str(error)) if isinstance(error, UserError) else RuntimeError(f"rank {rank()}: {error!r}")

@@ -23,12 +23,12 @@ from phased_dmd.errors import UserError
 from phased_dmd.finished import Experts, read_run
 from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.models.loader import bare_model
+from phased_dmd.models.pipeline import check_pipeline
 from phased_dmd.models.qwen_image import PIPELINES as QWEN_PIPELINES
-from phased_dmd.models.source import SHIPPED, Source, check_pipeline
+from phased_dmd.models.source import SHIPPED, BareSource, Source
 from phased_dmd.models.wan import PIPELINES as WAN_PIPELINES
 from phased_dmd.models.wan import takes_first_frame
-from phased_dmd.models.weightless import BareSource
-from phased_dmd.networks.system import check_shapes, expert_shapes
+from phased_dmd.networks.build import check_shapes, expert_shapes
 
 PARTS = ("transformer", "transformer_2")
 NOISE = ("high-noise", "low-noise")  # how vendors name the two networks

@@ -2,11 +2,12 @@
 
 Arguments are tensors and callables only. x_s, eps: [b, ...]; s, t: [b] float64, s < t. `Predict` maps (x_t, t) to
 the native prediction psi = p x_0 + q eps [b, ...]. Losses come per sample, [b], averaged over the sample's elements.
+What `expand_like` has multiplied is float32 at least, so bfloat16 samples are computed in float32 here.
 D is the determinant of (x_0, eps) -> (x_t, psi), `d` in the code; see `schedules`.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -35,8 +36,8 @@ MIN_NORMALISER = 1e-4  # the least mean absolute error that a gradient is divide
 
 
 def _mean_per_sample(x: Tensor) -> Tensor:
-    """Averages [b, ...] over all axes but the batch's, in float32 at least: [b]."""
-    return x.flatten(1).to(torch.promote_types(x.dtype, torch.float32)).mean(1)
+    """Averages [b, ...] over all axes but the batch's: [b]."""
+    return x.flatten(1).mean(1)
 
 
 def _is_clean(s: Tensor, schedule: Schedule) -> Tensor:
@@ -122,10 +123,9 @@ def matching_gradient(
     normalised: the same, divided by the mean absolute x_s - E_T[x_s | x_t] of the sample, which needs many elements to
     be a mean; at s = 0 it is the form of public DMD code.
     public: x0_F - x0_T, divided by the mean absolute x0_generator - x0_T; x0_generator is the generator's own
-    prediction of x_0, and a ValueError says so if it is missing.
+    prediction of x_0, without which `public` is a ValueError.
     """
     with torch.no_grad():
-        x_s, eps = (v.detach().to(torch.promote_types(v.dtype, torch.float32)) for v in (x_s, eps))
         x_t = add_noise(x_s, eps, s, t, schedule)
         psi_teacher, psi_fake = teacher(x_t, t), fake(x_t, t)
         alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
@@ -142,8 +142,10 @@ def matching_gradient(
             if x0_generator is None:
                 raise ValueError("the public weighting needs the generator's own x_0 prediction, x0_generator")
             gradient, error = x0_difference, x0_generator - x0_teacher
-        else:
+        elif weighting == "normalised":
             gradient, error = kappa * x0_difference, x_s - _expected_x_s(x0_teacher, x_t, s, t, schedule)
+        else:
+            raise ValueError(f"weighting: {weighting!r} is none of {', '.join(get_args(Weighting))}")
         return gradient / expand_like(_mean_per_sample(error.abs()).clamp(min=MIN_NORMALISER), x_s)
 
 
@@ -170,7 +172,6 @@ def fisher_stop_gradient_loss(
     divergence's but the KL's, preconditioned by the covariance of x_s given x_t. The Fisher divergence itself is
     `score_matching_loss` of the teacher minus the fake's, on samples with their graph.
     """
-    x_s, eps = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (x_s, eps))
     x_t = add_noise(x_s, eps, s, t, schedule)
 
     def expected_x_s(predict: Predict) -> Samples:

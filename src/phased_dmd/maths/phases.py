@@ -112,7 +112,7 @@ class PhasePlan:
 
     def steps(self, phase: int) -> range:
         """Returns the steps that the phase owns."""
-        return range(self.starts[phase - 1], (*self.starts, self.num_steps)[phase])
+        return range(self.starts[phase - 1], (*self.starts, len(self.times) - 1)[phase])
 
     def begin(self, phase: int) -> float:
         """Returns the time the phase starts from, s_{k-1}; t_0 for the first."""

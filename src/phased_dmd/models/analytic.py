@@ -24,9 +24,13 @@ from phased_dmd.maths.schedules import (
 )
 from phased_dmd.models.protocol import Condition
 
+SCHEDULES: dict[str, Schedule] = {
+    "flow": FlowSchedule(), "vp-cosine": VPSchedule("cosine"), "vp-linear": VPSchedule("linear"), "ve": VESchedule(),
+}  # fmt: skip
+
 
 class ExactMixture(nn.Module):
-    """E[p x_0 + q eps | x_t] in closed form for x_0 from sum_i w_i N(mean_i, std^2 I); std = 0: points.
+    """The exact E[p x_0 + q eps | x_t] for x_0 from the mixture sum_i w_i N(mean_i, std^2 I); std = 0 makes it points.
 
     means: [modes, dims]; weights: [modes], normalised here.
     """
@@ -41,7 +45,7 @@ class ExactMixture(nn.Module):
         self.prediction: Prediction = prediction
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x [b, dims], t [b] > 0 -> psi [b, dims], computed in float64."""
+        """Predicts psi [b, dims] at x [b, dims] and t [b] > 0; computed in float64."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         p, q = (coefficient[:, None] for coefficient in coefficients(self.prediction, alpha, sigma))
         alpha, sigma = alpha[:, None], sigma[:, None]
@@ -53,7 +57,7 @@ class ExactMixture(nn.Module):
         return (p * x0 + q * eps).to(x.dtype)
 
     def sample(self, count: int, rng: torch.Generator) -> Tensor:
-        """x_0 [count, dims], float32."""
+        """Draws x_0 [count, dims], float32."""
         mode = torch.multinomial(self.weights.cpu(), count, replacement=True, generator=rng)
         return (self.means.cpu()[mode] + self.std * torch.randn(count, self.means.shape[1], generator=rng)).float()
 
@@ -70,33 +74,21 @@ class TimeMLP(nn.Module):
         self.net = nn.Sequential(*itertools.chain.from_iterable(body), nn.Linear(hidden, dims))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x [b, dims], t [b] -> [b, dims]."""
+        """Predicts [b, dims] at x [b, dims] and t [b]."""
         phase = t[:, None].to(x.dtype) * math.pi * torch.arange(1, self.FREQUENCIES + 1, device=x.device)
         return self.net(torch.cat([x, phase.sin(), phase.cos()], 1))
 
 
-def build_schedule(name: str) -> Schedule:
-    match name:
-        case "flow":
-            return FlowSchedule()
-        case "vp-cosine":
-            return VPSchedule("cosine")
-        case "vp-linear":
-            return VPSchedule("linear")
-        case "ve":
-            return VESchedule()
-    raise ValueError(f"schedule: {name!r} is none of flow, vp-cosine, vp-linear, ve")
-
-
 def build_mixture(config: AnalyticTeacher) -> ExactMixture:
+    """Builds the exact teacher that a config describes."""
     means = torch.tensor(config.means, dtype=torch.float64)
     weights = torch.tensor(config.weights, dtype=torch.float64) if config.weights else torch.ones(len(means))
-    return ExactMixture(means, config.std, weights, build_schedule(config.schedule), config.prediction)
+    return ExactMixture(means, config.std, weights, SCHEDULES[config.schedule], config.prediction)
 
 
 @lru_cache(maxsize=16)
 def initial_student(config: AnalyticTeacher, seed: int, fit: bool) -> TimeMLP:
-    """The MLP, fitted to the exact prediction if `fit`; to be copied, as the runs of a process share it."""
+    """Builds the MLP, fitted to the exact prediction if `fit`; copy it, as the runs of a process share it."""
     exact, rng = build_mixture(config), generator(seed, "fit")
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
@@ -117,7 +109,7 @@ def initial_student(config: AnalyticTeacher, seed: int, fit: bool) -> TimeMLP:
 
 
 class AnalyticModel:
-    """`VelocityModel` of an exact mixture. Its student is an MLP, fitted to the exact prediction if `fit`.
+    """The `VelocityModel` of an exact mixture. Its student is an MLP, fitted to the exact prediction if `fit`.
 
     where: the device, by default the accelerator or the CPU; on the meta device nothing has values.
     """
@@ -154,7 +146,7 @@ class AnalyticModel:
 
 
 class PlainCodec:
-    """`Codec` of a model without prompts or pixels: samples are what they are."""
+    """The `Codec` of a model without prompts or pixels: it encodes nothing, and returns samples as they are."""
 
     fingerprint = ""
     takes_images = False

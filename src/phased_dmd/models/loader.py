@@ -1,7 +1,8 @@
-"""From a teacher's configuration to its model and codec: one line a model."""
+"""From a teacher's configuration to its model and codec: one case a model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -16,76 +17,62 @@ from phased_dmd.config.teacher import (
 from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.models.protocol import Codec, VelocityModel
-from phased_dmd.models.source import Source, quiet
-from phased_dmd.models.weightless import META, BareSource
+from phased_dmd.models.source import META, BareSource, Source, quiet
 
 
 def load_model(teacher: Teacher, seed: int, fit: bool = True) -> tuple[VelocityModel, Codec]:
-    """The frozen teacher and its codec; what the teacher's fields get wrong is a UserError.
+    """Loads the frozen teacher and its codec; what the teacher's fields get wrong is a UserError.
 
     fit: fit the student of an analytic teacher, which experts start from; those of a finished run replace it.
     """
     source = Source(teacher) if isinstance(teacher, PipelineTeacher) else None
-    with _mendable():
-        return _model(teacher, seed, fit, device(), source), _codec(teacher, device(), source)
+    with _user_errors():
+        model, codec = _builders(teacher, device(), source, seed, fit)
+        return model(), codec()
 
 
 def bare_model(teacher: Teacher, seed: int, source: BareSource | None = None) -> VelocityModel:
-    """The teacher with all but its weights, on the meta device; what cannot be is a UserError.
+    """Builds the teacher without weights, on the meta device; what cannot be is a UserError.
 
     source: where the configurations of a pipeline teacher are read.
     """
     if source is None and isinstance(teacher, PipelineTeacher):
         source = BareSource(teacher)
-    with _mendable():
-        return _model(teacher, seed, False, META, source)
+    with _user_errors():
+        return _builders(teacher, META, source, seed, fit=False)[0]()
 
 
 def bare_codec(teacher: Teacher, source: BareSource | None) -> Codec:
-    """What checks prompts and first frames; it neither encodes nor decodes."""
-    with _mendable():
-        return _codec(teacher, META, source)
+    """Builds a codec that checks prompts and first frames, and neither encodes nor decodes."""
+    with _user_errors():
+        return _builders(teacher, META, source, seed=0, fit=False)[1]()
 
 
-def _model(teacher: Teacher, seed: int, fit: bool, where: torch.device, source: Source | None) -> VelocityModel:
+def _builders(
+    teacher: Teacher, where: torch.device, source: Source | None, seed: int, fit: bool
+) -> tuple[Callable[[], VelocityModel], Callable[[], Codec]]:
+    """Imports a teacher's file, and no other's; returns what builds its model and its codec."""
     match teacher:
         case AnalyticTeacher():
-            from phased_dmd.models.analytic import AnalyticModel
+            from phased_dmd.models.analytic import AnalyticModel, PlainCodec
 
-            return AnalyticModel(teacher, seed, fit, where)
+            return partial(AnalyticModel, teacher, seed, fit, where), PlainCodec
         case WanTeacher():
             with quiet():  # it recommends torchvision, which nothing here needs
-                from phased_dmd.models.wan import WanModel
+                from phased_dmd.models.wan import WanCodec, WanModel
 
-            return WanModel(teacher, where, source)
+            return partial(WanModel, teacher, where, source), partial(WanCodec, teacher, where, source)
         case QwenImageTeacher():
-            from phased_dmd.models.qwen_image import QwenImageModel
+            from phased_dmd.models.qwen_image import QwenImageCodec, QwenImageModel
 
-            return QwenImageModel(teacher, where, source)
+            return partial(QwenImageModel, teacher, where, source), partial(QwenImageCodec, teacher, where, source)
         case OwnTeacher():
             raise UserError("teacher.kind: own needs a model given from Python, see docs/extending.md")
 
 
-def _codec(teacher: Teacher, where: torch.device, source: Source | None) -> Codec:
-    match teacher:
-        case WanTeacher():
-            with quiet():
-                from phased_dmd.models.wan import WanCodec
-
-            return WanCodec(teacher, where, source)
-        case QwenImageTeacher():
-            from phased_dmd.models.qwen_image import QwenImageCodec
-
-            return QwenImageCodec(teacher, where, source)
-        case _:
-            from phased_dmd.models.analytic import PlainCodec
-
-            return PlainCodec()
-
-
 @contextmanager
-def _mendable() -> Iterator[None]:
-    """What the fields of a teacher, or its folder's configurations, get wrong becomes a UserError."""
+def _user_errors() -> Iterator[None]:
+    """Turns what the fields of a teacher, or its folder's configurations, get wrong into a UserError."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""The two extension points: `VelocityModel`, what is distilled, and `Codec`, what stands before and behind it."""
+"""The two extension points: a `VelocityModel` is distilled; a `Codec` encodes its prompts and decodes its samples."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ Condition = dict[str, Tensor]  # what a network is told beside x and t
 
 
 class VelocityModel(Protocol):
-    """A teacher bank: one or more frozen networks on one schedule, all of one prediction type.
+    """The teacher: one or more frozen networks on one schedule, all of one prediction type.
 
     networks: the teacher's, noisiest first. students: what experts and fakes start from; the very networks
     wherever they can be trained. switches: see `PhasePlan`. sample_shapes: of one sample, without the batch, one a
@@ -39,24 +39,24 @@ class VelocityModel(Protocol):
     def lora_targets(self) -> Sequence[str]: ...
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
-        """The repeated blocks of a network, or of a copy: what is sharded, recomputed and compiled one by one."""
+        """Returns the repeated blocks of a network or its copy, to be sharded, recomputed and compiled one by one."""
         ...
 
     def batch(self, rows: Sequence[Condition]) -> Condition:
-        """Conditions as the codec encodes them, a dictionary a sample, as one of tensors [b, ...], padded as needed."""
+        """Joins the codec's conditions, one a sample, into one condition of tensors [b, ...], padded as needed."""
         ...
 
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The native prediction [b, ...] at x [b, ...] and t [b] in [0, 1], on the network's own time scale."""
+        """Returns a network's native prediction [b, ...] at x [b, ...] and t [b] in [0, 1]."""
         ...
 
     def guide(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-        """The guided prediction [b, ...]."""
+        """Returns the guided prediction [b, ...]."""
         ...
 
 
 class Codec(Protocol):
-    """Prompts and first frames to conditions, latents to pixels.
+    """Encodes prompts and first frames to conditions, and decodes latents to pixels.
 
     fingerprint: changes whenever the same prompt would be encoded differently; what was encoded before is then redone.
     takes_images: whether every prompt needs a first frame.
@@ -68,19 +68,19 @@ class Codec(Protocol):
     def takes_images(self) -> bool: ...
 
     def encode_text(self, prompts: Sequence[str]) -> list[Condition]:
-        """One unpadded condition a prompt, on the CPU; the empty prompt is encoded like any other."""
+        """Encodes each prompt to an unpadded condition on the CPU; the empty prompt is encoded like any other."""
         ...
 
     def too_long(self, prompts: Sequence[str]) -> int:
-        """How many of the prompts are cut off by `encode_text`."""
+        """Counts the prompts that `encode_text` cuts off."""
         ...
 
     def fits(self, image: Path) -> list[int]:
-        """The resolution buckets that a picture can be the first frame of; a file that is no picture is a UserError."""
+        """Lists the resolution buckets that a picture can be the first frame of; a UserError if it is no picture."""
         ...
 
     def encode_image(self, image: Path, bucket: int) -> Condition:
-        """What a first frame adds to a prompt's condition in a resolution bucket."""
+        """Returns what a first frame adds to a prompt's condition in a resolution bucket."""
         ...
 
     def free(self) -> None:
@@ -88,22 +88,22 @@ class Codec(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels [b, frames, height, width, 3] in [0, 1]."""
+        """Decodes latents to pixels [b, frames, height, width, 3] in [0, 1]."""
         ...
 
 
 def rows(condition: Condition, index: Tensor) -> Condition:
-    """The chosen rows of a batched condition."""
+    """Selects rows of a batched condition."""
     return {name: tensor[index.to(tensor.device)] for name, tensor in condition.items()}
 
 
 def joined(first: Condition, second: Condition) -> Condition:
-    """Two batched conditions as one; of two texts the shorter one is padded with zeros, as `batch` pads."""
+    """Joins two batched conditions into one; the shorter text is padded with zeros, as `batch` pads."""
     return {name: torch.cat(_of_one_length(tensor, second[name])) for name, tensor in first.items()}
 
 
 def _of_one_length(*tensors: Tensor) -> list[Tensor]:
-    """Zeros appended in the second dimension, if there is one."""
+    """Pads tensors with zeros to the same length in their second dimension, if there is one."""
     if tensors[0].ndim == 1:
         return list(tensors)
     longest = max(x.shape[1] for x in tensors)

@@ -1,4 +1,4 @@
-"""A frozen base in 8 or 4 bits, with bitsandbytes: for runs on one GPU. Its adapters are not quantised."""
+"""Packs a frozen base into 8 or 4 bits with bitsandbytes, for runs on one GPU. Its adapters are not quantised."""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -1,4 +1,4 @@
-"""One sample in several processes: Ulysses, through the context-parallel hooks of diffusers."""
+"""Shares one sample among several processes: Ulysses, through the context-parallel hooks of diffusers."""
 
 import math
 from collections.abc import Sequence

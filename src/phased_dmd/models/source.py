@@ -11,26 +11,28 @@ from typing import Any, Literal
 import diffusers
 import torch
 import transformers
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin, no_init_weights
+from huggingface_hub import snapshot_download
 from torch import nn
 
-from phased_dmd.config.teacher import PipelineTeacher, Size
+from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.engine.world import rank, sharded
 from phased_dmd.errors import UserError
-from phased_dmd.models.architectures import skeleton
-from phased_dmd.models.contents import file_hash, tensors_hash
+from phased_dmd.models.hashes import file_hash, tensors_hash
 from phased_dmd.models.quantise import quantise
 from phased_dmd.models.trust import check_index, check_part, read_json
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = ("nano", "nano-moe", "nano-i2v")
 WEIGHED = ("transformer", "transformer_2", "text_encoder", "image_encoder", "vae")
-ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+META = torch.device("meta")  # tensors there have shapes and no values
 REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # of `from_pretrained`: see `check_loaded`
 
 
 class Source:
-    """Where the parts of a teacher's pipeline come from."""
+    """Reads the parts of a teacher's pipeline from its folder."""
 
     def __init__(self, teacher: PipelineTeacher) -> None:
         self.path, self.revision = teacher.path, teacher.revision
@@ -38,7 +40,7 @@ class Source:
 
     @property
     def on_disk(self) -> bool:
-        """Whether it is a folder of this machine, and no hub id."""
+        """Whether the teacher's path is a folder of this machine, and no hub id."""
         return self.path in SHIPPED or Path(self.path).exists()
 
     @cached_property
@@ -49,18 +51,18 @@ class Source:
         try:
             return Path(DiffusionPipeline.download(self.path, revision=self.revision, use_safetensors=True))
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"teacher.path: {self.path} is no folder, and cannot be had from the hub: {str(error).split('. ')[0]}"
-            ) from error
+            reason = f"cannot be had from the hub: {str(error).split('. ')[0]}"
+            raise UserError(f"teacher.path: {self.path} is no folder, and {reason}") from error
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """`model_index.json`; one that names code of its own is a UserError."""
+        """The content of `model_index.json`; one that names code of its own is a UserError."""
         index = read_json(self.folder / "model_index.json")
         check_index(index, self.folder)
         return index
 
     def has(self, name: str) -> bool:
+        """Whether the pipeline has a part of that name."""
         return (self.index.get(name) or (None,))[0] is not None
 
     def part_folder(self, name: str) -> Path:
@@ -72,12 +74,12 @@ class Source:
         return found
 
     def check_weights(self, name: str) -> None:
-        """A UserError where a part's weights are not in safetensors: a pickle is never opened."""
+        """Raises a UserError where a part's weights are not in safetensors: a pickle is never opened."""
         if not any(self.part_folder(name).glob("*.safetensors")):
             raise UserError(f"teacher.path: {self.part_folder(name)} holds no weights in safetensors")
 
     def load(self, kind: type, name: str, **options: Any) -> Any:
-        """One part by its class; weights only from safetensors, all of them, and no code but the libraries' own."""
+        """Loads one part by its class: weights only from safetensors, all of them, and no code but the libraries'."""
         folder = self.part_folder(name)
         is_network = issubclass(kind, nn.Module)
         if is_network:
@@ -96,10 +98,10 @@ class Source:
         return part.eval().requires_grad_(False)
 
     def network(self, kind: type, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """A teacher's network on the device. Where it will be sharded: on the CPU, and of the first process alone.
+        """Loads a teacher's network to the device; one that will be sharded to the first process's CPU alone.
 
-        What its class keeps in float32 is so in bfloat16 alone: float64 is float64 throughout. A packed one, see
-        `quantise`, is packed on its way to the device.
+        What its class keeps in float32 is so in bfloat16 alone: float64 is float64 throughout. With `quantise` the
+        repeated blocks are packed on their way to the device.
         """
         if self.quantise and sharded():
             raise UserError("teacher.quantise: a packed network cannot be sharded or offloaded")
@@ -107,14 +109,14 @@ class Source:
             network = skeleton(kind, self.config(kind, name), dtype)
         else:
             network = self.load(kind, name, dtype=dtype)
-            if self.quantise and device.type != "meta":
+            if self.quantise and device != META:
                 lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]  # repeated blocks
                 quantise([block for blocks in lists for block in blocks], self.quantise, dtype, device)
             network.to("cpu" if sharded() else device)
         return network.double() if dtype == torch.float64 else network
 
     def config(self, kind: Any, name: str) -> dict[str, Any]:
-        """A part's configuration alone, with its class's defaults."""
+        """A part's configuration, with its class's defaults."""
         folder = self.part_folder(name)
         check_part(folder, kind)
         known = inspect.signature(kind.__init__).parameters.values()
@@ -136,14 +138,80 @@ class Source:
         return hashlib.blake2b(repr(about).encode(), digest_size=16).hexdigest()
 
 
+class BareSource(Source):
+    """Reads no weight: the networks of the pipeline are on the meta device. The configurations of known hub ids ship.
+
+    look: whether a folder of this machine must hold all that a run reads; else its configurations are enough.
+    """
+
+    def __init__(self, teacher: PipelineTeacher, look: bool = False) -> None:
+        super().__init__(teacher)
+        self.look = look
+
+    @cached_property
+    def folder(self) -> Path:
+        if self.on_disk:
+            return super().folder
+        if shipped := architecture(self.path):
+            return shipped
+        try:
+            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=["*.json"]))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"teacher.path: {self.path} is no folder and no shipped architecture, and its configuration cannot be "
+                "had from the hub"
+            ) from error
+
+    def check_weights(self, name: str) -> None:
+        if self.look and self.on_disk:
+            super().check_weights(name)
+
+    def load(self, kind: type, name: str, **options: Any) -> Any:
+        """Returns a skeleton of a network; a tokenizer itself, or None where the folder is not on this machine."""
+        if not issubclass(kind, nn.Module):
+            return super().load(kind, name, **options) if self.on_disk else None
+        self.check_weights(name)
+        config = self.config(kind, name)
+        try:
+            with quiet():
+                return skeleton(kind, config, options["dtype"]).requires_grad_(False)  # type: ignore[arg-type] of diffusers
+        except Exception as error:  # what a class makes of another's configuration
+            reason = " ".join(str(error).split())
+            raise UserError(f"teacher.path: {self.part_folder(name)} makes no {kind.__name__}: {reason}") from error
+
+
+def architecture(path: str) -> Path | None:
+    """The shipped folder of a hub id: each part's configuration, as on the hub, and no weights; None if unknown."""
+    shipped = (ASSETS / "architectures").glob("*/*/model_index.json")
+    return {f"{index.parts[-3]}/{index.parts[-2]}": index.parent for index in shipped}.get(path)
+
+
+def skeleton(kind: type[ModelMixin], config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """The model that `kind.from_pretrained(folder, dtype=dtype)` gives, its parameters on the meta device.
+
+    Buffers and plain attributes are real. As there, what the class keeps in float32 is float32 whatever the dtype.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            model: nn.Module = kind.from_config(config)  # type: ignore[attr-defined] every model is a ConfigMixin too
+    finally:
+        torch.set_default_dtype(before)
+    kept = set(kind._keep_in_fp32_modules or ())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype if kept.isdisjoint(name.split(".")) else torch.float32)
+    return model.eval()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' progress bars and notices."""
+    """Silences the libraries' progress bars and notices."""
     before = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
     try:
         yield
     finally:
@@ -152,7 +220,7 @@ def quiet() -> Iterator[None]:
 
 
 def check_loaded(where: str, part: nn.Module, report: Mapping[str, Iterable[Any]]) -> None:
-    """A UserError that names a tensor which a library's loader, asked by REPORTED, did not find, or of another shape.
+    """Raises a UserError that names a tensor which a library's loader, asked by REPORTED, did not find or fit.
 
     diffusers believes an index of shards; what it does not find in them is left on the meta device.
     """
@@ -165,61 +233,3 @@ def check_loaded(where: str, part: nn.Module, report: Mapping[str, Iterable[Any]
         surplus = min(report["unexpected_keys"], default=None)
         instead = f"; it holds {surplus} instead" if surplus else ""
         raise UserError(f"{where} lacks {min(missing)}{more} of its {type(part).__name__}{instead}")
-
-
-def dtype_of(teacher: PipelineTeacher) -> torch.dtype:
-    return {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}[teacher.dtype]
-
-
-def encoder_dtype(teacher: PipelineTeacher, device: torch.device) -> torch.dtype:
-    """Of the text encoder: the teacher's, but float32 on a CPU, where half precision is slow."""
-    return torch.float32 if device.type == "cpu" else dtype_of(teacher)
-
-
-def check_pipeline(source: Source, names: Sequence[str]) -> None:
-    """A UserError where the folder holds another pipeline."""
-    if (found := source.index.get("_class_name")) not in names:
-        raise UserError(f"teacher.path: {source.path} is a {found}, not a {' or '.join(names)}")
-
-
-def check_sizes(
-    sizes: Sequence[Size], spatial: tuple[int, int], temporal: int, most: tuple[int, int, int] | None = None
-) -> None:
-    """A UserError, with the nearest size that is valid, where one does not fit the strides in pixels and frames.
-
-    most: the frames, height and width up to which the network knows positions.
-    """
-    for i, size in enumerate(sizes):
-        frames = 1 + temporal * round((size.num_frames - 1) / temporal)
-        height, width = (
-            stride * max(1, round(length / stride))
-            for length, stride in zip((size.height, size.width), spatial, strict=True)
-        )
-        if (frames, height, width) != (size.num_frames, size.height, size.width):
-            raise UserError(
-                f"teacher.sizes.{i}: {size} does not fit the strides {temporal}, {spatial[0]}, {spatial[1]} of frames, "
-                f"height and width; nearest is {frames}x{height}x{width}"
-            )
-        if most and any(a > b for a, b in zip((size.num_frames, size.height, size.width), most, strict=True)):
-            limit = "x".join(map(str, most))
-            raise UserError(
-                f"teacher.sizes.{i}: {size} is beyond the network's table of positions, which ends at {limit}"
-            )
-
-
-def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
-    """A UserError where a LoRA target ends the name of no module, or of one that no adapter fits."""
-    modules = dict(network.named_modules())
-    for target in targets:
-        found = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
-        if not found:
-            raise UserError(f"teacher.lora_targets: {target} ends the name of no module of the transformer")
-        if odd := next((module for module in found if not isinstance(module, ADAPTABLE)), None):
-            raise UserError(f"teacher.lora_targets: {target} is a {type(odd).__name__}, which takes no adapter")
-
-
-def guidance_of(teacher: PipelineTeacher, networks: int) -> tuple[float, ...]:
-    """One guidance a network."""
-    if len(teacher.guidance) not in (1, networks):
-        raise UserError(f"teacher.guidance: {len(teacher.guidance)} values for {networks} network(s)")
-    return teacher.guidance * (networks // len(teacher.guidance))

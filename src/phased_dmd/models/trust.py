@@ -1,4 +1,4 @@
-"""What a pipeline's folder from outside may say: nothing that names code, or a file outside of the folder."""
+"""Checks a pipeline's folder from outside: nothing in it may name code, or a file outside of the folder."""
 
 import json
 import re
@@ -16,7 +16,7 @@ KERNELS = re.compile(r"_?(attn|experts)_implementation(_internal)?")  # keys tha
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of JSON; anything else is a UserError."""
+    """Reads a JSON object; anything else is a UserError."""
     try:
         data = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_index(index: Mapping[str, Any], folder: Path) -> None:
-    """A UserError where `model_index.json` names a class that is none of diffusers or transformers."""
+    """Raises a UserError where `model_index.json` names a class that is none of diffusers or transformers."""
     if not isinstance(index.get("_class_name"), str):
         raise UserError(f"teacher.path: {folder} names a pipeline that is code of its own")
     for name, value in index.items():
@@ -38,7 +38,7 @@ def check_index(index: Mapping[str, Any], folder: Path) -> None:
 
 
 def check_part(folder: Path, kind: type) -> None:
-    """A UserError where a part's configurations name code, another part, or weights outside of its folder."""
+    """Raises a UserError where a part's configurations name code, another part, or weights outside of its folder."""
     if (folder / "adapter_config.json").exists():
         raise UserError(f"teacher.path: {folder} holds an adapter, which names a base elsewhere")
     if script := next(folder.glob("*.py"), None):
@@ -58,7 +58,7 @@ def check_part(folder: Path, kind: type) -> None:
 
 
 def _entries(data: Any) -> Iterator[tuple[str, Any]]:
-    """All keys with their values, at any depth."""
+    """Yields all keys with their values, at any depth."""
     if isinstance(data, dict):
         yield from data.items()
     for value in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():

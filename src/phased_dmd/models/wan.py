@@ -13,18 +13,9 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT
 
 from phased_dmd.config.teacher import Size, WanTeacher
 from phased_dmd.errors import UserError
-from phased_dmd.maths.schedules import FlowSchedule, Prediction, Schedule
+from phased_dmd.models.pipeline import PipelineCodec, PipelineModel, check_pipeline, check_sizes
 from phased_dmd.models.protocol import Condition
-from phased_dmd.models.source import (
-    ASSETS,
-    Source,
-    check_pipeline,
-    check_sizes,
-    check_targets,
-    dtype_of,
-    encoder_dtype,
-    guidance_of,
-)
+from phased_dmd.models.source import ASSETS, Source
 from phased_dmd.pictures import read_picture, shown_size
 
 NANO = ASSETS / "nano"
@@ -32,8 +23,8 @@ ASPECT = 0.05  # by how much a first frame's aspect ratio may differ from its bu
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
 
-class WanModel:
-    """`VelocityModel` of Wan's transformers.
+class WanModel(PipelineModel):
+    """The `VelocityModel` of Wan's transformers.
 
     Beside the text, image-to-video models are told the first frame: as more channels (`image`, Wan2.1 and 2.2), as
     features (`image_features`, Wan2.1), or, where timesteps are expanded (TI2V-5B), as the first latent frame itself
@@ -43,45 +34,35 @@ class WanModel:
     def __init__(self, config: WanTeacher, device: torch.device, source: Source | None = None) -> None:
         source = source or Source(config)
         check_pipeline(source, PIPELINES)
-        self.schedule: Schedule = FlowSchedule()
-        self.prediction: Prediction = "flow"
-        self.lora_targets: Sequence[str] = config.lora_targets
-        self.max_tokens, self.device, self.dtype = config.max_tokens, device, dtype_of(config)
-        self.expands = bool(source.index.get("expand_timesteps"))
+        self.max_tokens, self.expands = config.max_tokens, bool(source.index.get("expand_timesteps"))
         vae = source.config(AutoencoderKLWan, "vae")
+        space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
         switch = source.index.get("boundary_ratio")  # without one, the pipeline runs its first transformer alone
         parts = ["transformer"] if switch is None else ["transformer", "transformer_2"]
         shape = source.config(WanTransformer3DModel, parts[0])
         self.patch = tuple(shape["patch_size"])
-        space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
-        strides = space * self.patch[1], space * self.patch[2]
+        height, width = space * self.patch[1], space * self.patch[2]
         positions = shape["rope_max_seq_len"]  # tokens a side
-        most = (positions * self.patch[0] - 1) * time + 1, positions * strides[0], positions * strides[1]
-        check_sizes(config.sizes, strides, time, most)
-        self.sample_shapes: Sequence[tuple[int, ...]] = [
-            (vae["z_dim"], (size.num_frames - 1) // time + 1, size.height // space, size.width // space)
-            for size in config.sizes
-        ]
+        most = (positions * self.patch[0] - 1) * time + 1, positions * height, positions * width
+        check_sizes(config.sizes, (time, height, width), most)
         if takes_first_frame(config, source) != (shape["in_channels"] > vae["z_dim"]) and not self.expands:
             raise UserError(
                 f"teacher.first_frame: {config.path} has {shape['in_channels']} input channels, "
                 f"{vae['z_dim']} of them latents"
             )
-        self.guidance: Sequence[float] = guidance_of(config, len(parts))
-        self.networks: Sequence[nn.Module] = [
-            source.network(WanTransformer3DModel, name, self.dtype, device) for name in parts
+        shapes = [
+            (vae["z_dim"], (size.num_frames - 1) // time + 1, size.height // space, size.width // space)
+            for size in config.sizes
         ]
-        self.students: Sequence[nn.Module] = self.networks
-        self.switches: Sequence[float] = [] if switch is None else [switch]
-        for network in self.networks:
-            check_targets(network, config.lora_targets)
+        switches = [] if switch is None else [switch]
+        super().__init__(config, source, device, WanTransformer3DModel, parts, shapes, switches)
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(network, WanTransformer3DModel)
         return list(network.blocks)
 
     def batch(self, rows: Sequence[Condition]) -> Condition:
-        """Wan pads the text with zeros, unmasked, to its full length."""
+        """Pads the text with zeros, unmasked, to its full length, as Wan does."""
         text = rows[0]["text"].new_zeros(len(rows), self.max_tokens, rows[0]["text"].shape[1])
         for i, row in enumerate(rows):
             text[i, : len(row["text"])] = row["text"]
@@ -113,41 +94,25 @@ class WanModel:
         known = (x[:, :, :1] - first) / t.reshape(-1, 1, 1, 1, 1)
         return torch.cat([known.to(velocity.dtype), velocity[:, :, 1:]], dim=2)
 
-    def guide(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-        return unconditional + guidance * (conditional - unconditional)
 
-
-class WanCodec:
-    """`Codec` through the stock pipeline's own encoding, and Wan's video VAE."""
+class WanCodec(PipelineCodec):
+    """The `Codec` of Wan: the stock pipeline's own encoding, and its video VAE."""
 
     def __init__(self, config: WanTeacher, device: torch.device, source: Source | None = None) -> None:
-        self.source, self.device = source or Source(config), device
-        check_pipeline(self.source, PIPELINES)
-        self.sizes, self.max_tokens, self.text_dtype = config.sizes, config.max_tokens, encoder_dtype(config, device)
-        self.takes_images = takes_first_frame(config, self.source)
+        source = source or Source(config)
+        check_pipeline(source, PIPELINES)
+        self.sizes, self.takes_images = config.sizes, takes_first_frame(config, source)
         parts = ["tokenizer", "text_encoder"]
         if self.takes_images:
-            parts += [name for name in ("image_encoder", "image_processor", "vae") if self.source.has(name)]
-        for name in parts:
-            if name.endswith("encoder"):
-                self.source.check_weights(name)
-        self._parts, self._fingerprint = parts, ""
-        self.tokenizer = self.source.load(AutoTokenizer, "tokenizer")
-        self.vae: AutoencoderKLWan = self.source.load(AutoencoderKLWan, "vae", dtype=torch.float32).to(device)
-        shape = 1, -1, 1, 1, 1
-        self.mean = torch.tensor(self.vae.config["latents_mean"]).reshape(shape)
-        self.std = torch.tensor(self.vae.config["latents_std"]).reshape(shape)
+            parts += [name for name in ("image_encoder", "image_processor", "vae") if source.has(name)]
+        sizes = [str(size) for size in config.sizes] if self.takes_images else []
+        super().__init__(config, source, device, AutoencoderKLWan, parts, sizes)
+        self.tokenizer = source.load(AutoTokenizer, "tokenizer")
         self._encoder: Any = None
 
     @property
-    def fingerprint(self) -> str:
-        sizes = [str(size) for size in self.sizes] if self.takes_images else []
-        self._fingerprint = self._fingerprint or self.source.fingerprint(self._parts, self.max_tokens, sizes)
-        return self._fingerprint
-
-    @property
     def encoder(self) -> WanImageToVideoPipeline | WanPipeline:
-        """The stock pipeline without its transformers."""
+        """The stock pipeline without its transformers, loaded when it is first needed."""
         if self._encoder is None:
             source = self.source
             parts: dict[str, Any] = {
@@ -171,7 +136,7 @@ class WanCodec:
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Condition]:
-        """text [tokens, d] each, without the zeros that the pipeline pads it with."""
+        """Returns text [tokens, d] for each prompt, without the zeros that the pipeline pads it with."""
         text, _ = self.encoder.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.max_tokens, device=self.device
         )
@@ -192,22 +157,16 @@ class WanCodec:
 
     @torch.no_grad()
     def encode_image(self, image: Path, bucket: int) -> Condition:
-        """See `WanModel`: image [4 + z, f, h, w] and image_features [tokens, d], or first_frame [z, 1, h, w]."""
+        """Returns image [4 + z, f, h, w] and image_features [tokens, d], or first_frame [z, 1, h, w]."""
         pipeline, picture, size = self.encoder, read_picture(image), self.sizes[bucket]
         assert isinstance(pipeline, WanImageToVideoPipeline)
         return first_frame_condition(pipeline, picture, size, self.device)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        latents = latents.to(self.vae.device, self.vae.dtype)
-        pixels = self.vae.decode(latents * self.std.to(latents) + self.mean.to(latents), return_dict=False)[0]
-        return pixels.float().permute(0, 2, 3, 4, 1) / 2 + 0.5
 
 
 def first_frame_condition(
     pipeline: WanImageToVideoPipeline, picture: Image.Image, size: Size, device: torch.device
 ) -> Condition:
-    """A first frame as the stock pipeline prepares it, on the CPU; see `WanModel`."""
+    """Encodes a first frame as the stock pipeline does, to the CPU; see `WanModel`."""
     pixels = pipeline.video_processor.preprocess(picture, height=size.height, width=size.width)
     prepared = pipeline.prepare_latents(
         pixels.to(device, torch.float32), 1, height=size.height, width=size.width, num_frames=size.num_frames,
@@ -222,4 +181,5 @@ def first_frame_condition(
 
 
 def takes_first_frame(config: WanTeacher, source: Source) -> bool:
+    """Says whether the teacher is given a first frame: as its config says, or else the class of its pipeline."""
     return source.index["_class_name"] == PIPELINES[1] if config.first_frame is None else config.first_frame

@@ -1,4 +1,4 @@
-"""AdamW for beta1 = 0, the decay of the learning rate, and what a role in training carries with it."""
+"""What trains a role: AdamW for beta1 = 0, the decay of its rate, the running average and the check for NaN."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +13,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.adamw import adamw
 
 from phased_dmd.config import Optimiser
+from phased_dmd.engine.collectives import all_reduce_max
 from phased_dmd.engine.randomness import seed_of
-from phased_dmd.engine.world import most, rank
+from phased_dmd.engine.world import rank
 
 CLIP_EPS = 1e-6  # torch scales by clip / (norm + this), or by 1 at most
 
@@ -50,51 +51,47 @@ class MomentumFreeAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates every parameter that has a gradient, in one pass over memory; each process its shards alone."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if params := [p for p in group["params"] if p.grad is not None]:
-                self._update(group, params)
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            weights, grads = [_own(p) for p in params], [_own(p.grad) for p in params if p.grad is not None]
+            steps, stored = [self.state[p]["step"] for p in params], [_own(self.state[p]["exp_avg_sq"]) for p in params]
+            squares = [v.to(g.dtype) for v, g in zip(stored, grads, strict=True)]
+            adamw(  # the gradients stand in the place of the first moments, which are equal to them at beta1 = 0
+                weights, grads, grads, squares, [], steps, fused=True, amsgrad=False, maximize=False,
+                lr=group["lr"], beta1=0.0, beta2=group["beta2"], eps=group["eps"], weight_decay=group["weight_decay"],
+            )  # fmt: skip
+            for i, (v, square) in enumerate(zip(stored, squares, strict=True)):
+                if v is not square:
+                    v.copy_(_round_at_random(square.to(torch.float32), seed_of(self.seed, i, int(steps[i]), rank())))
         return loss
-
-    def _update(self, group: dict, params: list[Parameter]) -> None:
-        """Every element for itself, so that a process updates its shards alone; in one pass over memory.
-
-        The gradients stand in the place of the first moments, which are equal to them.
-        """
-        weights, grads = [_own(p) for p in params], [_own(p.grad) for p in params if p.grad is not None]
-        steps, stored = [self.state[p]["step"] for p in params], [_own(self.state[p]["exp_avg_sq"]) for p in params]
-        squares = [v.to(g.dtype) for v, g in zip(stored, grads, strict=True)]
-        adamw(
-            weights, grads, grads, squares, [], steps, fused=True, amsgrad=False, maximize=False,
-            lr=group["lr"], beta1=0.0, beta2=group["beta2"], eps=group["eps"], weight_decay=group["weight_decay"],
-        )  # fmt: skip
-        for i, (v, square) in enumerate(zip(stored, squares, strict=True)):
-            if v is not square:
-                v.copy_(_round_at_random(square.to(torch.float32), seed_of(self.seed, i, int(steps[i]), rank())))
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor, sharing its memory; a whole one itself."""
+    """Returns this process's shard of a tensor, sharing its memory; a tensor that is not sharded is returned itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _round_at_random(x: Tensor, seed: int) -> Tensor:
-    """float32 to bfloat16, up or down with the odds that make the mean x."""
+    """Rounds float32 to bfloat16, up or down at random, with the odds that make the mean x."""
     rng = torch.Generator(x.device).manual_seed(seed)
     dropped = torch.randint(0, 1 << 16, x.shape, generator=rng, device=x.device, dtype=torch.int32)
     return ((x.view(torch.int32) + dropped) & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
 
 
 def decayed(lr: float, decay: str, iteration: int, iterations: int) -> float:
-    """The learning rate of an iteration (from 0): constant, or falling linearly to a hundredth."""
+    """Returns the learning rate of an iteration (from 0): constant, or falling linearly to a hundredth of `lr`."""
     return lr if decay == "constant" else lr * max(0.01, 1 - iteration / iterations)
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient that is not finite: training stops before the optimiser's step."""
+    """Says that a loss or gradient is not finite; it is raised before the optimiser's step."""
 
 
 def check_finite(loss: float, norm: float, parameters: dict[str, Parameter], where: str) -> None:
@@ -109,14 +106,14 @@ def check_finite(loss: float, norm: float, parameters: dict[str, Parameter], whe
     if all(p.grad is None for p in parameters.values()):
         raise RuntimeError(f"{where}: no gradient reached any parameter; was the backward run inside its role?")
     for name, p in parameters.items():
-        if p.grad is not None and most(not torch.isfinite(_own(p.grad)).all()):
+        if p.grad is not None and all_reduce_max(not torch.isfinite(_own(p.grad)).all()):
             raise NonFiniteError(f"{where}: the gradient of {name} is not finite")
     if not math.isfinite(norm):
         raise NonFiniteError(f"{where}: the norm of all gradients overflows")
 
 
 class Learner:
-    """One role's parameters and optimiser within a phase."""
+    """Holds what trains one role in a phase: its parameters, its optimiser and, if asked for, their running average."""
 
     def __init__(
         self, role: str, parameters: dict[str, Parameter], config: Optimiser, ema: float | None = None, seed: int = 0
@@ -130,7 +127,7 @@ class Learner:
         self.ema = {name: p.detach().clone() for name, p in parameters.items()} if ema is not None else None
 
     def checked_norm(self, loss: float, where: str) -> Tensor:
-        """The norm of all gradients together, a tensor; a NonFiniteError where it or the loss is not finite.
+        """Returns the norm of all gradients together; a NonFiniteError says that it or the loss is not finite.
 
         loss: over all processes. where: the phase and iteration, for the message.
         """
@@ -155,7 +152,7 @@ class Learner:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The averaged weights, if there are any, in the place of the trained ones."""
+        """Puts the averaged weights, if there are any, in the place of the trained ones inside the context."""
         if self.ema is None:
             yield
             return
@@ -168,11 +165,12 @@ class Learner:
 
     @torch.no_grad()
     def put(self, weights: dict[str, Tensor]) -> None:
+        """Overwrites the role's parameters."""
         for name, p in self.parameters.items():
             p.copy_(weights[name])
 
     def state(self) -> dict[str, Tensor]:
-        """The very tensors that a resumed run must find as they are, by name."""
+        """Returns the very tensors, no copies, that a resumed run must find as they are, by name."""
         tensors = {}
         for name, p in self.parameters.items():
             tensors[f"{self.role}/weights/{name}"] = p.detach()

@@ -7,112 +7,81 @@ the module that forward, backward and activation checkpointing all read, so it i
 train is another matter, and does not change with it: see `Roles.train` and `freeze`.
 """
 
-import copy
-import functools
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from peft import LoraConfig
-from peft.functional import delete_adapter, inject_adapter_in_model
+from peft.functional import delete_adapter
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from phased_dmd.config import Engine, Lora
+from phased_dmd.config import Config, Engine, Lora
 from phased_dmd.engine.randomness import seed_of
-from phased_dmd.engine.sharding import fill, outline, spread, whole
-from phased_dmd.models.protocol import Condition, VelocityModel, rows
+from phased_dmd.engine.sharding import copy_full_tensors, full_tensor, meta_copy, parallelise
+from phased_dmd.maths.phases import Hop, PhasePlan, step_times
+from phased_dmd.maths.rollout import Rollout, rollout
+from phased_dmd.models.protocol import Condition, VelocityModel, joined, rows
 from phased_dmd.models.sequence import split_sequences
+from phased_dmd.networks.students import add_adapter, copy_network, without_adapters
 
 TEACHER, FAKE = "teacher", "fake"
 
 
 def expert_role(phase: int) -> str:
+    """Returns the name of a phase's expert among the roles."""
     return f"phase_{phase}"
 
 
 class Roles:
-    """Who computes on which network, and who trains."""
+    """Knows which role computes on which network, and which role trains."""
 
     def __init__(self, model: VelocityModel) -> None:
         self.model = model
         for network in (*model.networks, *model.students):
             network.requires_grad_(False)
-        self._outlines = [_bare(outline(network)) for network in model.students]  # of copies
+        self._outlines = [without_adapters(meta_copy(network)) for network in model.students]  # of copies
         self._engine = Engine()
+        self._names: set[str] = set()
         self._copies: dict[tuple[str, int], nn.Module] = {}
         self._adapters: set[tuple[str, int]] = set()
         self._tuned: list[list[LoraLayer]] = [[] for _ in model.students]  # the layers that carry adapters
         self._on: list[str | None] = [None] * len(model.students)  # the adapter that is on, of each network
 
-    def spread(self, engine: Engine) -> None:
-        """Spreads the networks over the processes, with the adapters that they carry by then: none can follow."""
+    def shard(self, engine: Engine) -> None:
+        """Shards the networks over the processes, with the adapters that they carry by then: none can follow."""
         self._engine = engine
         for network in {id(network): network for network in (*self.model.networks, *self.model.students)}.values():
-            self._spread(network)
+            self._shard_one(network)
 
-    def _spread(self, network: nn.Module, compute: torch.dtype | None = None) -> None:
+    def _shard_one(self, network: nn.Module, compute: torch.dtype | None = None) -> None:
         if self._engine.sequence_parallel > 1:
             split_sequences(network, self.model.sample_shapes, self._engine.sequence_parallel)
-        spread(network, self.model.blocks(network), self._engine, compute)
+        parallelise(network, self.model.blocks(network), self._engine, compute)
 
     def has(self, role: str) -> bool:
-        return any(key[0] == role for key in (*self._adapters, *self._copies))
+        """Says whether a role was added and not removed."""
+        return role in self._names
 
     def add(self, role: str, networks: Sequence[int], lora: Lora | None, seed: int, trainable: bool = True) -> None:
-        """A new role that computes what the student starts from: a zero-initialised adapter, or a copy (lora None)."""
+        """Adds a role that computes what the student starts from: zero-initialised adapters, or copies (lora None)."""
+        self._names.add(role)
         for network in networks:
+            student = self.model.students[network]
             if lora is None:
-                self._copies[role, network] = self._copy(network)
-            else:
-                self._adapt(role, network, lora, seed_of(seed, role, network))
+                self._copies[role, network] = copy_network(self._outlines[network], student, self._shard_one)
+                continue
+            add_adapter(student, role, lora, self.model.lora_targets, seed_of(seed, role, network))
+            self._adapters.add((role, network))
+            self._tuned[network] = [module for module in student.modules() if isinstance(module, LoraLayer)]
+            _switch(self._tuned[network], self._on[network])  # peft has switched the new adapter on
         if trainable:
             self.train(role)
 
-    def _copy(self, network: int) -> nn.Module:
-        """A copy of the base without its adapters, in float32 at least: a step of 1e-6 is lost in half precision."""
-        made = copy.deepcopy(self._outlines[network])
-        dtypes, trained = {p.dtype for p in made.parameters()}, _trained_dtype(made)
-        for p in made.parameters():
-            p.data = p.data.to(trained)
-        self._spread(made, torch.bfloat16 if torch.bfloat16 in dtypes else None)
-        base = {name.replace(".base_layer", ""): p for name, p in self.model.students[network].named_parameters()}
-        with torch.no_grad():
-            for name, p in made.named_parameters():
-                p.copy_(base[name])  # shard by shard
-        return made
-
-    def _adapt(self, role: str, network: int, lora: Lora, seed: int) -> None:
-        if any(isinstance(p, DTensor) for p in self.model.students[network].parameters()):
-            raise RuntimeError(f"{role}: an adapter cannot follow once its network is sharded")
-        base, config = (
-            self.model.students[network],
-            LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha,  # type: ignore[arg-type] peft takes any number
-                target_modules=list(self.model.lora_targets),
-            ),
-        )
-        trained = [p for p in base.parameters() if p.requires_grad]
-        dtype = _trained_dtype(base)  # of the base, not of what peft made: that differs where the base has no values
-        with torch.random.fork_rng(devices=()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # that is the point
-            torch.manual_seed(seed)
-            inject_adapter_in_model(config, base, adapter_name=role)
-        self._adapters.add((role, network))
-        base.requires_grad_(False)  # peft thaws what it adds
-        for p in trained:
-            p.requires_grad_()
-        self._tuned[network] = [module for module in base.modules() if isinstance(module, LoraLayer)]
-        _switch(self._tuned[network], self._on[network])
-        for p in self.parameters(role).values():
-            p.data = p.data.to(dtype)
-
     def train(self, role: str) -> None:
-        """From now on the role trains."""
+        """Lets the role's parameters take gradients from now on."""
         for parameter in self.parameters(role).values():
             parameter.requires_grad_()
 
@@ -120,6 +89,7 @@ class Roles:
         """Forgets a role, freeing its weights; one whose adapter is on now cannot be removed."""
         if role in self._on:
             raise RuntimeError(f"role {role} is active")
+        self._names.discard(role)
         for network, base in enumerate(self.model.students):
             self._copies.pop((role, network), None)
             if (role, network) in self._adapters:
@@ -127,17 +97,17 @@ class Roles:
                 delete_adapter(base, role, prefix="lora_")
 
     def freeze(self, role: str) -> None:
-        """From now on the role computes but never trains."""
+        """Keeps the role's parameters as they are from now on, and drops their gradients."""
         for parameter in self.parameters(role).values():
             parameter.requires_grad_(False)
             parameter.grad = None
 
     @contextmanager
     def active(self, role: str) -> Iterator[None]:
-        """The role's adapters on and all others off, on every network; on the way out, whatever was on before."""
-        if role != TEACHER and not self.has(role):
-            raise KeyError(f"there is no role {role}")
+        """Switches the role's adapters on, and all others off, on every network; at the end restores what was on."""
         before = list(self._on)
+        if role != TEACHER and role not in self._names:
+            raise KeyError(f"there is no role {role}")
         self._set([role if (role, network) in self._adapters else None for network in range(len(before))])
         try:
             yield
@@ -146,7 +116,7 @@ class Roles:
 
     @contextmanager
     def following(self, expert: str, share: float) -> Iterator[None]:
-        """Afterwards the fake's copies have made a share of the change that the expert's weights went through."""
+        """Adds to the fake's copies, at the end, a share of the change that the expert's weights went through."""
         before = {name: p.detach().clone() for name, p in self.parameters(expert).items()} if share else {}
         yield
         if not share:
@@ -163,12 +133,12 @@ class Roles:
                     p.add_(after[b] @ after[a] - before[b] @ before[a], alpha=share * scale)
 
     def predict(self, role: str, network: int, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The role's native prediction on one network, x [b, ...], t [b]."""
+        """Returns the role's native prediction on one network, [b, ...], at x [b, ...] and t [b]."""
         with self.active(role):
             return self.model.predict(self.module(role, network), x, t, condition)
 
     def module(self, role: str, network: int) -> nn.Module:
-        """The module to call, inside `active(role)`."""
+        """Returns the module to call for a role on a network, inside `active(role)`; a KeyError if there is none."""
         if role == TEACHER:
             return self.model.networks[network]
         if (role, network) in self._copies:
@@ -178,7 +148,7 @@ class Roles:
         return self.model.students[network]
 
     def parameters(self, role: str) -> dict[str, Parameter]:
-        """The role's own parameters, named `<network>.<name in the module>`, the adapter's name left out."""
+        """Returns the role's own parameters, named `<network>.<name in the module>`, the adapter's name left out."""
         named = {}
         for network in range(len(self.model.students)):
             if (role, network) in self._copies:
@@ -191,8 +161,8 @@ class Roles:
         return named
 
     def state(self, role: str) -> dict[str, Tensor]:
-        """A copy of the role's parameters on the CPU, gathered from their shards."""
-        return {name: whole(p) for name, p in self.parameters(role).items()}
+        """Returns a copy of the role's parameters on the CPU, gathered from their shards."""
+        return {name: full_tensor(p) for name, p in self.parameters(role).items()}
 
     def load(self, role: str, tensors: dict[str, Tensor]) -> None:
         """Overwrites all of the role's parameters; a missing or surplus name, or another shape, is a KeyError."""
@@ -203,7 +173,7 @@ class Roles:
         for name, parameter in parameters.items():
             if parameter.shape != tensors[name].shape:
                 raise KeyError(f"{role}: {name} is {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
-        fill(parameters, tensors)
+        copy_full_tensors(parameters, tensors)
 
     def _set(self, adapters: list[str | None]) -> None:
         for network, adapter in enumerate(adapters):
@@ -212,25 +182,11 @@ class Roles:
                 self._on[network] = adapter
 
 
-def _trained_dtype(network: nn.Module) -> torch.dtype:
-    """Of what trains on a network: float32, or the widest that it has itself."""
-    dtypes = {p.dtype for p in network.parameters() if p.is_floating_point()}
-    return functools.reduce(torch.promote_types, dtypes, torch.float32)
-
-
-def _bare(network: nn.Module) -> nn.Module:
-    """The network without adapters, which an earlier run may have left on it."""
-    for name, module in list(network.named_modules()):
-        if isinstance(module, LoraLayer):
-            parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, module.get_base_layer())
-    return network
-
-
 def _switch(layers: list[LoraLayer], adapter: str | None) -> None:
-    """With no adapter on, the base computes, bit for bit.
+    """Turns one LoRA adapter on and all others off; with none on, a layer is bit for bit its frozen base.
 
-    peft's own `set_adapter` also freezes and thaws every adapter of the layer, at a tenth of a small network's time.
+    peft's own `set_adapter` also freezes and thaws every adapter of the layer, at a tenth of a small network's time,
+    so its private field is set here.
     """
     active = [] if adapter is None else [adapter]
     for layer in layers:
@@ -245,7 +201,7 @@ def route(
     condition: Condition,
     present: Sequence[int] | None = None,
 ) -> Tensor:
-    """A prediction for a batch whose samples belong to different networks: networks[i] serves sample i.
+    """Returns a prediction for a batch whose samples belong to different networks: networks[i] serves sample i.
 
     present: the networks that any process's samples belong to. Sharded networks are called by all processes or none:
     where one has no sample of its own here, it is called on the first sample, to no effect.
@@ -262,3 +218,69 @@ def route(
         parts.append(index if len(index) else index.new_full((1,), len(x)))  # behind all others
     order = torch.cat(parts).argsort()[: len(x)]
     return torch.cat(outputs)[order]
+
+
+@dataclass(frozen=True)
+class System:
+    """Binds a model and its roles to a config and a phase plan: all network calls of training and sampling pass here.
+
+    negative: the unpadded condition that the teacher's guidance leads away from.
+    """
+
+    config: Config
+    model: VelocityModel
+    roles: Roles
+    plan: PhasePlan
+    negative: Condition
+
+    def start(self, noise: Tensor) -> Tensor:
+        """Returns x at t_0, sigma(t_0) eps, [b, ...]."""
+        return noise * self.model.schedule.sigma(torch.tensor(self.plan.times[:1], dtype=torch.float64)).item()
+
+    def roll(
+        self, path: Sequence[Hop], x: Tensor, condition: Condition, gradient_steps: Collection[int] = (),
+        renoise: Callable[[int], Tensor] | None = None,
+    ) -> Rollout:  # fmt: skip
+        """Runs the experts along a path of the plan, from x [b, ...] at its first time."""
+
+        def predict(step: int, x: Tensor, t: Tensor) -> Tensor:
+            expert = self.plan.expert(step)
+            return self.roles.predict(expert_role(expert.phase), expert.network, x, t, condition)
+
+        model, solver = self.model, self.config.plan.solver
+        return rollout(predict, x, path, model.schedule, model.prediction, gradient_steps, solver, renoise)
+
+    def teacher(self, x: Tensor, t: Tensor, condition: Condition, present: Sequence[int] | None = None) -> Tensor:
+        """Returns the guided teacher's prediction, each sample's by the network whose range holds its t.
+
+        present: see `route`.
+        """
+
+        def call(network: int, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            guidance = self.model.guidance[network]
+            if guidance == 1:
+                return self.roles.predict(TEACHER, network, x, t, condition)
+            negative = condition | self.model.batch([self.negative] * len(x))  # a first frame stays what it is
+            if self.config.engine.batched_guidance:
+                both = joined(condition, negative)
+                pair = self.roles.predict(TEACHER, network, torch.cat([x, x]), torch.cat([t, t]), both)
+                return self.model.guide(pair[: len(x)], pair[len(x) :], guidance)
+            conditional = self.roles.predict(TEACHER, network, x, t, condition)
+            return self.model.guide(conditional, self.roles.predict(TEACHER, network, x, t, negative), guidance)
+
+        return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition, present)
+
+    def fake(self, x: Tensor, t: Tensor, condition: Condition, present: Sequence[int] | None = None) -> Tensor:
+        """Returns the fake score network's prediction, without guidance. present: see `route`."""
+        call = partial(self.roles.predict, FAKE)
+        return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition, present)
+
+    def sample_teacher(self, noise: Tensor, condition: Condition, steps: int) -> Tensor:
+        """Runs the teacher's own deterministic sampler on `steps` steps of the plan's shifted grid: x_0 [b, ...]."""
+        times, model = step_times(steps, self.config.plan.shift, self.config.plan.start), self.model
+        path = [Hop(i, times[i], times[i + 1]) for i in range(steps)]
+        with torch.no_grad():
+            return rollout(
+                lambda _step, x, t: self.teacher(x, t, condition), self.start(noise), path, model.schedule,
+                model.prediction,
+            ).x  # fmt: skip

@@ -13,7 +13,7 @@ from phased_dmd.config.teacher import AnalyticTeacher, OwnTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.models import loader
 from phased_dmd.models.protocol import Condition, VelocityModel
-from phased_dmd.models.weightless import META
+from phased_dmd.models.source import META
 
 __all__ = ["META", "bare_model", "bytes_of", "condition_of", "image_shapes", "largest", "text_width"]
 

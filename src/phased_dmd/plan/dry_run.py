@@ -10,9 +10,9 @@ from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.maths.schedules import check_start
 from phased_dmd.models.loader import bare_codec, bare_model
 from phased_dmd.models.protocol import VelocityModel
-from phased_dmd.models.weightless import META, BareSource
+from phased_dmd.models.source import META, BareSource
+from phased_dmd.networks.build import check_shapes, expert_shapes
 from phased_dmd.networks.roles import FAKE, Roles
-from phased_dmd.networks.system import check_shapes, expert_shapes
 from phased_dmd.prompts import read_prompts
 from phased_dmd.trackers import check_trackers
 

@@ -23,9 +23,8 @@ from phased_dmd.config import Config
 from phased_dmd.config.teacher import PipelineTeacher, QwenImageTeacher
 from phased_dmd.maths.phases import Hop
 from phased_dmd.maths.rollout import rollout
-from phased_dmd.models.architectures import skeleton
 from phased_dmd.models.protocol import VelocityModel
-from phased_dmd.models.weightless import BareSource
+from phased_dmd.models.source import BareSource, skeleton
 from phased_dmd.plan.bare import bytes_of, condition_of, image_shapes, largest
 from phased_dmd.plan.measure import adapted, most_common_dtype, once, over_blocks
 from phased_dmd.sample import preview_batch, preview_size

@@ -24,7 +24,7 @@ from phased_dmd.lab.evaluate.sample_sets import Protocol, parse_seeds, sample_se
 from phased_dmd.lab.evaluate.samples import Base, SampleFolder, generate
 from phased_dmd.lab.evaluate.tables import HEADINGS, NET_OF, table, title
 from phased_dmd.models.analytic import ExactMixture
-from phased_dmd.networks.system import Own
+from phased_dmd.networks.build import Own
 from phased_dmd.sample import Sampler
 
 __all__ = ["HEADINGS", "NET_OF", "Measurement", "Protocol", "evaluate", "parse_seeds", "slug", "table", "title"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from phased_dmd.checkpoint import awaited, load_tensors, save_tensors
+from phased_dmd.checkpoint import load_tensors, save_tensors, wait_for_lock
 from phased_dmd.conditions import fitting
 from phased_dmd.config.teacher import AnalyticTeacher, PipelineTeacher
 from phased_dmd.errors import UserError
@@ -65,7 +65,7 @@ class Base:
     def _chunk(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int, lock: Path) -> tuple[Tensor, float]:
         path = self.folder / f"{self._key(prompts, seeds, steps)}.safetensors"
         if not path.exists():
-            with awaited(lock):  # another process may be sampling it
+            with wait_for_lock(lock):  # another process may be sampling it
                 if not path.exists():
                     started = time.perf_counter()
                     latents = self.sampler(prompts, seeds, steps)

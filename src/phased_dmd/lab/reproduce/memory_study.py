@@ -12,12 +12,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from phased_dmd.conditions import Conditions
 from phased_dmd.config import Config
 from phased_dmd.engine.randomness import seed_of
-from phased_dmd.engine.world import shares
+from phased_dmd.engine.world import split_batch
 from phased_dmd.lab.metrics.formats import markdown_table
 from phased_dmd.lab.reproduce.figure import style_panel
 from phased_dmd.lab.reproduce.results import write_page
+from phased_dmd.networks.build import add_expert, build_system, load_teacher
 from phased_dmd.networks.roles import FAKE, expert_role
-from phased_dmd.networks.system import add_expert, build_system, load_teacher
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import resolve
 from phased_dmd.step import EXPERT_UPDATE, draw, expert_loss
@@ -53,7 +53,7 @@ def update_bytes(config: Config) -> list[int]:
     """Returns the bytes that autograd saves for one generator update of `distill`, by phase of a text-to-image run."""
     assert config.prompts is not None
     model, codec = load_teacher(config)
-    samples, totals = shares(config.batch_size, config.engine)[0], []
+    samples, totals = split_batch(config.batch_size, config.engine)[0], []
     with TemporaryDirectory() as folder:
         prompts = read_prompts(config.prompts)
         conditions = Conditions(codec, prompts, config.teacher.negative_prompt, Path(folder))

@@ -1,7 +1,6 @@
-"""The roles bound to a model and a plan: what training and sampling ask of the networks goes through here."""
+"""The networks of a run, put together: a teacher loaded, its experts and fakes added, loaded and removed."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,86 +9,18 @@ from phased_dmd.config import Config
 from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.engine.randomness import seed_of
 from phased_dmd.errors import UserError
-from phased_dmd.maths.phases import Hop, PhasePlan, step_times
-from phased_dmd.maths.rollout import Rollout, rollout
+from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.maths.schedules import check_start
 from phased_dmd.models.loader import load_model
-from phased_dmd.models.protocol import Codec, Condition, VelocityModel, joined
-from phased_dmd.models.weightless import META
-from phased_dmd.networks.roles import FAKE, TEACHER, Roles, expert_role, route
+from phased_dmd.models.protocol import Codec, Condition, VelocityModel
+from phased_dmd.models.source import META
+from phased_dmd.networks.roles import FAKE, Roles, System, expert_role
 
 Own = tuple[VelocityModel, Codec]
 
 
-@dataclass(frozen=True)
-class System:
-    """A model, its roles and the phase plan: every network call of training and sampling goes through here."""
-
-    config: Config
-    model: VelocityModel
-    roles: Roles
-    plan: PhasePlan
-    negative: Condition  # unpadded: what the teacher's guidance leads away from
-
-    def start(self, noise: Tensor) -> Tensor:
-        """x at t_0: sigma(t_0) eps [b, ...]."""
-        return noise * self.model.schedule.sigma(torch.tensor(self.plan.times[:1], dtype=torch.float64)).item()
-
-    def roll(
-        self, path: Sequence[Hop], x: Tensor, condition: Condition, gradient_steps: Collection[int] = (),
-        renoise: Callable[[int], Tensor] | None = None,
-    ) -> Rollout:  # fmt: skip
-        """The experts along a path of the plan, from x [b, ...] at its first time."""
-
-        def predict(step: int, x: Tensor, t: Tensor) -> Tensor:
-            expert = self.plan.expert(step)
-            return self.roles.predict(expert_role(expert.phase), expert.network, x, t, condition)
-
-        model, solver = self.model, self.config.plan.solver
-        return rollout(predict, x, path, model.schedule, model.prediction, gradient_steps, solver, renoise)
-
-    def teacher(self, x: Tensor, t: Tensor, condition: Condition, present: Sequence[int] | None = None) -> Tensor:
-        """The guided teacher, each sample on the network whose range holds its t. present: see `route`."""
-
-        def call(network: int, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            guidance = self.model.guidance[network]
-            if guidance == 1:
-                return self.roles.predict(TEACHER, network, x, t, condition)
-            negative = condition | self.model.batch([self.negative] * len(x))  # a first frame stays what it is
-            if self.config.engine.batched_guidance:
-                both = joined(condition, negative)
-                pair = self.roles.predict(TEACHER, network, torch.cat([x, x]), torch.cat([t, t]), both)
-                return self.model.guide(pair[: len(x)], pair[len(x) :], guidance)
-            conditional = self.roles.predict(TEACHER, network, x, t, condition)
-            return self.model.guide(conditional, self.roles.predict(TEACHER, network, x, t, negative), guidance)
-
-        return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition, present)
-
-    def fake(self, x: Tensor, t: Tensor, condition: Condition, present: Sequence[int] | None = None) -> Tensor:
-        """The fake score network, without guidance. present: see `route`."""
-
-        def call(network: int, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            return self.roles.predict(FAKE, network, x, t, condition)
-
-        return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition, present)
-
-    def sample_teacher(self, noise: Tensor, condition: Condition, steps: int) -> Tensor:
-        """The teacher's own deterministic sampler on `steps` steps of the plan's shifted grid: x_0 [b, ...]."""
-        times = step_times(steps, self.config.plan.shift, self.config.plan.start)
-        path = [Hop(i, times[i], times[i + 1]) for i in range(steps)]
-        model = self.model
-        with torch.no_grad():
-            return rollout(
-                lambda _step, x, t: self.teacher(x, t, condition),
-                self.start(noise),
-                path,
-                model.schedule,
-                model.prediction,
-            ).x
-
-
 def load_teacher(config: Config, own: Own | None = None, fit: bool = True) -> Own:
-    """The teacher of a config and its codec, or the user's own of both, checked against the plan.
+    """Loads the teacher of a config and its codec, or takes the user's own of both; checks them against the plan.
 
     fit: see `load_model`.
     """
@@ -114,12 +45,12 @@ def load_teacher(config: Config, own: Own | None = None, fit: bool = True) -> Ow
 
 
 def build_system(config: Config, model: VelocityModel, negative: Condition) -> System:
-    """The teacher with no experts yet."""
+    """Returns the system of a teacher that has no experts yet."""
     return System(config, model, Roles(model), config.phase_plan(model.switches), negative)
 
 
 def add_expert(system: System, phase: int, trainable: bool) -> None:
-    """The phase's expert, computing what the teacher (or an analytic teacher's student) does, unless it is there."""
+    """Adds the phase's expert unless it is there; it computes what the teacher (or an analytic one's student) does."""
     config, role = system.config.generator, expert_role(phase)
     if not system.roles.has(role):
         lora = config.lora if config.weights == "lora" else None
@@ -138,7 +69,7 @@ def load_expert(system: System, phase: int, tensors: dict[str, Tensor], where: s
 
 
 def expert_shapes(config: Config, model: VelocityModel, plan: PhasePlan) -> dict[int, dict[str, torch.Size]]:
-    """What each phase's expert holds, by name; of a model on the meta device, to which the adapters are added."""
+    """Returns the shapes of each phase's expert, by name; the model, on the meta device, is given the adapters."""
     phases = {k: sorted({expert.network for expert in plan.experts(k)}) for k in range(1, plan.num_phases + 1)}
     networks = sorted({network for own in phases.values() for network in own})
     if config.generator.weights == "lora":
@@ -153,7 +84,7 @@ def expert_shapes(config: Config, model: VelocityModel, plan: PhasePlan) -> dict
 
 
 def check_shapes(where: str, needed: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> None:
-    """A UserError where what an expert is to be has other tensors than it, by name or shape."""
+    """Raises a UserError, begun with `where`, if an expert's tensors are not those needed, by name and shape."""
     shapes = {name: tensor.shape for name, tensor in found.items()}
     for name in sorted(needed.keys() | shapes.keys()):
         if needed.get(name) != shapes.get(name):
@@ -162,7 +93,10 @@ def check_shapes(where: str, needed: Mapping[str, torch.Size], found: Mapping[st
 
 
 def add_adapters(system: System) -> dict[int, dict[str, Tensor]]:
-    """All adapters that training will need, before the networks are sharded; what fakes as adapters start from."""
+    """Adds all adapters that training will need, since none can be added to a sharded network.
+
+    Returns what fakes that are adapters start from, by phase.
+    """
     config, plan, roles = system.config, system.plan, system.roles
     phases = range(1, plan.num_phases + 1)
     if config.generator.weights == "lora":
@@ -180,7 +114,7 @@ def add_adapters(system: System) -> dict[int, dict[str, Tensor]]:
 
 
 def add_fake(system: System, phase: int, fresh: dict[str, Tensor] | None) -> None:
-    """The phase's fakes, computing what the teacher does: copies, or the adapter that starts from `fresh`."""
+    """Adds the phase's fakes, which compute what the teacher does: copies, or the adapter that starts from `fresh`."""
     config, plan, roles = system.config, system.plan, system.roles
     if fresh is None:
         roles.add(FAKE, plan.fakes(phase, config.support(plan, phase)), None, seed=config.seed)
@@ -190,7 +124,7 @@ def add_fake(system: System, phase: int, fresh: dict[str, Tensor] | None) -> Non
 
 
 def remove_fake(system: System) -> None:
-    """Frees copies; adapters stay for the next phase."""
+    """Frees fakes that are copies; one that is an adapter stays for the next phase."""
     if system.config.fake.weights == "full":
         system.roles.remove(FAKE)
     else:

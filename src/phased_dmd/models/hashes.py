@@ -1,15 +1,16 @@
-"""What files of weights hold, as hashes: of all bytes, read once and remembered, or of a little of every tensor."""
+"""Hashes of files of weights: of all bytes, read once and remembered, or of a little of every tensor."""
 
 import hashlib
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from phased_dmd.checkpoint import write_atomically
 
 REMEMBERED = 1 << 24  # bytes; smaller files are read again each time
 SETTLED = 2.0  # seconds: what was changed since then may change again within one tick of a coarse clock
@@ -18,8 +19,8 @@ SAVER = re.compile("_.*|.*dtype|transformers_version|architectures")  # what a s
 
 
 def file_hash(path: Path) -> str:
-    """Of all its bytes. A large file's is kept in the user's cache for as long as the file is not touched: the same
-    inode, size, and times of its change and of its status's, of which the last cannot be set back.
+    """Hashes all bytes of a file. A large file's hash is kept in the user's cache for as long as the file is not
+    touched: the same inode, size, and times of its change and of its status's, of which the last cannot be set back.
     """
     about, note = _identity(path), _note(path)
     with suppress(OSError, ValueError, TypeError, KeyError):
@@ -31,13 +32,13 @@ def file_hash(path: Path) -> str:
     settled = time.time() - max(about[-2:]) / 1e9 > SETTLED
     if about[2] >= REMEMBERED and settled and _identity(path) == about:
         with suppress(OSError):  # it is read again another time
-            _write(note, json.dumps({"file": about, "blake2b": found}))
+            write_atomically(note, json.dumps({"file": about, "blake2b": found}).encode())
     return found
 
 
 def tensors_hash(folder: Path) -> str:
-    """Of the configuration of a part of a pipeline, and of name, shape, type and beginning of each of its tensors;
-    the same for a copy that was cut into other files.
+    """Hashes the configuration of a part of a pipeline, and name, shape, type and beginning of each of its tensors; the
+    hash is the same for a copy that was cut into other files.
     """
     digest = hashlib.blake2b(digest_size=16)
     with suppress(FileNotFoundError):
@@ -49,27 +50,20 @@ def tensors_hash(folder: Path) -> str:
 
 
 def _identity(path: Path) -> list[Any]:
+    """Returns what tells that a file was touched."""
     stat = path.stat()
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _note(path: Path) -> Path:
-    """Where a file's hash is kept, whatever path it was reached by."""
+    """Returns the file in which a file's hash is kept, whatever path it was reached by."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     name = hashlib.blake2b(os.fsencode(os.path.realpath(path)), digest_size=16).hexdigest()
     return root / "phased-dmd" / "hashes" / f"{name}.json"
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all, whoever else writes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
-
-
 def _weights(folder: Path) -> Sequence[Path]:
-    """The safetensors that are loaded: those of the index, the one without one, never a variant beside them."""
+    """Lists the safetensors that are loaded: those of the index, or else the only one; never a variant of it."""
     for name in ("diffusion_pytorch_model", "model"):
         index, whole = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors"
         if whole.exists():
@@ -80,7 +74,7 @@ def _weights(folder: Path) -> Sequence[Path]:
 
 
 def _tensors(path: Path) -> list[tuple[str, str, list[int], str]]:
-    """Name, type, shape and the hash of the beginning of each tensor of a file of safetensors."""
+    """Reads name, type, shape and a hash of the beginning of each tensor of a file of safetensors."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         start, found = file.tell(), []

@@ -1,0 +1,148 @@
+"""The commands that measure: evaluations, reports, the paper's claims, and the networks that the package ships."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from phased_dmd.cli.flags import check_prompts
+from phased_dmd.errors import UserError, did_you_mean
+from phased_dmd.lab.reproduce.claims import NAMES
+
+Subjects = Annotated[
+    list[Path], typer.Argument(help="Runs, exports, or folders of samples.", show_default=False, exists=True)
+]
+
+
+def option(help: str, *flags: str, **more: Any) -> Any:
+    """Returns an option whose default is not shown, because its help says it or there is none."""
+    return typer.Option(*flags, help=help, show_default=False, **more)
+
+
+def evaluate(
+    subjects: Subjects,
+    samples: Annotated[
+        int, typer.Option(min=64, help="Samples in a set, for the embedded teachers and the toys.")
+    ] = 1000,
+    prompts: Annotated[str | None, option("Prompts: a shipped set's name or a file (default: the protocol's).")] = None,
+    seeds: Annotated[str | None, option("Seeds of every prompt, 0-7 or 42 (default: as in the paper).")] = None,
+    features: Annotated[
+        str | None,
+        option("Network that features come from: digits, efficientnet-lite0, or the hub id or folder of a vision model "
+               "of transformers (DINOv3)."),
+    ] = None,
+    perceptual: Annotated[bool, typer.Option("--perceptual", help="Measure LPIPS too; needs torchvision.")] = False,
+    alignment: Annotated[
+        str | None, option("CLIP model, by hub id or folder, that measures how samples fit their prompts.")
+    ] = None,
+    real: Annotated[Path | None, option("Folder of real pictures or clips to compare with too.")] = None,
+    floor: Annotated[bool, typer.Option("--floor", help="Compare the base with itself at other seeds too.")] = False,
+    flow: Annotated[
+        Literal["dis", "raft"], typer.Option(help="Optical flow to use: OpenCV's DIS, or torchvision's RAFT.")
+    ] = "dis",
+    fps: Annotated[float | None, option("Frames a second of clips (default: the files', 16, nano 8).")] = None,
+    bucket: Annotated[int, typer.Option(min=0, help="Number of the teacher's sizes to sample at.")] = 0,
+    base: Annotated[
+        Path | None, option("Folder of samples to compare with, or the teacher of an export whose teacher was local.")
+    ] = None,
+    cache: Annotated[Path | None, option("Folder of the base's samples (default: base, beside the subject).")] = None,
+    output: Annotated[Path | None, option("Folder for the results (default: the subject's own).")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Evaluate even what was evaluated before.")] = False,
+) -> None:  # fmt: skip
+    """Measure runs, exports or folders of samples against a base.
+
+    Writes evaluation.json into each.
+    """
+    check_prompts(prompts)
+
+    from phased_dmd.lab.evaluate import Protocol, parse_seeds
+
+    protocol = Protocol(
+        samples=samples, prompts=prompts, seeds=None if seeds is None else parse_seeds(seeds), features=features,
+        perceptual=perceptual, alignment=alignment, real=None if real is None else str(real), flow=flow, fps=fps,
+        floor=floor, bucket=bucket,
+    )  # fmt: skip
+    _measure(list(dict.fromkeys(subjects)), protocol, again, base, cache, output)
+
+
+def _measure(
+    subjects: list[Path], protocol: Any, again: bool, base: Path | None, cache: Path | None, output: Path | None
+) -> None:
+    """Evaluates each subject and prints its table; says of which ones nothing was written anew."""
+    from phased_dmd.lab.evaluate import evaluate, table
+
+    files = [(output or subject) / "evaluation.json" for subject in subjects]
+    before = [file.stat().st_mtime_ns if file.exists() else None for file in files]
+    found = evaluate(subjects, protocol, again, base=base, cache=cache, output=output)
+    for file, stamp, (subject, result) in zip(files, before, found.items(), strict=True):
+        print(f"{subject}{': already evaluated' if file.stat().st_mtime_ns == stamp else ''}\n{table(result)}")
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders of one teacher.", show_default=False, exists=True)],
+    output: Annotated[Path | None, option("HTML file to write (default, of one run: RUN/report.html).")] = None,
+) -> None:
+    """Write a self-contained page that compares evaluated runs."""
+    if output is None and len(runs) > 1:
+        raise UserError("--output: a page of several runs needs one, an HTML file")
+    from phased_dmd.lab.report import write_report
+
+    print(write_report(runs, output or runs[0] / "report.html"))
+
+
+def reproduce(
+    claim: Annotated[
+        str, typer.Argument(help=f"The claim to decide: {', '.join(NAMES)}, or all.", show_default=False)
+    ],
+    budget: Annotated[
+        Literal["quick", "full"],
+        typer.Option(help="What to spend: quick takes one seed, few updates and samples and gives no verdict; full "
+                     "takes what a verdict needs."),
+    ] = "full",
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds 0, 1, ...; gives no verdict.")] = None,
+    samples: Annotated[int | None, typer.Option(min=64, help="Samples of each run; gives no verdict.")] = None,
+    jobs: Annotated[
+        int | None, option("Runs at a time (default: the number of CPU cores, or 1 with a GPU).", min=1)
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs; what is there is not done again.")] = Path(
+        "runs/reproduce"
+    ),
+    output: Annotated[
+        Path | None, option("Folder for the results (default: docs/results, or RUNS/quick for quick ones).")
+    ] = None,
+) -> None:  # fmt: skip
+    """Decide a claim of the paper, or repeat a study.
+
+    Makes all runs, then tables, figures and a verdict.
+    """
+    if claim != "all" and claim not in NAMES:
+        raise UserError(f"claim: unknown claim {claim!r}{did_you_mean(claim, [*NAMES, 'all'])}")
+    from phased_dmd.lab.reproduce.run import reproduce as run
+
+    results = output or (runs / "quick" if budget == "quick" else Path("docs/results"))
+    for path in run(claim, budget, seeds, samples, jobs, runs, results, print):
+        print(path)
+
+
+def teach(
+    what: Annotated[
+        Literal["nano", "nano-moe", "nano-i2v", "digits"],
+        typer.Argument(help="What to train: the embedded teacher, a variant of it, or the evaluation's classifier."),
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    data: Annotated[
+        Path, typer.Option(help="Gzipped CSV of digits, with 784 pixels and a label in each row.")
+    ] = Path("data/mnist_5k.csv.gz"),
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+) -> None:  # fmt: skip
+    """Train the networks that the package ships, from scratch.
+
+    Takes 40 minutes on one core.
+    """
+    if not data.is_file():
+        raise UserError(f"--data: {data} is not a file")
+    from phased_dmd.lab.teach.nano import TrainingBudget, teach_digits, teach_nano
+    from phased_dmd.lab.teach.variants import teach_i2v, teach_moe
+
+    lessons = {"nano": teach_nano, "nano-moe": teach_moe, "nano-i2v": teach_i2v, "digits": teach_digits}
+    lessons[what](output, data, seed, TrainingBudget(), print)

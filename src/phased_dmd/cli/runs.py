@@ -1,0 +1,193 @@
+"""The commands that configure, plan, run, sample and export a distillation."""
+
+import codecs
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from phased_dmd.cli.flags import ChosenMethod, Prompts, Recipe, Run, Settings, flag, resolved
+from phased_dmd.cli.messages import count, tell
+from phased_dmd.config import Config
+from phased_dmd.config.fields import as_markdown, as_text
+from phased_dmd.errors import UserError, refuse_full
+from phased_dmd.recipes import read_recipe
+
+Output = Annotated[
+    Path | None, typer.Option(help="The run folder to write (default: runs/RECIPE).", show_default=False)
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Folder of encoded prompts, for runs to share (default: RUN/conditions).", show_default=False),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse prompts longer than the text encoder takes.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything but the weights, print the configuration, write nothing.")
+]
+
+
+def distill(
+    recipe: Recipe,
+    output: Output = None,
+    iterations: Annotated[int | None, flag("iterations")] = None,
+    steps: Annotated[int | None, flag("plan.steps")] = None,
+    phases: Annotated[int | None, flag("plan.phases")] = None,
+    method: ChosenMethod = None,
+    seed: Annotated[int | None, flag("seed")] = None,
+    prompts: Prompts = None,
+    log_every: Annotated[int | None, flag("log_every")] = None,
+    checkpoint_every: Annotated[int | None, flag("checkpoint_every")] = None,
+    set_: Settings = None,
+    init_experts: Annotated[str | None, flag("init_experts")] = None,
+    cache: Cache = None,
+    strict: Strict = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Distil a teacher; on an unfinished run folder, go on with it."""
+    flags = {
+        "iterations": iterations, "plan.steps": steps, "plan.phases": phases, "seed": seed, "prompts": prompts,
+        "log_every": log_every, "checkpoint_every": checkpoint_every, "init_experts": init_experts,
+    }  # fmt: skip
+    config = resolved(recipe, flags, set_, method)
+    folder = output or Path("runs") / config.recipe
+
+    from phased_dmd.checkpoint import RunFolder
+
+    RunFolder(folder).check(config)
+    if dry_run:
+        _check_all(config, folder, strict)
+    else:
+        _run(config, folder, cache, strict)
+
+
+def _check_all(config: Config, folder: Path, strict: bool) -> None:
+    """Checks what can be known without weights, and prints the whole configuration as JSON."""
+    from phased_dmd.plan.dry_run import dry_run
+
+    dry_run(config, strict)
+    tell(_about(config, folder), sys.stderr)
+    text = config.model_dump_json(indent=2)
+    utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+    print(text if utf8 else json.dumps(json.loads(text), indent=2))  # a file of it is read as UTF-8 again
+
+
+def _run(config: Config, folder: Path, cache: Path | None, strict: bool) -> None:
+    """Distils, or says that the folder holds the finished run."""
+    from phased_dmd.checkpoint import RunFolder
+    from phased_dmd.train import distill
+
+    if RunFolder(folder).finished(config):
+        tell(f"{distill(config, folder)}: already distilled")
+        return
+    tell(_about(config, folder))
+    distill(config, folder, cache=cache, strict=strict)
+    after = f"`phased-dmd sample {folder} --output FOLDER`, `phased-dmd evaluate {folder}`"
+    tell(f"{folder}: done; experts in {folder / 'experts'}; next: {after}")
+
+
+def _about(config: Config, folder: Path) -> str:
+    """Returns one line on what a run does."""
+    plan = config.plan
+    about = f"{config.method} on {config.recipe}, {count(plan.steps, 'step')} in {count(plan.phases, 'phase')}"
+    return f"{folder}: {about}, {count(config.updates, 'update')} in all"
+
+
+def config(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe, or a YAML or JSON file, whose values to show.", show_default=False)
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/configuration.md.")] = False,
+) -> None:
+    """List every field of the configuration, with its meaning.
+
+    Each has its dotted name, type, value and default; without a recipe the defaults are shown.
+    """
+    if markdown and recipe is not None:
+        raise UserError("--markdown: the page is of the defaults; leave out the recipe")
+    print(as_markdown() if markdown else as_text(None if recipe is None else read_recipe(recipe)), end="")
+
+
+def sample(
+    run: Run,
+    output: Annotated[Path, typer.Option(help="New folder for pictures or clips and a contact sheet.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    image: Annotated[Path | None, typer.Option(help="First frame of every --prompt, for image-to-video.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts to sample: a shipped set's name, a file, or a data set of the hub.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Samples of each prompt, made from the seeds 0, 1, ...")] = "1",
+    base: Annotated[int | None, typer.Option(min=1, help="Sample the teacher in that many steps instead.")] = None,
+    bucket: Annotated[int, typer.Option(min=0, help="Number of the run's teacher.sizes to sample at.")] = 0,
+    teacher: Annotated[
+        str | None, typer.Option(help="Folder of the base, for an export whose teacher was a local folder.")
+    ] = None,
+) -> None:
+    """Sample a finished run or an export.
+
+    Writes PNG pictures, or WebP clips, with a contact sheet.
+    """
+    from phased_dmd.prompts import Prompt, read_prompts
+
+    refuse_full(output)
+    if not seeds.isdecimal() or int(seeds) < 1:
+        raise UserError(f"--seeds: {seeds!r} is no count of samples; 8 makes those of seeds 0 to 7")
+    if image is not None and not prompt:
+        raise UserError("--image: the first frame of every --prompt, and there is none; --prompts FILE names its own")
+    asked = [Prompt(text, image) for text in prompt or []] + (read_prompts(prompts) if prompts is not None else [])
+
+    from phased_dmd.finished import assemble, read
+    from phased_dmd.sample_files import prompts_for, write_samples
+
+    config, experts = read(run, teacher)
+    asked = prompts_for(config, asked)
+    sampler = assemble(config, experts, bucket=bucket)
+    if image is not None and not sampler.codec.takes_images:
+        raise UserError(f"--image: {config.recipe} takes no first frame")
+    for path in write_samples(sampler, asked, int(seeds), output, base):
+        print(path)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="The run's folder.", show_default=False, exists=True)],
+    output: Annotated[Path, typer.Option(help="New folder to write.")],
+    format: Annotated[Literal["diffusers", "comfyui"], typer.Option(help="Program that will load it.")] = "diffusers",
+    fused: Annotated[bool, typer.Option("--fused", help="Write whole transformers instead of LoRA files.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Load the export back, count its keys, and compare samples.")
+    ] = False,
+) -> None:
+    """Write a finished run's experts for stock diffusers or ComfyUI."""
+    from phased_dmd.export import export as write
+
+    for line in write(run, format, output, fused, verify):
+        print(line)
+
+
+def plan(
+    recipe: Recipe,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all, over all machines.")],
+    memory_gb: Annotated[float, typer.Option(help="Memory of each GPU in GB.")],
+    utilisation: Annotated[float, typer.Option(help="Share of --tflops that a run reaches.")] = 0.4,
+    tflops: Annotated[float, typer.Option(help="Dense bfloat16 speed of a GPU in TFLOPS (H100: 989).")] = 989.0,
+    prompts: Prompts = None,
+    method: ChosenMethod = None,
+    set_: Settings = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON, sizes in bytes.")] = False,
+) -> None:
+    """Say what a run needs: parameters, memory, work and hours.
+
+    Needs no weights, no network and no GPU; warns of what is amiss.
+    """
+    config = resolved(recipe, {"prompts": prompts}, set_, method)
+
+    from rich.console import Console
+
+    from phased_dmd.plan import needs, page
+
+    found = needs(config, gpus, memory_gb, utilisation, tflops)
+    if as_json:
+        print(page.as_json(found))
+    else:
+        page.show(found, Console())
