@@ -19,14 +19,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor
 
-from phased_dmd.finished import load
 from phased_dmd.lab.evaluate.mixtures import mixture_statistics
 from phased_dmd.lab.metrics.digit_classifier import WORDS, load_classifier, read
 from phased_dmd.lab.metrics.distances import frechet, moments
 from phased_dmd.lab.metrics.intervals import interval
 from phased_dmd.lab.reproduce.comparisons import ratio
 from phased_dmd.recipes import resolve
-from phased_dmd.sample import Sampler
+from phased_dmd.sampling.loading import load
+from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.train import distill
 
 CASES = {"toy-2d": ("dmd-sgts", "phased-sgts"), "nano-t2i": ("phased-sgts",)}  # the methods on each recipe

@@ -9,8 +9,8 @@ import torch
 
 from phased_dmd.engine.randomness import normal
 from phased_dmd.export import export
-from phased_dmd.finished import load
 from phased_dmd.recipes import resolve
+from phased_dmd.sampling.loading import load
 from phased_dmd.train import distill
 
 BATCH = 16

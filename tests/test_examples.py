@@ -24,11 +24,11 @@ from phased_dmd.cli import main
 from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, Plan, phase_plan
 from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.engine.randomness import normal
-from phased_dmd.finished import load
 from phased_dmd.lab.metrics.distances import frechet, moments
 from phased_dmd.maths.schedules import VPSchedule, renoise_times
 from phased_dmd.models.analytic import ExactMixture, PlainCodec, TimeMLP
 from phased_dmd.recipes import RECIPES
+from phased_dmd.sampling.loading import load
 from phased_dmd.testing import ModelError, check_model
 from phased_dmd.train import distill
 

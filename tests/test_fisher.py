@@ -17,7 +17,7 @@ from pipelines import CAPTIONS, build, teacher
 from tiny import TinyCodec, TinyWan, draw
 from torch import Tensor
 
-from phased_dmd import finished, step, train
+from phased_dmd import step, train
 from phased_dmd.config import Config
 from phased_dmd.errors import UserError
 from phased_dmd.maths.losses import score_matching_loss, subinterval_target
@@ -29,7 +29,8 @@ from phased_dmd.networks import build as networks_build
 from phased_dmd.networks.build import add_expert, add_fake, build_system
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles
 from phased_dmd.recipes import resolve
-from phased_dmd.sample import Sampler
+from phased_dmd.sampling import loading
+from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.train import Learner, distill
 
 POINTS = [(0.75, 0.9), (0.75, 0.76), (0.3, 0.6), (0.0, 0.5), (0.0, 0.9)]
@@ -285,7 +286,7 @@ def test_training_brings_the_samples_nearer_to_the_mixture(divergence: str, tmp_
 
     def distance(config: Config) -> float:
         run = distill(config, tmp_path / str(config.iterations), quiet=True)
-        samples = finished.load(run)([""] * 4000, range(4000))
+        samples = loading.load(run)([""] * 4000, range(4000))
         exact = build_mixture(config.teacher).sample(4000, torch.Generator().manual_seed(1))
         return (samples.sort(0).values - exact.sort(0).values).abs().mean().item()
 

@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 from tiny import TinyCodec, TinyWan, killed_after
 
-from phased_dmd import sample_files
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.cli import main
 from phased_dmd.config import Config, Fake, Generator, Lora, Plan
 from phased_dmd.config.teacher import OwnTeacher
-from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
+from phased_dmd.sampling.writing import file_stem
 from phased_dmd.train import distill
 
 ROOT = Path(__file__).parents[1]
@@ -172,5 +171,5 @@ def test_what_stdout_cannot_show_is_escaped_and_a_configuration_is_read_again(
 def test_a_sample_is_named_by_what_the_locale_can_write(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
     stems = {"ascii": "caf-", "latin-1": "café-", "utf-8": "café-色调"}
-    assert sample_files._stem(Prompt("Café 色调")) == stems[encoding]
-    assert len(sample_files._stem(Prompt("色" * 100)).encode()) <= 180
+    assert file_stem("Café 色调") == stems[encoding]
+    assert len(file_stem("色" * 100).encode()) <= 180

@@ -3,15 +3,15 @@
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from phased_dmd import prompts
 from phased_dmd.errors import UserError
-from phased_dmd.pictures import read_picture
+from phased_dmd.media import read_picture
 from phased_dmd.prompts import SHIPPED, Prompt, read_prompts
 
 TEXTS = ["a red fox, asleep", 'a sign that says "OPEN"', "été, 冬", "a red fox, asleep"]
@@ -99,7 +99,7 @@ def test_a_picture_stands_relative_to_its_file(suffix: str, tmp_path: Path, monk
 
 
 def test_parquet_asks_for_pyarrow_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "p.parquet").write_bytes(b"PAR1")
     assert refused(tmp_path / "p.parquet") == f"prompts: {tmp_path}/p.parquet needs pyarrow; pip install pyarrow"
 

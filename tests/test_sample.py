@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import finished_run
 from tiny import TinyCodec, TinyWan, draw
-from torch import Tensor
+from torch import Tensor, nn
 
-from phased_dmd import finished as finished_runs
-from phased_dmd import media, sample, sample_files
+from phased_dmd import media
 from phased_dmd.cli import main
 from phased_dmd.config import Config, Engine, Generator, Lora, Plan
 from phased_dmd.config.teacher import OwnTeacher
@@ -26,10 +26,43 @@ from phased_dmd.networks.build import add_expert, build_system
 from phased_dmd.plan.bare import bare_model
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.recipes import resolve
-from phased_dmd.sample import Sampler, preview_size
-from phased_dmd.sample_files import write_samples
+from phased_dmd.sampling.sampler import Sampler, preview_shares, preview_size
+from phased_dmd.sampling.writing import write_samples
 
 TEXTS = [f"{'a ' * i}digit" for i in range(8)]
+
+
+class CountingWan(TinyWan):
+    """Keeps how many samples each call of a network had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        self.calls.append(len(x))
+        return super().predict(network, x, t, condition)
+
+
+class CountingCodec(TinyCodec):
+    """Keeps how many samples each decode had."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.calls.append(len(latents))
+        return super().decode(latents)
+
+
+class GreyCodec(TinyCodec):
+    """Decodes whatever it is given to grey clips of one shape."""
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return torch.tensor(0.5).expand(len(latents), *self.shape, 3)
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +72,12 @@ def tiny() -> Sampler:
         recipe="mine", teacher=OwnTeacher(), plan=Plan(steps=4, phases=2),
         generator=Generator(lora=Lora(rank=2, alpha=2)), prompts="nano-t2i",
     )  # fmt: skip
-    system = build_system(config, TinyWan(), TinyCodec().encode_text([""])[0])
+    system = build_system(config, CountingWan(), TinyCodec().encode_text([""])[0])
     for phase in (1, 2):
         add_expert(system, phase, trainable=True)
         for name, p in system.roles.parameters(f"phase_{phase}").items():
             p.data = 0.3 * draw(*p.shape, seed=len(name) + phase)
-    return Sampler(system, TinyCodec())
+    return Sampler(system, CountingCodec())
 
 
 def with_engine(sampler: Sampler, **engine: Any) -> Sampler:
@@ -147,12 +180,9 @@ def test_samples_are_written_as_they_are_made_and_the_list_names_those_that_are_
     assert len(SampleFolder(tmp_path).files) == 5
 
 
-def test_one_decoded_clip_is_held_at_a_time_and_the_sheet_is_of_few_small_frames(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """81 frames of 240 x 416; a row of the sheet is every tenth of them, 96 pixels high."""
-    sampler = Clips(81, 240, 416, 3)
-    monkeypatch.setattr(sample_files, "save_clip", lambda *_: None)
+def test_one_decoded_clip_is_held_at_a_time_and_the_sheet_is_of_few_small_frames(tmp_path: Path) -> None:
+    """81 frames of 120 x 208; a row of the sheet is every tenth of them, 96 pixels high."""
+    sampler = Clips(81, 120, 208, 3)
     *_, sheet = write_samples(sampler, [Prompt(text) for text in TEXTS], 1, tmp_path)
     assert sampler.decoded == 8 and sampler.most <= 2, "the last one, and the one that takes its name"
     assert Image.open(sheet).size == (9 * 166, 8 * 96)
@@ -197,16 +227,6 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(stop.value.code or 0)
 
 
-def finished(folder: Path, recipe: str) -> Path:
-    """What is looked at of a finished run before its networks are loaded."""
-    config = resolve(recipe, {})
-    (folder / "experts").mkdir(parents=True)
-    (folder / "config.json").write_text(config.model_dump_json())
-    for phase in range(1, config.plan.phases + 1):
-        (folder / "experts" / f"phase-{phase}.safetensors").touch()
-    return folder
-
-
 @pytest.mark.parametrize(
     ("recipe", "arguments", "message"),
     [
@@ -224,8 +244,7 @@ def test_what_a_model_is_not_told_or_does_not_take_is_one_line(
     recipe: str, arguments: list[str], message: str,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(finished_runs, "assemble", lambda *_, **__: Sampler(None, TinyCodec()))  # type: ignore[arg-type]
-    run, out = finished(tmp_path / "run", recipe), tmp_path / "out"
+    run, out = finished_run(tmp_path / "run", resolve(recipe, {})), tmp_path / "out"
     assert command(monkeypatch, "sample", str(run), "--output", str(out), *arguments) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and not out.exists()
@@ -234,65 +253,36 @@ def test_what_a_model_is_not_told_or_does_not_take_is_one_line(
 # Previews
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """How many samples each call of a network, and of the codec, had."""
-    found: dict[str, list[int]] = {"network": [], "decode": []}
-
-    def counted(kind: type, name: str, to: str, where: int) -> None:
-        original = getattr(kind, name)
-
-        def call(*args: Any) -> Tensor:
-            found[to].append(len(args[where]))
-            return original(*args)
-
-        monkeypatch.setattr(kind, name, call)
-
-    counted(TinyWan, "predict", "network", 2)
-    counted(TinyCodec, "decode", "decode", 1)
-    return found
-
-
-def test_a_preview_goes_through_networks_and_codec_in_micro_batches(tiny: Sampler, seen: dict[str, list[int]]) -> None:
-    rows = TinyCodec().encode_text(TEXTS)
+def test_a_preview_goes_through_networks_and_codec_in_micro_batches(tiny: Sampler) -> None:
+    model, codec, rows = tiny.system.model, tiny.codec, TinyCodec().encode_text(TEXTS)
+    assert isinstance(model, CountingWan) and isinstance(codec, CountingCodec)
+    model.calls.clear(), codec.calls.clear()
     whole = tiny.preview(2, rows)
-    assert seen == {"network": [8] * 4, "decode": [8]}
-    seen["network"].clear(), seen["decode"].clear()
+    assert (model.calls, codec.calls) == ([8] * 4, [8])
+    model.calls.clear(), codec.calls.clear()
     parts = with_engine(tiny, micro_batch=3).preview(2, rows)
-    assert seen == {"network": [3] * 8 + [2] * 4, "decode": [3, 3, 2]}
+    assert (model.calls, codec.calls) == ([3] * 8 + [2] * 4, [3, 3, 2])
     torch.testing.assert_close(parts, whole, rtol=0, atol=1.01 / 255)
     of_one = tiny.decode(tiny([TEXTS[5]], [5])).clamp(0, 1)
     torch.testing.assert_close(whole[5:6], of_one, rtol=0, atol=0.51 / 255)  # at the end x_0 is what is sampled
 
 
-@pytest.mark.parametrize(("processes", "ways"), [(2, 1), (3, 1), (16, 1), (4, 2)])
-def test_processes_share_a_preview_and_call_the_networks_equally_often(
-    tiny: Sampler, seen: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, processes: int, ways: int
-) -> None:
-    """Each alone, one after the other: what they make, in their order, is what one makes."""
-    rows, parts, calls = TinyCodec().encode_text(TEXTS), [], []
-    whole = tiny.preview(1, rows)
-    sampler = with_engine(tiny, micro_batch=2, sequence_parallel=ways)
-    monkeypatch.setattr(sample, "world_size", lambda: processes)
-    for process in range(processes):
-        seen["network"].clear(), seen["decode"].clear()
-        monkeypatch.setattr(sample, "rank", lambda process=process: process)
-        monkeypatch.setattr(sample, "together", lambda action: [parts.append(action()), [torch.zeros(0)]][1:])
-        sampler.preview(1, rows)
-        calls.append(list(seen["network"]))
-        assert all(size <= 2 for size in seen["network"] + seen["decode"])
-    assert len(set(map(tuple, calls))) == 1
-    shown = torch.cat([part for process in parts for part in process]).float() / 255
-    torch.testing.assert_close(shown, whole, rtol=0, atol=1.01 / 255)
+@pytest.mark.parametrize("processes", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_processes_share_a_preview_and_call_the_networks_equally_often(processes: int, size: int) -> None:
+    """Of eight samples each is shown once, in their order, and every process calls with equally many samples."""
+    shares = [list(preview_shares(8, size, process, processes)) for process in range(processes)]
+    calls = {tuple(len(samples) for samples, _ in share) for share in shares}
+    assert len(calls) == 1 and max(*calls.pop(), 0) <= size
+    assert [i for share in shares for samples, kept in share for i in samples[:kept]] == list(range(8))
+    assert all(0 <= i < 8 for share in shares for samples, _ in share for i in samples)
 
 
 @pytest.mark.parametrize("shape", [(81, 480, 832), (1, 1328, 1328)])
-def test_a_preview_of_any_recipe_opens_in_pillow(
-    shape: tuple[int, int, int], tiny: Sampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    count = 16 if shape[0] == 1 else 4
-    monkeypatch.setattr(TinyCodec, "decode", lambda self, z: torch.tensor(0.5).expand(len(z), *shape, 3))
-    save_preview(tmp_path / "preview.png", with_engine(tiny, micro_batch=1).preview(1, [tiny.system.negative] * count))
+def test_a_preview_of_any_recipe_opens_in_pillow(shape: tuple[int, int, int], tiny: Sampler, tmp_path: Path) -> None:
+    count, sampler = 16 if shape[0] == 1 else 4, with_engine(tiny, micro_batch=1)
+    sampler.codec = GreyCodec(*shape)
+    save_preview(tmp_path / "preview.png", sampler.preview(1, [tiny.system.negative] * count))
     with Image.open(tmp_path / "preview.png") as image:  # an error above 179 megapixels, a warning above 89
         width, height = image.size
     assert width * height == pytest.approx(2**22, rel=0.01)

@@ -21,13 +21,13 @@ from phased_dmd.config import Config
 from phased_dmd.config.overrides import build, read_file
 from phased_dmd.errors import UserError
 from phased_dmd.export import export
-from phased_dmd.finished import read_export, read_run
 from phased_dmd.models import trust
 from phased_dmd.models.loader import load_model
 from phased_dmd.plan.dry_run import dry_run
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import resolve
-from phased_dmd.sample_files import write_samples
+from phased_dmd.sampling.loading import read_export, read_run
+from phased_dmd.sampling.writing import write_samples
 from phased_dmd.train import distill
 
 SOURCE = Path(trust.__file__).parents[1]

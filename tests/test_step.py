@@ -27,7 +27,7 @@ from phased_dmd.networks import build as networks_build
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles
 from phased_dmd.plan.work import phase_work
 from phased_dmd.recipes import resolve
-from phased_dmd.sample import Sampler
+from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.step import Batch, States, draw, roll_out
 from phased_dmd.train import distill
 

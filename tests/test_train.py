@@ -19,7 +19,7 @@ from rich.progress import Progress
 from tiny import TinyCodec, TinyWan, draw, killed_after, newest_checkpoint, teacher_alone
 from torch import Tensor
 
-from phased_dmd import finished, inputs, sample, step, train
+from phased_dmd import inputs, step, train
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.config import Config, Optimiser, Plan, phase_plan
 from phased_dmd.config.overrides import build
@@ -30,7 +30,9 @@ from phased_dmd.networks import build as networks_build
 from phased_dmd.networks.optim import MomentumFreeAdamW, NonFiniteError
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles, System, expert_role
 from phased_dmd.recipes import resolve
-from phased_dmd.sample import Sampler
+from phased_dmd.sampling import loading
+from phased_dmd.sampling import sampler as sampling
+from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.train import Learner, distill
 
 QUICK = {
@@ -906,7 +908,7 @@ def test_a_loaded_run_samples_what_training_left_in_memory(solver: str, tmp_path
     """Bit for bit, and each sample by its own seed: the order and the batch do not matter."""
     config = toy(plan__steps=4, ablation__solver=solver, generator__ema=0.5)
     run = distill(config, tmp_path / "run", quiet=True)
-    sampler = finished.load(run)
+    sampler = loading.load(run)
     samples = sampler([""] * 70, range(70))  # two batches
     in_memory = Sampler(systems[0], sampler.codec)([""] * 70, range(70))
     assert torch.equal(samples, in_memory) and len(samples.unique()) == 70
@@ -916,15 +918,15 @@ def test_a_loaded_run_samples_what_training_left_in_memory(solver: str, tmp_path
 
 def test_sampling_draws_fresh_noise_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """renoise on four steps: one start and three noises, no two of them related (5 standard errors)."""
-    sampler = finished.load(distill(toy(plan__steps=4, ablation__solver="renoise"), tmp_path / "run", quiet=True))
-    drawn, original = [], sample.normal
+    sampler = loading.load(distill(toy(plan__steps=4, ablation__solver="renoise"), tmp_path / "run", quiet=True))
+    drawn, original = [], sampling.normal
 
     def spy_normal(*args: Any) -> Tensor:
         drawn.append(original(*args))
         return drawn[-1]
 
-    monkeypatch.setattr(sample, "BATCH", 1000)
-    monkeypatch.setattr(sample, "normal", spy_normal)
+    monkeypatch.setattr(sampling, "BATCH", 1000)
+    monkeypatch.setattr(sampling, "normal", spy_normal)
     sampler([""] * 1000, range(1000))
     correlations = torch.corrcoef(torch.stack([noise.flatten() for noise in drawn]))
     assert correlations.shape == (4, 4)
@@ -936,9 +938,9 @@ def test_an_unfinished_run_cannot_be_loaded(tmp_path: Path) -> None:
     run = distill(config, tmp_path / "run", quiet=True)
     RunFolder(run).expert_path(2).unlink()
     with pytest.raises(UserError, match="the run is not finished"):
-        finished.load(run)
+        loading.load(run)
     with pytest.raises(UserError, match="not a run folder"):
-        finished.load(tmp_path / "absent")
+        loading.load(tmp_path / "absent")
 
 
 def test_the_header_says_how_to_run_the_expert(wan: Callable, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phased_dmd.config import Config as Config
     from phased_dmd.errors import UserError as UserError
-    from phased_dmd.finished import load as load
     from phased_dmd.maths.losses import distribution_matching_loss as distribution_matching_loss
     from phased_dmd.maths.losses import score_matching_loss as score_matching_loss
     from phased_dmd.maths.losses import subinterval_target as subinterval_target
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from phased_dmd.maths.schedules import FlowSchedule as FlowSchedule
     from phased_dmd.maths.schedules import VESchedule as VESchedule
     from phased_dmd.maths.schedules import VPSchedule as VPSchedule
+    from phased_dmd.sampling.loading import load as load
     from phased_dmd.train import distill as distill
 
 __version__ = "0.1.0"
@@ -23,7 +23,8 @@ _HOMES = {
     "Config": "config", "UserError": "errors", "PhasePlan": "maths.phases",
     "FlowSchedule": "maths.schedules", "VPSchedule": "maths.schedules", "VESchedule": "maths.schedules",
     "subinterval_target": "maths.losses", "score_matching_loss": "maths.losses",
-    "distribution_matching_loss": "maths.losses", "rollout": "maths.rollout", "distill": "train", "load": "finished",
+    "distribution_matching_loss": "maths.losses", "rollout": "maths.rollout", "distill": "train",
+    "load": "sampling.loading",
 }  # fmt: skip
 
 

@@ -12,12 +12,12 @@ from phased_dmd.config import Config, phase_plan
 from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.engine.world import warn
 from phased_dmd.errors import UserError
-from phased_dmd.finished import read_expert
 from phased_dmd.models.hashes import file_hash
 from phased_dmd.models.protocol import Codec, VelocityModel
 from phased_dmd.models.source import Source
 from phased_dmd.networks.build import Own, load_teacher
 from phased_dmd.prompts import Prompt, read_prompts
+from phased_dmd.sampling.loading import read_expert
 from phased_dmd.trackers import check_trackers
 
 

@@ -1,125 +1,94 @@
-"""Pictures, clips, contact sheets and scatter plots on disk."""
+"""Pictures, clips, contact sheets and scatter plots on disk; pictures are read as a viewer shows them."""
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence
+from PIL import ExifTags, Image, ImageOps, ImageSequence
 from torch import Tensor
 from torch.nn import functional as F
 
 from phased_dmd.errors import UserError
-from phased_dmd.pictures import as_shown, opened
 
-PICTURES, VIDEOS = (".png", ".jpg", ".jpeg", ".webp", ".gif"), (".mp4", ".mov", ".avi", ".mkv", ".webm")
-MEDIA = PICTURES + VIDEOS
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # none of them runs another program
+ON_THEIR_SIDE = (5, 6, 7, 8)  # values of EXIF's orientation
+PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks that may come behind the pixels
+VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
+MEDIA = (".png", ".jpg", ".jpeg", ".webp", ".gif", *VIDEOS)
 CLIP_SIZE = 128  # pixels a side, at least, of a written clip
 COUNT = "frames"  # after their number, in a written clip: WebP joins equal frames into a longer one
 FRAMES = 9  # of a clip, at most, among thumbnails
 MARGIN = 0.6  # about the points that axes are laid around
 
 
-def to_images(frames: Tensor) -> list[Image.Image]:
-    """[n, h, w, 3] in [0, 1] to images."""
-    return [Image.fromarray(to_bytes(frame).numpy()) for frame in frames]
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """Opens a picture file. What is wrong with it, inside the block too, is a UserError; Pillow warns of nothing."""
+    try:
+        if not path.is_file():
+            holder = next((parent for parent in path.parents if parent.is_file()), None)
+            raise OSError(f"it is inside {holder}; save it as a file of its own" if holder else "no such file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as picture:
+                yield picture
+    except Exception as error:  # Pillow's plugins raise OSError, ValueError, SyntaxError, its own: all mean a bad file
+        raise UserError(f"{path}: cannot be read as a picture ({' '.join(str(error).split())})") from error
 
 
-def to_bytes(pixels: Tensor) -> Tensor:
-    """[0, 1] to 0, ..., 255."""
-    return (pixels.clamp(0, 1) * 255).round().byte()
+def as_shown(picture: Image.Image) -> Image.Image:
+    """Returns a picture in RGB: turned as its EXIF says, 16 bits of grey scaled to 8, and what is transparent on white.
 
-
-def shrunk(frames: Tensor, most: int) -> Tensor:
-    """Frames [n, h, w, 3] no higher than that."""
-    h, w = frames.shape[1:3]
-    if h <= most:
-        return frames
-    size = max(1, most), max(1, round(w * most / h))
-    return F.interpolate(frames.permute(0, 3, 1, 2), size, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
-
-
-def thumbnails(pixels: Tensor, most: int) -> Tensor:
-    """Bytes [n, k, h, w, 3] of clips [n, f, h, w, 3]: frames spread over each, no higher than that."""
-    n, f = pixels.shape[:2]
-    few = pixels[:, torch.linspace(0, f - 1, min(f, FRAMES)).round().long()]
-    return to_bytes(shrunk(few.flatten(0, 1), most)).unflatten(0, (n, -1))
-
-
-def grid(pixels: Tensor, columns: int | None = None, most: int | None = None) -> Image.Image:
-    """Still pictures [n, 1, h, w, 3] side by side; of clips [n, f, h, w, 3] a contact sheet, a clip a row.
-
-    most: pixels of a picture's height; higher ones are shrunk.
+    White is what pages and most viewers put behind a picture; the colours stored under transparency are whatever a
+    program left there, and nobody has seen them. Numbers without a white of their own are a ValueError.
     """
-    n, f, h = pixels.shape[:3]
-    columns = columns or (f if f > 1 else math.ceil(math.sqrt(n)))
-    cells = shrunk(pixels.flatten(0, 1), most or h)
-    h, w = cells.shape[1:3]
-    lines = -(-len(cells) // columns)
-    cells = torch.cat([cells, torch.zeros(lines * columns - len(cells), h, w, 3)])
-    sheet = cells.reshape(lines, columns, h, w, 3).transpose(1, 2).reshape(1, lines * h, columns * w, 3)
-    return to_images(sheet)[0]
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
+    if picture.mode.startswith("I"):
+        numbers = np.asarray(picture).astype(np.int64)
+        if numbers.min() < 0 or numbers.max() > 65535:
+            raise ValueError("its pixels are numbers beyond 16 bits; save it with 8 or 16 bits")
+        grey = (numbers + 128) // 257
+        grey[numbers == picture.info.get("transparency")] = 255
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+def read_picture(path: Path) -> Image.Image:
+    """Reads a picture, or an animation's first frame, in RGB as it is shown."""
+    with opened(path) as picture:
+        return as_shown(picture)
 
 
-def save_clip(frames: Tensor, path: Path, fps: float) -> None:
-    """A clip [f, h, w, 3] as a looping animated WebP: a small one enlarged without smoothing and kept lossless."""
-    factor = max(1, round(CLIP_SIZE / frames.shape[1]))
-    if factor > 1:
-        frames = F.interpolate(frames.permute(0, 3, 1, 2), scale_factor=factor, mode="nearest").permute(0, 2, 3, 1)
-    first, *rest = to_images(frames)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    first.save(
-        path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, lossless=factor > 1,
-        xmp=f"{len(frames)} {COUNT}".encode(),
-    )  # fmt: skip
-
-
-def save_points(path: Path, clouds: Sequence[tuple[str, Tensor]], about: Tensor | None = None) -> None:
-    """Named clouds of samples [n, 1] or [n, 2], one panel each: histograms, or scatter plots.
-
-    about: [m, 1] or [m, 2], what every picture's axes are laid around; None: the samples themselves.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure((3.2 * len(clouds), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(clouds), squeeze=False, sharex=True, sharey=True)[0]
-    for panel, (name, points) in zip(panels, clouds, strict=True):
-        if points.shape[1] == 1:
-            panel.hist(points[:, 0].numpy(), bins=100)
-        else:
-            panel.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=2, alpha=0.4)
-            panel.set_aspect("equal")
-        if about is not None:
-            low, high = about.min(0).values - MARGIN, about.max(0).values + MARGIN
-            panel.set_xlim(low[0].item(), high[0].item())
-            if about.shape[1] > 1:
-                panel.set_ylim(low[1].item(), high[1].item())
-        panel.set_title(name, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
-def save_preview(path: Path, samples: Tensor) -> None:
-    """Pixels [n, f, h, w, 3] as a grid, or an analytic model's points [n, d] as a plot."""
-    if samples.ndim == 5:
-        save_image(grid(samples), path)
-    else:
-        save_points(path, [(path.stem, samples[:, :2])])
+def shown_size(path: Path) -> tuple[int, int]:
+    """Returns the width and height of a picture as it is shown; from the file's head where that tells."""
+    with opened(path) as picture:
+        if picture.format == "TIFF":  # Pillow turns these itself, some versions the size alone beforehand
+            return as_shown(picture).size
+        if picture.format == "PNG" and not any(name in path.read_bytes() for name in PNG_EXIF):
+            return picture.size
+        turned = picture.getexif().get(ExifTags.Base.Orientation) in ON_THEIR_SIDE
+        return (picture.height, picture.width) if turned else picture.size
 
 
 def read_media(path: Path) -> tuple[Tensor, float | None]:
-    """A picture, animation or video as [f, h, w, 3] in [0, 1], and its frames a second; a UserError if unreadable."""
+    """Reads a picture, animation or video as [f, h, w, 3] in [0, 1], and its frames a second, None for a picture.
+
+    Raises UserError for a file that cannot be read.
+    """
     if path.suffix.lower() in VIDEOS:
         return _read_video(path)
+    frames, milliseconds = [], []
     with opened(path) as file:
         marked = file.info.get("xmp", b"").decode(errors="ignore").removesuffix(f" {COUNT}")
-        frames, milliseconds = [], []
         for frame in ImageSequence.Iterator(file):
             frames.append(np.asarray(as_shown(frame)))
             milliseconds.append(frame.info.get("duration", 0))
@@ -145,3 +114,94 @@ def _read_video(path: Path) -> tuple[Tensor, float | None]:
     if not frames:
         raise UserError(f"{path}: cannot be read as a video")
     return torch.from_numpy(np.stack(frames)).float() / 255, capture.get(cv2.CAP_PROP_FPS) or None
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Scales [0, 1] to the whole numbers 0, ..., 255."""
+    return (pixels.clamp(0, 1) * 255).round().byte()
+
+
+def to_images(frames: Tensor) -> list[Image.Image]:
+    """Turns [n, h, w, 3] in [0, 1] into images."""
+    return [Image.fromarray(frame) for frame in to_bytes(frames).numpy()]
+
+
+def shrunk(frames: Tensor, most: int) -> Tensor:
+    """Shrinks frames [n, h, w, 3] that are higher than `most` pixels to that height."""
+    h, w = frames.shape[1:3]
+    if h <= most:
+        return frames
+    size = max(1, most), max(1, round(w * most / h))
+    return F.interpolate(frames.permute(0, 3, 1, 2), size, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+
+
+def thumbnails(pixels: Tensor, most: int) -> Tensor:
+    """Returns bytes [n, k, h, w, 3] of clips [n, f, h, w, 3]: frames spread over each, at most `most` pixels high."""
+    n, f = pixels.shape[:2]
+    few = pixels[:, torch.linspace(0, f - 1, min(f, FRAMES)).round().long()]
+    return to_bytes(shrunk(few.flatten(0, 1), most)).unflatten(0, (n, -1))
+
+
+def grid(pixels: Tensor, most: int | None = None) -> Image.Image:
+    """Lays still pictures [n, 1, h, w, 3] side by side, or clips [n, f, h, w, 3] out as a contact sheet, a clip a row.
+
+    most: pixels of a picture's height; higher ones are shrunk.
+    """
+    n, f, h = pixels.shape[:3]
+    columns = f if f > 1 else math.ceil(math.sqrt(n))
+    cells = shrunk(pixels.flatten(0, 1), most or h)
+    h, w = cells.shape[1:3]
+    lines = -(-len(cells) // columns)
+    cells = torch.cat([cells, torch.zeros(lines * columns - len(cells), h, w, 3)])
+    sheet = cells.reshape(lines, columns, h, w, 3).transpose(1, 2).reshape(1, lines * h, columns * w, 3)
+    return to_images(sheet)[0]
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def save_clip(frames: Tensor, path: Path, fps: float) -> None:
+    """Writes a clip [f, h, w, 3] as a looping animated WebP; a small one enlarged without smoothing, and lossless."""
+    factor = max(1, round(CLIP_SIZE / frames.shape[1]))
+    if factor > 1:
+        frames = frames.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    first, *rest = to_images(frames)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first.save(
+        path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, lossless=factor > 1,
+        xmp=f"{len(frames)} {COUNT}".encode(),
+    )  # fmt: skip
+
+
+def save_points(path: Path, name: str, points: Tensor, about: Tensor | None = None) -> None:
+    """Plots samples [n, 1] as a histogram, or [n, 2] as a scatter plot, under their name.
+
+    about: [m, 1] or [m, 2], what the axes of every picture are laid around; None: the samples themselves.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure((3.2, 3.2), layout="constrained")
+    panel = figure.subplots()
+    if points.shape[1] == 1:
+        panel.hist(points[:, 0].numpy(), bins=100)
+    else:
+        panel.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=2, alpha=0.4)
+        panel.set_aspect("equal")
+    if about is not None:
+        low, high = about.min(0).values - MARGIN, about.max(0).values + MARGIN
+        panel.set_xlim(low[0].item(), high[0].item())
+        if about.shape[1] > 1:
+            panel.set_ylim(low[1].item(), high[1].item())
+    panel.set_title(name, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def save_preview(path: Path, samples: Tensor) -> None:
+    """Writes pixels [n, f, h, w, 3] as a grid, or an analytic model's points [n, d] as a plot."""
+    if samples.ndim == 5:
+        save_image(grid(samples), path)
+    else:
+        save_points(path, path.stem, samples[:, :2])

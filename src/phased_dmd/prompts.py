@@ -1,4 +1,4 @@
-"""Prompts, with a first frame each for image-to-video, from a file, a data set of the hub or a shipped set.
+"""Prompts, for image-to-video with a first frame each, are read from a file, a hub data set or a shipped set.
 
 A repeated prompt is drawn as often as it stands there.
 """
@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 from phased_dmd.errors import UserError
 
 SHIPPED = Path(__file__).parent / "assets" / "prompts"
-SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 HUB = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::(.+))?")  # a data set's id, and a file in it
 KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", bytes: "bytes"}
 QUOTES = "a text with a comma or a quote stands in double quotes, and a quote in it is written twice"
 TEXTS = ("string", "large_string", "string_view", "null")  # types of parquet
 SHOWN = 5  # names in a message
+Rows = Iterator[tuple[str, Any]]  # the words that say where a row stands, and the row
 
 
 class Prompt(NamedTuple):
@@ -31,13 +31,13 @@ class Prompt(NamedTuple):
     image: Path | None = None
 
     def line(self) -> str:
-        """As a line of jsonl."""
+        """Returns the prompt as a line of jsonl."""
         image = {"image": str(self.image)} if self.image else {}
         return json.dumps({"prompt": self.text} | image, ensure_ascii=False)
 
 
 def read_prompts(source: str) -> list[Prompt]:
-    """The prompts of a shipped set's name, of a file, or of a file of a data set on the hub, `owner/name[:FILE]`.
+    """Returns the prompts of a shipped set, a file, or a file of a data set on the hub, `owner/name[:FILE]`.
 
     txt (or a file without a suffix): one a line; blank lines and lines that begin with # are left out. jsonl, csv,
     parquet: the column `prompt`, and where there is one `image`, a picture's path, relative to the file; rows without
@@ -50,7 +50,10 @@ def read_prompts(source: str) -> list[Prompt]:
             path = _from_hub(*dataset.groups())
         if path.exists() and not path.is_file():
             raise ValueError("no regular file")
-        rows = [(where, _prompt(row, where, path)) for where, row in _rows(path)]
+        reader = READERS.get(path.suffix.lower() or ".txt")
+        if reader is None:
+            raise UserError(f"prompts: {path} is no {_list(SUFFIXES)} file")
+        rows = [(where, _prompt(row, where, path)) for where, row in reader(path)]
     except UserError:
         raise
     except (OSError, ValueError) as error:
@@ -68,7 +71,7 @@ def read_prompts(source: str) -> list[Prompt]:
 
 
 def _from_hub(repo: str, name: str | None) -> Path:
-    """A file of a data set, downloaded or found in the hub's cache; without a name the only one that holds prompts."""
+    """Returns a data set's file, downloaded or from the hub's cache; without a name the only one that holds prompts."""
     from huggingface_hub import hf_hub_download, list_repo_files
 
     names = []
@@ -88,60 +91,31 @@ def _from_hub(repo: str, name: str | None) -> Path:
     raise UserError(f"prompts: the data set {repo} holds several prompt files, {_list(names)}; name one, {repo}:FILE")
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row, and the words that say where it stands."""
-    match path.suffix.lower():
-        case ".jsonl":
-            for number, line in _lines(path):
-                if line.strip():
-                    yield f"{path}, line {number}", _json(line, f"{path}, line {number}")
-        case ".csv":
-            yield from _csv_rows(path)
-        case ".parquet":
-            yield from _parquet_rows(path)
-        case ".txt" | "":
-            for number, line in _lines(path):
-                if line.strip() and not line.strip().startswith("#"):
-                    yield f"{path}, line {number}", {"prompt": line.strip()}
-        case _:
-            raise UserError(f"prompts: {path} is no {_list(SUFFIXES)} file")
+def _text_rows(path: Path) -> Rows:
+    """Yields the lines of a text file that are neither blank nor begin with #."""
+    for where, line in _lines(path):
+        if line.strip() and not line.strip().startswith("#"):
+            yield where, {"prompt": line.strip()}
 
 
-def _text(path: Path) -> str:
-    """A file's text without its byte order mark, as spreadsheets write one; one that is not UTF-8 is a UserError."""
-    data = path.read_bytes()
-    wide = b"\0" in data or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        if not wide:
-            return data.decode("utf-8-sig")
-        line = 1
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-    encoding = "it looks like UTF-16" if wide else "ENCODING is what it was saved in, such as LATIN1 or GBK"
-    command = f"iconv -f {'UTF-16' if wide else 'ENCODING'} -t UTF-8 {path.name} > new{path.suffix}"
-    raise UserError(f"prompts: {path}, line {line} is not UTF-8 text; convert it by `{command}` ({encoding})")
+def _json_rows(path: Path) -> Rows:
+    """Yields the value of each line that is not blank."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if twice := _twice([name for name, _ in pairs]):
+            raise ValueError(f"{twice} stands there twice")
+        return dict(pairs)
+
+    for where, line in _lines(path):
+        if line.strip():
+            try:
+                yield where, json.loads(line, object_pairs_hook=once)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"prompts: {where} is not JSON ({error})") from error
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    r"""The lines with their numbers; none but \n, \r\n and \r ends one, and the others of Unicode are text."""
-    return enumerate(re.split("\r\n|\r|\n", _text(path)), 1)
-
-
-def _json(line: str, where: str) -> Any:
-    try:
-        return json.loads(line, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"prompts: {where} is not JSON ({error})") from error
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := next((name for name in ("prompt", "image") if names.count(name) > 1), None):
-        raise ValueError(f"{twice} stands there twice")
-    return dict(pairs)
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def _csv_rows(path: Path) -> Rows:
+    """Yields the rows below the header; raises UserError where a comma or a quote makes other fields of one."""
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     header: list[str] = []
     try:
@@ -160,20 +134,19 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         raise UserError(f"prompts: {path}, line {reader.line_num} is not csv ({error}); {QUOTES}") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of the columns that are used alone; of an image that is no text, as in the hub's data sets, its path is read."""
+def _parquet_rows(path: Path) -> Rows:
+    """Yields the columns that are used; of an image that is no text, as in the hub's data sets, its path alone."""
     if not find_spec("pyarrow"):
         raise UserError(f"prompts: {path} needs pyarrow; pip install pyarrow")
     from pyarrow import ArrowException, parquet, types  # type: ignore[import-not-found] optional
 
     path.open("rb").close()  # an OSError of its own
+    columns, inside = ["prompt"], {}
     try:
         with parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            _check_columns(schema.names, str(path))
-            columns, inside = ["prompt"], {}
-            if "image" in schema.names:
-                image = schema.field("image").type
+            _check_columns(file.schema_arrow.names, str(path))
+            if "image" in file.schema_arrow.names:
+                image = file.schema_arrow.field("image").type
                 if str(image) in TEXTS or types.is_dictionary(image):
                     columns.append("image")
                 elif types.is_struct(image) and image.get_field_index("path") >= 0:
@@ -188,19 +161,51 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}, row {number}", inside | row
 
 
+READERS = {".txt": _text_rows, ".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+SUFFIXES = tuple(READERS)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    r"""Yields where each line stands, and the line; only \n, \r\n and \r end one, Unicode's other ends are text."""
+    for number, line in enumerate(re.split("\r\n|\r|\n", _text(path)), 1):
+        yield f"{path}, line {number}", line
+
+
+def _text(path: Path) -> str:
+    """Returns a file's text without the byte order mark that spreadsheets write; raises UserError if not UTF-8."""
+    data = path.read_bytes()
+    wide = b"\0" in data or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        if not wide:
+            return data.decode("utf-8-sig")
+        line = 1
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+    encoding = "it looks like UTF-16" if wide else "ENCODING is what it was saved in, such as LATIN1 or GBK"
+    command = f"iconv -f {'UTF-16' if wide else 'ENCODING'} -t UTF-8 {path.name} > new{path.suffix}"
+    raise UserError(f"prompts: {path}, line {line} is not UTF-8 text; convert it by `{command}` ({encoding})")
+
+
 def _check_columns(names: Sequence[str], where: str) -> None:
+    """Raises UserError where the column prompt is missing, or a column that is read stands there twice."""
     if "prompt" not in names:
         commas = "; commas part columns" if len(names) == 1 and re.search("[;\t|]", names[0]) else ""
         raise UserError(f"prompts: {where} has no column prompt{', but ' if names else ''}{_list(names)}{commas}")
-    if twice := next((name for name in ("prompt", "image") if names.count(name) > 1), None):
+    if twice := _twice(names):
         raise UserError(f"prompts: {where} has the column {twice} twice")
 
 
+def _twice(names: Sequence[str]) -> str | None:
+    return next((name for name in ("prompt", "image") if names.count(name) > 1), None)
+
+
 def _list(names: Sequence[str]) -> str:
+    """Joins names for a message; of many the first few."""
     return ", ".join([name.removeprefix(".") for name in names[:SHOWN]] + ["..."] * (len(names) > SHOWN))
 
 
 def _prompt(row: Any, where: str, path: Path) -> Prompt:
+    """Returns a row as a prompt; raises UserError where its prompt or image is not text."""
     if not isinstance(row, dict):
         raise UserError(f"prompts: {where} is not an object with a prompt")
     _check_columns(list(row), where)

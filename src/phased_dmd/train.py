@@ -21,7 +21,6 @@ from phased_dmd.engine.collectives import all_reduce_mean, run_on_first_rank, ru
 from phased_dmd.engine.signals import Signals
 from phased_dmd.engine.world import check_groups, processes, rank, split_batch, warn
 from phased_dmd.errors import Stopped, UserError
-from phased_dmd.finished import read_expert
 from phased_dmd.inputs import compare_finished, contents, initial_expert, prepare
 from phased_dmd.media import save_preview
 from phased_dmd.models.protocol import Codec, Condition
@@ -37,7 +36,8 @@ from phased_dmd.networks.build import (
 )
 from phased_dmd.networks.optim import Learner, NonFiniteError
 from phased_dmd.networks.roles import FAKE, expert_role
-from phased_dmd.sample import Sampler, preview_size
+from phased_dmd.sampling.loading import read_expert
+from phased_dmd.sampling.sampler import Sampler, preview_size
 from phased_dmd.step import EXPERT_UPDATE, Batch, States, bucket_weights, draw, expert_loss, fake_loss
 from phased_dmd.trackers import Trackers
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from faults import KILLED, command, die_at, end, forked, obey_permissions, slow_disk, small_disk, start
+from faults import KILLED, command, die_at, end, forked, launch, obey_permissions, slow_disk, small_disk, start
 from torch import Tensor
 
 from phased_dmd import train
@@ -380,18 +380,12 @@ def test_a_second_one_ends_the_run(stop: Position | None, tmp_path: Path) -> Non
 GROUP_ITERATIONS = 30
 
 
-def group(run: Path) -> subprocess.Popen[str]:
-    """torchrun with two processes on the run, once both are in the middle of it."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.Popen(
-        [*torchrun, "-m", "phased_dmd", *arguments(run, iterations=GROUP_ITERATIONS)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def wait_for_metrics(run: Path, ended: Callable[[], object]) -> None:
+    """Until the group is in the middle of the run."""
     until = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists():
-        assert process.poll() is None and time.monotonic() < until, process.communicate()[1]
+        assert not ended() and time.monotonic() < until
         time.sleep(0.02)
-    return process
 
 
 def assert_one_process_goes_on(run: Path) -> None:
@@ -403,19 +397,30 @@ def assert_one_process_goes_on(run: Path) -> None:
 
 def test_when_a_process_of_a_group_dies_the_others_end_and_one_process_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = group(run)
+
+    def member() -> None:
+        command(tmp_path / f"{os.environ['RANK']}.stderr", *arguments(run, iterations=GROUP_ITERATIONS))
+
+    first, second = launch(2, member, seconds=180)
+    wait_for_metrics(run, lambda: os.waitid(os.P_PID, second, os.WEXITED | os.WNOHANG | os.WNOWAIT))
     killed = time.monotonic()
-    os.kill(int((run / ".lock").read_text()), signal.SIGKILL)  # the first one, which holds the lock
-    _, said = process.communicate(timeout=60)
-    assert process.returncode not in (0, None) and time.monotonic() - killed < 60
+    assert int((run / ".lock").read_text()) == first
+    os.kill(first, signal.SIGKILL)
+    assert end(second) == 1 and end(first) == -signal.SIGKILL and time.monotonic() - killed < 60
     lost = "phased-dmd: another process of the group ended; the same command goes on from the last checkpoint\n"
-    assert said.count(lost) == 1 and "RuntimeError" not in said, said
+    assert (tmp_path / "1.stderr").read_text() == lost
     assert_one_process_goes_on(run)
 
 
 def test_a_group_that_is_asked_to_stop_saves_once_and_one_process_goes_on(tmp_path: Path) -> None:
+    """By torchrun itself, which passes the signal on to all."""
     run = tmp_path / "run"
-    process = group(run)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen(
+        [*torchrun, "-m", "phased_dmd", *arguments(run, iterations=GROUP_ITERATIONS)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_metrics(run, lambda: process.poll() is not None and process.communicate()[1])
     process.terminate()
     _, said = process.communicate(timeout=60)
     places = {found[1] for line in said.splitlines(keepends=True) if (found := SAVED.fullmatch(line))}

@@ -1,68 +1,130 @@
-"""One process against two: FSDP2 under torchrun on gloo, the same global batch, in float64 and in float32.
+"""One process against two: FSDP2 on gloo, the same global batch, in float64 and in float32.
 
-All runs of a number of processes are made in one start of it; the tests look at what they left.
+All runs are made once, by processes that are forked as torchrun would start them; the tests look at what they left.
 """
 
-import json
 import os
-import subprocess
-import sys
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pipelines
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from faults import end, forked, launch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from phased_dmd.checkpoint import RunFolder
-from phased_dmd.config import Config, Engine, Fake, Generator, Lora, Plan
+from phased_dmd.config import Config, Fake, Generator, Lora, Plan
 from phased_dmd.config.overrides import apply_overrides
-from phased_dmd.config.teacher import Size
+from phased_dmd.engine.signals import Signals
+from phased_dmd.engine.world import processes, rank, world_size
+from phased_dmd.errors import Stopped
 from phased_dmd.recipes import resolve
+from phased_dmd.train import distill
 
-WORKER = Path(__file__).parents[1] / "helpers" / "distributed_worker.py"
 EXACT = 1e-9
-NANO_ITERATIONS = int(os.environ.get("NANO_ITERATIONS", "3"))  # `make chaos` takes 20
+ITERATIONS = 2  # of a phase
+NANO_ITERATIONS = int(os.environ.get("NANO_ITERATIONS", "1"))  # `make chaos` takes 20
+IN_MID_CYCLE = 3 * ITERATIONS + 3 + 1  # in phase 2, iteration 1, after the first of the fake's two updates
 
 
-def launch(processes: int, jobs: Sequence[dict[str, Any]], folder: Path) -> None:
-    path = folder / f"jobs-{processes}-{len(list(folder.glob('jobs-*')))}.json"
-    path.write_text(json.dumps(jobs))
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    done = subprocess.run([sys.executable, *start, str(WORKER), str(path)], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
+class Job(NamedTuple):
+    """A run to make. stop: how often the processes ask for a signal until the last of them gets a SIGTERM."""
+
+    config: Config
+    output: Path
+    stop: int | None = None
+
+    @property
+    def doubled(self) -> bool:
+        """Whether what torch makes by default is float64 too; `wide` is a float64 teacher as a user has it."""
+        return self.config.teacher.dtype == "float64" and not self.output.name.startswith("wide")  # type: ignore[union-attr]
 
 
-def tiny_wan22(folder: Path, **changes: Any) -> Config:
-    """Two networks that take turns at .875: (.8333, 1), phase 1's re-noise times, holds it, and so does (.02, 1)."""
+@contextmanager
+def doubled() -> Iterator[None]:
+    """Where diffusers calls `.float()`, differences of 1e-16 would become those of float32."""
+    as_float = torch.Tensor.float
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.Tensor.float = as_float
+
+
+def stop_at(count: int) -> None:
+    """SIGTERM for the last process when it is asked for the count-th time."""
+    asked, calls = Signals.asked, [0]
+
+    def counted(self: Signals) -> int:
+        calls[0] += 1
+        if calls[0] == count and rank() == world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return asked(self)
+
+    Signals.asked = counted
+
+
+def make(job: Job) -> None:
+    """Distils one job, alone or with the other processes of the group."""
+    asked = Signals.asked
+    if job.stop is not None:
+        stop_at(job.stop)
+    try:
+        distill(job.config, job.output, quiet=True)
+        assert job.stop is None
+    except Stopped:
+        assert job.stop is not None
+    Signals.asked = asked
+
+
+def make_all(jobs: list[Job]) -> None:
+    if torch.accelerator.device_count() == 0:
+        torch.accelerator.device_count = lambda: 1  # diffusers' context parallelism divides by it
+    with processes():
+        for job in jobs:
+            if not job.doubled:
+                make(job)
+                continue
+            with doubled():
+                make(job)
+
+
+def tiny_wan22(folder: Path) -> Config:
+    """Two networks that take turns at .875: (.8333, 1), phase 1's re-noise times, holds it, and so does (.02, 1).
+
+    A sample is four tokens, two frames of two, so that self-attention has something to attend to.
+    """
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"{caption}\n" for caption in pipelines.CAPTIONS))
     teacher = pipelines.teacher("wan22_t2v", folder / "wan22").model_dump() | {"dtype": "float64"}
-    size = {"num_frames": 1, "height": 16, "width": 16}
-    config = Config(
+    size = {"num_frames": 5, "height": 16, "width": 32}
+    return Config(
         recipe="tiny-wan22", teacher=teacher | {"sizes": [size]}, plan=Plan(phases=2), prompts=str(prompts),
         generator=Generator(lora=Lora(rank=2, alpha=2), lr=1e-3, ema=0.9),
-        fake=Fake(lr=1e-3, updates=2, lora=Lora(rank=2, alpha=2)), iterations=20, batch_size=4,
-        log_every=1, checkpoint_every=20, sample_every=1000,
+        fake=Fake(lr=1e-3, updates=2, lora=Lora(rank=2, alpha=2)), iterations=ITERATIONS,
+        batch_size=4, log_every=1, checkpoint_every=ITERATIONS, sample_every=None,
     )  # fmt: skip
-    return config.model_copy(update=changes)
 
 
-def laid_over(config: Config, overrides: dict[str, Any]) -> Config:
-    return Config.model_validate(apply_overrides(config.model_dump(), overrides))
-
-
-def nano(**overrides: Any) -> Config:
+def nano() -> Config:
     quick = {
         "batch_size": 4, "iterations": NANO_ITERATIONS, "log_every": 1, "checkpoint_every": NANO_ITERATIONS,
-        "sample_every": 1000, "plan.phases": 2, "fake.updates": 2, "teacher.dtype": "float64",
+        "sample_every": None, "plan.phases": 2, "fake.updates": 2, "teacher.dtype": "float64",
     }  # fmt: skip
-    return resolve("nano-t2i", quick | overrides)
+    return resolve("nano-t2i", quick)
+
+
+def changed(config: Config, **overrides: Any) -> Config:
+    """The config with fields by their dotted names, `__` for the dot."""
+    dotted = {name.replace("__", "."): value for name, value in overrides.items()}
+    return Config.model_validate(apply_overrides(config.model_dump(), dotted))
 
 
 @pytest.fixture(scope="module")
@@ -71,40 +133,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     pipelines.build("wan22_t2v", folder / "wan22")
     wan22 = tiny_wan22(folder)
-    three = wan22.model_copy(update={"iterations": 3, "checkpoint_every": 3})
-
-    def changed(section: str, **changes: Any) -> Config:
-        return three.model_copy(update={section: getattr(three, section).model_copy(update=changes)})
-
-    fast = {"rollouts.reuse": True, "rollouts.antithetic": "start", "fake.pull": 1.0, "phase_shares": [1, 1.5],
-            "renoise.sort": True, "engine.micro_batch": 2}  # fmt: skip
-    fisher = {"objective": "fisher", "engine.batched_guidance": True}
-    wide = {"fake.weights": "lora", "optimiser.second_moment": "bfloat16"}
-    clips = changed("teacher", sizes=(Size(num_frames=5, height=32, width=32),))
-    split = Engine(sequence_parallel=2, micro_batch=2, activation_checkpointing=True)
     everywhere = {
-        "wan22": wan22, "nano": nano(), "lora": changed("fake", weights="lora"),
-        "fast": laid_over(three, fast), "fisher": laid_over(three, fisher),
-        "single": changed("teacher", dtype="float32"), "half": changed("teacher", dtype="bfloat16"),
-        "wide": laid_over(three, wide),  # float64 as a user has it: what torch makes by default is float32
+        "wan22": wan22, "nano": nano(), "lora": changed(wan22, fake__weights="lora"),
+        "fast": changed(wan22, rollouts__reuse=True, rollouts__antithetic="start", fake__pull=1.0,
+                        phase_shares=[1, 1.5], renoise__sort=True, engine__micro_batch=2),
+        "fisher": changed(wan22, objective="fisher", engine__batched_guidance=True),
+        "single": changed(wan22, teacher__dtype="float32"), "half": changed(wan22, teacher__dtype="bfloat16"),
+        "wide": changed(wan22, fake__weights="lora", optimiser__second_moment="bfloat16"),
     }  # fmt: skip
-    alone = {"plain": three, "offloaded": changed("engine", offload=True), "clips": clips}
+    alone = {"offloaded": changed(wan22, engine__offload=True)}
     spread = {
-        "plain": changed("engine", micro_batch=1, replicas=2, activation_checkpointing=True),
-        "clips": clips.model_copy(update={"engine": split}),
-    }
+        "replicas": changed(wan22, engine__micro_batch=1, engine__replicas=2, engine__activation_checkpointing=True),
+        "split": changed(wan22, engine__sequence_parallel=2, engine__micro_batch=2,
+                         engine__activation_checkpointing=True),
+    }  # fmt: skip
 
-    def jobs(configs: dict[str, Config], count: int) -> list[dict[str, Any]]:
-        return [job(config, f"{name}-{count}") for name, config in configs.items()]
+    def jobs(configs: dict[str, Config], count: int) -> list[Job]:
+        return [Job(config, folder / f"{name}-{count}") for name, config in configs.items()]
 
-    def job(config: Config, name: str, **more: Any) -> dict[str, Any]:
-        double = config.teacher.dtype == "float64" and not name.startswith("wide")
-        return {"config": config.model_dump(mode="json"), "output": str(folder / name), "double": double, **more}
-
-    stop = 20 * 3 + 7 * 3 + 1  # in phase 2, iteration 7, after the first of the fake's two updates
-    launch(1, [*jobs(everywhere | alone, 1), job(wan22, "wan22-1-2", stop=stop)], folder)
-    launch(2, [*jobs(everywhere | spread, 2), job(wan22, "wan22-1-2"), job(wan22, "wan22-2-1", stop=stop)], folder)
-    launch(1, [job(wan22, "wan22-2-1")], folder)
+    one_two, two_one = folder / "wan22-1-2", folder / "wan22-2-1"
+    first = [*jobs(everywhere | alone, 1), Job(wan22, one_two, stop=IN_MID_CYCLE)]
+    second = [*jobs(everywhere | spread, 2), Job(wan22, one_two), Job(wan22, two_one, stop=IN_MID_CYCLE)]
+    assert forked(lambda: make_all(first), seconds=600) == 0
+    assert [end(process) for process in launch(2, lambda: make_all(second), seconds=600)] == [0, 0]
+    assert forked(lambda: make_all([Job(wan22, two_one)]), seconds=600) == 0
     return folder
 
 
@@ -138,15 +190,15 @@ def state(run: Path) -> dict[str, Tensor]:
     [
         ("wan22-1", "wan22-2"), ("nano-1", "nano-2"), ("lora-1", "lora-2"),
         ("fast-1", "fast-2"), ("fisher-1", "fisher-2"),  # what saves network calls, and the other divergence
-        ("plain-1", "plain-2"),  # micro-batches, all weights in both processes, blocks recomputed
-        ("clips-1", "clips-2"),  # each sample shared by both
-        ("plain-1", "offloaded-1"),
+        ("wan22-1", "replicas-2"),  # micro-batches, all weights in both processes, blocks recomputed
+        ("wan22-1", "split-2"),  # each sample shared by both
+        ("wan22-1", "offloaded-1"),
     ],
 )  # fmt: skip
 def test_however_it_is_shared_out_the_same_is_trained(first: str, second: str, runs: Path) -> None:
     """Losses, experts and every tensor of the optimisers, of both phases."""
     one, two, name = runs / first, runs / second, first.split("-")[0]
-    each = {"wan22": (20, 20), "nano": (NANO_ITERATIONS, NANO_ITERATIONS), "fast": (3, 4)}.get(name, (3, 3))
+    each = {"nano": (NANO_ITERATIONS, NANO_ITERATIONS), "fast": (2, 3)}.get(name, (ITERATIONS, ITERATIONS))
     assert len(losses(one)) == sum(each)
     torch.testing.assert_close(losses(two), losses(one), rtol=EXACT, atol=EXACT)
     for phase in (1, 2):

@@ -6,7 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,41 +17,36 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 from PIL import Image
+from runs import finished_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import draw
 
-from phased_dmd import export as package
-from phased_dmd import train
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors
 from phased_dmd.cli import main
 from phased_dmd.errors import UserError
 from phased_dmd.export import export
-from phased_dmd.export.subject import Subject
+from phased_dmd.export.exported_run import ExportedRun
 from phased_dmd.export.verify import VerificationError, verify_comfyui, verify_diffusers
-from phased_dmd.finished import load
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
+from phased_dmd.sampling.loading import load
 from phased_dmd.train import distill
 
-QUICK = {"iterations": 1, "batch_size": 2, "fake.updates": 1}
-TINY = QUICK | {"plan.phases": 2, "plan.gradient": "last", "generator.lora.rank": 4, "generator.lora.alpha": 2}
+TINY = {"plan.phases": 2, "plan.gradient": "last", "generator.lora.rank": 4, "generator.lora.alpha": 2}
 TRAINED = [1, 15 / 16, 5 / 6, 5 / 8]  # shift 5 of 1, 3/4, 1/2, 1/4
 Make = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs."""
-    folder = tmp_path_factory.mktemp("export")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_preview", lambda path, samples: None)
-        yield folder
+    return tmp_path_factory.mktemp("export")
 
 
 @pytest.fixture(scope="module")
 def make(workshop: Path) -> Make:
-    """A run by its teacher, distilled for an iteration, then with experts that differ from the teacher a lot."""
+    """A finished run by its teacher, with experts that differ from the teacher a lot; made once for all tests."""
     frame = workshop / "frame.png"
     Image.effect_noise((48, 32), 80).convert("RGB").save(frame)
     (workshop / "texts.txt").write_text("\n".join(pipelines.CAPTIONS))
@@ -64,7 +59,7 @@ def make(workshop: Path) -> Make:
         if RunFolder(run).config_path.exists():
             return run
         texts = str(workshop / ("frames.jsonl" if "_i2v" in name else "texts.txt"))
-        settings = (QUICK if method else TINY) | {"prompts": texts}
+        settings = ({} if method else TINY) | {"prompts": texts}
         if name in pipelines.NAMES:
             teacher = workshop / "teachers" / name
             if not teacher.exists():
@@ -72,16 +67,7 @@ def make(workshop: Path) -> Make:
             settings["teacher"] = json.loads(pipelines.teacher(name, teacher).model_dump_json())
         else:
             settings["teacher.path"] = name
-        distill(resolve("nano-t2i", settings | changes, method), run, quiet=True)
-        for path in (run / "experts").iterdir():
-            tensors, header = load_tensors(path)
-            for i, key in enumerate(sorted(tensors)):
-                if ".lora_B" in key:
-                    tensors[key] = 0.1 * draw(*tensors[key].shape, seed=100 * header["phase"] + i)
-                elif ".lora_" not in key:
-                    tensors[key] *= 1 + 0.1 * draw(*tensors[key].shape, seed=100 * header["phase"] + i)
-            save_tensors(path, tensors, header)
-        return run
+        return finished_run(run, resolve("nano-t2i", settings | changes, method))
 
     return build
 
@@ -151,7 +137,7 @@ def test_the_script_gives_the_pipeline_a_first_frame_turned_as_a_viewer_shows_it
     ("name", "method", "overrides", "experts"),
     [
         ("nano", "phased", {}, ["phase1", "phase2", "phase3", "phase4"]),
-        ("nano", None, {}, ["phase1", "phase2"]),
+        ("wan21_t2v", None, {}, ["phase1", "phase2"]),
         ("wan22_t2v", None, {}, ["phase1-high-noise", "phase2-low-noise"]),
         ("wan22_t2v", "dmd-sgts", {}, ["phase1-high-noise", "phase1-low-noise"]),
         (
@@ -168,7 +154,7 @@ def test_every_plan_is_exported_and_verified_as_lora_and_fused(
     name: str, method: Any, overrides: dict[str, Any], experts: list[str], make: Make, tmp_path: Path
 ) -> None:
     run = make(name, method, **overrides)
-    assert [piece.name for piece in Subject.of(run, fused=False).pieces] == experts
+    assert [expert.name for expert in ExportedRun.open(run, fused=False).experts] == experts
     shown = "1, 0.9, 0.75, 0.5" if "plan__shift" in overrides else "1, 0.9375, 0.833333, 0.625"
     for fused in (False, True):
         lines = export(run, "diffusers", tmp_path / str(fused), fused=fused, verify=True)
@@ -176,7 +162,9 @@ def test_every_plan_is_exported_and_verified_as_lora_and_fused(
     folders = sorted(path.parent.name for path in (tmp_path / "True").glob("*/diffusion_pytorch_model.safetensors"))
     wan_pair = len(experts) == 2 and name != "qwen_image"
     assert folders == (
-        ["transformer", "transformer_2"] if wan_pair else sorted(piece.file for piece in Subject.of(run, True).pieces)
+        ["transformer", "transformer_2"]
+        if wan_pair
+        else sorted(expert.file for expert in ExportedRun.open(run, True).experts)
     )
 
 
@@ -249,7 +237,7 @@ def test_the_boundary_lies_between_grid_points_where_the_switch_is_one(make: Mak
     run = make("wan22_t2v", "dmd-sgts", plan__shift=7.0)
     lines = export(run, "diffusers", tmp_path / "out", verify=True)
     assert verified(lines) == "verified: samples at 1, 0.954545, 0.875, 0.7"
-    assert Subject.of(run, fused=False).boundary_ratio == pytest.approx((0.875 + 0.7) / 2)
+    assert ExportedRun.open(run, fused=False).boundary_ratio == pytest.approx((0.875 + 0.7) / 2)
     script = runpy.run_path(str(tmp_path / "out" / "sample.py"))
     assert script["BOUNDARY"] == pytest.approx(0.7875)
 
@@ -544,7 +532,7 @@ def test_a_file_with_a_key_too_many_or_wrong_weights_is_not_verified(
     damage(tensors)
     save_file(tensors, path)
     with pytest.raises(VerificationError, match=f"verification failed: .*({says})"):
-        verify_diffusers(Subject.of(run, fused=False), tmp_path / "out")
+        verify_diffusers(ExportedRun.open(run, fused=False), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -566,7 +554,7 @@ def test_a_script_with_other_times_experts_or_boundary_is_not_verified(
     assert written in script.read_text()
     script.write_text(script.read_text().replace(written, instead))
     with pytest.raises(VerificationError, match="verification failed"):
-        verify_diffusers(Subject.of(run, fused=False), tmp_path / "out")
+        verify_diffusers(ExportedRun.open(run, fused=False), tmp_path / "out")
 
 
 def test_comfyui_files_that_do_not_convert_back_are_not_verified(make: Make, tmp_path: Path) -> None:
@@ -576,10 +564,10 @@ def test_comfyui_files_that_do_not_convert_back_are_not_verified(make: Make, tmp
     tensors = load_file(path)
     save_file(tensors | {"diffusion_model.blocks.0.norm.lora_up.weight": torch.zeros(1)}, path)
     with pytest.raises(VerificationError, match="cannot be read"):
-        verify_comfyui(Subject.of(run, fused=False), tmp_path / "out")
+        verify_comfyui(ExportedRun.open(run, fused=False), tmp_path / "out")
     save_file({name: t / 2 if name.endswith(".alpha") else t for name, t in tensors.items()}, path)
     with pytest.raises(VerificationError, match="is not what was loaded"):
-        verify_comfyui(Subject.of(run, fused=False), tmp_path / "out")
+        verify_comfyui(ExportedRun.open(run, fused=False), tmp_path / "out")
 
 
 # ---------------------------------------------------------------- the package's own sampler, and the command
@@ -673,10 +661,13 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     return 0
 
 
-def test_the_command_prints_what_it_wrote_and_samples_it(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_command_prints_what_it_wrote_of_a_distilled_run_and_samples_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(monkeypatch, "export", make("nano-moe"), "--output", tmp_path / "out", "--verify") == 0
+    quick = {"teacher.path": "nano-moe", "iterations": 1, "batch_size": 2, "fake.updates": 1, "sample_every": None}
+    run = distill(resolve("nano-t2i", TINY | quick), tmp_path / "run", quiet=True)
+    capsys.readouterr()
+    assert command(monkeypatch, "export", run, "--output", tmp_path / "out", "--verify") == 0
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 7 and shown[-1].startswith("verified: samples at 1, 0.9375, 0.833333, 0.625 differ")
     assert command(monkeypatch, "sample", tmp_path / "out", "--output", tmp_path / "s", "--prompt", "a digit") == 0
@@ -686,9 +677,15 @@ def test_the_command_prints_what_it_wrote_and_samples_it(
 def test_a_failed_verification_is_one_line_and_leaves_nothing(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = package.lora_tensors
-    halved = lambda *given: {name: t / 2 if ".lora_B" in name else t for name, t in original(*given).items()}  # noqa: E731
-    monkeypatch.setattr(package, "lora_tensors", halved)
+    """The base changes between the two: the pipeline is loaded with one weight doubled."""
+    original = WanPipeline.from_pretrained
+
+    def changed(*given: Any, **options: Any) -> WanPipeline:
+        pipe = original(*given, **options)
+        pipe.transformer.proj_out.weight.data *= 2
+        return pipe
+
+    monkeypatch.setattr(WanPipeline, "from_pretrained", changed)
     assert command(monkeypatch, "export", make("wan21_t2v"), "--output", tmp_path / "out", "--verify") == 1
     error = capsys.readouterr().err
     assert error.startswith("phased-dmd: verification failed: samples at 1, 0.9375") and error.count("\n") == 1

@@ -16,7 +16,7 @@ from phased_dmd.config import Config
 from phased_dmd.maths.schedules import FlowSchedule
 from phased_dmd.models.analytic import PlainCodec
 from phased_dmd.networks.build import build_system, load_teacher
-from phased_dmd.sample import Sampler
+from phased_dmd.sampling.sampler import Sampler
 
 TEXT_DIM = 32
 

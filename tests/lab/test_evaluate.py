@@ -20,7 +20,6 @@ from phased_dmd.config import Config, Fake, Generator, Lora, Plan
 from phased_dmd.config.teacher import AnalyticTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.export import export
-from phased_dmd.finished import load
 from phased_dmd.lab.evaluate import Protocol, evaluate, instruments, parse_seeds, table
 from phased_dmd.lab.evaluate.instruments import Readings
 from phased_dmd.lab.evaluate.measures import Law, clip_features, figures
@@ -36,7 +35,8 @@ from phased_dmd.models.analytic import AnalyticModel, PlainCodec
 from phased_dmd.networks.build import build_system
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
-from phased_dmd.sample import Sampler
+from phased_dmd.sampling.loading import load
+from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.train import distill
 
 

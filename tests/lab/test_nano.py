@@ -15,7 +15,6 @@ from tiny import teacher_alone
 
 from phased_dmd.cli import main
 from phased_dmd.engine.randomness import normal
-from phased_dmd.finished import load
 from phased_dmd.lab.evaluate import Protocol, evaluate
 from phased_dmd.lab.metrics.digit_classifier import WORDS, load_classifier, read
 from phased_dmd.lab.report import write_report
@@ -25,7 +24,8 @@ from phased_dmd.lab.teach.variants import teach_i2v, teach_moe
 from phased_dmd.models.wan import NANO
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.recipes import resolve
-from phased_dmd.sample import Sampler
+from phased_dmd.sampling.loading import load
+from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.train import distill
 
 DATA = Path(__file__).parents[2] / "data" / "mnist_5k.csv.gz"

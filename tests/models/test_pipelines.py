@@ -37,7 +37,7 @@ from phased_dmd.networks.build import add_expert, build_system
 from phased_dmd.networks.optim import Learner
 from phased_dmd.networks.roles import FAKE, System
 from phased_dmd.prompts import Prompt
-from phased_dmd.sample_files import write_samples
+from phased_dmd.sampling.writing import write_samples
 
 PROMPTS = ["a red fox in the snow", "a boat"]
 FIRST_FRAME = ("wan21_i2v", "wan22_i2v", "ti2v_5b from a frame")

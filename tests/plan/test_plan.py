@@ -40,7 +40,7 @@ from phased_dmd.plan.memory import describe, measured
 from phased_dmd.plan.preview import Peak, decoded, previews
 from phased_dmd.plan.work import forward_flops, phase_work
 from phased_dmd.recipes import RECIPES, resolve
-from phased_dmd.sample import Sampler
+from phased_dmd.sampling.sampler import Sampler
 
 TINY = ("wan21_t2v", "wan22_t2v", "qwen_image")
 BASES = {
@@ -576,7 +576,7 @@ def test_a_preview_of_the_largest_clip_stays_within_what_is_stated(monkeypatch: 
     model.device, networks = torch.device("cpu"), nn.ModuleList([*model.networks, codec.vae])  # type: ignore[attr-defined]
     with FakeTensorMode(allow_non_fake_inputs=True):
         networks.to_empty(device="cpu")
-    monkeypatch.setattr("phased_dmd.sample.thumbnails", lambda pixels, most: pixels[:, :1, :1, :1])
+    monkeypatch.setattr("phased_dmd.sampling.sampler.thumbnails", lambda pixels, most: pixels[:, :1, :1, :1])
     with Peak(networks) as peak:
         shown = Sampler(system, codec).preview(2, [{"text": torch.zeros(300, 4096, dtype=torch.bfloat16)}])
     assert shown.shape == (1, 1, 1, 1, 3)

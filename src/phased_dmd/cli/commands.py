@@ -137,8 +137,8 @@ def sample(
         raise UserError("--image: the first frame of every --prompt, and there is none; --prompts FILE names its own")
     asked = [Prompt(text, image) for text in prompt or []] + (read_prompts(prompts) if prompts is not None else [])
 
-    from phased_dmd.finished import assemble, read
-    from phased_dmd.sample_files import prompts_for, write_samples
+    from phased_dmd.sampling.loading import assemble, read
+    from phased_dmd.sampling.writing import prompts_for, write_samples
 
     config, experts = read(run, teacher)
     asked = prompts_for(config, asked)

@@ -1,4 +1,4 @@
-"""`export`: a finished run as files that stock diffusers and ComfyUI load."""
+"""`export` writes a finished run as files that stock diffusers and ComfyUI load."""
 
 import json
 import shutil
@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phased_dmd.checkpoint import partial_of
-from phased_dmd.config.teacher import WanTeacher
 from phased_dmd.errors import UserError, refuse_full
-from phased_dmd.export.comfyui import SCHEDULE, comfyui_tensors, comfyui_times, workflow
-from phased_dmd.export.scripts import nearest_scheduler, render, stock_times
-from phased_dmd.export.subject import Subject
+from phased_dmd.export.comfyui import write_comfyui
+from phased_dmd.export.exported_run import ExportedRun, format_times
+from phased_dmd.export.stock import render, write_diffusers
 from phased_dmd.export.verify import verify_comfyui, verify_diffusers
-from phased_dmd.export.weights import copy_base, lora_tensors, save_full, save_lora
-from phased_dmd.finished import EXPORT
-from phased_dmd.models.source import quiet
+from phased_dmd.sampling.loading import EXPORT
 
 Format = Literal["diffusers", "comfyui"]
 WAN_TOKENS = 512  # that Wan's text is padded to, by stock pipelines and ComfyUI alike
@@ -27,13 +24,13 @@ def export(run: Path, format: Format, output: Path, fused: bool = False, verify:
     fused: full transformers, the experts merged into them, instead of LoRA files. verify: load the export back and
     compare, which leaves nothing behind if it fails (VerificationError). Raises UserError for what the user can mend.
     """
-    subject = Subject.of(run, fused)
+    exported = ExportedRun.open(run, fused)
     if format == "comfyui" and fused:
         raise UserError("--fused: full experts are written for diffusers only")
-    if not fused and subject.config.generator.weights == "full":
+    if not fused and exported.config.generator.weights == "full":
         raise UserError(f"{run}: its experts are full weights, not LoRA; export them with --format diffusers --fused")
     refuse_full(output)
-    subject.check_experts()
+    exported.check_experts()
     partial = partial_of(output.absolute())
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -41,75 +38,48 @@ def export(run: Path, format: Format, output: Path, fused: bool = False, verify:
     except OSError as error:
         raise UserError(f"--output: {output} cannot be written: {error.strerror}") from error
     try:
-        lines = (write_diffusers if format == "diffusers" else write_comfyui)(subject, partial)
+        write = write_diffusers if format == "diffusers" else write_comfyui
+        lines = describe(exported, partial, format, *write(exported, partial))
         if verify:
-            lines += (verify_diffusers if format == "diffusers" else verify_comfyui)(subject, partial)
+            lines += (verify_diffusers if format == "diffusers" else verify_comfyui)(exported, partial)
         partial.replace(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return lines
 
 
-def write_diffusers(subject: Subject, folder: Path) -> list[str]:
-    """Weights, `sample.py`, the nearest stock scheduler, the card, and for a shipped teacher the pipeline itself."""
-    if subject.fused:
-        save_full(subject, folder)
-    else:
-        for piece in subject.pieces:
-            save_lora(folder / piece.file, lora_tensors(subject, piece), subject.header(piece))
-    if subject.base_is_shipped:
-        copy_base(subject.source, folder / "base")
-    scheduler = nearest_scheduler(subject)
-    with quiet():
-        scheduler.save_pretrained(folder / "scheduler")
-    (folder / "sample.py").write_text(render(subject, "sample.py.j2"), "utf-8")
-    return finish(subject, folder, "diffusers", type(scheduler).__name__, *stock_times(subject, scheduler))
-
-
-def write_comfyui(subject: Subject, folder: Path) -> list[str]:
-    """LoRA files by ComfyUI's names, a workflow, and the card."""
-    for piece in subject.pieces:
-        save_lora(folder / piece.file, comfyui_tensors(subject, piece), subject.header(piece), diffusers=False)
-    (folder / "workflow.json").write_text(json.dumps(workflow(subject), indent=2) + "\n", "utf-8")
-    return finish(subject, folder, "comfyui", SCHEDULE, *comfyui_times(subject))
-
-
-def finish(
-    subject: Subject, folder: Path, format: Format, scheduler: str, times: Sequence[float], gap: float
+def describe(
+    run: ExportedRun, folder: Path, format: Format, scheduler: str, times: Sequence[float], gap: float
 ) -> list[str]:
-    """The card, and what `load` reads: the run's config as these files have it, without paths of this machine.
+    """Writes the model card and `export.json`, which `load` reads; returns what there is to say, line by line.
 
-    times: those of the stock scheduler, off the trained ones by at most gap. Returns what there is to say.
+    times: the stock scheduler's, off the trained ones by at most gap.
     """
-    shown, comfyui = numbers(times), format == "comfyui"
-    padding = odd_padding(subject, comfyui)
-    card = render(subject, "README.md.j2", comfyui=comfyui, scheduler=scheduler, stock=shown, gap=gap, padding=padding)
+    shown, comfyui, length = format_times(times), format == "comfyui", run.teacher.max_tokens
+    padding = None
+    if run.is_wan and length != WAN_TOKENS:  # Wan attends to the padding: another length is another sample
+        padding = f"padded to {length} tokens in training, and the network attends to the padding; " + (
+            f"ComfyUI pads it to {WAN_TOKENS} at least, so its samples differ from the run's"
+            if comfyui
+            else f"`sample.py` says so by `max_sequence_length`; a pipeline that is not told pads it to {WAN_TOKENS}"
+        )
+    card = render(run, "README.md.j2", comfyui=comfyui, scheduler=scheduler, stock=shown, gap=gap, padding=padding)
     (folder / "README.md").write_text(card, "utf-8")
-    files = [{"phase": piece.phase, "network": piece.network, "file": piece.file} for piece in subject.pieces]
-    about: dict[str, Any] = {
-        "format": format, "base": subject.base, "experts": files, "config": subject.portable_config(),
-    }  # fmt: skip
+    files = [{"phase": expert.phase, "network": expert.network, "file": expert.file} for expert in run.experts]
+    about = {"format": format, "base": run.base, "experts": files, "config": portable_config(run)}
     (folder / EXPORT).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-    lines = [f"{piece.file}: {piece.part} from {numbers(piece.times)}" for piece in subject.pieces]
+    begins = [format_times([run.plan.times[step] for step in expert.steps]) for expert in run.experts]
+    lines = [f"{each.file}: {each.part} from {times}" for each, times in zip(run.experts, begins, strict=True)]
     lines += [f"warning: teacher.max_tokens: text was {padding}"] if padding else []
     return [*lines, f"stock times ({scheduler}): {shown}; off the trained ones by at most {gap:.2g}"]
 
 
-def odd_padding(subject: Subject, comfyui: bool) -> str | None:
-    """What has to be known where Wan's text was padded to another length than everywhere else; else None.
-
-    Wan attends to the padding: another length is another sample.
-    """
-    length = subject.teacher.max_tokens
-    if not isinstance(subject.teacher, WanTeacher) or length == WAN_TOKENS:
-        return None
-    where = (
-        f"ComfyUI pads it to {WAN_TOKENS} at least, so its samples differ from the run's"
-        if comfyui
-        else f"`sample.py` says so by `max_sequence_length`; a pipeline that is not told pads it to {WAN_TOKENS}"
-    )
-    return f"padded to {length} tokens in training, and the network attends to the padding; {where}"
-
-
-def numbers(times: Sequence[float]) -> str:
-    return ", ".join(f"{time:.6g}" for time in times)
+def portable_config(run: ExportedRun) -> dict[str, Any]:
+    """Returns the run's config as the exported files have it, without paths of this machine."""
+    data = run.config.model_dump(mode="json")
+    data["generator"]["lora"]["alpha"] = run.config.generator.lora.rank
+    data["generator"]["weights"] = "full" if run.fused else "lora"
+    data["teacher"] |= {"path": run.base or run.model, "quantise": None}
+    data["init_experts"] = None
+    data["prompts"] = Path(data["prompts"]).name
+    return data

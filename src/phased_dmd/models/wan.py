@@ -13,10 +13,10 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT
 
 from phased_dmd.config.teacher import Size, WanTeacher
 from phased_dmd.errors import UserError
+from phased_dmd.media import read_picture, shown_size
 from phased_dmd.models.pipeline import PipelineCodec, PipelineModel, check_pipeline, check_sizes
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import ASSETS, Source
-from phased_dmd.pictures import read_picture, shown_size
 
 NANO = ASSETS / "nano"
 ASPECT = 0.05  # by how much a first frame's aspect ratio may differ from its bucket's

@@ -27,7 +27,7 @@ from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.models.source import BareSource, skeleton
 from phased_dmd.plan.bare import bytes_of, condition_of, image_shapes, largest
 from phased_dmd.plan.measure import adapted, most_common_dtype, once, over_blocks
-from phased_dmd.sample import preview_batch, preview_size
+from phased_dmd.sampling.sampler import preview_batch, preview_size
 
 FRAMES = 3, 4  # of latents, by which a VAE that decodes one after the other has reached its stride
 COPIES = 3  # of the pixels, while a codec makes [0, 1] of them

@@ -16,7 +16,6 @@ from typing import Any
 from phased_dmd.checkpoint import RunFolder, write_atomically
 from phased_dmd.config.teacher import AnalyticTeacher, PipelineTeacher
 from phased_dmd.errors import UserError
-from phased_dmd.finished import EXPORT, load
 from phased_dmd.lab.evaluate.compare import compare, compare_with_mixture, slug
 from phased_dmd.lab.evaluate.instruments import Readings, load_instruments
 from phased_dmd.lab.evaluate.sample_sets import Protocol, parse_seeds, sample_sets
@@ -24,7 +23,8 @@ from phased_dmd.lab.evaluate.samples import Base, SampleFolder, generated
 from phased_dmd.lab.evaluate.tables import HEADINGS, NET_OF, shown, table, tables, title
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.networks.build import Own
-from phased_dmd.sample import Sampler
+from phased_dmd.sampling.loading import EXPORT, load
+from phased_dmd.sampling.sampler import Sampler
 
 __all__ = ["HEADINGS", "NET_OF", "Protocol", "evaluate", "parse_seeds", "shown", "slug", "table", "tables", "title"]
 FLOOR_SEEDS = 1_000_000  # added to a set's seeds for the base's other samples

@@ -14,7 +14,7 @@ from phased_dmd.lab.evaluate.sample_sets import SampleSet
 from phased_dmd.lab.evaluate.samples import Row
 from phased_dmd.media import grid, save_clip, save_image, save_points
 from phased_dmd.models.analytic import ExactMixture
-from phased_dmd.sample import WAN_FPS
+from phased_dmd.sampling.sampler import WAN_FPS
 
 STRIP = 96  # pixels, at most, of the height of a clip's frames side by side
 
@@ -52,7 +52,7 @@ def compare_with_mixture(rows: Mapping[str, Row], chosen: SampleSet, exact: Exac
     points = {name: row.pixels(range(len(chosen.seeds))) for name, row in rows.items()}
     found = figures({n: mixture_statistics(p, exact) for n, p in points.items()}, next(iter(rows)), chosen.groups)
     for name, cloud in points.items():
-        save_points(folder / chosen.name / slug(name) / "points.png", [(name, cloud[:, :2])], exact.means[:, :2].cpu())
+        save_points(folder / chosen.name / slug(name) / "points.png", name, cloud[:, :2], exact.means[:, :2].cpu())
     return described(chosen, rows, found)
 
 

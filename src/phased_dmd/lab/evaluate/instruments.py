@@ -19,7 +19,7 @@ from phased_dmd.lab.metrics.features import DIGIT_SIDE, DIGITS, EFFICIENTNET, Fe
 from phased_dmd.lab.metrics.motion import Flow, clip_flows, dynamic_clips, load_flow
 from phased_dmd.lab.metrics.pixels import contrast, displacement, high_frequency_energy, saturation, sharpness
 from phased_dmd.media import read_media
-from phased_dmd.sample import WAN_FPS
+from phased_dmd.sampling.sampler import WAN_FPS
 
 Readings = dict[str, Tensor]  # each [n, ...], a row a sample
 DRIFT = {

@@ -18,8 +18,8 @@ from phased_dmd.lab.evaluate.sample_sets import SampleSet, grouped
 from phased_dmd.maths.phases import step_times
 from phased_dmd.media import MEDIA, read_media
 from phased_dmd.prompts import Prompt
-from phased_dmd.sample import Sampler, batch_size
-from phased_dmd.sample_files import MANIFEST
+from phased_dmd.sampling.sampler import Sampler, batch_size
+from phased_dmd.sampling.writing import MANIFEST
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from PIL import Image, ImageSequence
 from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate import slug
 from phased_dmd.lab.report.runs import Group, Run, base_rows
-from phased_dmd.pictures import as_shown, opened
+from phased_dmd.media import as_shown, opened
 
 SMALL = 128  # pixels of the shorter side, up to which a file is taken as it is
 BOX, PLOT = (256, 256), (512, 512)  # the most pixels of a thumbnail, and of a scatter plot's

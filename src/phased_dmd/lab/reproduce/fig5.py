@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from phased_dmd.checkpoint import write_atomically
-from phased_dmd.finished import load
 from phased_dmd.lab.metrics.digit_classifier import load_classifier, read
 from phased_dmd.lab.metrics.intervals import interval
 from phased_dmd.lab.reproduce.comparisons import LEAST
 from phased_dmd.lab.reproduce.study import Study
 from phased_dmd.prompts import Prompt
+from phased_dmd.sampling.loading import load
 
 PROMPT = Prompt("a handwritten digit")
 SAMPLES = 500  # of equal noise

@@ -10,7 +10,7 @@ from phased_dmd.lab.evaluate import slug
 from phased_dmd.lab.reproduce.claim import BOUNDED, Claim, Trial
 from phased_dmd.lab.reproduce.claim_page import ARROWS, columns
 from phased_dmd.lab.reproduce.study import Study, title
-from phased_dmd.pictures import read_picture
+from phased_dmd.media import read_picture
 
 WIDTH, DPI = 9.0, 150  # inches
 SEEDS, ACROSS = 10, 4  # pictures a row, and scatter plots

@@ -1,8 +1,9 @@
-"""Sampling: a run's or an export's generator, and the teacher on the same grid."""
+"""The sampler runs the few-step generator of a run or an export, or its teacher on the same grid."""
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from phased_dmd.engine.collectives import run_on_all_ranks
 from phased_dmd.engine.randomness import normal
 from phased_dmd.engine.world import device, rank, world_size
 from phased_dmd.errors import UserError
+from phased_dmd.maths.rollout import Rollout
 from phased_dmd.media import FRAMES, thumbnails
 from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.models.source import SHIPPED
@@ -28,7 +30,7 @@ NANO_FPS, WAN_FPS = 8.0, 16.0
 
 
 class Sampler:
-    """The few-step generator of a run, and its teacher on the same grid, in one resolution bucket."""
+    """A sampler runs the few-step generator of a run, or its teacher on the same grid, in one resolution bucket."""
 
     def __init__(self, system: System, codec: Codec, bucket: int = 0) -> None:
         self.system, self.codec, self.bucket = system, codec, bucket
@@ -41,38 +43,44 @@ class Sampler:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one sample's latents."""
+        """Returns the shape of one sample's latents, without the batch."""
         return tuple(self.system.model.sample_shapes[self.bucket])
 
     @property
     def fps(self) -> float:
-        """Frames a second of the teacher's clips: of nano's, or of Wan's."""
+        """Returns the frames a second at which clips are written: nano's, or Wan's."""
         teacher = self.system.config.teacher
         return NANO_FPS if isinstance(teacher, WanTeacher) and teacher.path in SHIPPED else WAN_FPS
 
     def __call__(
         self, prompts: Sequence[Prompt | str], seeds: Sequence[int], teacher_steps: int | None = None
     ) -> Tensor:
-        """Latents [n, ...] for n prompts with n seeds, on the CPU; teacher_steps: from the guided teacher instead.
+        """Returns latents [n, ...] on the CPU, for n prompts with a seed each.
 
-        A UserError where the arguments are of other kinds, or as many prompts as seeds are not given.
+        teacher_steps: sample the guided teacher with that many steps instead of the generator. Raises UserError for
+        arguments of other kinds, and for other than as many prompts as seeds.
         """
         return torch.cat(list(self.batches(prompts, seeds, teacher_steps)))
 
     def batches(
         self, prompts: Sequence[Prompt | str], seeds: Sequence[int], teacher_steps: int | None = None
     ) -> Iterator[Tensor]:
-        """The same, as many at a time as a network call takes."""
-        asked, numbers, teacher_steps = _asked(prompts, seeds, teacher_steps)
+        """Yields what a call returns in parts, as many samples at a time as go through a network at once."""
+        asked, numbers = _checked(prompts, seeds, teacher_steps)
         known = self.encode(list(dict.fromkeys(asked)))
         size = batch_size(self.shape)
         for i in range(0, len(asked), size):
-            yield self._batch([known[prompt] for prompt in asked[i : i + size]], numbers[i : i + size], teacher_steps)
+            rows, part = [known[prompt] for prompt in asked[i : i + size]], numbers[i : i + size]
+            if teacher_steps is None:
+                yield self._roll(self.system.plan.num_phases, rows, part).x.cpu()
+            else:
+                noise, condition = self._noise(part), self.system.model.batch(rows)
+                yield self.system.sample_teacher(noise, condition, int(teacher_steps)).cpu()
 
     def encode(self, prompts: Sequence[Prompt]) -> dict[Prompt, Condition]:
-        """The condition of each prompt, and of all before; a UserError where a first frame is missing or does not fit.
+        """Returns the condition of each prompt, and of all before; then frees the encoders, whose memory networks need.
 
-        The encoders are let go: the networks need their place.
+        Raises UserError where a first frame is missing or does not fit the samples.
         """
         for prompt, buckets in zip(prompts, fitting(self.codec, prompts), strict=False):
             if self.bucket not in buckets:
@@ -87,7 +95,7 @@ class Sampler:
         return self._known
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels [n, frames, height, width, 3] in [0, 1], or an analytic model's samples as they are.
+        """Returns pixels [n, frames, height, width, 3] in [0, 1], or an analytic model's samples as they are.
 
         latents: whole samples, as the sampler gives them; anything else is a UserError.
         """
@@ -98,47 +106,44 @@ class Sampler:
 
     @torch.no_grad()
     def preview(self, phase: int, rows: Sequence[Condition]) -> Tensor:
-        """What the generator predicts of x_0 at the end of a phase, a sample a condition, seeds 0, 1, ...
+        """Returns the generator's prediction of x_0 at a phase's end, one sample a condition, with seeds 0, 1, ...
 
-        Points [n, d], or small pictures [n, k, h, w, 3] of few frames. The processes share the samples, and call the
-        networks equally often: those that are left over repeat the last one.
+        Points [n, d], or small pictures [n, k, h, w, 3] of few frames. The processes share the samples.
         """
         ways, size = self.system.config.engine.sequence_parallel, preview_batch(self.system.config, self.shape)
-        share = math.ceil(len(rows) * ways / world_size())
-        first = rank() // ways * share
-        batches = [range(i, min(i + size, first + share)) for i in range(first, first + share, size)]
-        ends = [self._end(phase, rows, [min(i, len(rows) - 1) for i in batch]) for batch in batches]
-        kept = [end[: max(0, len(rows) - batch.start)] for batch, end in zip(batches, ends, strict=True)]
-        own = [end for end in kept if len(end)] if rank() % ways == 0 else []
-        shown = run_on_all_ranks(lambda: [_small(self.codec.decode(end).cpu(), len(rows)) for end in own])
+        ends = []
+        for samples, kept in preview_shares(len(rows), size, rank() // ways, world_size() // ways):
+            ends.append(self._roll(phase, [rows[i] for i in samples], samples).x0[:kept])
+        own = [end for end in ends if len(end)] if rank() % ways == 0 else []
+
+        def small(pixels: Tensor) -> Tensor:
+            if pixels.ndim != 5:
+                return pixels
+            f, h, w = pixels.shape[1:4]
+            return thumbnails(pixels, int(math.sqrt(PREVIEW_PIXELS * h / (len(rows) * min(f, FRAMES) * w))))
+
+        shown = run_on_all_ranks(lambda: [small(self.codec.decode(end).cpu()) for end in own])
         pixels = torch.cat([part for parts in shown for part in parts])
         return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
 
-    def _end(self, phase: int, rows: Sequence[Condition], samples: Sequence[int]) -> Tensor:
-        """x_0 of some of a preview's samples."""
-        system, (noise, renoise) = self.system, self._noise(samples)
-        condition = system.model.batch([rows[i] for i in samples])
-        return system.roll(system.plan.path(phase), system.start(noise), condition, renoise=renoise).x0
-
     @torch.no_grad()
-    def _batch(self, rows: Sequence[Condition], seeds: Sequence[int], teacher_steps: int | None) -> Tensor:
-        system, condition = self.system, self.system.model.batch(rows)
-        noise, renoise = self._noise(seeds)
-        if teacher_steps is not None:
-            return system.sample_teacher(noise, condition, teacher_steps).cpu()
-        path = system.plan.path(system.plan.num_phases)
-        return system.roll(path, system.start(noise), condition, renoise=renoise).x.cpu()
+    def _roll(self, phase: int, rows: Sequence[Condition], seeds: Sequence[int]) -> Rollout:
+        """Runs the experts from noise to the end of a phase, one sample a condition and seed."""
 
-    def _noise(self, seeds: Sequence[int]) -> tuple[Tensor, Callable[[int], Tensor]]:
-        """The start [n, ...], and what the renoise solver draws at a step."""
-        return (
-            normal(self.shape, seeds, "sample").to(device()),
-            lambda step: normal(self.shape, seeds, "sample renoise", step).to(device()),
-        )
+        def renoise(step: int) -> Tensor:
+            return self._noise(seeds, "sample renoise", step)
+
+        system = self.system
+        path, start = system.plan.path(phase), system.start(self._noise(seeds))
+        return system.roll(path, start, system.model.batch(rows), renoise=renoise)
+
+    def _noise(self, seeds: Sequence[int], *key: str | int) -> Tensor:
+        """Draws standard normal noise [n, ...], each sample's from its own seed."""
+        return normal(self.shape, seeds, *(key or ("sample",))).to(device())
 
 
-def _asked(prompts: Any, seeds: Any, teacher_steps: Any) -> tuple[list[Prompt], list[int], int | None]:
-    """What a sampler is called with, as it is meant; a UserError for what is not."""
+def _checked(prompts: Any, seeds: Any, teacher_steps: Any) -> tuple[list[Prompt], list[int]]:
+    """Returns a sampler's arguments as prompts and whole numbers; raises UserError for what they cannot be."""
     if isinstance(prompts, str | Prompt):
         raise UserError(f"prompts: a list is needed, with a prompt a seed; [{prompts!r}] * n has the same n times")
     try:
@@ -148,7 +153,7 @@ def _asked(prompts: Any, seeds: Any, teacher_steps: Any) -> tuple[list[Prompt], 
     if odd := [prompt for prompt in asked if not isinstance(prompt, Prompt)]:
         raise UserError(f"prompts: {odd[0]!r} is no text")
     try:
-        numbers = [operator.index(seed) for seed in seeds]
+        numbers = [operator.index(seed) for seed in seeds]  # torch's and numpy's whole numbers, too
     except TypeError:
         given = " ".join(repr(seeds).split())[:40]
         raise UserError(f"seeds: a list of whole numbers is needed, such as range(8), and this is {given}") from None
@@ -157,33 +162,33 @@ def _asked(prompts: Any, seeds: Any, teacher_steps: Any) -> tuple[list[Prompt], 
             f"prompts, seeds: {len(asked)} and {len(numbers)} of them; every sample has one of each: [prompt] * n has "
             "the same prompt n times"
         )
-    try:
-        steps = None if teacher_steps is None else operator.index(teacher_steps)
-    except TypeError:
-        steps = 0
-    if steps is not None and steps < 1:
+    if teacher_steps is not None and (not isinstance(teacher_steps, Integral) or int(teacher_steps) < 1):
         raise UserError(f"teacher_steps: {teacher_steps!r} is no number of steps, from 1 on")
-    return asked, numbers, steps
-
-
-def _small(pixels: Tensor, count: int) -> Tensor:
-    """One of the `count` samples of a preview, or some: bytes of few small frames, or points as they are."""
-    if pixels.ndim != 5:
-        return pixels
-    f, h, w = pixels.shape[1:4]
-    return thumbnails(pixels, int(math.sqrt(PREVIEW_PIXELS * h / (count * min(f, FRAMES) * w))))
+    return asked, numbers
 
 
 def preview_size(shape: Sequence[int]) -> int:
-    """How many samples of a shape a preview has."""
+    """Returns how many samples of a shape a preview has."""
     return max(LEAST_PREVIEWS, min(PREVIEWS, PREVIEW_NUMBERS // math.prod(shape)))
 
 
 def preview_batch(config: Config, shape: Sequence[int]) -> int:
-    """How many of them go through a network, and are decoded, at once."""
+    """Returns how many samples of a preview go through a network, and are decoded, at once."""
     return min(batch_size(shape), config.engine.micro_batch or BATCH)
 
 
+def preview_shares(count: int, size: int, process: int, processes: int) -> Iterator[tuple[list[int], int]]:
+    """Yields a process's batches of a preview's `count` samples, and how many of each batch are shown.
+
+    All processes have equally many batches of equal sizes, because with sharded weights they must call the networks
+    equally often: those that are left over repeat the last sample, and it is not shown.
+    """
+    share = -(-count // processes)
+    for start in range(process * share, (process + 1) * share, size):
+        batch = range(start, min(start + size, (process + 1) * share))
+        yield [min(i, count - 1) for i in batch], max(0, min(len(batch), count - start))
+
+
 def batch_size(shape: Sequence[int]) -> int:
-    """How many samples of a shape go through a network at once: one of a large model, many of nano."""
+    """Returns how many samples of a shape go through a network at once: one of a large model, many of nano."""
     return max(1, min(BATCH, BATCH_NUMBERS // math.prod(shape)))

@@ -1,4 +1,4 @@
-"""Samples on disk: a picture or clip each, the list that says which is which, and a contact sheet."""
+"""Samples are written as pictures or clips, with a list that says which is which, and a contact sheet."""
 
 import json
 import sys
@@ -6,21 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from phased_dmd.checkpoint import save_tensors, write_atomically
 from phased_dmd.config import Config
 from phased_dmd.errors import UserError, refuse_full
 from phased_dmd.media import grid, save_clip, save_image, save_preview, thumbnails
 from phased_dmd.prompts import Prompt
-from phased_dmd.sample import Sampler
+from phased_dmd.sampling.sampler import Sampler
 
 SHEET, SHEET_HEIGHT = 64, 96  # samples on a contact sheet, and the most pixels of their height
 MANIFEST = "samples.jsonl"  # beside written samples: the prompt, seed and file of each
 
 
 def prompts_for(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """What a command samples: the prompts, or the empty one of a model that takes none; else a UserError."""
+    """Returns the prompts to sample, or the empty one for a model that takes none; raises UserError if they differ."""
     if config.prompts is None and prompts:
         raise UserError(f"--prompt, --prompts: {config.recipe} takes none")
     if config.prompts is not None and not prompts:
@@ -31,7 +30,7 @@ def prompts_for(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
 def write_samples(
     sampler: Sampler, prompts: Sequence[Prompt], seeds: int, output: Path, teacher_steps: int | None = None
 ) -> list[Path]:
-    """Every prompt with seeds 0, 1, ...: a PNG, or a WebP clip, each, and a contact sheet; returns the paths.
+    """Writes every prompt with seeds 0, 1, ...: a PNG, or a WebP clip, each, and a contact sheet; returns the paths.
 
     Each is written as soon as it is made, into a folder that must be empty. samples.jsonl says which is which of those
     that are there; of pictures it is a prompt file of first frames, too, see `read_prompts`.
@@ -45,8 +44,14 @@ def write_samples(
         if pixels.ndim != 5:
             points.append(pixels)
             continue
-        paths.append(_write(pixels, output / f"{i // seeds:04d}-{_stem(prompt)}-seed{seed}", sampler.fps))
-        row = {"prompt": prompt.text, "seed": seed, "image": paths[-1].name}
+        moves = pixels.shape[1] > 1
+        path = output / f"{i // seeds:04d}-{file_stem(prompt.text)}-seed{seed}.{'webp' if moves else 'png'}"
+        if moves:
+            save_clip(pixels[0], path, sampler.fps)
+        else:
+            save_image(grid(pixels), path)
+        paths.append(path)
+        row = {"prompt": prompt.text, "seed": seed, "image": path.name}
         lines += f"{json.dumps(row, ensure_ascii=False)}\n"
         write_atomically(output / MANIFEST, lines.encode())
         if i < SHEET:
@@ -60,17 +65,7 @@ def write_samples(
     return [*paths, output / MANIFEST, output / "contact-sheet.png"]
 
 
-def _stem(prompt: Prompt) -> str:
-    """The letters and digits that a file is named by: those that the locale's file names may have."""
-    stem, encoding = "".join(c if c.isalnum() else "-" for c in prompt.text.lower())[:60], sys.getfilesystemencoding()
+def file_stem(text: str) -> str:
+    """Returns the part of a file name for a prompt: its letters and digits, as far as the locale can write them."""
+    stem, encoding = "".join(c if c.isalnum() else "-" for c in text.lower())[:60], sys.getfilesystemencoding()
     return stem.encode(encoding, "ignore")[:180].decode(encoding, "ignore")  # file systems count bytes
-
-
-def _write(pixels: Tensor, stem: Path, fps: float) -> Path:
-    """One sample [1, f, h, w, 3] as a picture or a clip; its path."""
-    path = stem.with_name(f"{stem.name}.{'webp' if pixels.shape[1] > 1 else 'png'}")
-    if pixels.shape[1] > 1:
-        save_clip(pixels[0], path, fps)
-    else:
-        save_image(grid(pixels), path)
-    return path

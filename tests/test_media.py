@@ -14,8 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from phased_dmd.errors import UserError
 from phased_dmd.lab.report.sheets import embed
-from phased_dmd.media import read_media
-from phased_dmd.pictures import read_picture, shown_size
+from phased_dmd.media import read_media, read_picture, shown_size
 
 Y, X = np.mgrid[:48, :32]
 SHOWN = np.stack([4 * X, 2 * Y, 60 + 0 * X], -1).astype(np.uint8)  # a portrait of 32 x 48

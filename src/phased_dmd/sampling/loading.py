@@ -1,0 +1,157 @@
+"""Finished runs and exports are read back as a config, the expert of each phase, and a sampler."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from phased_dmd.checkpoint import HEADER, RunFolder, load_tensors, resolve_inside
+from phased_dmd.config import Config
+from phased_dmd.config.overrides import build
+from phased_dmd.config.teacher import Section
+from phased_dmd.errors import UserError
+from phased_dmd.networks.build import Own, add_expert, build_system, load_expert, load_teacher
+from phased_dmd.sampling.sampler import Sampler
+
+EXPORT = "export.json"  # in an export's folder: the run's config, and the file of each expert
+HEADER_FILE = f"{HEADER}.json"  # in the folder of an export's full transformer: what a LoRA file's header says
+Experts = Callable[[int], dict[str, Tensor]]  # the tensors of the expert of a phase
+
+
+def load(run: Path | str, own: Own | None = None, base: str | None = None, bucket: int = 0) -> Sampler:
+    """Returns the sampler of a finished run folder or of an export.
+
+    own: the model and codec of a run with a teacher of the user's own. base: the teacher's folder, for an export whose
+    teacher was a local one. bucket: the resolution bucket to sample in.
+    """
+    return assemble(*read(Path(run), base), own, bucket)
+
+
+def read(folder: Path, base: str | None = None) -> tuple[Config, Experts]:
+    """Returns the config and the experts of a run folder or of an export. base: see `load`."""
+    if (folder / EXPORT).exists():
+        return read_export(folder, base)
+    if base is not None:
+        raise UserError(f"{folder}: a run, which names its teacher itself; another base is for exports of a local one")
+    return read_run(folder)
+
+
+def assemble(config: Config, experts: Experts, own: Own | None = None, bucket: int = 0) -> Sampler:
+    """Returns the sampler of a config and of the experts of its phases."""
+    model, codec = load_teacher(config, own, fit=False)
+    if bucket >= len(model.sample_shapes):
+        raise UserError(f"--bucket: {bucket}, but there are {len(model.sample_shapes)}, counted from 0")
+    system = build_system(config, model, codec.encode_text([config.teacher.negative_prompt])[0])
+    for phase in range(1, system.plan.num_phases + 1):
+        add_expert(system, phase, trainable=False)
+        load_expert(system, phase, experts(phase), "experts")
+    return Sampler(system, codec, bucket)
+
+
+def read_run(folder: Path) -> tuple[Config, Experts]:
+    """Returns the config and the experts of a run folder; raises UserError for one that is not finished."""
+    run = RunFolder(folder)
+    resolve_inside(folder, run.config_path)
+    config = run.config()
+    if not run.finished(config):
+        raise UserError(
+            f"{folder}: the run is not finished; `phased-dmd distill` with the same arguments goes on with it"
+        )
+    return config, lambda phase: read_expert(run, phase)[0]
+
+
+def read_expert(run: RunFolder, phase: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns a phase's expert and its header; raises UserError for a link out of the run, or another phase's file."""
+    path = resolve_inside(run.path, run.expert_path(phase))
+    tensors, header = load_tensors(path)
+    if (found := header.get("phase")) != phase:
+        raise UserError(f"{path}: its header says phase {found}, not {phase}; was it renamed?")
+    return tensors, header
+
+
+class ExportEntry(Section):
+    """An entry names the file, or folder of shards, that holds an expert on a network."""
+
+    phase: Annotated[int, Field(gt=0)]
+    network: Annotated[int, Field(ge=0)]
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]  # beside export.json, nowhere else
+
+
+class ExportIndex(Section):
+    """What `export.json` holds. base: a hub id or a shipped teacher, never a path."""
+
+    format: Literal["diffusers", "comfyui"]
+    base: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")] | None
+    experts: tuple[ExportEntry, ...]
+    config: dict[str, Any]
+
+
+def read_export(folder: Path, base: str | None) -> tuple[Config, Experts]:
+    """Returns the config and the experts of an export in either format."""
+    try:
+        index = ExportIndex.model_validate_json(resolve_inside(folder, folder / EXPORT).read_text("utf-8"))
+        teacher = dict(index.config["teacher"]) | {"path": base or index.base}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason: object = error
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UserError(f"{folder}: {EXPORT} cannot be read ({reason})") from error
+    if index.base is None and base is None:
+        raise UserError(f"{folder}: its teacher was a local folder, which `load` has to be told as base")
+    config = build(index.config | {"teacher": teacher})
+
+    def expert(phase: int) -> dict[str, Tensor]:
+        entries = [entry for entry in index.experts if entry.phase == phase]
+        tensors = {entry.network: read_entry(folder, entry, config.teacher.kind) for entry in entries}
+        return {f"{network}.{name}": tensor for network, own in tensors.items() for name, tensor in own.items()}
+
+    return config, expert
+
+
+def read_entry(folder: Path, entry: ExportEntry, teacher: str) -> dict[str, Tensor]:
+    """Returns the tensors of one of an export's files by their names in the transformer.
+
+    Raises UserError where the file is damaged, or is another expert's by its header.
+    """
+    path = resolve_inside(folder, folder / entry.file)
+    try:
+        if path.is_dir():
+            header = json.loads(resolve_inside(folder, path / HEADER_FILE).read_text("utf-8"))
+            tensors = read_shards(path)
+        elif path.suffix != ".safetensors":
+            raise ValueError("only safetensors is read")
+        else:
+            with safe_open(path, "pt") as file:
+                header = json.loads(file.metadata()[HEADER])
+            tensors = read_lora(path, teacher)
+        found = f"phase {header['phase']}, network {header['network']}"
+    except Exception as error:  # safetensors raises its own, OSError, KeyError, ValueError: all mean a bad file
+        raise UserError(f"{path}: not a file of an export, or damaged ({error})") from error
+    if found != (named := f"phase {entry.phase}, network {entry.network}"):
+        raise UserError(f"{path}: its header says {found}, but {EXPORT} that it is {named}; was it renamed?")
+    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+
+
+def read_lora(path: Path, teacher: str) -> dict[str, Tensor]:
+    """Returns an exported LoRA file's tensors by diffusers' names; its loader converts ComfyUI's. teacher: its kind."""
+    from diffusers.loaders import QwenImageLoraLoaderMixin, WanLoraLoaderMixin  # here, because it takes seconds
+
+    loader = WanLoraLoaderMixin if teacher == "wan" else QwenImageLoraLoaderMixin
+    return loader.lora_state_dict(str(path.parent), weight_name=path.name, use_safetensors=True)  # type: ignore[return-value] a dictionary unless asked for more
+
+
+def read_shards(folder: Path) -> dict[str, Tensor]:
+    """Returns weights that diffusers has saved in one file or several; raises UserError for a tensor in two of them."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found = load_file(resolve_inside(folder, path))
+        if twice := min(found.keys() & tensors.keys(), default=None):
+            raise UserError(f"{path}: {twice} is in another file of its folder, too")
+        tensors |= found
+    return tensors
