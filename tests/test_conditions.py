@@ -382,7 +382,7 @@ def tiny_run(folder: Path, terminated_at: int = -1) -> tuple[Config, tuple[TinyW
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().encode_text(prompts)
 
-    return small_run(folder).model_copy(update={"teacher": OwnTeacher(name="tiny")}), (TinyWan(), Codec()), asked
+    return small_run(folder).model_copy(update={"teacher": OwnTeacher()}), (TinyWan(), Codec()), asked
 
 
 def test_two_runs_that_share_a_cache_encode_once(tmp_path: Path) -> None:

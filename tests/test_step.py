@@ -272,7 +272,7 @@ def test_samples_that_cannot_be_paired_are_refused(monkeypatch: pytest.MonkeyPat
             toy(rollouts__antithetic="start", **levers)
     monkeypatch.setattr(world, "world_size", lambda: 2)
     with pytest.raises(UserError, match=r"^rollouts\.antithetic: 3 samples in calls of 3 cannot be paired$"):
-        world.shares(6, toy().engine, pairs=True)
+        world.split_batch(6, toy().engine, pairs=True)
 
 
 FEATURES = torch.tensor([0.3, 1.1, 0.2], dtype=torch.float64)  # of the fake: of 1, x and tanh x
@@ -327,7 +327,7 @@ def test_sorted_times_are_those_of_the_batch_in_order_however_it_is_shared(
         levers = {"batch_size": 24, "engine__micro_batch": 24 // processes // 3, "rollouts__antithetic": antithetic}
         config, found = toy(renoise__sort=sort, **levers), []
         monkeypatch.setattr(world, "world_size", lambda: processes)
-        for everyone in world.shares(24, config.engine, pairs=antithetic is not None):
+        for everyone in world.split_batch(24, config.engine, pairs=antithetic is not None):
             found.append([])
             for rank in range(processes):
                 monkeypatch.setattr(step, "rank", lambda rank=rank: rank)

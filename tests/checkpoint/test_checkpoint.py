@@ -193,7 +193,7 @@ def test_a_checkpoint_comes_back_bit_for_bit_into_the_same_tensors(tmp_path: Pat
     at = point(
         5, 3, phase=2, losses=[0.1 + 0.2, 1e-310, 1 / 3, -0.0], seeds={"b": [None], "10": True, "9": "x"}, n=2**70
     )
-    RunFolder(tmp_path).save_checkpoint(at, tensors(), 2, None)
+    RunFolder(tmp_path).save_checkpoint(at, tensors(), 2)
     loaded = {name: torch.empty_like(tensor).fill_(9) for name, tensor in tensors().items()}
     loaded["m/bfloat16"] = torch.nn.Parameter(loaded["m/bfloat16"])
     same = dict(loaded)
@@ -488,7 +488,7 @@ def test_a_file_size_limit_is_one_line_and_leaves_the_last_checkpoint(tmp_path: 
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         line = "cannot be written: File too large; .* goes on from phase 1, iteration 5 by the same command$"
         for what, write in (
-            ("checkpoints", lambda: run.save_checkpoint(point(10), large(1.0), 1, None)),
+            ("checkpoints", lambda: run.save_checkpoint(point(10), large(1.0), 1)),
             ("failures", lambda: run.save_failure(point(10), large(1.0))),
             ("experts/phase-1.safetensors", lambda: run.save_expert(1, large(1.0), {})),
             ("metrics.jsonl", lambda: run.log("metrics.jsonl", {"losses": [0.5] * 5000})),
@@ -503,17 +503,17 @@ def test_a_file_size_limit_is_one_line_and_leaves_the_last_checkpoint(tmp_path: 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 64):
         run = RunFolder(tmp_path / "disk")
-        run.save_checkpoint(point(5), large(5.0), 2, None)
-        run.save_checkpoint(point(10, 2), large(10.0), 2, None)
+        run.save_checkpoint(point(5), large(5.0), 2)
+        run.save_checkpoint(point(10, 2), large(10.0), 2)
         with pytest.raises(UserError) as error:
-            run.save_checkpoint(point(15), large(15.0), 2, None)
+            run.save_checkpoint(point(15), large(15.0), 2)
         assert str(error.value) == (
             f"checkpoints: cannot be written: No space left on device; {run.path} goes on from "
             "phase 1, iteration 10, update 2 by the same command"
         )
         assert len(names(run)) == 2
         shutil.rmtree(folder(run, point(5)))
-        run.save_checkpoint(point(15), large(15.0), 1, None)
+        run.save_checkpoint(point(15), large(15.0), 1)
         loaded = large(0.0)
         assert run.load_checkpoint(1, loaded) == point(15) and loaded["w"].eq(15.0).all()
 
@@ -678,10 +678,10 @@ def assert_loads(run: Path, iteration: int) -> None:
 def test_two_processes_save_and_one_loads_and_the_other_way_round(tmp_path: Path) -> None:
     def both(rank: int) -> None:
         assert_loads(tmp_path, 5)
-        RunFolder(tmp_path).save_checkpoint(point(10), sharded(10), 1, None)
+        RunFolder(tmp_path).save_checkpoint(point(10), sharded(10), 1)
         assert_loads(tmp_path, 10)
 
-    RunFolder(tmp_path).save_checkpoint(point(5), sharded(5), 2, None)
+    RunFolder(tmp_path).save_checkpoint(point(5), sharded(5), 2)
     assert group(2, both) == [0, 0]
     run = RunFolder(tmp_path)
     assert names(run) == [folder(run, point(10)).name] and len(list(folder(run, point(10)).iterdir())) == 3
@@ -690,8 +690,8 @@ def test_two_processes_save_and_one_loads_and_the_other_way_round(tmp_path: Path
 
 def test_a_fault_of_one_process_is_one_of_all(tmp_path: Path) -> None:
     """Nothing hangs: each process ends with its own line, and the last checkpoint is whole."""
-    RunFolder(tmp_path).save_checkpoint(point(5), sharded(5), 2, None)
-    RunFolder(tmp_path).save_checkpoint(point(10), sharded(10), 2, None)
+    RunFolder(tmp_path).save_checkpoint(point(5), sharded(5), 2)
+    RunFolder(tmp_path).save_checkpoint(point(10), sharded(10), 2)
 
     def action(rank: int) -> None:
         fsync = os.fsync
@@ -711,7 +711,7 @@ def test_a_fault_of_one_process_is_one_of_all(tmp_path: Path) -> None:
             with pytest.raises(
                 UserError, match="^checkpoints: cannot be written: No space .* iteration 10 by the same"
             ):
-                RunFolder(tmp_path).save_checkpoint(point(15), sharded(15), 1, None)
+                RunFolder(tmp_path).save_checkpoint(point(15), sharded(15), 1)
         os.fsync = fsync
         for error in (UserError("one line"), ZeroDivisionError()):
             with pytest.raises(UserError if isinstance(error, UserError) else (ZeroDivisionError, RuntimeError)):
@@ -741,7 +741,7 @@ def fail(error: Exception) -> None:
 def test_damage_that_only_one_process_sees_is_passed_over_by_all(tmp_path: Path) -> None:
     def save(rank: int) -> None:
         for iteration in (5, 10):
-            RunFolder(tmp_path).save_checkpoint(point(iteration), sharded(iteration), 2, None)
+            RunFolder(tmp_path).save_checkpoint(point(iteration), sharded(iteration), 2)
 
     def load(rank: int) -> None:
         with warnings.catch_warnings(record=True) as seen:

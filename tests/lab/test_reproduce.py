@@ -78,7 +78,7 @@ def tiny(iterations: int = 2) -> Config:
         recipe="toy-2d",
         teacher=AnalyticTeacher(means=((-1.0, 0.0), (0.0, 1.0), (1.0, 0.0)), fit_steps=5),
         plan=Plan(steps=4, phases=4, shift=2.0, gradient="all"),
-        generator=Generator(weights="full", lr=3e-2),
+        generator=Generator(weights="full", lr=1e-3),
         fake=Fake(lr=1e-3, updates=1),
         iterations=iterations, batch_size=8, sample_every=None,
     )  # fmt: skip
