@@ -38,7 +38,7 @@ SETTINGS = [
     ("toy-1d", "plan.shift=1e308"),
     ("toy-1d", "plan.shift=1.0e-320"),
     ("toy-1d", "plan.steps=1000000000"),
-    ("toy-1d",),
+    ("toy-1d", "teacher.fit_steps=1000000000000"),
     ("nano-t2i", "teacher.sizes=[{heihgt: 32}]"),
     ("nano-t2i", "teacher.sizes.0.x=1"),
     ("nano-t2i", f"teacher.sizes=[{{height: 1{'0' * 400}}}]"),

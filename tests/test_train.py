@@ -21,7 +21,7 @@ from torch import Tensor
 
 from phased_dmd import inputs, step, train
 from phased_dmd.checkpoint import RunFolder, load_tensors
-from phased_dmd.config import Config, Optimiser, Plan, phase_plan
+from phased_dmd.config import Ablation, Config, Optimiser, phase_plan
 from phased_dmd.config.overrides import build
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import unshift_time
@@ -656,7 +656,7 @@ def test_fakes_train_first_then_the_generator_on_all_steps(tmp_path: Path, spy: 
         assert plan.path(phase)[-1].r == [0.5, 0.0][phase - 1]
 
 
-@pytest.mark.parametrize("fake_rollout", ["same", Plan().fake_rollout])
+@pytest.mark.parametrize("fake_rollout", ["same", Ablation().fake_rollout])
 def test_sgts_draws_one_exit_a_batch(fake_rollout: str, tmp_path: Path, spy: Spy) -> None:
     """Exits uniform over the phase's steps; each path ends at the phase's end; gradient in the exit step alone."""
     plan_of_six = {"plan__steps": 6, "plan__gradient": "last", "ablation__fake_rollout": fake_rollout}
