@@ -72,6 +72,7 @@ class Job:
     conditions: Conditions | None
     weights: Sequence[float]
     micro_batches: Sequence[Sequence[range]]
+    rank: int
     fresh_fakes: Mapping[int, dict[str, Tensor]]
     signals: Signals
     trackers: Trackers
@@ -118,7 +119,7 @@ def distill(
             system.roles.shard(config.engine)
             weights = bucket_weights(config, conditions)
             job = Job(
-                run, system, codec, conditions, weights, micro_batches, fresh_fakes, signals, trackers,
+                run, system, codec, conditions, weights, micro_batches, rank(), fresh_fakes, signals, trackers,
                 quiet or rank() > 0,
             )  # fmt: skip
             for phase in range(1, system.plan.num_phases + 1):
@@ -139,10 +140,9 @@ def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
     if config.init_experts:
         load_expert(job.system, phase, initial_expert(config, job.system.model, phase), "init_experts")
     add_fake(job.system, phase, job.fresh_fakes.get(phase))
-    expert = Learner(
-        role, roles.parameters(role), config.optimiser, config.generator.lr, config.generator.ema, config.seed
-    )
-    return expert, Learner(FAKE, roles.parameters(FAKE), config.optimiser, config.fake.lr, seed=config.seed)
+    same = {"iterations": config.phase_iterations(phase), "seed": config.seed}
+    expert = Learner(role, roles.parameters(role), config.optimiser, config.generator.lr, config.generator.ema, **same)
+    return expert, Learner(FAKE, roles.parameters(FAKE), config.optimiser, config.fake.lr, **same)
 
 
 def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
@@ -206,7 +206,8 @@ def train_step(
     system, config, losses = job.system, job.system.config, []
     with system.roles.active(learner.role):  # which adapter is on is a state of the network: backward needs it, too
         for samples in job.micro_batches:
-            batch = draw(system, at.phase, at.iteration, update, samples, job.weights, job.conditions)
+            drawn = at.phase, at.iteration, update, samples[job.rank], job.weights, job.conditions, samples
+            batch = draw(system, *drawn)
             loss = loss_of(batch, states if config.rollouts.reuse else {})
             (loss * config.engine.sequence_parallel).backward()  # those that share a sample each have a part of it
             losses.append(loss.detach())
@@ -214,7 +215,7 @@ def train_step(
     try:
         norm = learner.checked_norm(mean_loss, f"phase {at.phase}, iteration {at.iteration}")
         learner.clip(norm)
-        learner.step(at.iteration, config.phase_iterations(at.phase))
+        learner.step(at.iteration)
         return mean_loss, norm.item()
     except NonFiniteError as error:
         on_non_finite(job, error, at, state)

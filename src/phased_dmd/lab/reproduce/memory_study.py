@@ -53,7 +53,7 @@ def update_bytes(config: Config) -> list[int]:
     """Returns the bytes that autograd saves for one generator update of `distill`, by phase of a text-to-image run."""
     assert config.prompts is not None
     model, codec = load_teacher(config)
-    samples, totals = split_batch(config.batch_size, config.engine)[0], []
+    samples, totals = split_batch(config.batch_size, config.engine)[0][0], []
     with TemporaryDirectory() as folder:
         prompts = read_prompts(config.prompts)
         conditions = Conditions(codec, prompts, config.teacher.negative_prompt, Path(folder))
