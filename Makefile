@@ -41,11 +41,12 @@ chaos: .venv/.stamp-dev ## Kill runs at random moments, resume and compare them;
 bench: .venv/.stamp-dev ## Measure overhead, memory, sampling and what a quality costs; writes docs/results/performance
 	$(BIN)/python benchmarks/performance.py
 
-check: .venv/.stamp-dev ## Lint, formatting, types, and the order of the layers
+check: .venv/.stamp-dev ## Lint, formatting, types, the order of the layers, and docstrings that are sentences
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_sentences.py
 
 check-report: .venv/.stamp-dev ## Check report pages of tiny runs in a headless Chromium, the system's
 	$(BIN)/python scripts/check_report.py

@@ -130,7 +130,10 @@ def distill(
 
 
 def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
-    """Phase onset: a new expert and new fakes, both from the teacher, with new optimisers; None if it is done."""
+    """Begins a phase: adds a new expert and new fakes, which compute what the teacher does, with new optimisers.
+
+    Returns None if the phase is done: its expert is then loaded and frozen.
+    """
     run, roles, config, role = job.run, job.system.roles, job.system.config, expert_role(phase)
     add_expert(job.system, phase, trainable=True)
     if run_on_first_rank(run.expert_path(phase).exists):
@@ -198,7 +201,7 @@ def train_step(
     job: Job, at: Position, update: int, learner: Learner, loss_of: Callable[[Batch, States], Tensor], states: States,
     state: Mapping[str, Tensor],
 ) -> tuple[float, float | None]:  # fmt: skip
-    """One update of a network: forward and backward of every micro-batch, then clip and optimiser step.
+    """Makes one update of a network: forward and backward of every micro-batch, then clip and optimiser step.
 
     Returns the loss over all processes, and the gradient's norm before it was clipped, or None for an update that was
     left out, see `on_non_finite`.
@@ -259,7 +262,10 @@ def leave_if_asked(job: Job, at: Position, state: Mapping[str, Tensor]) -> None:
 
 
 def log(run: RunFolder, row: Mapping[str, Any], seconds: float, cpu_seconds: float) -> None:
-    """seconds: of the iteration just done; cpu_seconds: of the first process, in all iterations since the last line."""
+    """Writes a line of metrics.jsonl and one of timing.jsonl.
+
+    seconds: of the iteration just done. cpu_seconds: of the first process, in all iterations since the last line.
+    """
     run.log("metrics.jsonl", row)
     where = {"phase": row["phase"], "iteration": row["iteration"]}
     run.log("timing.jsonl", {**where, "seconds": seconds, "cpu_seconds": cpu_seconds})
@@ -295,7 +301,7 @@ def preview_samples(
 
 
 def expert_header(config: Config, system: System, phase: int) -> dict[str, object]:
-    """What a reader needs to run the expert: its place on the grid and, for LoRA, its scale."""
+    """Returns what a reader needs to run the expert: its place on the grid and, for LoRA, its scale."""
     lora = config.generator.lora if config.generator.weights == "lora" else None
     return {
         "phase": phase, "steps": list(system.plan.steps(phase)), "grid": list(system.plan.times),
@@ -308,7 +314,7 @@ def expert_header(config: Config, system: System, phase: int) -> dict[str, objec
 
 @contextmanager
 def progress_bar(config: Config, phase: int, done: int, quiet: bool) -> Iterator:
-    """A bar of a phase with the time left of the run, rate and losses; yields a function of (iterations done, text)."""
+    """Shows a bar of a phase with the time left of the run, rate and losses; yields a function of (iterations done, text)."""
     total, later = config.phase_iterations(phase), range(phase + 1, config.plan.phases + 1)
     after = sum(map(config.phase_iterations, later))
     columns = (

@@ -189,5 +189,5 @@ class RenoiseInterval:
 
     @property
     def support(self) -> tuple[float, float]:
-        """The least interval that holds every time: `PhasePlan.fakes` needs no more."""
+        """Returns the least interval that holds every time: `PhasePlan.fakes` needs no more."""
         return max(self.low, self.floor), self.high

@@ -236,12 +236,12 @@ class System:
 
     @cached_property
     def device(self) -> torch.device:
-        """The device that the networks compute on."""
+        """Returns the device that the networks compute on."""
         return device()
 
     @cached_property
     def intervals(self) -> tuple[RenoiseInterval, ...]:
-        """The re-noise times of each phase."""
+        """Returns where the re-noise times of each phase lie."""
         phases = range(1, self.plan.num_phases + 1)
         return tuple(renoise_interval(self.config, self.plan, phase) for phase in phases)
 

@@ -34,7 +34,7 @@ class Memory:
 
     @property
     def gpu(self) -> int:
-        """Bytes on the GPU in all."""
+        """Returns the bytes on the GPU in all."""
         states, gradients = (0, 0) if self.host else (self.weights + self.optimiser, self.gradients)
         return self.gathered + states + max(self.activations + gradients, self.preview)
 

@@ -171,7 +171,7 @@ def mixture_statistics(points: Tensor, exact: ExactMixture) -> dict[str, Statist
     of_reference = float(torch.cdist(reference, reference).sum() / (len(points) * (len(points) - 1)))
 
     def energy(keep: Tensor) -> float:
-        """2 E|x - y| - E|x - x'| - E|y - y'| without bias: 0 for equal distributions."""
+        """Estimates 2 E|x - y| - E|x - x'| - E|y - y'| without bias: 0 for equal distributions."""
         kept = torch.zeros(len(points), dtype=torch.float64).index_fill(0, keep, 1)
         own = kept @ within @ kept / (len(keep) * (len(keep) - 1))
         return float(2 * across[keep].mean() - own) - of_reference
