@@ -20,7 +20,7 @@ from gaussians import (
 )
 from torch import Tensor
 
-from phased_dmd.config import Plan
+from phased_dmd.config import Ablation
 from phased_dmd.maths.losses import distribution_matching_loss, subinterval_target
 from phased_dmd.maths.phases import Hop, PhasePlan
 from phased_dmd.maths.rollout import rollout
@@ -424,7 +424,7 @@ def test_the_sampler_of_sgts_reaches_the_teacher(phases: int, fake_rollout: str 
     """By the policy that a plan has unless told otherwise (None), and with a fake an exit. The teacher's own four Euler
     steps are off by .48.
     """
-    policy = fake_rollout or Plan().fake_rollout
+    policy = fake_rollout or Ablation().fake_rollout
     assert max(distilled_world(phases, policy)) < 1e-3
     assert distilled_world(phases, policy, iterations=0)[-1] == pytest.approx(0.478, abs=1e-3)
 

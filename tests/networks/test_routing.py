@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from phased_dmd import train
-from phased_dmd.config import Config, Fake, Generator, Lora, Plan, Renoise
+from phased_dmd.config import Ablation, Config, Fake, Generator, Lora, Plan, Renoise
 from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.maths.phases import NEAR, PhasePlan
 from phased_dmd.maths.schedules import FlowSchedule
@@ -100,8 +100,8 @@ def config_of(plan: Plan, fake: Any = "full", **changes: Any) -> Config:
     )  # fmt: skip
 
 
-BOTH, ABOVE_SWITCH = {0, 1}, Renoise(above_switch=True)
-CLAMPED = Renoise(above_switch=True, clamp=True)
+BOTH, ABOVE_SWITCH = {0, 1}, Renoise(above_switch="truncate")
+CLAMPED = Renoise(above_switch="clamp")
 PLANS = [  # the plan, its re-noise times; of each phase the networks of its experts, and of its re-noise times
     (Plan(phases=2), Renoise(), [{0}, {1}], [BOTH, BOTH]),  # (.8333, 1] holds the switch
     (Plan(phases=2), ABOVE_SWITCH, [{0}, {1}], [{0}, BOTH]),
@@ -110,15 +110,15 @@ PLANS = [  # the plan, its re-noise times; of each phase the networks of its exp
     (Plan(phases=4), CLAMPED, [{0}, {0}, {1}, {1}], [{0}, {0}, BOTH, BOTH]),
     (Plan(phases=1), Renoise(), [BOTH], [BOTH]),
     (Plan(phases=1, gradient="all"), Renoise(), [BOTH], [BOTH]),
-    (Plan(phases=2), Renoise(interval="disjoint"), [{0}, {1}], [BOTH, {1}]),
+    (Plan(phases=2), Ablation(renoise="disjoint"), [{0}, {1}], [BOTH, {1}]),
 ]
 
 
 @pytest.mark.parametrize(("plan", "renoise", "experts", "renoised"), PLANS)
 @pytest.mark.parametrize("fake", ["full", "lora"])
 def test_a_run_calls_each_network_on_its_side_of_the_switch_only(
-    plan: Plan, renoise: Renoise, experts: list[set[int]], renoised: list[set[int]], fake: str, recorder: Recorder,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    plan: Plan, renoise: Renoise | Ablation, experts: list[set[int]], renoised: list[set[int]], fake: str,
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Generator, fake and teacher in every phase; what no step or re-noise time needs is neither made nor called.
 
@@ -137,7 +137,12 @@ def test_a_run_calls_each_network_on_its_side_of_the_switch_only(
     monkeypatch.setattr(Roles, "add", spy)
     monkeypatch.setattr(train, "begin", phase_begins)
     monkeypatch.setattr(train, "save_preview", lambda path, samples: None)
-    distill(config_of(plan, fake, renoise=renoise), tmp_path / "run", quiet=True, own=(recorder, PlainCodec()))
+    distill(
+        config_of(plan, fake, **{type(renoise).__name__.lower(): renoise}),
+        tmp_path / "run",
+        quiet=True,
+        own=(recorder, PlainCodec()),
+    )
 
     assert {(call.network, t >= SWITCH) for call in recorder.calls for t in call.times} == {(0, True), (1, False)}
     assert set(recorder.guided) == {(i, GUIDANCE[i]) for i in set().union(*renoised)}
