@@ -145,7 +145,7 @@ def test_a_phase_starts_from_the_student_and_with_new_optimisers(
 
 LONG = {
     "plan.steps": 4, "plan.gradient": "last", "ablation.solver": "renoise", "plan.shift": 2.0, "generator.ema": 0.8,
-    "optimiser.clip": 0.7, "iterations": 10,
+    "optimiser.clip": 0.2, "iterations": 10,
 }  # fmt: skip
 KILLS = ("in a step", "after a log", "in a log", "before a checkpoint", "after a checkpoint")
 
@@ -583,16 +583,16 @@ def test_gradients_are_clipped_and_the_clipped_counted(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Learner, "clip", spy)
     monkeypatch.setattr(MomentumFreeAdamW, "step", spy_update)
-    run = distill(toy(iterations=5, optimiser__clip=0.05), tmp_path / "run", quiet=True)
+    run = distill(toy(iterations=5, optimiser__clip=0.2), tmp_path / "run", quiet=True)
     rows = [row for row in metrics(run) if row["phase"] == 1]
     mine = norms["phase_1"]
-    over = [norm > 0.05 for norm in mine]
+    over = [norm > 0.2 for norm in mine]
     assert sum(over[:4]) in (1, 2, 3) and over[4], "some are clipped and some not, and the last, for the test to bite"
     assert [row["iteration"] for row in rows] == [2, 4, 5]
     assert [row["clipped"] for row in rows] == [sum(over[:2]) / 2, sum(over[2:4]) / 2, float(over[4])]
     assert [row["generator_gradient_norm"] for row in rows] == [mine[1], mine[3], mine[4]]
     applied = clipped_norms[2::3][:5]
-    assert applied == pytest.approx([min(norm, 0.05) for norm in mine], rel=1e-3)
+    assert applied == pytest.approx([min(norm, 0.2) for norm in mine], rel=1e-3)
 
 
 # ---------------------------------------------------------------- rollouts and re-noise times

@@ -314,7 +314,7 @@ def expert_header(config: Config, system: System, phase: int) -> dict[str, objec
 
 @contextmanager
 def progress_bar(config: Config, phase: int, done: int, quiet: bool) -> Iterator:
-    """Shows a bar of a phase with the time left of the run, rate and losses; yields a function of (iterations done, text)."""
+    """Shows a bar of a phase, with the time left of the run, rate and losses; yields what moves it on."""
     total, later = config.phase_iterations(phase), range(phase + 1, config.plan.phases + 1)
     after = sum(map(config.phase_iterations, later))
     columns = (

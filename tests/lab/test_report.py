@@ -266,13 +266,13 @@ def test_methods_of_one_name_are_told_apart_by_what_differs(make: Make, tmp_path
     page = Page(write_report(runs, tmp_path / "page.html"))
     assert list(page.numbers()) == [
         *BASE,
-        "phased, 4 steps renoise. interval= nested mean of 2 training seeds",
-        "phased, 4 steps renoise. interval= disjoint",
+        "phased, 4 steps ablation. renoise= nested mean of 2 training seeds",
+        "phased, 4 steps ablation. renoise= disjoint",
         "dmd, 4 steps generator. lora. alpha= 32",
         "dmd, 4 steps generator. lora. alpha= 64",
     ]
-    differing = next(row for row in page.rows if "renoise. interval" in row["cells"])
-    assert differing["cells"] == ["", "plan. phases", "renoise. interval", "generator. lora. alpha", "iterations"]
+    differing = next(row for row in page.rows if "ablation. renoise" in row["cells"])
+    assert differing["cells"] == ["", "plan. phases", "ablation. renoise", "generator. lora. alpha", "iterations"]
 
 
 def test_only_what_there_is_to_choose_can_be_switched(make: Make, tmp_path: Path) -> None:
