@@ -22,7 +22,7 @@ demo: .venv/.stamp-run ## Distil the embedded teacher in runs/demo, evaluate it,
 	$(BIN)/phased-dmd report runs/demo
 
 test: .venv/.stamp-dev ## Run the tests; the pure mathematics must be covered to 95 %
-	$(BIN)/pytest --jaxtyping-packages=$(subst $(space),$(comma),$(PURE:%=phased_dmd.%)),beartype.beartype \
+	$(BIN)/pytest -n 2 --dist loadfile --jaxtyping-packages=$(subst $(space),$(comma),$(PURE:%=phased_dmd.%)),beartype.beartype \
 		$(PURE:%=--cov=phased_dmd.%) --cov-report=term-missing --cov-fail-under=95
 
 mutants: .venv/.stamp-dev ## Change the mathematics in a thousand places; the tests must notice 95 % (docs/mutants.md)
