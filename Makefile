@@ -11,7 +11,7 @@ space := $(subst ,, )
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench chaos check check-report reproduce clean
+.PHONY: help demo test mutants bench chaos check check-report reproduce clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,14 @@ test: .venv/.stamp-dev ## Run the tests; the pure mathematics must be covered to
 	$(BIN)/pytest --jaxtyping-packages=$(subst $(space),$(comma),$(PURE:%=phased_dmd.%)),beartype.beartype \
 		$(PURE:%=--cov=phased_dmd.%) --cov-report=term-missing --cov-fail-under=95
 
+mutants: .venv/.stamp-dev ## Change the mathematics in a thousand places; the tests must notice 95 % (docs/mutants.md)
+	rm -rf mutants
+	$(BIN)/mutmut run --max-children 1
+	$(BIN)/mutmut results
+	$(BIN)/mutmut export-cicd-stats
+	$(BIN)/python -c "import json; found = json.load(open('mutants/mutmut-cicd-stats.json')); print(found); \
+		assert found['killed'] + found['timeout'] >= 0.95 * found['total']"
+
 chaos: .venv/.stamp-dev ## Kill runs at random moments, resume and compare them; a thousand mutated configs; two processes at length
 	$(BIN)/python scripts/chaos.py
 	$(BIN)/python scripts/fuzz.py
@@ -33,11 +41,12 @@ chaos: .venv/.stamp-dev ## Kill runs at random moments, resume and compare them;
 bench: .venv/.stamp-dev ## Measure overhead, memory, sampling and what a quality costs; writes docs/results/performance
 	$(BIN)/python benchmarks/performance.py
 
-check: .venv/.stamp-dev ## Lint, formatting, types, and the order of the layers
+check: .venv/.stamp-dev ## Lint, formatting, types, the order of the layers, and docstrings that are sentences
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_sentences.py
 
 check-report: .venv/.stamp-dev ## Check report pages of tiny runs in a headless Chromium, the system's
 	$(BIN)/python scripts/check_report.py
@@ -46,7 +55,7 @@ reproduce: .venv/.stamp-dev ## Make the committed results again
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/reproduce.sh
 
 clean: ## Remove .venv, build outputs and caches; runs/ stays
-	rm -rf .venv build dist src/*.egg-info .coverage .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv build dist mutants src/*.egg-info .coverage .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/pip:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phased_dmd.lab.reproduce.claim import FRECHET, MODES, Measure, Variant
+from phased_dmd.lab.reproduce.claim import FRECHET, MODES, Criterion, Variant
 from phased_dmd.lab.reproduce.claims import DIVERSITY
 
 LEVER_SEEDS = range(3)
@@ -25,8 +25,8 @@ class Contest:
     recipe: str
     seeds: range
     samples: int
-    measures: tuple[Measure, ...]
-    diversity: tuple[Measure, ...]
+    measures: tuple[Criterion, ...]
+    diversity: tuple[Criterion, ...]
     ladders: Mapping[str, Sequence[float]]
     tuned: Mapping[str, Any]
     levers_of: str
@@ -45,8 +45,9 @@ class Contest:
         return f"{self.recipe}-fast" if side == FAST else self.recipe
 
 
-def key(measure: Measure) -> str:
-    return f"{measure.table}/{measure.name}"
+def key(criterion: Criterion) -> str:
+    """Returns the name that a criterion has in the figures."""
+    return f"{criterion.table}/{criterion.name}"
 
 
 SGTS = {  # as many updates in all; exits need it
@@ -64,8 +65,8 @@ ALONE = {
     "2 phases, SGTS": SGTS,
 }  # fmt: skip
 TOY = Contest(
-    recipe="toy-2d", seeds=range(16, 28), samples=4000, measures=(Measure("mixture", "distance_to_nearest_mode"),),
-    diversity=(MODES, Measure("mixture", "energy_distance")),
+    recipe="toy-2d", seeds=range(16, 28), samples=4000, measures=(Criterion("mixture", "distance_to_nearest_mode"),),
+    diversity=(MODES, Criterion("mixture", "energy_distance")),
     ladders={PAPER: (0.25, 0.5, 0.75, 1.0), FAST: (0.4, 0.8, 1.2, 1.6)},
     tuned=SHARES | SLOWER, levers_of=PAPER, levers=ALONE, reference="none", share=0.5,
 )  # fmt: skip
@@ -74,7 +75,7 @@ LEFT_OUT = {
     "no antithetic start": {"rollouts.antithetic": None}, "equal phases": {"phase_shares": [1.0625] * 4},
 }  # fmt: skip
 NANO = Contest(
-    recipe="nano-t2i", seeds=range(10), samples=2000, measures=(FRECHET, Measure("specific", "frechet_features")),
+    recipe="nano-t2i", seeds=range(10), samples=2000, measures=(FRECHET, Criterion("specific", "frechet_features")),
     diversity=DIVERSITY, ladders={PAPER: (0.25, 0.5, 0.75, 1.0), FAST: (0.5, 0.75, 1.0, 1.125)},
     tuned={"generator.ema": 0.9, "fake.lr": 1.5e-4}, levers_of=FAST, levers=LEFT_OUT,
     reference="fast, x 0.5", share=0.5,

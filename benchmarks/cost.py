@@ -12,9 +12,11 @@ from contests import FAST, LEVER_SEEDS, PAPER, Contest, key
 from scipy.optimize import isotonic_regression
 
 from phased_dmd.config import Config, phase_plan
-from phased_dmd.lab.reproduce.claim import Budget, Measure, Variant
-from phased_dmd.lab.reproduce.comparisons import compare, difference, ratio, shown
-from phased_dmd.lab.reproduce.study import Study, collect, planned
+from phased_dmd.lab.metrics.intervals import difference, ratio
+from phased_dmd.lab.reproduce.claim import Budget, Criterion, Variant
+from phased_dmd.lab.reproduce.results import read_rows, write_rows
+from phased_dmd.lab.reproduce.study import Study, plan_runs, rows_of, study_of
+from phased_dmd.lab.reproduce.verdict import compare, outcome
 from phased_dmd.lab.reproduce.workers import Workers
 from phased_dmd.plan.work import phase_work
 
@@ -24,13 +26,13 @@ Curves = Mapping[str, Sequence[Mapping[str, Any]]]  # by side; each point is a b
 
 
 def cost(contest: Contest, runs: Path, results: Path, jobs: int) -> dict[str, Any]:
-    """Curves of both sides, what reaching the target costs each, and whether `fast` loses anything with half the calls.
+    """Measures both sides: their curves, what reaching the target costs, and what `fast` loses with half the calls.
 
     Distils and evaluates what is missing in the folder `runs`, on `jobs` processes.
     """
     variants = {side: contest.variants(side) for side in contest.ladders}
     studies = studied(contest, variants, contest.seeds, runs, results, jobs)
-    curves = {side: [point(contest, studies[side], label) for label in variants[side]] for side in variants}
+    curves = {side: [point(contest, studies[side], label, runs) for label in variants[side]] for side in variants}
     decided_by = [contest.measures, *([measure] for measure in contest.measures if len(contest.measures) > 1)]
     which = range(len(contest.seeds))
     return {
@@ -42,7 +44,7 @@ def cost(contest: Contest, runs: Path, results: Path, jobs: int) -> dict[str, An
 
 
 def levers(contest: Contest, runs: Path, results: Path, jobs: int) -> dict[str, Any]:
-    """What each lever alone does to one side, and whether it is told from the reference by the same seeds."""
+    """Measures what each lever alone does to one side, and whether the same seeds tell it from the reference."""
     side = contest.levers_of
     variants = contest.variants(side) | contest.lever_variants()
     wanted = {label: variants[label] for label in (contest.reference, *contest.levers)}
@@ -50,38 +52,45 @@ def levers(contest: Contest, runs: Path, results: Path, jobs: int) -> dict[str, 
     return {
         "recipe": contest.recipe, "seeds": list(LEVER_SEEDS), "levers_of": side, "reference": contest.reference,
         "base": base(contest, study),
-        "levers": [weighed(contest, study, label) for label in wanted],
+        "levers": [weighed(contest, study, label, runs) for label in wanted],
     }  # fmt: skip
 
 
 def studied(
     contest: Contest, variants: Mapping[str, Mapping[str, Variant]], seeds: range, runs: Path, results: Path, jobs: int
 ) -> dict[str, Study]:
-    """A study of each side's variants, by side."""
+    """Returns a study of each side's variants; the rows of their runs replace those of results/cost.jsonl.
+
+    The rows of other contests and levers, which that file has too, stay.
+    """
     budget = Budget(len(seeds), contest.samples, first=seeds.start)
-    asked = {side: planned(contest.name(side), wanted, budget, runs) for side, wanted in variants.items()}
+    asked = {side: plan_runs(contest.name(side), wanted, budget, runs) for side, wanted in variants.items()}
     with Workers(jobs, print) as workers:
         everything = [run for runs_of_side in asked.values() for run in runs_of_side.values()]
-        workers.distil(everything)
+        workers.distill(everything)
         workers.evaluate(everything)
-    return {side: collect(contest.name(side), asked[side], budget, results) for side in asked}
+    rows = {side: rows_of(contest.name(side), asked[side]) for side in asked}
+    path = results / "cost.jsonl"
+    by_name = {row["name"]: row for row in (*read_rows(path), *(row for side in rows for row in rows[side]))}
+    write_rows(path, by_name.values())
+    return {side: study_of(contest.name(side), budget, rows[side]) for side in rows}
 
 
 def base(contest: Contest, study: Study) -> dict[str, float]:
-    """The measures of the teacher's samples."""
+    """Returns the measures of the teacher's samples."""
     return {
         key(m): next(iter(study.summary[m.table].values()))[m.name]["mean"]
         for m in (*contest.measures, *contest.diversity)
     }
 
 
-def race(curves: Curves, measures: Sequence[Measure], which: Sequence[int]) -> dict[str, Any]:
-    """What the target costs both sides: the paper's own best, of each measure, in the mean over some of the seeds.
+def race(curves: Curves, measures: Sequence[Criterion], which: Sequence[int]) -> dict[str, Any]:
+    """Returns what the target costs both sides: the best of the paper's side in each measure, in the mean over seeds.
 
     which: those seeds, by their places in the values of a point.
     """
 
-    def means(side: str, measure: Measure) -> list[float]:
+    def means(side: str, measure: Criterion) -> list[float]:
         return [fmean(p["values"][key(measure)]["values"][i] for i in which) for p in curves[side]]
 
     targets = {key(m): smoothed(means(PAPER, m))[-1] for m in measures}
@@ -96,8 +105,8 @@ def race(curves: Curves, measures: Sequence[Measure], which: Sequence[int]) -> d
     return {"targets": targets, "reached": reached, "ratios": ratios}
 
 
-def likely(curves: Curves, measures: Sequence[Measure], which: Sequence[int], draws: int = 1000) -> dict[str, Any]:
-    """Where the ratios of `race` lie, by unit: the middle 95 % over bootstrap draws of the seeds, and the share from 2.
+def likely(curves: Curves, measures: Sequence[Criterion], which: Sequence[int], draws: int = 1000) -> dict[str, Any]:
+    """Returns the middle 95 % of the ratios of `race` over bootstrap draws of the seeds, and their share of 2 and more.
 
     A draw in which `fast` does not keep the target within its budgets counts as a ratio of zero.
     """
@@ -112,9 +121,9 @@ def likely(curves: Curves, measures: Sequence[Measure], which: Sequence[int], dr
 
 
 def pairs(curves: Curves) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """`fast`'s largest budget of half the calls at most, with each of the paper's budgets for which there is one.
+    """Pairs each of the paper's budgets with the largest of `fast` that makes half its calls at most.
 
-    All of a ladder, since a single budget that is picked by what it reached is one where chance was kind.
+    All of a ladder are paired, since a single budget that is picked by what it reached is one where chance was kind.
     """
     found = []
     for paper in curves[PAPER]:
@@ -127,9 +136,9 @@ def pairs(curves: Curves) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
 def comparisons(
     contest: Contest, studies: Mapping[str, Study], paired: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """`fast` against the paper's schedule with the same seeds, over all pairs together and in each.
+    """Compares `fast` with the paper's schedule by the same seeds, over all pairs together and in each.
 
-    Above neutral `fast` is better. Of a seed, all pairs count as one: their geometric mean, or mean difference.
+    Above neutral `fast` is better. All pairs of a seed count as one: their geometric mean, or mean difference.
     """
     found = []
     for m in (*contest.measures, *contest.diversity):
@@ -144,27 +153,27 @@ def comparisons(
             together = difference([fmean(values) for values in by_seed], [0.0] * len(by_seed))
         labels = [f"{fast['label']} against {paper['label']}" for fast, paper in paired]
         found.append({
-            "measure": key(m), **together, "shows": shown(together),
-            "each": {label: {**c, "shows": shown(c)} for label, c in zip(labels, each, strict=True)},
+            "measure": key(m), **together, "shows": outcome(together),
+            "each": {label: {**c, "shows": outcome(c)} for label, c in zip(labels, each, strict=True)},
         })  # fmt: skip
     return found
 
 
-def weighed(contest: Contest, study: Study, label: str) -> dict[str, Any]:
-    """The point of a lever, and of each measure whether it is told from the reference, the same seeds."""
+def weighed(contest: Contest, study: Study, label: str, runs: Path) -> dict[str, Any]:
+    """Returns the point of a lever, and for each measure whether the same seeds tell it from the reference."""
     shows = {}
     for m in (*contest.measures, *contest.diversity):
         rows = study.summary[m.table]
-        shows[key(m)] = shown(compare(m, rows[label][m.name], rows[contest.reference][m.name]))
-    return {**point(contest, study, label), "shows": shows}
+        shows[key(m)] = outcome(compare(m, rows[label][m.name], rows[contest.reference][m.name]))
+    return {**point(contest, study, label, runs), "shows": shows}
 
 
-def point(contest: Contest, study: Study, label: str) -> dict[str, Any]:
-    """A label's cost, means over seeds, and its measures by seed."""
-    runs = [run for (other, _), run in study.runs.items() if other == label]
+def point(contest: Contest, study: Study, label: str, runs: Path) -> dict[str, Any]:
+    """Returns a label's cost, means over seeds, and its measures by seed."""
+    rows = [row for (other, _), row in study.evaluations.items() if other == label]
     return {
-        "label": label, "updates": runs[0].config.updates, "calls": forwards(runs[0].config),
-        "cpu_seconds": fmean(cpu_seconds(run.folder) for run in runs),
+        "label": label, "updates": study.sizes[label]["updates"], "calls": forwards(Config(**rows[0]["config"])),
+        "cpu_seconds": fmean(cpu_seconds(runs / row["subject"]) for row in rows),
         "values": {
             key(m): study.summary[m.table][label][m.name]
             for m in (*contest.measures, *contest.diversity)
@@ -173,25 +182,25 @@ def point(contest: Contest, study: Study, label: str) -> dict[str, Any]:
 
 
 def forwards(config: Config) -> float:
-    """Network calls of a run a sample of the batch, in forwards of the network."""
+    """Returns the network calls of a run for one sample of the batch, in forwards of the network."""
     plan, guidance = phase_plan(config), getattr(config.teacher, "guidance", (1.0,))
     guided, phases = guidance[0] != 1, range(1, plan.num_phases + 1)
     return sum(config.phase_iterations(k) * phase_work(config, plan, k, guided).forwards for k in phases)
 
 
 def cpu_seconds(run: Path) -> float:
-    """Of all iterations; previews, checkpoints and the encoding of prompts are not among them."""
+    """Returns the CPU seconds of all iterations, without previews, checkpoints and the encoding of prompts."""
     rows = map(json.loads, (run / "timing.jsonl").read_text("utf-8").splitlines())
     return sum({(row["phase"], row["iteration"]): row["cpu_seconds"] for row in rows}.values())  # repeated after a kill
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """The nearest sequence that never rises: neighbours that do are averaged."""
+    """Returns the nearest sequence that never rises: neighbours that do are averaged."""
     return isotonic_regression(values, increasing=False).x.tolist()
 
 
 def reach(costs: Sequence[float], values: Sequence[float], target: float) -> float | None:
-    """What it costs until the smoothed values reach the target, which they then keep; None if they do not.
+    """Returns the cost at which the smoothed values reach the target, which they then keep; None if they do not.
 
     Between two budgets by a line over the logarithm of the cost; the least budget where it is reached there already.
     """

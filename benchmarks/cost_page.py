@@ -7,7 +7,7 @@ from typing import Any
 
 from contests import FAST, PAPER
 
-from phased_dmd.lab.reproduce.study import plus_minus
+from phased_dmd.lab.reproduce.results import plus_minus
 
 STYLES = ("o-", "s--")
 WORDS = {"as claimed": "better", "the reverse": "worse", "nothing": "nothing", None: "-"}

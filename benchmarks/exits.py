@@ -19,11 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor
 
-from phased_dmd.lab.evaluate.mixtures import mixture_statistics
-from phased_dmd.lab.metrics.digit_classifier import WORDS, load_classifier, read
+from phased_dmd.lab.evaluate.measures import mixture_statistics
+from phased_dmd.lab.metrics.digit_classifier import WORDS, classify, load_classifier
 from phased_dmd.lab.metrics.distances import frechet, moments
-from phased_dmd.lab.metrics.intervals import interval
-from phased_dmd.lab.reproduce.comparisons import ratio
+from phased_dmd.lab.metrics.intervals import interval, ratio
 from phased_dmd.recipes import resolve
 from phased_dmd.sampling.loading import load
 from phased_dmd.sampling.sampler import Sampler
@@ -36,7 +35,7 @@ NOISE = 10_000_000  # seeds between the samples of two training seeds, and the b
 PROMPTS = {"weak": ["a handwritten digit"], "specific": [f"a handwritten {word}" for word in WORDS]}
 
 
-def measured(sampler: Sampler, seed: int, runs: Path) -> dict[str, float]:
+def measure_sampler(sampler: Sampler, seed: int, runs: Path) -> dict[str, float]:
     """The sampler's figures on noise that no other training seed is evaluated on."""
     first = seed * NOISE
     if not sampler.system.model.guidance[0] > 1:
@@ -55,7 +54,7 @@ def measured(sampler: Sampler, seed: int, runs: Path) -> dict[str, float]:
 
 
 def features(reader: Any, sampler: Sampler, prompts: list[str], seeds: range, steps: int | None = None) -> Tensor:
-    return read(reader, sampler.decode(sampler(prompts, seeds, steps)))[0]
+    return classify(reader, sampler.decode(sampler(prompts, seeds, steps)))[0]
 
 
 def run(runs: Path, policies: list[str], recipes: list[str], seeds: list[int]) -> None:
@@ -70,7 +69,7 @@ def run(runs: Path, policies: list[str], recipes: list[str], seeds: list[int]) -
                     overrides |= {"sample_every": None, "checkpoint_every": 10**6}
                     started = time.process_time()
                     distill(resolve(recipe, overrides, method), folder, quiet=True)
-                    row = measured(load(folder), seed, runs) | {"cpu_seconds": time.process_time() - started}
+                    row = measure_sampler(load(folder), seed, runs) | {"cpu_seconds": time.process_time() - started}
                     (folder / "exits.json").write_text(json.dumps(row), encoding="utf-8")
                     print(folder.name, {name: round(value, 4) for name, value in row.items()}, flush=True)
 

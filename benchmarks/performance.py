@@ -145,7 +145,7 @@ def measure(part: str, folder: Path, runs: Path, output: Path, jobs: int) -> Any
         case ["variance"]:
             return variances(folder / "variance")
         case [kind, recipe]:
-            return (cost if kind == "cost" else levers)(RECIPES[recipe], runs, output.parent / "cost", jobs)
+            return (cost if kind == "cost" else levers)(RECIPES[recipe], runs, output.parent, jobs)
 
 
 def keys(found: Mapping[str, Any]) -> dict[str, float]:

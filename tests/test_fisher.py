@@ -204,7 +204,7 @@ def test_only_the_generator_has_gradients_after_its_update(divergence: str, weig
         p.data += 0.1 * draw(*p.shape, seed=i)
     rows = TinyCodec().encode_text(["one", "seven", "digit", "a one"])
     table: Any = SimpleNamespace(eligible=lambda bucket: range(4), row=lambda index, bucket: rows[index])
-    batch = step.draw(asked, 1, 0, 0, [range(4)], [1.0], table)
+    batch = step.draw(asked, 1, 0, 0, range(4), [1.0], table)
     assert batch.networks == [0, 1]
     with asked.roles.active("phase_1"):
         step.expert_loss(batch, {}).backward()
@@ -235,7 +235,7 @@ def test_teacher_and_fake_are_differentiated_with_guidance_and_route(wan: Callab
     asked.negative["text"] = asked.negative["text"].double()
     rows = [{"text": text} for text in texts]
     table: Any = SimpleNamespace(eligible=lambda bucket: [0], row=lambda index, bucket: rows[0])
-    batch = step.draw(asked, 1, 0, 0, [range(4)], [1.0], table)
+    batch = step.draw(asked, 1, 0, 0, range(4), [1.0], table)
     batch = dataclasses.replace(batch, condition={"text": texts})
     eps, s, t = batch.eps, batch.s, batch.t
 

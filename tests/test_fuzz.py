@@ -38,7 +38,7 @@ SETTINGS = [
     ("toy-1d", "plan.shift=1e308"),
     ("toy-1d", "plan.shift=1.0e-320"),
     ("toy-1d", "plan.steps=1000000000"),
-    ("toy-1d",),
+    ("toy-1d", "teacher.fit_steps=1000000000000"),
     ("nano-t2i", "teacher.sizes=[{heihgt: 32}]"),
     ("nano-t2i", "teacher.sizes.0.x=1"),
     ("nano-t2i", f"teacher.sizes=[{{height: 1{'0' * 400}}}]"),
@@ -97,7 +97,7 @@ def test_what_must_not_happen_is_noticed(tmp_path: Path, monkeypatch: pytest.Mon
     for i, (wrong, harm) in enumerate(
         [("exit 1", lambda *_: 1 / 0), ("lines on stderr", _two_lines), ("something was written", _write)]
     ):
-        monkeypatch.setattr("phased_dmd.plan.dry_run.dry_run", harm)
+        monkeypatch.setattr("phased_dmd.dry_run.dry_run", harm)
         assert wrong in broken(case, tmp_path / str(i))[1]
 
 

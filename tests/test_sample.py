@@ -23,7 +23,7 @@ from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate.samples import SampleFolder
 from phased_dmd.media import save_preview
 from phased_dmd.networks.build import add_expert, build_system
-from phased_dmd.plan.bare import bare_model
+from phased_dmd.plan.measure import meta_model
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.recipes import resolve
 from phased_dmd.sampling.sampler import Sampler, preview_shares, preview_size
@@ -295,4 +295,4 @@ def test_a_preview_of_any_recipe_opens_in_pillow(shape: tuple[int, int, int], ti
     [("nano-t2v", 16), ("qwen-image", 16), ("wan22-t2v", 4)],
 )
 def test_previews_are_of_sixteen_pictures_or_four_large_clips(recipe: str, samples: int) -> None:
-    assert preview_size(bare_model(resolve(recipe, {})).sample_shapes[0]) == samples
+    assert preview_size(meta_model(resolve(recipe, {}).teacher).sample_shapes[0]) == samples

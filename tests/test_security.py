@@ -19,11 +19,11 @@ from phased_dmd.checkpoint import load_tensors, save_tensors
 from phased_dmd.conditions import Conditions
 from phased_dmd.config import Config
 from phased_dmd.config.overrides import build, read_file
+from phased_dmd.dry_run import dry_run
 from phased_dmd.errors import UserError
 from phased_dmd.export import export
 from phased_dmd.models import trust
 from phased_dmd.models.loader import load_model
-from phased_dmd.plan.dry_run import dry_run
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import resolve
 from phased_dmd.sampling.loading import read_export, read_run

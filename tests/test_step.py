@@ -16,7 +16,7 @@ from torch import Tensor
 
 from phased_dmd import step, train
 from phased_dmd.checkpoint import RunFolder, load_tensors
-from phased_dmd.config import Config, phase_plan
+from phased_dmd.config import Config, phase_plan, renoise_interval
 from phased_dmd.engine import world
 from phased_dmd.engine.signals import Signals
 from phased_dmd.errors import Stopped, UserError
@@ -131,13 +131,16 @@ def gaussian(config: Config) -> Any:
     model = SimpleNamespace(
         sample_shapes=[(1,)], batch=lambda rows: {"text": torch.tensor([row.get("text", 0) for row in rows])}
     )
+    plan = phase_plan(config)
+    intervals = [renoise_interval(config, plan, phase) for phase in (1, 2)]
     return SimpleNamespace(
-        config=config, plan=phase_plan(config), model=model, start=lambda noise: noise, roll=roll
+        config=config, plan=plan, model=model, start=lambda noise: noise, roll=roll, intervals=intervals,
+        device=torch.device("cpu"),
     )  # fmt: skip
 
 
 def drawn(config: Config, update: int, samples: int, phase: int = 1, iteration: int = 0, prompts: Any = None) -> Batch:
-    return draw(gaussian(config), phase, iteration, update, [range(samples)], [1.0], prompts)
+    return draw(gaussian(config), phase, iteration, update, range(samples), [1.0], prompts)
 
 
 # One path for a whole cycle
@@ -329,9 +332,8 @@ def test_sorted_times_are_those_of_the_batch_in_order_however_it_is_shared(
         monkeypatch.setattr(world, "world_size", lambda: processes)
         for everyone in world.split_batch(24, config.engine, pairs=antithetic is not None):
             found.append([])
-            for rank in range(processes):
-                monkeypatch.setattr(step, "rank", lambda rank=rank: rank)
-                found[-1] += draw(gaussian(config), 1, 4, 1, everyone, [1.0], None).t.tolist()
+            for own in everyone:
+                found[-1] += draw(gaussian(config), 1, 4, 1, own, [1.0], None, everyone).t.tolist()
         return found
 
     alone, pair, unsorted = times(1, True), times(2, True), times(1, False)
@@ -437,7 +439,7 @@ def test_with_every_lever_off_the_draws_are_what_they_always_were(
     )
     asked.model.sample_shapes = [(1,), (1, 1)]
     table: Any = SimpleNamespace(eligible=lambda bucket: range(1000), row=lambda index, bucket: {"text": index})
-    batch = draw(asked, 2, 3, update, [range(2)], [1.0, 2.0], table)
+    batch = draw(asked, 2, 3, update, range(2), [1.0, 2.0], table)
     assert (batch.shape, batch.path[-1].step) == ((1, 1), exit_step), "the second bucket"
     assert batch.condition["text"].tolist() == list(prompts)
     found = batch.first_noise(), batch.eps, batch.t, roll_out(batch, len(batch.path), {})

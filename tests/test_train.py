@@ -172,11 +172,11 @@ def kill(patch: pytest.MonkeyPatch, at: str) -> None:
     step, log, save = Learner.step, RunFolder.log, RunFolder.save_checkpoint
     taken = Counter()
 
-    def killed_step(self: Learner, iteration: int, iterations: int) -> None:
+    def killed_step(self: Learner, iteration: int) -> None:
         taken[self.role] += 1
         if at == "in a step" and taken["phase_2"] == 8:
             raise KeyboardInterrupt
-        step(self, iteration, iterations)
+        step(self, iteration)
 
     def killed_log(self: RunFolder, name: str, row: dict[str, Any]) -> None:
         due = name == "metrics.jsonl" and (row["phase"], row["iteration"]) == (2, 8)
@@ -408,7 +408,7 @@ def stepped(trainer: Learner) -> float:
     """The norm before clipping, after a step as training takes it."""
     norm = trainer.checked_norm(1.0, "phase 1, iteration 0")
     trainer.clip(norm)
-    trainer.step(0, 1)
+    trainer.step(0)
     return norm.item()
 
 
@@ -731,11 +731,11 @@ def test_prompts_are_drawn_uniformly_by_sample() -> None:
     """Pearson's chi-squared over 8 prompts: 24.3 is exceeded once in a thousand (7 degrees). Splits agree."""
     batch = {"batch": lambda rows: {"text": torch.tensor([row["text"] for row in rows])}}
     model = SimpleNamespace(sample_shapes=[(1,)], **batch)
-    system: Any = SimpleNamespace(model=model, config=toy(), plan=phase_plan(toy()))
+    system: Any = System(toy(), model, None, phase_plan(toy()), {})  # type: ignore[arg-type] draws from it alone
     table: Any = SimpleNamespace(eligible=lambda bucket: range(8), row=lambda index, bucket: {"text": index})
 
     def drawn(update: int, samples: range) -> Tensor:
-        return step.draw(system, 1, 2, update, [samples], [1.0], table).condition["text"]
+        return step.draw(system, 1, 2, update, samples, [1.0], table).condition["text"]
 
     whole = drawn(3, range(4000))
     assert ((torch.bincount(whole, minlength=8) - 500.0) ** 2 / 500).sum() < 24.3
@@ -746,10 +746,10 @@ def test_prompts_are_drawn_uniformly_by_sample() -> None:
 def test_buckets_are_drawn_by_weight_one_a_batch() -> None:
     """Weights 1, 0, 3: shares 1/4, 0, 3/4 of 4000 batches, within four standard deviations, whatever the samples."""
     model = SimpleNamespace(sample_shapes=[(1,), (2,), (3,)], batch=lambda rows: {})
-    system: Any = SimpleNamespace(config=toy(), model=model, plan=phase_plan(toy()))
+    system: Any = System(toy(), model, None, phase_plan(toy()), {})  # type: ignore[arg-type] draws from it alone
 
     def drawn(samples: range) -> list[int]:
-        return [step.draw(system, 1, i, 2, [samples], [1.0, 0.0, 3.0], None).shape[0] - 1 for i in range(4000)]
+        return [step.draw(system, 1, i, 2, samples, [1.0, 0.0, 3.0], None).shape[0] - 1 for i in range(4000)]
 
     buckets = drawn(range(2))
     shares = torch.tensor(buckets).bincount(minlength=3) / 4000

@@ -31,7 +31,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _say() -> None:
-    """Of the processes that torchrun starts, the first one speaks for all."""
+    """Prints, in the first of the processes that torchrun starts, which speaks for all."""
     sys.stdout.flush()
     if os.environ.get("RANK", "0") == "0":
         print("phased-dmd: interrupted; an unfinished run goes on by the same command", file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ CHUNK = 64  # prompts a file, and a call of the encoder
 
 
 class Part(NamedTuple):
-    """A file of the cache, and the prompts in it, of which the first is number `first`."""
+    """Names a file of the cache and the prompts in it, of which the first is number `first`."""
 
     path: Path
     first: int
@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
 
 class Conditions:
-    """The conditions of prompts, and of the negative prompt, in a folder.
+    """Keeps the conditions of prompts, and of the negative prompt, in a folder.
 
     A file's name holds the hash of all that its tensors were made from, the encoder, prompts and pictures: one that is
     there is right, and runs that share the folder do not overwrite each other's. Every tensor read is checked by a hash

@@ -1,4 +1,4 @@
-"""The inputs of a run: checked before anything is written, and known again by what they hold, wherever they lie."""
+"""Checks the inputs of a run before anything is written, and knows them again by what they hold, wherever they lie."""
 
 import hashlib
 from collections.abc import Sequence

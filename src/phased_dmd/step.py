@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from phased_dmd.conditions import Conditions
-from phased_dmd.config import FISHER, Config, renoise_interval
+from phased_dmd.config import FISHER, Config
 from phased_dmd.config.teacher import OwnTeacher, PipelineTeacher
 from phased_dmd.engine.randomness import choice, normal, uniform
-from phased_dmd.engine.world import device, rank, world_size
 from phased_dmd.maths.losses import (
     Predict,
     biased_target,
@@ -70,23 +69,24 @@ class Batch:
         noise = normal(self.shape, self.pairs, *self.rollout_key, "start")
         if self.system.config.rollouts.antithetic:
             noise[1::2] *= -1
-        return noise.to(device())
+        return noise.to(self.system.device)
 
     def renoise(self, step: int) -> Tensor:
         """Draws the standard normal noise [b, ...] that the `renoise` solver adds in a step."""
-        return normal(self.shape, self.samples, *self.rollout_key, "renoise", step).to(device())
+        return normal(self.shape, self.samples, *self.rollout_key, "renoise", step).to(self.system.device)
 
 
 def draw(
-    system: System, phase: int, iteration: int, update: int, samples_of: Sequence[range], weights: Sequence[float],
-    conditions: Conditions | None,
+    system: System, phase: int, iteration: int, update: int, samples: range, weights: Sequence[float],
+    conditions: Conditions | None, everywhere: Sequence[range] | None = None,
 ) -> Batch:  # fmt: skip
     """Draws all random numbers of an update, each a function of its key and the sample's index alone.
 
-    update: `EXPERT_UPDATE`, or the number of the fake's update. samples_of: the samples of each process. weights: the
-    odds of the resolution buckets. conditions: the encoded prompts, or None for a model that takes none.
+    update: `EXPERT_UPDATE`, or the number of the fake's update. samples: those of this process in the micro-batch.
+    weights: the odds of the resolution buckets. conditions: the encoded prompts, or None for a model that takes none.
+    everywhere: the samples of each process, this one's included; None means that it is alone.
     """
-    config, plan, samples = system.config, system.plan, samples_of[rank()]
+    config, plan, everywhere = system.config, system.plan, everywhere or [samples]
     key: Key = (config.seed, phase, iteration, update)
     rollout_key: Key = (config.seed, phase, iteration, EXPERT_UPDATE) if config.rollouts.reuse else key
     pairs = in_pairs(samples) if config.rollouts.antithetic else samples
@@ -110,25 +110,25 @@ def draw(
     # Re-noising: in the fake's updates the samples of a pair share its time and noise.
     shares = bool(config.rollouts.antithetic) and update != EXPERT_UPDATE
     shape = tuple(system.model.sample_shapes[bucket])
-    t = draw_times(system, phase, key, samples, shares).to(device())
+    t = draw_times(system, phase, key, samples, shares).to(system.device)
     networks = [0]
     if plan.switches:
-        everywhere = [draw_times(system, phase, key, of_one, shares) for of_one in samples_of]
-        networks = sorted({plan.network(time) for time in torch.cat(everywhere).tolist()})
+        times = torch.cat([draw_times(system, phase, key, of_one, shares) for of_one in everywhere])
+        networks = sorted({plan.network(time) for time in times.tolist()})
     return Batch(
         system, phase, samples, pairs, shape, rollout_key,
         condition=system.model.batch(rows), path=plan.path(phase, exit_step),
         s=times_like(plan.end(phase), t), t=t,
-        eps=normal(shape, pairs if shares else samples, *key, "eps").to(device()),
+        eps=normal(shape, pairs if shares else samples, *key, "eps").to(system.device),
         networks=networks,
-        share=len(samples) * world_size() / (config.batch_size * config.engine.sequence_parallel),
+        share=len(samples) * len(everywhere) / (config.batch_size * config.engine.sequence_parallel),
     )  # fmt: skip
 
 
 def draw_times(system: System, phase: int, key: Key, samples: Sequence[int], shares: bool) -> Tensor:
     """Draws the re-noise times of samples, float64 [b]; shares: one time for both samples of a pair."""
-    config, plan = system.config, system.plan
-    interval = renoise_interval(config, plan, phase)
+    config = system.config
+    interval = system.intervals[phase - 1]
     if interval.low == interval.high:  # one time for all
         return torch.full((len(samples),), interval.high, dtype=torch.float64)
     drawn = range(config.batch_size) if config.renoise.sort else samples

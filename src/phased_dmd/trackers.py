@@ -1,4 +1,4 @@
-"""Experiment trackers, from the extra `trackers`; their keys come from the environment, never from a config."""
+"""Shows a run in experiment trackers, of the extra `trackers`; keys come from the environment, never from a config."""
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +18,14 @@ Row = Mapping[str, float]
 
 
 class Tracker(NamedTuple):
-    """One tracker: `track` takes a row of metrics at a step, and `close` ends it."""
+    """Is one tracker: `track` takes a row of metrics at a step, and `close` ends it."""
 
     track: Callable[[int, Row], object]
     close: Callable[[], object]
 
 
 class Trackers:
-    """A run's trackers: each shows one run for a run folder, through all phases and however often it goes on.
+    """Holds a run's trackers. Each shows one run for a run folder, through all phases and however often it goes on.
 
     What fails in one of them is a warning, once, and never ends the run.
     """

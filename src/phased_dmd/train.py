@@ -72,6 +72,7 @@ class Job:
     conditions: Conditions | None
     weights: Sequence[float]
     micro_batches: Sequence[Sequence[range]]
+    rank: int
     fresh_fakes: Mapping[int, dict[str, Tensor]]
     signals: Signals
     trackers: Trackers
@@ -118,7 +119,7 @@ def distill(
             system.roles.shard(config.engine)
             weights = bucket_weights(config, conditions)
             job = Job(
-                run, system, codec, conditions, weights, micro_batches, fresh_fakes, signals, trackers,
+                run, system, codec, conditions, weights, micro_batches, rank(), fresh_fakes, signals, trackers,
                 quiet or rank() > 0,
             )  # fmt: skip
             for phase in range(1, system.plan.num_phases + 1):
@@ -129,7 +130,10 @@ def distill(
 
 
 def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
-    """Phase onset: a new expert and new fakes, both from the teacher, with new optimisers; None if it is done."""
+    """Begins a phase: adds a new expert and new fakes, which compute what the teacher does, with new optimisers.
+
+    Returns None if the phase is done: its expert is then loaded and frozen.
+    """
     run, roles, config, role = job.run, job.system.roles, job.system.config, expert_role(phase)
     add_expert(job.system, phase, trainable=True)
     if run_on_first_rank(run.expert_path(phase).exists):
@@ -139,10 +143,9 @@ def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
     if config.init_experts:
         load_expert(job.system, phase, initial_expert(config, job.system.model, phase), "init_experts")
     add_fake(job.system, phase, job.fresh_fakes.get(phase))
-    expert = Learner(
-        role, roles.parameters(role), config.optimiser, config.generator.lr, config.generator.ema, config.seed
-    )
-    return expert, Learner(FAKE, roles.parameters(FAKE), config.optimiser, config.fake.lr, seed=config.seed)
+    same = {"iterations": config.phase_iterations(phase), "seed": config.seed}
+    expert = Learner(role, roles.parameters(role), config.optimiser, config.generator.lr, config.generator.ema, **same)
+    return expert, Learner(FAKE, roles.parameters(FAKE), config.optimiser, config.fake.lr, **same)
 
 
 def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
@@ -198,7 +201,7 @@ def train_step(
     job: Job, at: Position, update: int, learner: Learner, loss_of: Callable[[Batch, States], Tensor], states: States,
     state: Mapping[str, Tensor],
 ) -> tuple[float, float | None]:  # fmt: skip
-    """One update of a network: forward and backward of every micro-batch, then clip and optimiser step.
+    """Makes one update of a network: forward and backward of every micro-batch, then clip and optimiser step.
 
     Returns the loss over all processes, and the gradient's norm before it was clipped, or None for an update that was
     left out, see `on_non_finite`.
@@ -206,7 +209,8 @@ def train_step(
     system, config, losses = job.system, job.system.config, []
     with system.roles.active(learner.role):  # which adapter is on is a state of the network: backward needs it, too
         for samples in job.micro_batches:
-            batch = draw(system, at.phase, at.iteration, update, samples, job.weights, job.conditions)
+            drawn = at.phase, at.iteration, update, samples[job.rank], job.weights, job.conditions, samples
+            batch = draw(system, *drawn)
             loss = loss_of(batch, states if config.rollouts.reuse else {})
             (loss * config.engine.sequence_parallel).backward()  # those that share a sample each have a part of it
             losses.append(loss.detach())
@@ -214,7 +218,7 @@ def train_step(
     try:
         norm = learner.checked_norm(mean_loss, f"phase {at.phase}, iteration {at.iteration}")
         learner.clip(norm)
-        learner.step(at.iteration, config.phase_iterations(at.phase))
+        learner.step(at.iteration)
         return mean_loss, norm.item()
     except NonFiniteError as error:
         on_non_finite(job, error, at, state)
@@ -258,7 +262,10 @@ def leave_if_asked(job: Job, at: Position, state: Mapping[str, Tensor]) -> None:
 
 
 def log(run: RunFolder, row: Mapping[str, Any], seconds: float, cpu_seconds: float) -> None:
-    """seconds: of the iteration just done; cpu_seconds: of the first process, in all iterations since the last line."""
+    """Writes a line of metrics.jsonl and one of timing.jsonl.
+
+    seconds: of the iteration just done. cpu_seconds: of the first process, in all iterations since the last line.
+    """
     run.log("metrics.jsonl", row)
     where = {"phase": row["phase"], "iteration": row["iteration"]}
     run.log("timing.jsonl", {**where, "seconds": seconds, "cpu_seconds": cpu_seconds})
@@ -294,7 +301,7 @@ def preview_samples(
 
 
 def expert_header(config: Config, system: System, phase: int) -> dict[str, object]:
-    """What a reader needs to run the expert: its place on the grid and, for LoRA, its scale."""
+    """Returns what a reader needs to run the expert: its place on the grid and, for LoRA, its scale."""
     lora = config.generator.lora if config.generator.weights == "lora" else None
     return {
         "phase": phase, "steps": list(system.plan.steps(phase)), "grid": list(system.plan.times),
@@ -307,7 +314,7 @@ def expert_header(config: Config, system: System, phase: int) -> dict[str, objec
 
 @contextmanager
 def progress_bar(config: Config, phase: int, done: int, quiet: bool) -> Iterator:
-    """A bar of a phase with the time left of the run, rate and losses; yields a function of (iterations done, text)."""
+    """Shows a bar of a phase with the time left of the run, rate and losses; yields a function of (iterations done, text)."""
     total, later = config.phase_iterations(phase), range(phase + 1, config.plan.phases + 1)
     after = sum(map(config.phase_iterations, later))
     columns = (

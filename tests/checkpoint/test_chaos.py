@@ -87,14 +87,14 @@ def just_before(position: Position, action: Callable[[train.Job], Any]) -> Calla
     """Something to do in the process, once it gets to an update."""
 
     def patch() -> None:
-        batch = train.Job.batch
+        step = train.train_step
 
-        def hooked(job: train.Job, at: train.Position, update: int) -> Any:
+        def hooked(job: train.Job, at: train.Position, update: int, *more: Any) -> Any:
             if (at.phase, at.iteration, update) == position:
                 action(job)
-            return batch(job, at, update)
+            return step(job, at, update, *more)
 
-        train.Job.batch = hooked
+        train.train_step = hooked
 
     return patch
 
@@ -107,11 +107,11 @@ def spoilt(role: str, positions: set[Position], gradient: bool = False) -> Calla
     """What a role's network computes in these updates is not a number, or only its gradient is not."""
 
     def patch() -> None:
-        batch, predict, now = train.Job.batch, Roles.predict, {}
+        step, predict, now = train.train_step, Roles.predict, {}
 
-        def noted(job: train.Job, at: train.Position, update: int) -> Any:
+        def noted(job: train.Job, at: train.Position, update: int, *more: Any) -> Any:
             now["at"] = at.phase, at.iteration, update
-            return batch(job, at, update)
+            return step(job, at, update, *more)
 
         def bad(self: Roles, of: str, *more: Any) -> Tensor:
             x = predict(self, of, *more)
@@ -123,7 +123,7 @@ def spoilt(role: str, positions: set[Position], gradient: bool = False) -> Calla
                 x.register_hook(lambda grad: grad * float("nan"))
             return x
 
-        train.Job.batch, Roles.predict = noted, bad
+        train.train_step, Roles.predict = noted, bad
 
     return patch
 

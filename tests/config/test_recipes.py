@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -21,7 +20,7 @@ from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import Expert
 from phased_dmd.networks import build as networks_build
 from phased_dmd.networks.optim import MomentumFreeAdamW
-from phased_dmd.networks.roles import FAKE, TEACHER, Roles
+from phased_dmd.networks.roles import FAKE, TEACHER, Roles, System
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import FIRST_FRAMES, RECIPES, WAN_NEGATIVE, resolve
 from phased_dmd.step import draw_times
@@ -169,7 +168,7 @@ def test_phase_1_of_wan22_piles_up_at_the_switch(recipe: str, share: float) -> N
     """Shift 5: raw .5 is the boundary; .875 is raw .5833, .9 raw .6429. Of phase 2 nothing is clamped."""
     config = resolve(recipe, OWN)
     (switch,) = switches_of(recipe)
-    system: Any = SimpleNamespace(config=config, plan=phase_plan(config, (switch,)))
+    system: Any = System(config, None, None, phase_plan(config, (switch,)), {})  # type: ignore[arg-type] draws alone
     t, later = (draw_times(system, phase, (0, phase, 0, 0), range(4000), shares=False) for phase in (1, 2))
     assert t.min() == switch and t.max() <= 1
     assert {system.plan.network(time) for time in t.tolist()} == {0}

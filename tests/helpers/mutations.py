@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
-import phased_dmd.plan.dry_run  # noqa: F401  what takes seconds to import is in no example's time
+import phased_dmd.dry_run  # noqa: F401  what takes seconds to import is in no example's time
 from phased_dmd.cli import main
 from phased_dmd.models import qwen_image, wan  # noqa: F401
 from phased_dmd.recipes import RECIPES

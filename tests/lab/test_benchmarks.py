@@ -12,8 +12,8 @@ import pytest
 from contests import CONTESTS, FAST, PAPER, key
 from cost import UNITS, comparisons, cpu_seconds, forwards, likely, pairs, race, reach, smoothed
 
-from phased_dmd.lab.reproduce.claim import Budget, Measure
-from phased_dmd.lab.reproduce.study import Study, planned
+from phased_dmd.lab.reproduce.claim import Budget, Criterion
+from phased_dmd.lab.reproduce.study import Study, plan_runs
 from phased_dmd.recipes import resolve
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "performance"
@@ -37,7 +37,7 @@ def test_a_schedules_own_best_costs_the_least_budget_from_which_it_is_kept() -> 
     assert reach(costs, values, smoothed(values)[-1]) == 2
 
 
-def curve(measure: Measure, calls: list[float], values: list[list[float]]) -> list[dict[str, Any]]:
+def curve(measure: Criterion, calls: list[float], values: list[list[float]]) -> list[dict[str, Any]]:
     """Points of a side, the values by seed."""
     cells = [{key(measure): {"values": by_seed}} for by_seed in values]
     return [{"calls": c, "cpu_seconds": 2 * c, "values": v} for c, v in zip(calls, cells, strict=True)]
@@ -45,7 +45,7 @@ def curve(measure: Measure, calls: list[float], values: list[list[float]]) -> li
 
 def test_a_race_is_decided_by_the_seeds_and_measures_it_names() -> None:
     """Both reach the paper's best of seed 0 at once, fast that of seed 1 never."""
-    measure, other = Measure("a", "b"), Measure("a", "c")
+    measure, other = Criterion("a", "b"), Criterion("a", "c")
     curves = {
         PAPER: curve(measure, [100, 200], [[2, 2], [1, 1]]), FAST: curve(measure, [10, 20], [[1, 9], [1, 5]]),
     }  # fmt: skip
@@ -62,7 +62,7 @@ def test_a_race_is_decided_by_the_seeds_and_measures_it_names() -> None:
 
 def test_a_race_over_draws_of_its_seeds_shows_what_a_seed_decides() -> None:
     """Three times fewer calls by seed 0, more than the ladder has by seed 1: half of the draws of one are of each."""
-    measure = Measure("a", "b")
+    measure = Criterion("a", "b")
     curves = {
         PAPER: curve(measure, [100, 300], [[2, 2], [1, 1]]), FAST: curve(measure, [10, 100], [[3, 9], [1, 5]]),
     }  # fmt: skip
@@ -82,7 +82,7 @@ def test_a_race_over_draws_of_its_seeds_shows_what_a_seed_decides() -> None:
 
 
 def test_each_of_the_papers_budgets_is_paired_with_the_largest_of_half_its_calls() -> None:
-    measure = Measure("a", "b")
+    measure = Criterion("a", "b")
     curves = {
         PAPER: curve(measure, [100, 200, 300], [[1]] * 3), FAST: curve(measure, [60, 90, 100, 130], [[1]] * 4),
     }  # fmt: skip
@@ -91,14 +91,14 @@ def test_each_of_the_papers_budgets_is_paired_with_the_largest_of_half_its_calls
 
 def test_a_loss_is_told_over_all_pairs_that_no_single_one_shows() -> None:
     """In each of three pairs another seed has twice the divergence."""
-    contest = replace(CONTESTS[0], measures=(Measure("a", "b"),), diversity=(Measure("a", "c", "closer"),))
+    contest = replace(CONTESTS[0], measures=(Criterion("a", "b"),), diversity=(Criterion("a", "c", "closer"),))
     labels = [str(i) for i in range(3)]
     paper = {label: {"b": {"values": [1.0] * 3}, "c": {"values": [1.0] * 3, "gaps": [0.3] * 3}} for label in labels}
     fast = {
         label: {"b": {"values": [2.0 if i == j else 1.1 for i in range(3)]}, "c": {"values": [], "gaps": [-0.2] * 3}}
         for j, label in enumerate(labels)
     }
-    studies = {side: Study("", Budget(3, 1), {}, {}, {"a": rows}, {}) for side, rows in ((PAPER, paper), (FAST, fast))}
+    studies = {side: Study("", Budget(3, 1), {}, {}, {"a": rows}) for side, rows in ((PAPER, paper), (FAST, fast))}
     points = [({"label": label}, {"label": label}) for label in labels]
     worse, closer = comparisons(contest, studies, points)
     assert worse["shows"] == "the reverse" and {c["shows"] for c in worse["each"].values()} == {"nothing"}
@@ -137,5 +137,5 @@ def test_every_lever_makes_a_config_of_its_own(contest) -> None:
 @pytest.mark.parametrize("contest", CONTESTS, ids=lambda contest: contest.recipe)
 def test_what_decides_are_the_seeds_of_the_contest(contest, tmp_path: Path) -> None:
     budget = Budget(len(contest.seeds), contest.samples, first=contest.seeds.start)
-    asked = planned(contest.recipe, contest.variants(PAPER), budget, tmp_path)
+    asked = plan_runs(contest.recipe, contest.variants(PAPER), budget, tmp_path)
     assert {run.config.seed for run in asked.values()} == set(contest.seeds)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from phased_dmd.errors import UserError
 from phased_dmd.lab.metrics import motion
-from phased_dmd.lab.metrics.digit_classifier import DIRECTIONS, load_classifier, read
+from phased_dmd.lab.metrics.digit_classifier import DIRECTIONS, classify, load_classifier
 from phased_dmd.lab.metrics.distances import (
     class_entropy,
     frechet,
@@ -406,7 +406,7 @@ def test_a_preprocessor_that_is_not_followed_is_refused(tmp_path: Path, change: 
 def test_the_digit_net_gives_the_classifiers_features() -> None:
     net, pictures = load_features("digits"), torch.rand(20, 32, 32, 3, generator=RNG)
     assert net.name == "digits"
-    assert torch.allclose(net(pictures), read(load_classifier()[0], pictures[:, None])[0], atol=1e-5)
+    assert torch.allclose(net(pictures), classify(load_classifier()[0], pictures[:, None])[0], atol=1e-5)
     with pytest.raises(UserError, match="^features: digits reads 32 x 32 pictures, and these are 16 x 32$"):
         net(torch.zeros(1, 16, 32, 3))
 
@@ -435,7 +435,7 @@ def test_the_shipped_classifier_reads_held_out_digits() -> None:
 
     classifier, real, stated = load_classifier()
     pixels, _, labels = image_batch(load_digits(DATA)[1], 4000, torch.Generator().manual_seed(1))
-    features, log_probabilities = read(classifier, pixels.permute(0, 2, 3, 4, 1) / 2 + 0.5)
+    features, log_probabilities = classify(classifier, pixels.permute(0, 2, 3, 4, 1) / 2 + 0.5)
     assert stated > 0.97
     assert float((log_probabilities.argmax(1) == labels).double().mean()) == pytest.approx(stated, abs=0.01)
     assert frechet(moments(features), (real["mean"], real["covariance"])) < 0.6  # .3 from the draws alone

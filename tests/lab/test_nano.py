@@ -16,10 +16,10 @@ from tiny import teacher_alone
 from phased_dmd.cli import main
 from phased_dmd.engine.randomness import normal
 from phased_dmd.lab.evaluate import Protocol, evaluate
-from phased_dmd.lab.metrics.digit_classifier import WORDS, load_classifier, read
+from phased_dmd.lab.metrics.digit_classifier import WORDS, classify, load_classifier
 from phased_dmd.lab.report import write_report
 from phased_dmd.lab.teach.mnist import all_captions
-from phased_dmd.lab.teach.nano import Budget, teach_nano
+from phased_dmd.lab.teach.nano import TrainingBudget, teach_nano
 from phased_dmd.lab.teach.variants import teach_i2v, teach_moe
 from phased_dmd.models.wan import NANO
 from phased_dmd.prompts import Prompt, read_prompts
@@ -74,7 +74,7 @@ def test_conditions_and_pixels_are_the_stock_pipelines(stock: WanPipeline, sampl
 def test_the_teacher_writes_the_digit_it_is_asked_for(sampler: Sampler) -> None:
     prompts = [f"a handwritten {word}" for word in ("zero", "one", "two", "three", "six", "seven")] * 5
     labels = torch.tensor([0, 1, 2, 3, 6, 7] * 5)
-    read_as = read(load_classifier()[0], sampler.decode(sampler(prompts, range(30), teacher_steps=20)))[1].argmax(1)
+    read_as = classify(load_classifier()[0], sampler.decode(sampler(prompts, range(30), teacher_steps=20)))[1].argmax(1)
     assert int((read_as == labels).sum()) >= 27
 
 
@@ -145,7 +145,7 @@ def test_clips_are_sampled_evaluated_and_reported(
 
 def test_the_teacher_can_be_taught_again(tmp_path: Path) -> None:
     """Every stage for a step or two: the folder loads into the stock pipeline and samples."""
-    budget = Budget(vae_steps=2, num_images=256, num_clips=64, transformer_steps=3)
+    budget = TrainingBudget(vae_steps=2, num_images=16, num_clips=8, transformer_steps=3)
     teach_nano(tmp_path, DATA, 0, budget, lambda _: None)
     config = resolve("nano-t2v", {"teacher.path": str(tmp_path)})
     pixels = teacher_alone(config)
@@ -156,7 +156,7 @@ def test_the_teacher_can_be_taught_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["nano-moe", "nano-i2v"])
 def test_the_variants_can_be_taught_again(name: str, tmp_path: Path) -> None:
     """A complete folder, whose teacher samples; of nano-moe each network is trained for itself."""
-    budget = Budget(num_images=256, num_clips=64, switch_steps=(2, 2), first_frame_steps=2)
+    budget = TrainingBudget(num_images=16, num_clips=8, switch_steps=(2, 2), first_frame_steps=2)
     {"nano-moe": teach_moe, "nano-i2v": teach_i2v}[name](tmp_path, DATA, 0, budget, lambda _: None)
     config = resolve(name, {"teacher.path": str(tmp_path)})
     sampler = teacher_alone(config)
@@ -195,5 +195,5 @@ def test_nano_i2v_moves_the_first_frame_it_is_given() -> None:
     others = (clips[:, 0] - given.roll(1, 0)).square().mean((1, 2, 3))
     assert (error < others / 4).float().mean() > 0.9
     labels = torch.tensor([next(i for i, word in enumerate(WORDS) if word in p.text.split()) for p in prompts])
-    last = read(load_classifier()[0], clips[:, -1:])[1].argmax(1)
+    last = classify(load_classifier()[0], clips[:, -1:])[1].argmax(1)
     assert (last == labels).float().mean() > 0.85

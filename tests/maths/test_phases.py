@@ -43,6 +43,13 @@ def test_published_boundary_of_two_phases(shift, boundary):
     assert plan.begin(2) == plan.end(1)
 
 
+def test_a_plan_made_without_arguments_is_the_papers_for_wan():
+    """Four steps at shift 5 from pure noise in two phases, for one network."""
+    plan = PhasePlan.even()
+    assert plan == PhasePlan((*step_times(4, 5.0)[:4], 0.0), (0, 2), ())
+    assert plan.times == pytest.approx((*WAN, 0.0)) and plan.times[0] == 1
+
+
 @pytest.mark.parametrize("start", [1.0, 0.98, 0.5])
 def test_grid_is_even_in_raw_time_from_the_start(start):
     times = step_times(5, 5.0, start)

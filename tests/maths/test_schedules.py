@@ -350,10 +350,10 @@ def test_bfloat16_samples_are_computed_in_float32(name, prediction):
 
 @pytest.mark.parametrize(
     ("name", "t_0", "alpha"),
-    [("flow", 1.0, "0.0e+00"), ("flow", 0.9999, "1.0e-04"), ("vp-cosine", 1.0, "6.1e-17"), ("ve-like", 1, "9.9e-04")],
+    [("flow", 1.0, "0.0e+00"), ("flow", 0.9999, "1.0e-04"), ("vp-cosine", 1.0, "6.1e-17"), ("flat", 1.0, "9.9e-04")],
 )
 def test_eps_prediction_cannot_start_at_pure_noise(name, t_0, alpha):
-    """Refused with alpha(t_0) below 1e-3, which catches cosine's alpha(1) = 6e-17 too."""
+    """Refused with alpha(t_0) below 1e-3, which catches cosine's alpha(1) = 6e-17 too; "flat" has one alpha."""
     schedule = SCHEDULES.get(name, constant_alpha(0.00099))
     message = f"plan.start: eps prediction cannot start at t = {t_0:g}, where alpha is {alpha}; start below 1"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

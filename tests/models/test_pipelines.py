@@ -118,6 +118,7 @@ def config_of(section: PipelineTeacher, prompts: str = "nano-t2i", **changes: An
         "generator": Generator(lora=Lora(rank=4, alpha=4), lr=1e-3),
         "fake": Fake(updates=1, lr=1e-3, lora=Lora(rank=4, alpha=4)),
         "prompts": prompts, "iterations": 2, "batch_size": 2, "log_every": 1, "checkpoint_every": 1,
+        "sample_every": None,
     }  # fmt: skip
     return Config(**fields | changes)
 
@@ -343,7 +344,8 @@ def test_it_is_distilled_resumed_to_the_byte_sampled_exported_and_verified(
     size = Size(num_frames=1 if tiny.teacher.kind == "qwen-image" else 5, height=32, width=tiny.teacher.sizes[0].width)
     section = teacher_of(case, folders, sizes=[size.model_dump()])
     config = config_of(section, prompts_file(tmp_path, tiny.codec, tiny.picture))
-    whole = phased_dmd.distill(config, tmp_path / "whole", quiet=True)
+    whole = phased_dmd.distill(config.model_copy(update={"sample_every": 2}), tmp_path / "whole", quiet=True)
+    assert len(list((whole / "samples").iterdir())) == 2
     with killed_after(2, 1):
         phased_dmd.distill(config, tmp_path / "run", quiet=True)
     run = phased_dmd.distill(config, tmp_path / "run", quiet=True)

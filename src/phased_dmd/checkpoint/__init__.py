@@ -1,4 +1,4 @@
-"""The run folder: its config, metrics, experts and checkpoints. What is there is there whole or not at all.
+"""The run folder holds a run's config, metrics, experts and checkpoints. What is there is there whole or not at all.
 
 - `files`: single files, written atomically; safetensors with a header.
 - `folders`: one checkpoint: staged, summed, committed by a rename; verified before it is read.

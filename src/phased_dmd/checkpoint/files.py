@@ -1,4 +1,4 @@
-"""Single files: written beside their place and renamed into it; safetensors with a header; and the symlink guards."""
+"""Writes single files atomically, safetensors with a header among them, and refuses symlinks."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""One checkpoint: a folder of sharded safetensors that a manifest of sizes and sums makes whole.
+"""A checkpoint is a folder of sharded safetensors that a manifest of sizes and sums makes whole.
 
 All ranks call these functions together. Everything is staged in a partial folder and synced; the manifest is written
 last; the rename of the folder is the commit. A folder that differs from its manifest in any byte is no checkpoint.
@@ -33,11 +33,11 @@ POINT = re.compile(r"phase-(\d+)-iteration-(\d+)-update-(\d+)", re.ASCII)
 
 
 class Damaged(UserError):
-    """A folder that is no whole checkpoint; names the file at fault."""
+    """Means that a folder is no whole checkpoint; names the file at fault."""
 
 
 class Point(NamedTuple):
-    """Where in a run a checkpoint stands: iterations done in the phase, and updates in the next one. Sorts by time."""
+    """Says where in a run a checkpoint stands: iterations done in the phase, and updates in the next. Sorts by time."""
 
     phase: int
     iteration: int
@@ -64,7 +64,7 @@ def points_in(folder: Path) -> list[Point]:
 
 
 class Sum(Section):
-    """The size of a file and a hash of its bytes."""
+    """Holds the size of a file and a hash of its bytes."""
 
     size: int = Field(ge=0)
     blake2b: str = Field(pattern="^[0-9a-f]{64}$")
@@ -77,7 +77,7 @@ class Sum(Section):
 
 
 class Manifest(Section):
-    """What a checkpoint holds: `at`, plain JSON that says where it stands, and the sum of every file."""
+    """Lists what a checkpoint holds: `at`, plain JSON that says where it stands, and the sum of every file."""
 
     at: dict[str, Any]
     files: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Sum]

@@ -1,4 +1,4 @@
-"""Locks that the kernel frees however their holder dies.
+"""Holds locks that the kernel frees however their holder dies.
 
 `filelock` is not used: it says nothing of who holds a lock, and its versions differ in what they do on a file system
 without locks.

@@ -1,4 +1,4 @@
-"""One run on disk: config, prompts, metrics, experts, checkpoints and failures."""
+"""Keeps one run on disk: config, prompts, metrics, experts, checkpoints and failures."""
 
 import itertools
 import json
@@ -46,8 +46,8 @@ def first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 
 
 class RunFolder:
-    """One run on disk. All ranks of a group call `locked`, `save_*` and `load_checkpoint` together; the rest is for
-    the first rank.
+    """Keeps one run on disk. All ranks of a group call `locked`, `save_*` and `load_checkpoint` together; the rest is
+    for the first rank.
     """
 
     def __init__(self, path: Path | str) -> None:

@@ -64,7 +64,7 @@ def distill(
 
 def _check_all(config: Config, folder: Path, strict: bool) -> None:
     """Checks what can be known without weights, and prints the whole configuration as JSON."""
-    from phased_dmd.plan.dry_run import dry_run
+    from phased_dmd.dry_run import dry_run
 
     dry_run(config, strict)
     tell(_about(config, folder), sys.stderr)

@@ -141,8 +141,8 @@ def teach(
     """
     if not data.is_file():
         raise UserError(f"--data: {data} is not a file")
-    from phased_dmd.lab.teach.nano import Budget, teach_digits, teach_nano
+    from phased_dmd.lab.teach.nano import TrainingBudget, teach_digits, teach_nano
     from phased_dmd.lab.teach.variants import teach_i2v, teach_moe
 
     lessons = {"nano": teach_nano, "nano-moe": teach_moe, "nano-i2v": teach_i2v, "digits": teach_digits}
-    lessons[what](output, data, seed, Budget(), print)
+    lessons[what](output, data, seed, TrainingBudget(), print)

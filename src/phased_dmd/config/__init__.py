@@ -201,7 +201,7 @@ class Config(Section):
 
     @property
     def method(self) -> Method | Literal["phased-all"]:
-        """Names {phases} x {gradient}; the paper has no name for several steps a phase, all with gradient."""
+        """Returns the name of {phases} x {gradient}; the paper has none for several steps a phase, all with gradient."""
         if self.plan.phases == 1:
             return "dmd" if self.plan.gradient == "all" else "dmd-sgts"
         if self.plan.phases == self.plan.steps:

@@ -1,1 +1,1 @@
-"""The device, the processes and what they do together, how networks are sharded over them, and random numbers."""
+"""Knows the device and the processes, shards networks over them, and draws random numbers."""

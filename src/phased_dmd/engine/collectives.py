@@ -1,4 +1,4 @@
-"""What processes do together: reductions, errors that end all of them, and long work that is divided among them."""
+"""Has processes act together: they reduce numbers, share errors that end all of them, and divide long work."""
 
 import threading
 import time
@@ -20,11 +20,11 @@ BEAT = 0.2  # seconds between two signs of life
 
 def all_reduce_mean(value: Tensor) -> float:
     """Returns the mean over the processes of a number of each."""
-    if not sharded():
+    if not dist.is_initialized():
         return value.item()
     total = value.detach().to("cpu", torch.float64)
     dist.all_reduce(total)
-    return total.item() / world_size()
+    return total.item() / dist.get_world_size()
 
 
 def all_reduce_max(number: int) -> int:

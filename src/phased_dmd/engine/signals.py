@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: noted at once, obeyed where a run can be left and taken up again."""
+"""Notes SIGTERM and SIGINT at once, to be obeyed where a run can be left and taken up again."""
 
 import signal
 import threading

@@ -1,4 +1,4 @@
-"""The device, the processes that torchrun started, and how a batch is split among them."""
+"""Knows the device and the processes that torchrun started, and splits a batch among them."""
 
 import os
 import warnings
@@ -59,7 +59,7 @@ def processes(alone: bool = False) -> Iterator[None]:
 
 
 def sharded() -> bool:
-    """Whether there is a group of processes, over which networks are sharded."""
+    """Says whether there is a group of processes, over which networks are sharded."""
     return dist.is_initialized()
 
 

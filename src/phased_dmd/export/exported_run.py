@@ -87,7 +87,7 @@ class ExportedRun:
 
     @cached_property
     def networks(self) -> Sequence[str]:
-        """The parts of the teacher's pipeline that hold its networks, noisiest first; without a switch, the first."""
+        """Returns the parts of the teacher's pipeline that are its networks, noisiest first; without a switch, one."""
         return PARTS[: 1 if self.source.index.get("boundary_ratio") is None else 2]
 
     @property
@@ -96,7 +96,7 @@ class ExportedRun:
 
     @property
     def base(self) -> str | None:
-        """The teacher's hub id or shipped name; None for a local folder, whose path is not written into an export."""
+        """Returns the teacher's hub id or shipped name; None for a local folder, whose path no export holds."""
         local = not self.base_is_shipped and Path(self.teacher.path).exists()
         return None if local else self.teacher.path
 

@@ -85,12 +85,12 @@ class PhasePlan:
         if (
             not self.starts
             or self.starts[0] != 0
-            or any(a >= b for a, b in zip(self.starts, (*self.starts[1:], self.num_steps), strict=True))
+            or any(a >= b for a, b in itertools.pairwise((*self.starts, self.num_steps)))
         ):
             raise ValueError(
                 f"plan: phases must start at 0, rise, and hold a step each; got {self.starts} of {self.num_steps} steps"
             )
-        if any(a <= b for a, b in zip((1.0, *self.switches), (*self.switches, 0.0), strict=True)):
+        if any(a <= b for a, b in itertools.pairwise((1.0, *self.switches, 0.0))):
             raise ValueError(f"plan: switches must decrease inside (0, 1), got {self.switches}")
 
     @classmethod
@@ -189,5 +189,5 @@ class RenoiseInterval:
 
     @property
     def support(self) -> tuple[float, float]:
-        """The least interval that holds every time: `PhasePlan.fakes` needs no more."""
+        """Returns the least interval that holds every time: `PhasePlan.fakes` needs no more."""
         return max(self.low, self.floor), self.high

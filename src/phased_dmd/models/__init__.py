@@ -1,1 +1,1 @@
-"""The networks that can be distilled, behind two protocols."""
+"""Holds the networks that can be distilled, behind two protocols."""

@@ -31,7 +31,7 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 class ExactMixture(nn.Module):
-    """The exact E[p x_0 + q eps | x_t] for x_0 from the mixture sum_i w_i N(mean_i, std^2 I); std = 0 makes it points.
+    """Predicts the exact E[p x_0 + q eps | x_t] for x_0 of the mixture sum_i w_i N(mean_i, std^2 I); std = 0: points.
 
     means: [modes, dims]; weights: [modes], normalised here.
     """
@@ -64,7 +64,7 @@ class ExactMixture(nn.Module):
 
 
 class TimeMLP(nn.Module):
-    """A SiLU MLP over (x, sines and cosines of t)."""
+    """Predicts with a SiLU MLP over (x, sines and cosines of t)."""
 
     FREQUENCIES = 8
 
@@ -110,7 +110,7 @@ def initial_student(config: AnalyticTeacher, seed: int, fit: bool) -> TimeMLP:
 
 
 class AnalyticModel:
-    """The `VelocityModel` of an exact mixture. Its student is an MLP, fitted to the exact prediction if `fit`.
+    """Is the `VelocityModel` of an exact mixture. Its student is an MLP, fitted to the exact prediction if `fit`.
 
     where: the device, by default the accelerator or the CPU; on the meta device nothing has values.
     """

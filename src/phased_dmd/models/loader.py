@@ -1,4 +1,4 @@
-"""From a teacher's configuration to its model and codec: one case a model."""
+"""Builds the model and codec of a teacher's configuration: one case a model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

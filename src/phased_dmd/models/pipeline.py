@@ -16,7 +16,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 
 class PipelineModel:
-    """The common part of a `VelocityModel` of transformers that predict the velocity of a flow.
+    """Is the common part of the `VelocityModel`s whose transformers predict the velocity of a flow.
 
     kind, parts: the transformers' class and their names in the folder, noisiest first; experts and fakes start from
     the very networks. shapes: of one sample's latents, one a resolution bucket. switches: see `PhasePlan`.
@@ -44,7 +44,7 @@ class PipelineModel:
 
 
 class PipelineCodec:
-    """The common part of a `Codec` with a video VAE whose latents are shifted and scaled channel by channel.
+    """Is the common part of the `Codec`s with a video VAE whose latents are shifted and scaled channel by channel.
 
     kind: the VAE's class. parts: those that encode; fingerprinted with what else the encoding depends on.
     """

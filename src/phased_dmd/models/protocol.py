@@ -13,7 +13,7 @@ Condition = dict[str, Tensor]  # what a network is told beside x and t
 
 
 class VelocityModel(Protocol):
-    """The teacher: one or more frozen networks on one schedule, all of one prediction type.
+    """Offers a teacher as one or more frozen networks on one schedule, all of one prediction type.
 
     networks: the teacher's, noisiest first. students: what experts and fakes start from; the very networks
     wherever they can be trained. switches: see `PhasePlan`. sample_shapes: of one sample, without the batch, one a

@@ -1,4 +1,4 @@
-"""Qwen-Image: text-to-image, from a diffusers folder."""
+"""Reads Qwen-Image, for text-to-image, from a diffusers folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ PROMPTS = 8  # a call of the text encoder, which keeps every layer's states and 
 
 
 class QwenImageModel(PipelineModel):
-    """The `VelocityModel` of Qwen-Image, on latents [b, 16, 1, h, w]: only the network sees them packed."""
+    """Is the `VelocityModel` of Qwen-Image, on latents [b, 16, 1, h, w]: only the network sees them packed."""
 
     def __init__(self, config: QwenImageTeacher, device: torch.device, source: Source | None = None) -> None:
         source = source or Source(config)
@@ -68,7 +68,7 @@ class QwenImageModel(PipelineModel):
 
 
 class QwenImageCodec(PipelineCodec):
-    """The `Codec` of Qwen-Image: the stock pipeline's own encoding, and its VAE."""
+    """Encodes as the stock pipeline of Qwen-Image does, and decodes with its VAE."""
 
     def __init__(self, config: QwenImageTeacher, device: torch.device, source: Source | None = None) -> None:
         source = source or Source(config)

@@ -1,4 +1,4 @@
-"""A diffusers pipeline's folder, local or on the hub: its parts one by one, so that no more is loaded than is used."""
+"""Reads a diffusers pipeline's folder, local or on the hub, part by part, so that no more is loaded than is used."""
 
 import hashlib
 import inspect
@@ -40,12 +40,12 @@ class Source:
 
     @property
     def on_disk(self) -> bool:
-        """Whether the teacher's path is a folder of this machine, and no hub id."""
+        """Says whether the teacher's path is a folder of this machine, and no hub id."""
         return self.path in SHIPPED or Path(self.path).exists()
 
     @cached_property
     def folder(self) -> Path:
-        """The local folder; a hub id is downloaded, or found in the hub's cache."""
+        """Finds the local folder; a hub id is downloaded, or found in the hub's cache."""
         if self.on_disk:
             return ASSETS / self.path if self.path in SHIPPED else Path(self.path)
         try:
@@ -56,17 +56,17 @@ class Source:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """The content of `model_index.json`; one that names code of its own is a UserError."""
+        """Reads `model_index.json`; one that names code of its own is a UserError."""
         index = read_json(self.folder / "model_index.json")
         check_index(index, self.folder)
         return index
 
     def has(self, name: str) -> bool:
-        """Whether the pipeline has a part of that name."""
+        """Says whether the pipeline has a part of that name."""
         return (self.index.get(name) or (None,))[0] is not None
 
     def part_folder(self, name: str) -> Path:
-        """The folder of a part; the variants of nano share most of theirs with nano."""
+        """Finds the folder of a part; the variants of nano share most of theirs with nano."""
         own = self.folder / name
         found = own if own.exists() or self.path not in SHIPPED else ASSETS / "nano" / name
         if not found.is_dir():
@@ -116,7 +116,7 @@ class Source:
         return network.double() if dtype == torch.float64 else network
 
     def config(self, kind: Any, name: str) -> dict[str, Any]:
-        """A part's configuration, with its class's defaults."""
+        """Reads a part's configuration, with its class's defaults."""
         folder = self.part_folder(name)
         check_part(folder, kind)
         known = inspect.signature(kind.__init__).parameters.values()
@@ -124,7 +124,7 @@ class Source:
         return defaults | read_json(folder / "config.json")
 
     def fingerprint(self, parts: Sequence[str], *more: object) -> str:
-        """A hash of the parts' files, by name and all bytes, and of more."""
+        """Hashes the parts' files, by name and all bytes, and of more."""
         digest = hashlib.blake2b(repr(more).encode(), digest_size=16)
         for part in parts:
             for path in sorted(path for path in self.part_folder(part).glob("*") if path.is_file()):
@@ -132,7 +132,7 @@ class Source:
         return digest.hexdigest()
 
     def contents(self) -> str:
-        """A hash of the networks, encoders and VAE, wherever they lie: it sees `tensors_hash` of each."""
+        """Hashes the networks, encoders and VAE, wherever they lie: it sees `tensors_hash` of each."""
         hashes = [tensors_hash(self.part_folder(name)) if self.has(name) else "" for name in WEIGHED]
         about = self.index.get("boundary_ratio"), bool(self.index.get("expand_timesteps")), hashes
         return hashlib.blake2b(repr(about).encode(), digest_size=16).hexdigest()
@@ -181,13 +181,13 @@ class BareSource(Source):
 
 
 def architecture(path: str) -> Path | None:
-    """The shipped folder of a hub id: each part's configuration, as on the hub, and no weights; None if unknown."""
+    """Finds the shipped folder of a hub id: each part's configuration, as on the hub, no weights; None if unknown."""
     shipped = (ASSETS / "architectures").glob("*/*/model_index.json")
     return {f"{index.parts[-3]}/{index.parts[-2]}": index.parent for index in shipped}.get(path)
 
 
 def skeleton(kind: type[ModelMixin], config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    """The model that `kind.from_pretrained(folder, dtype=dtype)` gives, its parameters on the meta device.
+    """Builds the model that `kind.from_pretrained(folder, dtype=dtype)` gives, its parameters on the meta device.
 
     Buffers and plain attributes are real. As there, what the class keeps in float32 is float32 whatever the dtype.
     """

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: text-to-image and -video, image-to-video, one transformer or two, from a diffusers folder."""
+"""Reads Wan 2.1 and 2.2, text- and image-to-video, of one transformer or two, from a diffusers folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
 
 class WanModel(PipelineModel):
-    """The `VelocityModel` of Wan's transformers.
+    """Is the `VelocityModel` of Wan's transformers.
 
     Beside the text, image-to-video models are told the first frame: as more channels (`image`, Wan2.1 and 2.2), as
     features (`image_features`, Wan2.1), or, where timesteps are expanded (TI2V-5B), as the first latent frame itself
@@ -96,7 +96,7 @@ class WanModel(PipelineModel):
 
 
 class WanCodec(PipelineCodec):
-    """The `Codec` of Wan: the stock pipeline's own encoding, and its video VAE."""
+    """Encodes as the stock pipeline of Wan does, and decodes with its video VAE."""
 
     def __init__(self, config: WanTeacher, device: torch.device, source: Source | None = None) -> None:
         source = source or Source(config)
@@ -112,7 +112,7 @@ class WanCodec(PipelineCodec):
 
     @property
     def encoder(self) -> WanImageToVideoPipeline | WanPipeline:
-        """The stock pipeline without its transformers, loaded when it is first needed."""
+        """Returns the stock pipeline without its transformers, loaded when it is first needed."""
         if self._encoder is None:
             source = self.source
             parts: dict[str, Any] = {

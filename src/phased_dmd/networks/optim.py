@@ -117,9 +117,11 @@ class Learner:
 
     def __init__(
         self, role: str, parameters: dict[str, Parameter], config: Optimiser, lr: float, ema: float | None = None,
-        seed: int = 0,
+        iterations: int = 1, seed: int = 0,
     ) -> None:  # fmt: skip
+        """Starts from a new optimiser. lr: at the first of the phase's iterations. ema: the decay of the average."""
         self.role, self.parameters, self.config, self.lr, self.ema_decay = role, parameters, config, lr, ema
+        self.iterations = iterations
         second_moment = torch.bfloat16 if config.second_moment == "bfloat16" else torch.float32
         self.optimiser = MomentumFreeAdamW(
             parameters.values(), lr, second_moment=second_moment, seed=seed_of(seed, role)
@@ -141,10 +143,10 @@ class Learner:
         if norm + CLIP_EPS > self.config.clip:  # else it would multiply all gradients by 1
             clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
 
-    def step(self, iteration: int, iterations: int) -> None:
+    def step(self, iteration: int) -> None:
         """Updates the weights at the learning rate of this iteration (from 0), and their average."""
         for group in self.optimiser.param_groups:
-            group["lr"] = decayed(self.lr, self.config.decay, iteration, iterations)
+            group["lr"] = decayed(self.lr, self.config.decay, iteration, self.iterations)
         self.optimiser.step()
         if self.ema is not None and self.ema_decay is not None:
             for name, p in self.parameters.items():

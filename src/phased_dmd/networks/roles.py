@@ -10,7 +10,7 @@ train is another matter, and does not change with it: see `Roles.train` and `fre
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from peft.functional import delete_adapter
@@ -18,10 +18,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from phased_dmd.config import Config, Engine, Lora
+from phased_dmd.config import Config, Engine, Lora, renoise_interval
 from phased_dmd.engine.randomness import seed_of
 from phased_dmd.engine.sharding import copy_full_tensors, full_tensor, meta_copy, parallelise
-from phased_dmd.maths.phases import Hop, PhasePlan, step_times
+from phased_dmd.engine.world import device
+from phased_dmd.maths.phases import Hop, PhasePlan, RenoiseInterval, step_times
 from phased_dmd.maths.rollout import Rollout, rollout
 from phased_dmd.models.protocol import Condition, VelocityModel, joined, rows
 from phased_dmd.models.sequence import split_sequences
@@ -232,6 +233,17 @@ class System:
     roles: Roles
     plan: PhasePlan
     negative: Condition
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Returns the device that the networks compute on."""
+        return device()
+
+    @cached_property
+    def intervals(self) -> tuple[RenoiseInterval, ...]:
+        """Returns where the re-noise times of each phase lie."""
+        phases = range(1, self.plan.num_phases + 1)
+        return tuple(renoise_interval(self.config, self.plan, phase) for phase in phases)
 
     def start(self, noise: Tensor) -> Tensor:
         """Returns x at t_0, sigma(t_0) eps, [b, ...]."""

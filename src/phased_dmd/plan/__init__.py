@@ -3,27 +3,24 @@
 import math
 from dataclasses import dataclass
 
-from phased_dmd.config import Config, phase_plan
+from phased_dmd.config import Config
 from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.errors import UserError
-from phased_dmd.maths.phases import PhasePlan
-from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.networks.roles import TEACHER
 from phased_dmd.plan import advice
-from phased_dmd.plan.bare import bare_model, image_shapes, text_width
-from phased_dmd.plan.measure import Forward
+from phased_dmd.plan.measure import bucket_shapes, condition_shapes, largest, largest_call, meta_model, plan_of
 from phased_dmd.plan.memory import (
+    ITEMSIZE,
     RESERVE,
     Memory,
-    Network,
-    describe,
-    measured,
+    itemsizes,
     micro_batch,
+    network_bytes,
     parameters_by_role,
     phase_memory,
 )
-from phased_dmd.plan.preview import Preview, previews
-from phased_dmd.plan.work import Work, forward_flops, hours, mean_flops, phase_work
+from phased_dmd.plan.preview import preview_cost
+from phased_dmd.plan.work import Work, forward_flops, mean_flops, phase_work
 from phased_dmd.prompts import read_prompts
 
 GB = 1e9
@@ -31,9 +28,9 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """One phase: bytes on each GPU, calls and forwards an iteration a sample, and FLOPs and hours in all.
+    """The cost of one phase: memory on each GPU, work of an iteration for a sample, FLOPs and seconds of an iteration.
 
-    hours: of training. previews: how many; preview_seconds: of each.
+    hours: of training, in all. previews, preview_seconds: how many previews are made, and the time of each.
     """
 
     phase: int
@@ -75,60 +72,90 @@ class Needs:
 
 
 def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4, tflops: float = 989.0) -> Needs:
-    """What the run of a config will need on GPUs of `memory_gb` gigabytes (10^9 bytes) and `tflops` at their peak.
+    """Returns what a config's run needs on GPUs of `memory_gb` gigabytes (10^9 bytes) and `tflops` at their peak.
 
     utilisation: the share of the peak that a run reaches. Raises UserError for what cannot be run at all.
     """
     _check(config, gpus, memory_gb, utilisation, tflops)
-    model = bare_model(config)
-    try:
-        plan = phase_plan(config, model.switches)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    forward = measured(config, model)
-    networks = [describe(config, model, index, forward) for index in range(len(model.students))]
-    usable = memory_gb * GB * (1 - RESERVE)
-    flops = forward_flops(config, model)
-    preview = previews(config, model, flops)
-
-    def sizes(config: Config, gpus: int) -> list[Memory]:
-        phases, shown = range(1, plan.num_phases + 1), preview(config, gpus).memory
-        return [phase_memory(config, plan, networks, phase, gpus, forward, shown) for phase in phases]
+    usable, plan = memory_gb * GB * (1 - RESERVE), plan_of(config)
 
     def fits(config: Config, gpus: int) -> bool:
-        return max(each.gpu for each in sizes(config, gpus)) <= usable
+        sizes = (phase_memory(config, phase, gpus).gpu for phase in range(1, plan.num_phases + 1))
+        return max(sizes) <= usable
 
-    mean, now = mean_flops(config, flops), fits(config, gpus)
-    guided = max(model.guidance) > 1
-    shown, speed = preview(config, gpus), (gpus, tflops, utilisation)
-    phases = tuple(
-        _cost(config, plan, phase, own, phase_work(config, plan, phase, guided), mean, shown, speed)
-        for phase, own in enumerate(sizes(config, gpus), 1)
-    )
-    chosen = None if now else advice.cheapest(config, gpus, fits)
-    costly = not now and (chosen is None or not set(chosen) <= set(advice.free(config)))
+    fit = fits(config, gpus)
+    chosen = None if fit else advice.cheapest(config, gpus, fits)
+    costly = not fit and (chosen is None or not set(chosen) <= set(advice.free(config)))
+    phases = tuple(_phase_cost(config, k, gpus, tflops, utilisation) for k in range(1, plan.num_phases + 1))
     prompts = len(read_prompts(config.prompts)) if config.prompts is not None else 0
-    alone = forward(1, None if config.fake.weights == "full" else config.fake.lora)
-    biggest = _largest(config, model)
+    buckets, shapes = _bucket_names(config), bucket_shapes(config.teacher)
+    bucket = buckets[largest(shapes)]
     return Needs(
         recipe=config.recipe, method=config.method, gpus=gpus, gpu_memory=memory_gb * GB, usable=usable,
-        micro_batch=micro_batch(config, gpus), largest_bucket=biggest,
-        parameters=parameters_by_role(config, plan, networks),
-        forward_flops=dict(zip(_buckets(config, model), flops, strict=True)),
+        micro_batch=micro_batch(config, gpus), largest_bucket=bucket, parameters=parameters_by_role(config),
+        forward_flops=dict(zip(buckets, forward_flops(config.teacher), strict=True)),
         phases=phases, hours=sum(phase.hours for phase in phases),
         preview_hours=sum(phase.previews * phase.preview_seconds for phase in phases) / 3600,
-        prompts=prompts, prompt_cache=prompt_cache(config, model, prompts), fits=now,
+        prompts=prompts, prompt_cache=prompt_cache(config, prompts), fits=fit,
         options=advice.flags(chosen) if chosen is not None else None,
-        option_notes=tuple(f"{key}: {note}" for key, _, note in chosen or ()),
+        option_notes=tuple(f"{option.key}: {option.note}" for option in chosen or ()),
         enough_gpus=advice.least_gpus(config, gpus, fits) if costly else None,
-        warnings=(*advice.warnings(config, plan, gpus), *_too_long(biggest, alone, usable)),
-        remarks=tuple(_remarks(networks)),
+        warnings=(*advice.warnings(config, plan, gpus), *_length_warnings(config, bucket, usable)),
+        remarks=_remarks(config),
     )  # fmt: skip
 
 
-def _too_long(bucket: str, alone: Forward, usable: float) -> list[str]:
-    """A sample that no GPU holds, however many there are."""
-    least = alone.checkpointed + alone.block
+def _check(config: Config, gpus: int, memory_gb: float, utilisation: float, tflops: float) -> None:
+    if gpus < 1:
+        raise UserError(f"--gpus: {gpus} is none")
+    if gpus % config.engine.replicas:
+        raise UserError(f"engine.replicas: {gpus} GPUs cannot be split into {config.engine.replicas} equal groups")
+    for name, value in (("memory-gb", memory_gb), ("tflops", tflops)):
+        if not 0 < value < math.inf:
+            raise UserError(f"--{name}: {value:g} is not a positive number")
+    if not 0 < utilisation <= 1:
+        raise UserError(f"--utilisation: {utilisation:g} is not in (0, 1]")
+
+
+def _phase_cost(config: Config, phase: int, gpus: int, tflops: float, utilisation: float) -> PhaseCost:
+    def hours(flops: float, gpus: int) -> float:
+        return flops / (gpus * tflops * 1e12 * utilisation) / 3600
+
+    plan, shown, iterations = plan_of(config), preview_cost(config, gpus), config.phase_iterations(phase)
+    work = phase_work(config, plan, phase, guided=max(meta_model(config.teacher).guidance) > 1)
+    flops = work.forwards * mean_flops(config.teacher) * config.batch_size
+    each = hours(flops, gpus)
+    return PhaseCost(
+        phase, plan.end(phase), iterations, phase_memory(config, phase, gpus), work, flops,
+        iteration_seconds=each * 3600, hours=each * iterations,
+        previews=math.ceil(iterations / config.sample_every) if config.sample_every is not None else 0,
+        preview_seconds=hours(len(plan.path(phase)) * shown.step + shown.decode, 1) * 3600,  # all GPUs do so at once
+    )  # fmt: skip
+
+
+def prompt_cache(config: Config, prompts: int) -> int:
+    """Returns the most bytes that encoded prompts take on disk, the negative prompt among them.
+
+    Every prompt is taken to be as long as is allowed, and every first frame to be in every resolution bucket.
+    """
+    teacher = config.teacher
+    if not isinstance(teacher, PipelineTeacher):
+        return 0
+    conditions = [condition_shapes(teacher, shape) for shape in bucket_shapes(teacher)]
+    images = sum(math.prod(part) * 4 for shapes in conditions for name, part in shapes.items() if name != "text")
+    return (prompts + 1) * math.prod(conditions[0]["text"]) * ITEMSIZE[teacher.dtype] + prompts * images
+
+
+def _bucket_names(config: Config) -> list[str]:
+    if isinstance(config.teacher, PipelineTeacher):
+        return [str(size) for size in config.teacher.sizes]
+    return ["x".join(map(str, shape)) for shape in meta_model(config.teacher).sample_shapes]
+
+
+def _length_warnings(config: Config, bucket: str, usable: float) -> list[str]:
+    """Warns of a sample that no GPU holds, however many GPUs there are."""
+    one = largest_call(config, 1, config.fake)
+    least = one.checkpointed + one.block
     if least <= usable:
         return []
     return [
@@ -137,72 +164,19 @@ def _too_long(bucket: str, alone: Forward, usable: float) -> list[str]:
     ]
 
 
-def _check(config: Config, gpus: int, memory_gb: float, utilisation: float, tflops: float) -> None:
-    if gpus < 1:
-        raise UserError(f"--gpus: {gpus} is none")
-    if gpus % config.engine.replicas:
-        raise UserError(f"engine.replicas: {gpus} GPUs cannot be split into {config.engine.replicas} equal groups")
-    for name, value, most in (
-        ("memory-gb", memory_gb, math.inf),
-        ("utilisation", utilisation, 1),
-        ("tflops", tflops, math.inf),
-    ):
-        if not 0 < value <= most or value == math.inf:
-            raise UserError(f"--{name}: {value:g} is not {'in (0, 1]' if most == 1 else 'a positive number'}")
-
-
-def _cost(
-    config: Config, plan: PhasePlan, phase: int, held: Memory, work: Work, mean: float, preview: Preview,
-    speed: tuple[int, float, float],
-) -> PhaseCost:  # fmt: skip
-    flops = work.forwards * mean * config.batch_size
-    each, iterations = hours(flops, *speed), config.phase_iterations(phase)
-    shown = preview.samples * len(plan.path(phase)) * preview.call + preview.decode  # by one GPU, as all do at once
-    return PhaseCost(
-        phase, plan.end(phase), iterations, held, work, flops, each * 3600, each * iterations,
-        previews=math.ceil(iterations / config.sample_every) if config.sample_every is not None else 0,
-        preview_seconds=hours(shown, 1, *speed[1:]) * 3600,
-    )  # fmt: skip
-
-
-def prompt_cache(config: Config, model: VelocityModel, prompts: int) -> int:
-    """The most bytes that encoded prompts, the negative one among them, take on disk: all as long as is allowed.
-
-    Of first frames, every one in every resolution bucket.
-    """
-    if not isinstance(config.teacher, PipelineTeacher):
-        return 0
-    network = model.networks[0]
-    item = {"float64": 8, "float32": 4, "bfloat16": 2}[config.teacher.dtype]
-    texts = (prompts + 1) * config.teacher.max_tokens * text_width(network) * item
-    images = sum(math.prod(more) * 4 for shape in model.sample_shapes for more in image_shapes(network, shape).values())
-    return texts + prompts * images
-
-
-def _buckets(config: Config, model: VelocityModel) -> list[str]:
-    if isinstance(config.teacher, PipelineTeacher):
-        return [str(size) for size in config.teacher.sizes]
-    return ["x".join(map(str, shape)) for shape in model.sample_shapes]
-
-
-def _largest(config: Config, model: VelocityModel) -> str:
-    shapes = list(model.sample_shapes)
-    return _buckets(config, model)[max(range(len(shapes)), key=lambda i: math.prod(shapes[i]))]
-
-
-def _remarks(networks: list[Network]) -> list[str]:
-    """What the absence of a first moment saves."""
-    network = max(networks, key=lambda network: network.parameters)
-    moments = 4 * network.trained_itemsize * network.parameters  # weights, gradients, and two moments
-    return [
-        f"{TEACHER}: {size(network.bytes)} a network, frozen",
+def _remarks(config: Config) -> tuple[str, ...]:
+    """Says what a network weighs, and what the absence of a first moment saves."""
+    parameters = sum(p.numel() for p in meta_model(config.teacher).students[0].parameters())
+    moments = 4 * itemsizes(config.teacher)[1] * parameters  # weights, gradients, and two moments
+    return (
+        f"{TEACHER}: {size(network_bytes(config.teacher))} a network, frozen",
         f"a full fake of one network, with its gradients and both moments of AdamW: {size(moments)}; without the "
         f"first, as here: {size(3 * moments // 4)}; in all shards together",
-    ]
+    )
 
 
 def size(count: float) -> str:
-    """Bytes in decimal units."""
+    """Returns a number of bytes in decimal units."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6)):
         if count >= 0.1 * factor:
             return f"{count / factor:.1f} {unit}"

@@ -1,13 +1,15 @@
-"""What one forward costs: operations, and bytes kept for the backward, counted on tensors without data.
+"""What one network call costs: FLOPs, and the bytes that wait for its backward, counted on tensors without data.
 
-The tensors are `FakeTensor`s that say they are on a CPU: autocast and fused attention then choose as they do in reality
+The tensors are FakeTensors that say they are on a CPU: autocast and fused attention then choose as they do in reality
 (on the meta device there is no autocast, and attention would keep its whole matrix).
 """
 
 import copy
+import functools
+import math
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft import LoraConfig
@@ -15,186 +17,220 @@ from peft.functional import inject_adapter_in_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from phased_dmd.config import Config, Lora
-from phased_dmd.models.protocol import VelocityModel
-from phased_dmd.plan.bare import META, condition_of
+from phased_dmd.config import Config, Fake, Generator, Lora, phase_plan
+from phased_dmd.config.teacher import OwnTeacher, PipelineTeacher, Teacher, WanTeacher
+from phased_dmd.errors import UserError
+from phased_dmd.maths.phases import PhasePlan
+from phased_dmd.models.loader import bare_model
+from phased_dmd.models.protocol import Condition, VelocityModel
+from phased_dmd.models.source import META
 
-T = TypeVar("T")
-KNOWN: dict[tuple[Any, ...], Any] = {}  # what was counted in this process, by all that it depends on
-
-
-def once(make: Callable[[], T], *key: Any) -> T:
-    """What `make` gave for this key before, or gives now."""
-    if key not in KNOWN:
-        KNOWN[key] = make()
-    return KNOWN[key]
+FAKE_CPU = FakeTensorMode(allow_non_fake_inputs=True)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True)
-class Forward:
-    """One network call: FLOPs (a multiply-add is two), the bytes that stay until its backward, and what then learns.
+def cached(function: F) -> F:
+    """Caches what a function returns for its arguments; pyright does not know that a config's sections are hashable."""
+    return functools.cache(function)  # type: ignore[return-value]
 
-    saved: all. checkpointed: if the repeated blocks keep their inputs alone. learning: the parameters that a gradient
-    reaches; the text's half of Qwen-Image's last block has none. block: bytes that one block keeps more while its
-    backward runs.
+
+@cached
+def meta_model(teacher: Teacher) -> VelocityModel:
+    """Returns the teacher on the meta device; callers must not change it. Raises UserError where none can be made."""
+    if isinstance(teacher, OwnTeacher):
+        raise UserError("teacher.kind: own has no plan, since its model is given from Python")
+    return bare_model(teacher, seed=0)
+
+
+def plan_of(config: Config) -> PhasePlan:
+    """Returns the phases over the teacher's networks. Raises UserError where a phase has no re-noise times."""
+    try:
+        return phase_plan(config, meta_model(config.teacher).switches)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def bucket_shapes(teacher: Teacher) -> list[tuple[int, ...]]:
+    """Returns the shapes of the resolution buckets' latents, all upright: lying pictures cost the same."""
+    return [(*shape[:-2], *sorted(shape[-2:])) for shape in meta_model(teacher).sample_shapes]
+
+
+def largest(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Returns the index of the shape of the most numbers."""
+    return max(range(len(shapes)), key=lambda i: math.prod(shapes[i]))
+
+
+def condition_shapes(teacher: Teacher, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a sample's condition with the longest prompt; `shape` is that of the sample's latents."""
+    if not isinstance(teacher, PipelineTeacher):
+        return {}
+    config: Any = meta_model(teacher).networks[0].config
+    if not isinstance(teacher, WanTeacher):
+        return {"text": (teacher.max_tokens, config["joint_attention_dim"])}
+    shapes: dict[str, tuple[int, ...]] = {"text": (teacher.max_tokens, config["text_dim"])}
+    if extra := config["in_channels"] - config["out_channels"]:  # a first frame and its mask, see `WanModel`
+        shapes["image"] = (extra, *shape[1:])
+        if config["image_dim"] is not None:
+            shapes["image_features"] = (257, config["image_dim"])  # CLIP's 16 x 16 patches and its class token
+    return shapes
+
+
+def fake_inputs(teacher: Teacher, shape: Sequence[int], batch: int) -> tuple[Tensor, Condition]:
+    """Returns latents [batch, *shape] and the condition of the longest prompts, as tensors without data."""
+    with FAKE_CPU:
+        x = torch.zeros(batch, *shape)
+        if not isinstance(teacher, PipelineTeacher):
+            return x, {}
+        condition = {
+            name: torch.zeros(batch, *rest, dtype=torch.float32 if name == "image" else getattr(torch, teacher.dtype))
+            for name, rest in condition_shapes(teacher, shape).items()
+        }
+    condition["mask"] = torch.ones(batch, teacher.max_tokens, dtype=torch.bool)  # with values: Qwen-Image reads them
+    return x, condition
+
+
+def fake_networks(teacher: Teacher, lora: Lora | None, train: bool) -> list[tuple[int, nn.Module]]:
+    """Returns short copies of a network, with weights: what is counted of the copies, weighted, sums to the network's.
+
+    Where all blocks are alike these are copies with one block, a, and with two, b: L blocks count a + (L - 1) (b - a).
+    Their tensors have no data. With lora they get a trainable adapter in float32 or more, as from `Roles.add`; without
+    it all of their weights are trainable, or, if not train, none.
     """
+    model = meta_model(teacher)
+    network, blocks = model.students[0], list(model.blocks(model.students[0]))
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList) and list(module) == blocks]
+    if not lists or len(blocks) < 3 or len({tuple(p.shape for p in block.parameters()) for block in blocks}) > 1:
+        copies = [(1, copy.deepcopy(network))]
+    else:
+        one, two = (copy.deepcopy(network, {id(lists[0]): copy.deepcopy(lists[0][:length])}) for length in (1, 2))
+        copies = [(2 - len(blocks), one), (len(blocks) - 1, two)]
+    for _, each in copies:
+        each.requires_grad_(train)
+        if lora is not None:
+            adapter = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(model.lora_targets))  # type: ignore[arg-type]
+            with META:
+                inject_adapter_in_model(adapter, each, adapter_name="measured")
+            for parameter in each.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        with FAKE_CPU:
+            each.to_empty(device="cpu")
+    return copies
 
-    flops: int
-    saved: int
-    checkpointed: int
-    learning: int
-    block: int
 
+class SavedBytes(saved_tensors_hooks):
+    """Counts the storages that autograd saves, each once, inside and outside of the blocks, without parameters.
 
-class Kept(saved_tensors_hooks):
-    """Counts the storages that autograd saves, each once, within repeated blocks and outside; parameters not at all."""
+    outside, inputs, blocks: bytes by storage: saved outside of all blocks, the blocks' inputs, and saved in each block.
+    """
 
     def __init__(self, network: nn.Module, blocks: Sequence[nn.Module]) -> None:
         self._parameters = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-        self._alive: list[Tensor] = []  # so that no storage is taken for another that was freed
-        self._within: dict[int, int] | None = None
+        self._alive: list[Tensor] = []  # a freed storage's address could be given to another one
         self.outside: dict[int, int] = {}
         self.inputs: dict[int, int] = {}
         self.blocks: list[dict[int, int]] = []
+        self._saved = self.outside
         for block in blocks:
             block.register_forward_pre_hook(self._enter, with_kwargs=True)
             block.register_forward_hook(self._leave)
         super().__init__(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        self._count(tensor, self.outside if self._within is None else self._within)
+        self._count(tensor, self._saved)
         return tensor
 
     def _enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        for value in _tensors([*args, *kwargs.values()]):
-            self._count(value, self.inputs)
-        self._within = {}
-        self.blocks.append(self._within)
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor):
+                self._count(value, self.inputs)
+        self._saved = {}
+        self.blocks.append(self._saved)
 
     def _leave(self, block: nn.Module, args: tuple, output: Any) -> None:
-        self._within = None
+        self._saved = self.outside
 
-    def _count(self, tensor: Tensor, into: dict[int, int]) -> None:
+    def _count(self, tensor: Tensor, sizes: dict[int, int]) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._parameters:
             self._alive.append(tensor)
-            into[storage._cdata] = storage.nbytes()
+            sizes[storage._cdata] = storage.nbytes()
 
 
-def _tensors(values: Sequence[Any]) -> list[Tensor]:
-    """Those among the values, and in tuples among them."""
-    inner = [value if isinstance(value, tuple | list) else [value] for value in values]
-    return [value for group in inner for value in group if isinstance(value, Tensor)]
+class Call(NamedTuple):
+    """The cost of one network call.
 
-
-def repeated(model: VelocityModel, network: nn.Module) -> nn.ModuleList | None:
-    """The module list that the network's blocks stand in."""
-    blocks = list(model.blocks(network))
-    lists = (module for module in network.modules() if isinstance(module, nn.ModuleList))
-    return next((found for found in lists if list(found) == blocks), None)
-
-
-def adapted(network: nn.Module, lora: Lora, targets: Sequence[str]) -> nn.Module:
-    """The network itself, with a trainable adapter in float32 and all else frozen, as `Roles.add` makes it."""
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(targets))  # type: ignore[arg-type]
-    with META:
-        inject_adapter_in_model(config, network, adapter_name="measured")
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-    return network
-
-
-def over_blocks(
-    model: VelocityModel, network: nn.Module, count: Callable[[nn.Module], tuple[int, ...]]
-) -> tuple[int, ...]:
-    """Sums over a network, from copies of no more than two of its blocks where all are alike: the others add as much.
-
-    count: of a copy, which it may change.
+    flops: of the forward, a multiply-add as two. saved: bytes that wait for the backward. checkpointed: those bytes if
+    each repeated block keeps its inputs only. trained: parameters that the call trains. learning: those that a gradient
+    reaches; the text's half of Qwen-Image's last block has none. block: further bytes that a checkpointed block needs
+    while its backward runs.
     """
-    blocks = repeated(model, network)
-    if blocks is None or len(blocks) < 3 or len({tuple(p.shape for p in block.parameters()) for block in blocks}) > 1:
-        return count(copy.deepcopy(network))
-    one, two = (count(copy.deepcopy(network, {id(blocks): copy.deepcopy(blocks[:length])})) for length in (1, 2))
-    return tuple(a + (len(blocks) - 1) * (b - a) for a, b in zip(one, two, strict=True))
+
+    flops: int
+    saved: int
+    checkpointed: int
+    trained: int
+    learning: int
+    block: int
 
 
-def adapter_parameters(model: VelocityModel, network: nn.Module, lora: Lora) -> int:
-    """Parameters of an adapter on a network."""
-
-    def count(network: nn.Module) -> tuple[int, ...]:
-        trained = adapted(network, lora, model.lora_targets).parameters()
-        return (sum(p.numel() for p in trained if p.requires_grad),)
-
-    return over_blocks(model, network, count)[0]
+def adapter(role: Generator | Fake) -> Lora | None:
+    """Returns what a role trains on a network: an adapter, or None for all weights."""
+    return role.lora if role.weights == "lora" else None
 
 
-def measure(
-    config: Config, model: VelocityModel, network: nn.Module, shape: tuple[int, ...], batch: int, lora: Lora | None
-) -> Forward:
-    """A call of the network at samples of a shape, training an adapter, or (lora None) all of the weights."""
-    block = 0
-
-    def count(network: nn.Module) -> tuple[int, ...]:
-        nonlocal block
-        network.requires_grad_(True)
-        if lora is not None:
-            adapted(network, lora, model.lora_targets)
-        found = _run(config, model, network, shape, batch)
-        block = found.block
-        return found.flops, found.saved, found.checkpointed, found.learning
-
-    return Forward(*over_blocks(model, network, count), block=block)
+def largest_call(config: Config, batch: int, role: Generator | Fake) -> Call:
+    """Returns the cost of a call that trains a role, with a batch of samples of the largest bucket."""
+    shapes = bucket_shapes(config.teacher)
+    return call(config.teacher, shapes[largest(shapes)], batch, adapter(role))
 
 
-def _run(config: Config, model: VelocityModel, network: nn.Module, shape: tuple[int, ...], batch: int) -> Forward:
-    """As it is."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        network.to_empty(device="cpu")
-        x, t = torch.zeros(batch, *shape), torch.zeros(batch, dtype=torch.float64)
-        condition = condition_of(config, network, shape, batch, most_common_dtype(network))
-    if "text" in condition:  # not a fake one: Qwen-Image asks whether anything is masked
-        condition["mask"] = torch.ones(condition["text"].shape[:2], dtype=torch.bool)
-    kept = Kept(network, model.blocks(network))
-    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter, kept:
-        result = model.predict(network, x, t, condition)
-    checkpointed = kept.outside | kept.inputs
-    inner = [sum(size for key, size in block.items() if key not in checkpointed) for block in kept.blocks]
-    saved = kept.outside
-    for block in kept.blocks:
-        saved = saved | block
-    return Forward(
-        counter.get_total_flops(), sum(saved.values()), sum(checkpointed.values()), learning(result),
-        block=max(inner, default=0),
+@cached
+def call(teacher: Teacher, shape: tuple[int, ...], batch: int, lora: Lora | None) -> Call:
+    """Returns the cost of a call of a network with a batch of samples of a shape; a teacher's networks are alike.
+
+    The call trains an adapter, or all weights where lora is None.
+    """
+    weights, networks = zip(*fake_networks(teacher, lora, train=True), strict=True)
+    calls = [_count_call(teacher, network, shape, batch) for network in networks]
+    totals = (sum(map(operator.mul, weights, numbers)) for numbers in zip(*calls, strict=True))
+    return Call(*totals)._replace(block=calls[-1].block)
+
+
+def _count_call(teacher: Teacher, network: nn.Module, shape: tuple[int, ...], batch: int) -> Call:
+    model, (x, condition) = meta_model(teacher), fake_inputs(teacher, shape, batch)
+    with FAKE_CPU:
+        t = torch.zeros(batch, dtype=torch.float64)
+    saved = SavedBytes(network, model.blocks(network))
+    attention = {  # the one operation that torch's counter leaves out on a CPU
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    }
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter, saved:
+        output = model.predict(network, x, t, condition)
+    checkpointed, whole = saved.outside | saved.inputs, dict(saved.outside)
+    for block in saved.blocks:
+        whole |= block
+    inside = [sum(size for key, size in block.items() if key not in checkpointed) for block in saved.blocks]
+    return Call(
+        flops=counter.get_total_flops(), saved=sum(whole.values()), checkpointed=sum(checkpointed.values()),
+        trained=sum(p.numel() for p in network.parameters() if p.requires_grad),
+        learning=learning(output),
+        block=max(inside, default=0),
     )  # fmt: skip
 
 
 def learning(output: Tensor) -> int:
-    """Numbers of all parameters that the backward of an output ends at."""
-    found: dict[int, int] = {}
-    seen, left = set(), [output.grad_fn]
+    """Returns how many numbers the gradient of an output reaches; a backward would tell, and take as long again."""
+    numbers, seen, left = 0, set(), [output.grad_fn]
     while left:
-        node = left.pop()
+        node: Any = left.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         left += [following for following, _ in node.next_functions]
         if node.name() == "torch::autograd::AccumulateGrad":
-            parameter: Any = node.variable  # type: ignore[attr-defined] these nodes alone have one
-            found[id(parameter)] = parameter.numel()
-    return sum(found.values())
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def most_common_dtype(network: nn.Module) -> torch.dtype:
-    """The dtype of the most parameters."""
-    count: dict[torch.dtype, int] = {}
-    for parameter in network.parameters():
-        count[parameter.dtype] = count.get(parameter.dtype, 0) + parameter.numel()
-    return max(count, key=lambda dtype: count[dtype])
+            numbers += node.variable.numel()
+    return numbers

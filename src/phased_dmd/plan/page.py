@@ -1,6 +1,7 @@
 """A plan as text and as JSON."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from phased_dmd.plan import Needs, size
 
 
 def as_json(plan: Needs) -> str:
+    """Returns all figures of a plan."""
     return json.dumps(asdict(plan), indent=2)
 
 
@@ -20,7 +22,10 @@ def show(plan: Needs, console: Console) -> None:
         f"largest size {plan.largest_bucket}",
         highlight=False,
     )
-    for table in (_parameters(plan), _memory(plan), _work(plan)):
+    for title, (header, *rows) in _tables(plan).items():
+        table = Table(*header, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
         console.print(table)
     forwards = ", ".join(f"{name} {flops / 1e15:.3g}" for name, flops in plan.forward_flops.items())
     lines = [
@@ -36,7 +41,40 @@ def show(plan: Needs, console: Console) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def _tables(plan: Needs) -> dict[str, list[list[str]]]:
+    """Returns the rows of each table by its title, the header first."""
+    counts = [[role, f"{n:,}", "frozen" if role == "teacher" else "trained"] for role, n in plan.parameters.items()]
+    memory = [list(row) for row in zip(*_memory_columns(plan), strict=True)]
+    work = [
+        [
+            str(each.phase), f"{each.boundary:.4g}", str(each.iterations), f"{each.work.calls:g}",
+            f"{each.work.forwards:g}", f"{each.iteration_flops / 1e15:.3g}", f"{each.iteration_seconds:.3g}",
+            f"{each.hours:.3g}",
+        ]
+        for each in plan.phases
+    ]  # fmt: skip
+    return {
+        "Parameters": [["role", "parameters", ""], *counts],
+        "Memory on each GPU": memory,
+        "Work of an iteration: calls and forwards a sample, PFLOP, seconds": [
+            ["phase", "ends at", "iterations", "calls", "forwards", "PFLOP", "s", "hours"], *work,
+        ],
+    }  # fmt: skip
+
+
+def _memory_columns(plan: Needs) -> Iterator[list[str]]:
+    """Yields the names of the parts of the memory, then their sizes in each phase; those on the host in brackets."""
+    states, rest = ["weights", "gradients", "optimiser"], ["gathered", "activations", "preview"]
+    away = plan.phases[0].memory.host > 0
+    yield ["", *states, *rest, "in all", *(["on the host"] if away else [])]
+    for phase in plan.phases:
+        sizes = {part: size(count) for part, count in asdict(phase.memory).items()}
+        held = [f"({sizes[part]})" if away else sizes[part] for part in states] + [sizes[part] for part in rest]
+        yield [f"phase {phase.phase}", *held, size(phase.memory.gpu), *([sizes["host"]] if away else [])]
+
+
 def _verdict(plan: Needs) -> list[str]:
+    """Says whether it fits, and if not, what would make it fit."""
     most = size(max(phase.memory.gpu for phase in plan.phases))
     if plan.fits:
         return [f"it fits: {most} of the {size(plan.usable)} that can be used on each GPU"]
@@ -46,41 +84,6 @@ def _verdict(plan: Needs) -> list[str]:
     if plan.enough_gpus is not None:
         lines.append(f"or on {_gpus(plan.enough_gpus)}, with micro-batches of 1 and activation checkpointing")
     return lines if len(lines) > 1 else [*lines, "no option and no number of GPUs makes it fit"]
-
-
-def _parameters(plan: Needs) -> Table:
-    table = Table("role", "parameters", "", title="Parameters", title_justify="left")
-    for role, count in plan.parameters.items():
-        table.add_row(role, f"{count:,}", "frozen" if role == "teacher" else "trained")
-    return table
-
-
-def _memory(plan: Needs) -> Table:
-    numbers = (f"phase {phase.phase}" for phase in plan.phases)
-    table = Table("", *numbers, title="Memory on each GPU", title_justify="left")
-    memories = [phase.memory for phase in plan.phases]
-    for part in ("weights", "gradients", "optimiser", "gathered", "activations", "preview"):
-        held = [size(asdict(memory)[part]) for memory in memories]
-        away = part in ("weights", "gradients", "optimiser") and memories[0].host > 0
-        table.add_row(part, *(f"({each})" if away else each for each in held))
-    table.add_row("in all", *(size(memory.gpu) for memory in memories))
-    if memories[0].host:
-        table.add_row("on the host", *(size(memory.host) for memory in memories))
-    return table
-
-
-def _work(plan: Needs) -> Table:
-    table = Table(
-        "phase", "ends at", "iterations", "calls", "forwards", "PFLOP", "s", "hours",
-        title="Work of an iteration: calls and forwards a sample, PFLOP, seconds", title_justify="left",
-    )  # fmt: skip
-    for phase in plan.phases:
-        table.add_row(
-            str(phase.phase), f"{phase.boundary:.4g}", str(phase.iterations),
-            f"{phase.work.calls:g}", f"{phase.work.forwards:g}",
-            f"{phase.iteration_flops / 1e15:.3g}", f"{phase.iteration_seconds:.3g}", f"{phase.hours:.3g}",
-        )  # fmt: skip
-    return table
 
 
 def _gpus(count: int) -> str:

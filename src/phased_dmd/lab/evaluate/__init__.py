@@ -1,10 +1,10 @@
 """`evaluate`: what a few-step generator makes beside what its base makes, in numbers and pictures.
 
-A subject is a run, an export, or a folder of samples. All rows have the same prompts and seeds; the base at its own
-number of steps is the row that gaps are taken to. Where a set has as many seeds as samples, Fréchet distances are
-measured twice: to the base's samples of other seeds, where the base's own row is the floor that two sets of one law
-leave, and (`paired`) to those of the same seeds, where a student that keeps to the base's trajectories may come closer
-than that floor. In the paper's protocol, of few seeds, only the second is there.
+A subject is a run, an export, or a folder of samples. All rows of its tables have the same prompts and seeds; gaps are
+taken to the row of the base at its own number of steps. Where a set has a seed for each sample, Fréchet distances are
+measured twice: to the base's samples of other seeds, where the base's own row shows how far apart two sets of one
+distribution are, and (`paired`) to those of the same seeds, where a student that keeps to the base's trajectories may
+come closer than that. In the paper's protocol, of few seeds, only the second is there.
 """
 
 import json
@@ -16,17 +16,18 @@ from typing import Any
 from phased_dmd.checkpoint import RunFolder, write_atomically
 from phased_dmd.config.teacher import AnalyticTeacher, PipelineTeacher
 from phased_dmd.errors import UserError
-from phased_dmd.lab.evaluate.compare import compare, compare_with_mixture, slug
+from phased_dmd.lab.evaluate.compare import compare_media, compare_points, slug
 from phased_dmd.lab.evaluate.instruments import Readings, load_instruments
+from phased_dmd.lab.evaluate.measures import Measurement
 from phased_dmd.lab.evaluate.sample_sets import Protocol, parse_seeds, sample_sets
-from phased_dmd.lab.evaluate.samples import Base, SampleFolder, generated
-from phased_dmd.lab.evaluate.tables import HEADINGS, NET_OF, shown, table, tables, title
+from phased_dmd.lab.evaluate.samples import Base, SampleFolder, generate
+from phased_dmd.lab.evaluate.tables import HEADINGS, NET_OF, table, title
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.networks.build import Own
 from phased_dmd.sampling.loading import EXPORT, load
 from phased_dmd.sampling.sampler import Sampler
 
-__all__ = ["HEADINGS", "NET_OF", "Protocol", "evaluate", "parse_seeds", "shown", "slug", "table", "tables", "title"]
+__all__ = ["HEADINGS", "NET_OF", "Measurement", "Protocol", "evaluate", "parse_seeds", "slug", "table", "title"]
 FLOOR_SEEDS = 1_000_000  # added to a set's seeds for the base's other samples
 BASE_STEPS = 40  # of an analytic teacher
 
@@ -68,25 +69,25 @@ def evaluate(
 
 
 def _of_folder(subject: Path, base: Path | None, protocol: Protocol, folder: Path) -> dict[str, Any]:
-    """A folder of samples beside another one."""
+    """Compares a folder of samples with another one."""
     samples = SampleFolder(subject)
     if base is None:
         raise UserError(f"{subject}: a folder of samples is compared with another one: --base FOLDER")
     if protocol.prompts or protocol.seeds or protocol.bucket:
         raise UserError(f"{subject}: --prompts, --seeds and --bucket are for runs; a folder holds its own samples")
     other, name = SampleFolder(base), subject.resolve().name
-    chosen = samples.sample_set(other)
-    rows = {"base": other.row(samples), "samples" if name == "base" else name: samples.row(samples)}
-    clips = rows["base"].pixels([0]).shape[1] > 1
+    sample_set = samples.sample_set(other)
+    sources = {"base": other.samples(samples), "samples" if name == "base" else name: samples.samples(samples)}
+    clips = sources["base"].pixels([0]).shape[1] > 1
     tools = load_instruments(protocol, None, clips)
-    found = compare(rows, chosen, None, tools, folder / "samples", {})
-    return {"nets": tools.nets(clips), "sets": {chosen.name: found}}
+    found = compare_media(sources, sample_set, None, tools, folder / "samples", {})
+    return {"nets": tools.nets(clips), "sets": {sample_set.name: found}}
 
 
 def _of_sampler(
     sampler: Sampler, protocol: Protocol, folder: Path, cache: Path, seen: dict[str, Readings]
 ) -> dict[str, Any]:
-    """A run or an export. seen: readings of the base's samples, which runs of one teacher share."""
+    """Compares a run or an export with its base; seen: readings of base samples, which runs of one teacher share."""
     config, base, tools = sampler.system.config, Base(sampler, cache), None
     few, many, clips = config.plan.steps, BASE_STEPS, False
     if isinstance(config.teacher, PipelineTeacher):
@@ -94,17 +95,18 @@ def _of_sampler(
     if not isinstance(config.teacher, AnalyticTeacher):
         tools, many = load_instruments(protocol, config, clips), config.teacher.base_steps
     sets = {}
-    for chosen in sample_sets(config, protocol, sampler.codec.takes_images):
-        rows = {f"base, {steps} steps": base.row(chosen.prompts, chosen.seeds, steps) for steps in (many, few)}
-        rows[f"{config.method}, {few} steps"] = generated(sampler, chosen)
+    for sample_set in sample_sets(config, protocol, sampler.codec.takes_images):
+        prompts, seeds = sample_set.prompts, sample_set.seeds
+        sources = {f"base, {steps} steps": base.samples(prompts, seeds, steps) for steps in (many, few)}
+        sources[f"{config.method}, {few} steps"] = generate(sampler, sample_set)
         if tools is None:
             exact = sampler.system.model.networks[0]
             assert isinstance(exact, ExactMixture)
-            sets[chosen.name] = compare_with_mixture(rows, chosen, exact, folder / "samples")
+            sets[sample_set.name] = compare_points(sources, sample_set, exact, folder / "samples")
             continue
-        others = [seed + FLOOR_SEEDS for seed in chosen.seeds]
-        floor = base.row(chosen.prompts, others, many) if chosen.floor else None
-        sets[chosen.name] = compare(rows, chosen, floor, tools, folder / "samples", seen)
+        others = [seed + FLOOR_SEEDS for seed in seeds]
+        floor = base.samples(prompts, others, many) if sample_set.floor else None
+        sets[sample_set.name] = compare_media(sources, sample_set, floor, tools, folder / "samples", seen)
     return {
         "recipe": config.recipe, "method": config.method, "seed": config.seed,
         "weighting": config.objective, "nets": tools.nets(clips) if tools else {}, "sets": sets,

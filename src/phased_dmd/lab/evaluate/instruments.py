@@ -1,4 +1,4 @@
-"""What is read off each sample, and the networks that read it: samples are seen a batch at a time and let go."""
+"""The networks of an evaluation, and what they read off each sample: a batch of samples is read, then let go."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from torch import Tensor
 from phased_dmd.config import Config
 from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate.sample_sets import Protocol, SampleSet, is_nano
-from phased_dmd.lab.evaluate.samples import Row, SampleFolder
+from phased_dmd.lab.evaluate.samples import SampleFolder, SampleSource
 from phased_dmd.lab.metrics.alignment import Alignment, load_alignment
-from phased_dmd.lab.metrics.digit_classifier import DigitClassifier, load_classifier, read
+from phased_dmd.lab.metrics.digit_classifier import DigitClassifier, classify, load_classifier
 from phased_dmd.lab.metrics.distances import LPIPS, Moments, PictureDistance, lpips, moments
 from phased_dmd.lab.metrics.features import DIGIT_SIDE, DIGITS, EFFICIENTNET, FeatureNet, load_features
 from phased_dmd.lab.metrics.motion import Flow, clip_flows, dynamic_clips, load_flow
@@ -21,19 +21,22 @@ from phased_dmd.lab.metrics.pixels import contrast, displacement, high_frequency
 from phased_dmd.media import read_media
 from phased_dmd.sampling.sampler import WAN_FPS
 
-Readings = dict[str, Tensor]  # each [n, ...], a row a sample
+Readings = dict[str, Tensor]  # by name, [n, ...]: what was read off each of n samples
 DRIFT = {
-    "high_frequency_energy": high_frequency_energy,
-    "contrast": contrast,
-    "sharpness": sharpness,
+    "high_frequency_energy": high_frequency_energy, "contrast": contrast, "sharpness": sharpness,
     "saturation": saturation,
-}
+}  # fmt: skip
 MOST_SEEDS = 16  # a prompt, that pairs of pictures are compared among
 
 
 @dataclass(frozen=True)
 class Instruments:
-    """The networks of an evaluation; `real` holds the moments of real pictures' features, where there are any."""
+    """The networks of an evaluation.
+
+    flow_name: the name of the optical flow. fps: frames a second of clips, where the user says so. perceptual: LPIPS.
+    reader: the digit classifier, and `accuracy` its share of real digits read right. real: the moments of the features
+    of real pictures. None stands for what is not measured.
+    """
 
     features: FeatureNet
     flow: Flow
@@ -46,7 +49,7 @@ class Instruments:
     accuracy: float | None
 
     def nets(self, clips: bool) -> dict[str, str]:
-        """Names, to stand beside the numbers."""
+        """Returns the names of the networks, which stand beside the numbers."""
         names = {"features": self.features.name} | ({"flow": self.flow_name} if clips else {})
         if self.perceptual:
             names["perceptual"] = LPIPS
@@ -57,18 +60,17 @@ class Instruments:
         return names
 
     @torch.no_grad()
-    def read(self, row: Row, sample_set: SampleSet) -> Readings:
-        """Readings of all samples of a row, a batch after the other; with a perceptual distance a prompt at a time."""
-        parts, n = [], len(sample_set.prompts)
-        ranges = (
-            whole_prompts(sample_set) if self.perceptual else [range(i, n)[: row.size] for i in range(0, n, row.size)]
-        )
-        for batch in ranges:
-            pixels = row.pixels(batch)
+    def read(self, source: SampleSource, sample_set: SampleSet) -> Readings:
+        """Returns the readings of all samples of a source; a perceptual distance needs all of a prompt's at once."""
+        n, size = len(sample_set.prompts), source.size
+        batches = whole_prompts(sample_set) if self.perceptual else [range(n)[i : i + size] for i in range(0, n, size)]
+        parts = []
+        for batch in batches:
+            pixels = source.pixels(batch)
             if pixels.ndim != 5:
                 raise UserError(f"the codec decodes to {pixels.ndim} dimensions; pictures and clips have 5")
             texts = [sample_set.prompts[i].text for i in batch]
-            parts.append(self._batch(pixels, texts, self.fps or row.fps or WAN_FPS))
+            parts.append(self._batch(pixels, texts, self.fps or source.fps or WAN_FPS))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _batch(self, pixels: Tensor, texts: Sequence[str], fps: float) -> Readings:
@@ -87,14 +89,14 @@ class Instruments:
         if self.alignment:
             found["alignment"] = self.alignment(pixels, texts)
         if self.reader:
-            found["digit"] = read(self.reader, pixels)[1].argmax(1)
+            found["digit"] = classify(self.reader, pixels)[1].argmax(1)
             found["displacement"] = displacement(pixels)
             found["grey"] = pixels.mean(4).flatten(1)
         return found
 
 
 def whole_prompts(sample_set: SampleSet) -> list[range]:
-    """The samples of each prompt, between which pairs of pictures are compared."""
+    """Returns the range of each prompt's samples, between which pairs of pictures are compared."""
     ids = sample_set.prompt_ids
     counts = ids.unique_consecutive(return_counts=True)[1]
     if len(counts) != int(ids.max()) + 1 or int(counts.max()) > MOST_SEEDS:
@@ -104,9 +106,9 @@ def whole_prompts(sample_set: SampleSet) -> list[range]:
 
 
 def load_instruments(protocol: Protocol, config: Config | None, clips: bool) -> Instruments:
-    """The instruments that a protocol names, or the defaults for a teacher; config None: for folders of samples.
+    """Loads the instruments that a protocol names, or the defaults for a teacher; config None: for folders of samples.
 
-    What they lack is said here, before anything is sampled.
+    Raises UserError for what they lack, before anything is sampled.
     """
     nano = config is not None and is_nano(config)
     features = load_features(protocol.features or (DIGITS if nano else EFFICIENTNET))
@@ -122,6 +124,6 @@ def load_instruments(protocol: Protocol, config: Config | None, clips: bool) -> 
         if len(real_features) < 2:
             raise UserError(f"--real: {protocol.real} holds one picture; two at least")
         of_real = moments(real_features)
-    perceptual = lpips() if protocol.perceptual and not clips else None  # which compares all of a prompt's at once
+    perceptual = lpips() if protocol.perceptual and not clips else None
     alignment = load_alignment(protocol.alignment) if protocol.alignment else None
     return Instruments(features, flow, flow_name, protocol.fps, perceptual, alignment, reader, of_real, accuracy)

@@ -1,7 +1,6 @@
-"""From readings to numbers: every measure a function of which samples are kept, so that all have an interval."""
+"""From readings to numbers: every measure is a function of the samples that are kept, so that all have an interval."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,26 +12,30 @@ from phased_dmd.lab.metrics.distances import (
     Moments,
     class_entropy,
     frechet,
+    mode_histogram_kl,
     moments,
     pairwise_cosine,
     principal_components,
 )
-from phased_dmd.lab.metrics.intervals import Statistic, leave_one_out, spread
+from phased_dmd.lab.metrics.intervals import Statistic, jackknife_half_width, leave_one_out
+from phased_dmd.models.analytic import ExactMixture
 
 COMPONENTS = 32  # of the pixels' principal component analysis
 FEWEST = 4  # samples, for a Fréchet distance: two at least are left when a group is left out
 MEANS = (*DRIFT, "optical_flow", "dynamic_degree", "alignment")  # readings that are averaged as they are
-Figure = dict[str, float | None]
+EXACT_SEED = 1_000_000  # of the exact samples that those of an analytic teacher are compared with
+Measurement = dict[str, float | None]  # value, half_width, gap, gap_half_width; a half width may be None
 Basis = tuple[Tensor, Tensor]  # centre [d] and directions [d, k] of pixels
 
 
-class Law:
-    """What Fréchet distances are measured to: frames and clips in features, and small pictures in pixels."""
+class Reference:
+    """The samples that Fréchet distances are taken to: frames and clips in features, and small pictures in pixels."""
 
     def __init__(self, readings: Readings, basis: Basis | None = None, paired: bool = False) -> None:
-        """basis: of another law's pixels; None: their own principal components, if there are pixels.
+        """Takes the readings of the reference's samples.
 
-        paired: samples that are left out of a row are left out here, too.
+        basis: the basis of the pixels, by default their own principal components. paired: whether samples that are
+        left out of a row for its interval are left out of the reference too.
         """
         if basis is None and "grey" in readings:
             basis = principal_components(readings["grey"], min(COMPONENTS, len(readings["grey"]) - 1))
@@ -41,19 +44,19 @@ class Law:
         self.whole = {name: moments(part.flatten(0, 1)) for name, part in self.parts.items()}
 
     def distances(self, readings: Readings) -> dict[str, Statistic]:
-        """Of readings' Gaussians to this law's."""
+        """Returns the Fréchet distances of a row's samples to the reference, by the measure's name."""
 
         def distance(name: str, part: Tensor) -> Statistic:
             def of_kept(keep: Tensor) -> float:
-                law = moments(self.parts[name][keep].flatten(0, 1)) if self.paired else self.whole[name]
-                return frechet(moments(part[keep].flatten(0, 1)), law)
+                reference = moments(self.parts[name][keep].flatten(0, 1)) if self.paired else self.whole[name]
+                return frechet(moments(part[keep].flatten(0, 1)), reference)
 
             return of_kept
 
         return {name: distance(name, part) for name, part in self._parts(readings).items()}
 
     def _parts(self, readings: Readings) -> dict[str, Tensor]:
-        """[n, k, d] by the measure's name, of k vectors a sample."""
+        """Returns the vectors [n, k, d] that are compared, k a sample, by the measure's name."""
         parts = {"frechet_features": readings["features"]}
         if readings["features"].shape[1] > 1:
             parts["frechet_video"] = clip_features(readings["features"])[:, None]
@@ -64,77 +67,71 @@ class Law:
 
 
 def clip_features(features: Tensor) -> Tensor:
-    """[n, 2 d] of a clip's frames' features [n, f, d]: their mean, and the mean size of their changes over time."""
+    """Returns for clips' features [n, f, d] their mean over the frames and the mean size of their changes, [n, 2 d]."""
     return torch.cat([features.mean(1), features.diff(dim=1).abs().mean(1)], 1)
 
 
 def statistics(
-    readings: Readings, sample_set: SampleSet, laws: Mapping[str, Law], real: Moments | None
+    readings: Readings, sample_set: SampleSet, references: Mapping[str, Reference], real: Moments | None
 ) -> dict[str, Statistic]:
-    """Every measure that the readings allow. laws: by the suffix of the measure's name."""
+    """Returns every measure that the readings allow; references: by the suffix of the measure's name."""
     found: dict[str, Statistic] = {}
-    for suffix, law in laws.items() if len(sample_set.prompts) >= FEWEST else ():
-        found |= {f"{name}{suffix}": statistic for name, statistic in law.distances(readings).items()}
-    if real is not None and len(sample_set.prompts) >= FEWEST:
-        found["frechet_real"] = lambda keep: frechet(moments(readings["features"][keep].flatten(0, 1)), real)
+    if len(sample_set.prompts) >= FEWEST:
+        for suffix, reference in references.items():
+            found |= {f"{name}{suffix}": statistic for name, statistic in reference.distances(readings).items()}
+        if real is not None:
+            found["frechet_real"] = lambda keep: frechet(moments(readings["features"][keep].flatten(0, 1)), real)
     ids = sample_set.prompt_ids
     if int(ids.bincount().max()) > 1:
         features = readings["features"].mean(1)
-        found["pairwise_cosine"] = lambda keep: _per_prompt(ids, keep, lambda i: pairwise_cosine(features[i]))
+        found["pairwise_cosine"] = lambda keep: _mean_over_prompts(ids, keep, lambda i: pairwise_cosine(features[i]))
         if "perceptual" in readings:
-            distances, column = readings["perceptual"].double(), _places(ids)
-            found["pairwise_perceptual"] = lambda keep: _per_prompt(
+            distances = readings["perceptual"].double()
+            # The column of a sample in the distances is its place among the samples of its prompt.
+            column = torch.tensor([int((ids[:i] == ids[i]).sum()) for i in range(len(ids))])
+            found["pairwise_perceptual"] = lambda keep: _mean_over_prompts(
                 ids, keep, lambda i: float(distances[i][:, column[i]].sum()) / (len(i) * (len(i) - 1))
             )
     found |= {name: _mean(readings[name]) for name in MEANS if name in readings}
-    return found | (_digits(readings, sample_set) if "digit" in readings else {})
+    return found | (_digit_statistics(readings, sample_set) if "digit" in readings else {})
 
 
-def figures(rows: Mapping[str, Mapping[str, Statistic]], base: str, groups: Tensor) -> dict[str, dict[str, Figure]]:
-    """{row: {measure: figure}}: value, and the signed gap to the base's row, each with its 95 % half width.
+def measurements(
+    rows: Mapping[str, Mapping[str, Statistic]], base: str, groups: Tensor
+) -> dict[str, dict[str, Measurement]]:
+    """Returns {row: {measure: measurement}}: value and signed gap to the base's row, each with its 95 % half width.
 
     The gap leaves the same groups out of both rows, and so gains from equal prompts and seeds. Samples of other seeds,
-    which Fréchet distances are measured to, stay as they are.
+    which Fréchet distances are taken to, stay as they are.
     """
     tried = {
         row: {name: leave_one_out(statistic, groups) for name, statistic in found.items()}
         for row, found in rows.items()
     }
-    result: dict[str, dict[str, Figure]] = {}
+    result: dict[str, dict[str, Measurement]] = {}
     for row, found in tried.items():
         result[row] = {}
         for name, (value, without) in found.items():
             of_base, without_base = tried[base][name]
             result[row][name] = {
-                "value": value, "half_width": spread(without),
-                "gap": value - of_base,
-                "gap_half_width": spread([a - b for a, b in zip(without, without_base, strict=True)]),
+                "value": value, "half_width": jackknife_half_width(without), "gap": value - of_base,
+                "gap_half_width": jackknife_half_width([a - b for a, b in zip(without, without_base, strict=True)]),
             }  # fmt: skip
     return result
-
-
-def plain(value: float, of_base: float) -> Figure:
-    """A figure without intervals."""
-    return {"value": value, "half_width": None, "gap": value - of_base, "gap_half_width": None}
 
 
 def _mean(values: Tensor) -> Statistic:
     return lambda keep: float(values[keep].double().mean())
 
 
-def _per_prompt(ids: Tensor, keep: Tensor, measure: Any) -> float:
-    """The mean over prompts of a measure of a prompt's samples, where two of them at least are kept."""
+def _mean_over_prompts(ids: Tensor, keep: Tensor, measure: Callable[[Tensor], float]) -> float:
+    """Averages a measure of a prompt's samples over the prompts of which two samples at least are kept."""
     found = [measure(keep[ids[keep] == i]) for i in ids[keep].unique() if int((ids[keep] == i).sum()) > 1]
     return sum(found) / len(found)
 
 
-def _places(ids: Tensor) -> Tensor:
-    """Each sample's place among those of its prompt, [n]."""
-    return torch.tensor([int((ids[:i] == ids[i]).sum()) for i in range(len(ids))])
-
-
-def _digits(readings: Readings, sample_set: SampleSet) -> dict[str, Statistic]:
-    """Faithfulness to what the prompts name; where no digit is named, the spread over the classes."""
+def _digit_statistics(readings: Readings, sample_set: SampleSet) -> dict[str, Statistic]:
+    """Returns how faithful samples are to what the prompts name; where no digit is named, how classes are spread."""
     digit, texts = readings["digit"], [prompt.text.split() for prompt in sample_set.prompts]
     if not any(word in text for text in texts for word in WORDS):
         return {
@@ -143,16 +140,44 @@ def _digits(readings: Readings, sample_set: SampleSet) -> dict[str, Statistic]:
         }
     if not all(any(word in text for word in WORDS) for text in texts):
         return {}
-    named = torch.tensor([next(i for i, word in enumerate(WORDS) if word in text) for text in texts])
-    found = {"faithfulness": _mean(digit == named)}
+    found = {"faithfulness": _mean(digit == _named(texts, WORDS))}
     if all(any(name in text for name in DIRECTIONS) for text in texts):
         moved = readings["displacement"]
-        wanted = torch.tensor([[name in text for name in DIRECTIONS].index(True) for text in texts])
         nearest = (moved @ torch.tensor(list(DIRECTIONS.values())).T).argmax(1)
-        found["direction"] = _mean(nearest == wanted)
+        found["direction"] = _mean(nearest == _named(texts, list(DIRECTIONS)))
         speed = moved.norm(dim=1)
         for pace in SPEEDS:
             paced = torch.tensor([pace in text for text in texts])
             if len(sample_set.groups[paced].unique()) > 1:  # some are left whichever group is left out
                 found[f"pixels_moved_{pace}"] = lambda keep, paced=paced: float(speed[keep][paced[keep]].mean())
     return found
+
+
+def _named(texts: Sequence[Sequence[str]], words: Sequence[str]) -> Tensor:
+    """Returns for each text the index of the first of the words that stands in it, [n]."""
+    return torch.tensor([next(i for i, word in enumerate(words) if word in text) for text in texts])
+
+
+def mixture_statistics(points: Tensor, exact: ExactMixture) -> dict[str, Statistic]:
+    """Returns the measures of an analytic teacher's samples [n, d], all of which compare with the exact mixture.
+
+    They are the KL of the histogram over the modes, the energy distance to as many exact samples, and the mean
+    distance to a mode.
+    """
+    points, means, weights = points.double(), exact.means.cpu(), exact.weights.cpu()
+    reference = exact.sample(len(points), torch.Generator().manual_seed(EXACT_SEED)).double()
+    nearest = torch.cdist(points, means).min(1).values
+    across, within = torch.cdist(points, reference).mean(1), torch.cdist(points, points)
+    of_reference = float(torch.cdist(reference, reference).sum() / (len(points) * (len(points) - 1)))
+
+    def energy(keep: Tensor) -> float:
+        """Estimates 2 E|x - y| - E|x - x'| - E|y - y'| without bias: 0 for equal distributions."""
+        kept = torch.zeros(len(points), dtype=torch.float64).index_fill(0, keep, 1)
+        own = kept @ within @ kept / (len(keep) * (len(keep) - 1))
+        return float(2 * across[keep].mean() - own) - of_reference
+
+    return {
+        "mode_histogram_kl": lambda keep: mode_histogram_kl(points[keep], means, weights),
+        "energy_distance": energy,
+        "distance_to_nearest_mode": _mean(nearest),
+    }

@@ -1,4 +1,4 @@
-"""What is sampled for an evaluation, with which seeds, and how the samples are grouped for its intervals."""
+"""The prompts and seeds that an evaluation samples, and how the samples are grouped for its intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ from phased_dmd.models.source import SHIPPED
 from phased_dmd.prompts import Prompt, read_prompts
 
 PICTURE_SEEDS, CLIP_SEEDS = tuple(range(8)), (42,)  # a prompt, Sec. 3.1 and 3.2
-BLOCKS = 10  # of samples, at most, that are left out one after the other
+BLOCKS = 10  # groups of samples, at most
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What an evaluation is asked for. None: what the teacher's kind asks for, see `sample_sets`.
+    """What an evaluation is asked for; None stands for what the teacher's kind asks for, see `sample_sets`.
 
-    samples: of a set for the embedded teachers and analytic ones. prompts: a shipped set's name or a file; then every
-    prompt gets each of `seeds`. features: see `load_features`. perceptual: measure LPIPS too. alignment: a CLIP model
-    of transformers, hub id or folder. real: a folder of real pictures or clips. flow: `dis`, or `raft`. fps: of the
-    clips, for the dynamic degree. floor: sample the base with other seeds too, as is done for the embedded teachers.
-    bucket: which of the teacher's sizes.
+    samples: the size of a set, for the embedded teachers and analytic ones. prompts: a shipped set's name or a file;
+    then every prompt is sampled with each of `seeds`. features: see `load_features`. perceptual: whether LPIPS is
+    measured. alignment: a CLIP model of transformers, hub id or folder. real: a folder of real pictures or clips.
+    flow: `dis` or `raft`. fps: frames a second of the clips, for the dynamic degree. floor: whether the base is sampled
+    with other seeds too, as it always is for the embedded teachers. bucket: which of the teacher's sizes is sampled.
     """
 
     samples: int = 1000
@@ -45,9 +45,11 @@ class Protocol:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Prompts, one a sample, with their seeds; `groups` [n] are left out one after the other for the intervals.
+    """Prompts, one a sample, with their seeds.
 
-    floor: whether the base is sampled with other seeds too, which shows how far apart two sets of one law are.
+    about: the set in words. groups: [n], the group of each sample; groups are left out one after the other for the
+    intervals. floor: whether the base is sampled with other seeds too, which shows how far apart two sets of one
+    distribution are.
     """
 
     name: str
@@ -59,12 +61,12 @@ class SampleSet:
 
     @property
     def prompt_ids(self) -> Tensor:
-        """[n], equal for equal prompts."""
+        """Returns the number of each sample's prompt, [n]."""
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(self.prompts))}
         return torch.tensor([number[prompt] for prompt in self.prompts])
 
     def shown(self, clips: bool) -> list[int]:
-        """The samples that are kept as pictures: 6 clips, 4 seeds of 5 prompts, or the first 20."""
+        """Returns which samples are kept as pictures: 6 clips, 4 seeds of 5 prompts, or the first 20."""
         n = len(self.prompts)
         if clips:
             return [i * n // 6 for i in range(6)] if n > 6 else list(range(n))
@@ -75,7 +77,7 @@ class SampleSet:
 
 
 def sample_sets(config: Config, protocol: Protocol, takes_images: bool) -> list[SampleSet]:
-    """The sets of an evaluation, in the paper's protocol where the teacher is no toy.
+    """Returns the sets of an evaluation, in the paper's protocol where the teacher is no toy.
 
     Text-to-image: 21 prompts with seeds 0 to 7 (Sec. 3.1); text-to-video: 220 prompts with seed 42 (Sec. 3.2), and
     image-to-video as many, which need the user's pictures. The embedded teachers: `weak` leaves the digit open,
@@ -85,25 +87,26 @@ def sample_sets(config: Config, protocol: Protocol, takes_images: bool) -> list[
     frames = config.teacher.sizes[protocol.bucket].num_frames if isinstance(config.teacher, PipelineTeacher) else 1
     seeds = protocol.seeds or (PICTURE_SEEDS if frames == 1 else CLIP_SEEDS)
     if protocol.prompts is not None:
-        return [_paired("prompts", protocol.prompts, seeds, protocol.floor)]
+        return [_every_prompt_and_seed("prompts", protocol.prompts, seeds, protocol.floor)]
     if protocol.seeds is not None and (config.prompts is None or is_nano(config)):
         raise UserError("--seeds: needs --prompts here; without, every sample has a seed of its own")
     if isinstance(config.teacher, AnalyticTeacher):
-        return [_many("mixture", [Prompt("")], protocol.samples)]
+        return [_seed_a_sample("mixture", [Prompt("")], protocol.samples)]
     if config.prompts is None:
-        return [_many("samples", [Prompt("")], protocol.samples)]
+        return [_seed_a_sample("samples", [Prompt("")], protocol.samples)]
     if is_nano(config):
-        return [_many(name, prompts, protocol.samples) for name, prompts in _nano_prompts(config, frames).items()]
+        sets = _nano_prompts(config, frames)
+        return [_seed_a_sample(name, prompts, protocol.samples) for name, prompts in sets.items()]
     if takes_images:
         raise UserError(
             "--prompts: image-to-video is evaluated on pictures of your own: a jsonl, csv or parquet with the columns "
             "prompt and image (the paper: 220); `phased-dmd sample` writes one, samples.jsonl, beside what it samples"
         )
-    return [_paired("paper", "paper-t2i" if frames == 1 else "paper-t2v", seeds, protocol.floor)]
+    return [_every_prompt_and_seed("paper", "paper-t2i" if frames == 1 else "paper-t2v", seeds, protocol.floor)]
 
 
 def is_nano(config: Config) -> bool:
-    """Whether digits can be read from what the teacher makes."""
+    """Says whether digits can be read from what the teacher makes."""
     match config.teacher:
         case WanTeacher(path=name, sizes=(Size(height=32, width=32), *_)):
             return name in SHIPPED
@@ -111,7 +114,7 @@ def is_nano(config: Config) -> bool:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """The numbers of `0-7`, `42` or `1,5,9`."""
+    """Returns the numbers that `0-7`, `42` or `1,5,9` stand for; raises UserError for other text."""
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -123,10 +126,10 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def grouped(prompt_ids: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Groups [n] of samples for intervals: seeds, where every prompt has three or more of the same; else prompts.
+def group_by_seed(prompt_ids: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Returns a group [n] for each sample: its seed, where every prompt has the same three or more; else its prompt.
 
-    Neither more than BLOCKS of them, nor neighbours together: prompts may be ordered by what they are about.
+    There are at most BLOCKS groups, and neighbours are in different ones: prompts may be ordered by their subjects.
     """
     numbers, prompts = sorted(set(seeds)), int(prompt_ids.max()) + 1
     if len(numbers) > 2 and prompts * len(numbers) == len(seeds):
@@ -134,28 +137,28 @@ def grouped(prompt_ids: Tensor, seeds: Sequence[int]) -> Tensor:
     return prompt_ids % BLOCKS
 
 
-def spread_out(count: int) -> Tensor:
-    """Groups [count] of samples that go round their prompts: each with as many of every prompt as can be."""
+def deal_out(count: int) -> Tensor:
+    """Returns a group [count] for each of the samples that go round the prompts: all groups hold every prompt alike."""
     i = torch.arange(count)
     return (i + i // BLOCKS) % min(count, BLOCKS)
 
 
-def _paired(name: str, source: str, seeds: Sequence[int], floor: bool) -> SampleSet:
-    """Every prompt of a file with every seed; a prompt that stands there twice is taken once."""
+def _every_prompt_and_seed(name: str, source: str, seeds: Sequence[int], floor: bool) -> SampleSet:
+    """Pairs every prompt of a file with every seed; a prompt that stands there twice is taken once."""
     prompts = list(dict.fromkeys(read_prompts(source)))
     numbers = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
     all_seeds = list(seeds) * len(prompts)
-    groups = grouped(torch.arange(len(prompts)).repeat_interleave(len(seeds)), all_seeds)
+    groups = group_by_seed(torch.arange(len(prompts)).repeat_interleave(len(seeds)), all_seeds)
     about = f"{len(prompts)} prompt{'s' if len(prompts) > 1 else ''} ({Path(source).name}), {numbers}"
     return SampleSet(name, about, [p for p in prompts for _ in seeds], all_seeds, groups, floor)
 
 
-def _many(name: str, prompts: Sequence[Prompt], count: int) -> SampleSet:
-    """Samples that go round the prompts, each with a seed of its own."""
+def _seed_a_sample(name: str, prompts: Sequence[Prompt], count: int) -> SampleSet:
+    """Goes round the prompts until there are `count` samples, each with a seed of its own."""
     about, prompts = f"{count} samples", prompts[:count]
     if prompts != [Prompt("")]:
         about += f" of {len(prompts)} prompts" if len(prompts) > 1 else f" of {prompts[0].text!r}"
-    return SampleSet(name, about, list(islice(cycle(prompts), count)), range(count), spread_out(count), floor=True)
+    return SampleSet(name, about, list(islice(cycle(prompts), count)), range(count), deal_out(count), floor=True)
 
 
 def _nano_prompts(config: Config, frames: int) -> dict[str, list[Prompt]]:

@@ -1,4 +1,4 @@
-"""Where the samples of an evaluation come from: a run's generator, its base by way of a cache, a folder of files."""
+"""Where the samples of an evaluation come from: a run's generator, its base by way of a cache, or a folder of files."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from phased_dmd.checkpoint import load_tensors, save_tensors, wait_for_lock
 from phased_dmd.conditions import fitting
 from phased_dmd.config.teacher import AnalyticTeacher, PipelineTeacher
 from phased_dmd.errors import UserError
-from phased_dmd.lab.evaluate.sample_sets import SampleSet, grouped
+from phased_dmd.lab.evaluate.sample_sets import SampleSet, group_by_seed
 from phased_dmd.maths.phases import step_times
 from phased_dmd.media import MEDIA, read_media
 from phased_dmd.prompts import Prompt
@@ -23,31 +23,32 @@ from phased_dmd.sampling.writing import MANIFEST
 
 
 @dataclass(frozen=True)
-class Row:
-    """Samples of one set: their pixels [b, f, h, w, 3] by their indices, and what they cost.
+class SampleSource:
+    """Samples of one set, which are decoded when they are asked for, and what they cost.
 
-    size: how many are decoded at once. fps: of clips, where it is known. key: equal for equal samples.
+    pixels: returns pixels [b, f, h, w, 3] for b indices. size: how many are decoded at once. fps: frames a second of
+    clips, where it is known. calls, seconds: network calls and time for one sample. key: equal for equal samples.
     """
 
     pixels: Callable[[Sequence[int]], Tensor]
     size: int
     fps: float | None = None
-    calls: int | None = None  # of the networks, a sample
-    seconds: float | None = None  # a sample
+    calls: int | None = None
+    seconds: float | None = None
     key: str | None = None
 
 
 class Base:
-    """The teacher of a sampler; what it samples is kept in a folder, by a hash of all that it depends on."""
+    """The teacher of a sampler, whose samples are cached in a folder under a hash of all that they depend on."""
 
     def __init__(self, sampler: Sampler, folder: Path) -> None:
         self.sampler, self.folder = sampler, folder
         self._weights = ""
 
-    def row(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int) -> Row:
-        """A row of the base, in files of what is sampled at once, so that what was stopped goes on.
+    def samples(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int) -> SampleSource:
+        """Samples the base, or reads its samples; a file a batch, so that sampling that was stopped goes on.
 
-        seconds: as they were when it was sampled.
+        The seconds are those of the time when it was sampled.
         """
         system = self.sampler.system
         size = batch_size(system.model.sample_shapes[self.sampler.bucket])
@@ -59,12 +60,12 @@ class Base:
         times = step_times(steps, system.config.plan.shift, system.config.plan.start)[:steps]
         calls = sum(2 if system.model.guidance[system.plan.network(t)] > 1 else 1 for t in times)
         seconds = sum(took for _, took in chunks) / len(seeds)
-        return of_latents(self.sampler, latents, calls, seconds, key)
+        return _decoded_by(self.sampler, latents, calls, seconds, key)
 
     def _chunk(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int, lock: Path) -> tuple[Tensor, float]:
         path = self.folder / f"{self._key(prompts, seeds, steps)}.safetensors"
         if not path.exists():
-            with wait_for_lock(lock):  # another process may be at it
+            with wait_for_lock(lock):  # another process may be sampling it
                 if not path.exists():
                     started = time.perf_counter()
                     latents = self.sampler(prompts, seeds, steps)
@@ -73,7 +74,7 @@ class Base:
         return tensors["latents"], header["seconds"]
 
     def _key(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int) -> str:
-        """A hash of the teacher's weights and settings, the encoder, prompts and seeds, and the grid."""
+        """Returns a hash of the teacher's weights and settings, the encoder, prompts and seeds, and the grid."""
         system, codec = self.sampler.system, self.sampler.codec
         if not self._weights:
             self._weights = weights_hash(self.sampler)
@@ -93,7 +94,7 @@ class Base:
 
 
 def weights_hash(sampler: Sampler) -> str:
-    """Of the teacher's networks alone, whatever adapters they carry."""
+    """Returns a hash of the weights of the teacher's networks, without the adapters that they carry."""
     digest = hashlib.blake2b(digest_size=16)
     for network in sampler.system.model.networks:
         for name, tensor in sorted(network.state_dict().items()):
@@ -103,22 +104,22 @@ def weights_hash(sampler: Sampler) -> str:
     return digest.hexdigest()
 
 
-def generated(sampler: Sampler, sample_set: SampleSet) -> Row:
-    """A row of the sampler's own generator."""
+def generate(sampler: Sampler, sample_set: SampleSet) -> SampleSource:
+    """Samples a set with the sampler's own generator."""
     started = time.perf_counter()
     latents = sampler(sample_set.prompts, sample_set.seeds)
     seconds = (time.perf_counter() - started) / len(latents)
-    return of_latents(sampler, latents, sampler.system.plan.num_steps, seconds)
+    return _decoded_by(sampler, latents, sampler.system.plan.num_steps, seconds)
 
 
-def of_latents(sampler: Sampler, latents: Tensor, calls: int, seconds: float, key: str | None = None) -> Row:
-    """A row of latents [n, ...] that a sampler's codec decodes."""
+def _decoded_by(sampler: Sampler, latents: Tensor, calls: int, seconds: float, key: str | None = None) -> SampleSource:
+    """Returns a source of latents [n, ...] that a sampler's codec decodes."""
     size = batch_size(latents.shape[1:])
-    return Row(lambda indices: sampler.decode(latents[list(indices)]), size, sampler.fps, calls, seconds, key)
+    return SampleSource(lambda indices: sampler.decode(latents[list(indices)]), size, sampler.fps, calls, seconds, key)
 
 
 class SampleFolder:
-    """Pictures or clips on disk; with `samples.jsonl`, as `phased-dmd sample` writes it, with prompts and seeds."""
+    """A folder of pictures or clips, whose prompts and seeds stand in the `samples.jsonl` of `phased-dmd sample`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -135,7 +136,7 @@ class SampleFolder:
             raise UserError(f"{folder}: neither a run, nor an export, nor a folder of pictures or clips")
 
     def sample_set(self, other: "SampleFolder") -> SampleSet:
-        """The samples that this folder and the other one must both hold, by file name."""
+        """Returns this folder's set of samples; raises UserError where the other one does not hold the same files."""
         if missing := sorted(self.files.keys() ^ other.files.keys()):
             where = other.folder if missing[0] in self.files else self.folder
             raise UserError(f"{where}: holds no {missing[0]}, which the folder it is compared with has")
@@ -143,12 +144,12 @@ class SampleFolder:
         rows = [self.rows.get(stem) or other.rows.get(stem) or _named(stem) for stem in stems]
         prompts, seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        groups = grouped(torch.tensor([number[prompt] for prompt in prompts]), seeds)
+        groups = group_by_seed(torch.tensor([number[prompt] for prompt in prompts]), seeds)
         about = f"{len(rows)} files, {len(number)} prompt{'s' if len(number) > 1 else ''}"
         return SampleSet("samples", about, prompts, seeds, groups)
 
-    def row(self, like: "SampleFolder") -> Row:
-        """The samples in the order of the other folder's files, read when they are asked for."""
+    def samples(self, like: "SampleFolder") -> SampleSource:
+        """Returns the samples in the order of the other folder's files; they are read when they are asked for."""
         files = [self.files[stem] for stem in like.files]
         first, fps = read_media(files[0])
         shape = first.shape
@@ -159,11 +160,11 @@ class SampleFolder:
                 raise UserError(f"{self.folder}: holds pictures or clips of different sizes or lengths")
             return torch.stack(media)
 
-        return Row(pixels, 1, fps)
+        return SampleSource(pixels, 1, fps)
 
 
 def _entry(line: str, manifest: Path) -> tuple[str, tuple[Prompt, int]]:
-    """A line of the manifest: the file's stem, its prompt and its seed."""
+    """Reads a line of the manifest: the file's stem, its prompt and its seed."""
     try:
         entry = json.loads(line)
         return Path(entry["image"]).stem, (Prompt(entry["prompt"]), int(entry["seed"]))
@@ -172,6 +173,6 @@ def _entry(line: str, manifest: Path) -> tuple[str, tuple[Prompt, int]]:
 
 
 def _named(stem: str) -> tuple[Prompt, int]:
-    """A file's prompt and seed by its name, NAME-seedN or NAME_seedN; else a prompt of its own."""
+    """Returns a file's prompt and seed from its name, NAME-seedN or NAME_seedN; else the whole name is its prompt."""
     name, found, seed = stem.replace("_seed", "-seed").rpartition("-seed")
     return (Prompt(name), int(seed)) if found and seed.isdigit() else (Prompt(stem), 0)

@@ -1,11 +1,12 @@
-"""An evaluation as tables, and what its measures are."""
+"""What each measure is called and how it is read, and an evaluation as Markdown."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from phased_dmd.lab.evaluate.measures import Figure
-from phased_dmd.lab.metrics.formats import number
+from phased_dmd.lab.evaluate.measures import Measurement
+from phased_dmd.lab.metrics.formats import markdown_table, number
 
-HEADINGS = {  # of a measure: title, how to read it
+HEADINGS = {  # by measure: its title, and how to read it
     "class_entropy": ("class entropy", "nats, of the digits read; 2.30 when all ten are equally frequent"),
     "least_class_share": ("rarest class", "share of the samples read as the least frequent digit"),
     "frechet_features": ("Fréchet, features", "of frames, to the base's many-step samples of other seeds"),
@@ -33,48 +34,49 @@ HEADINGS = {  # of a measure: title, how to read it
     "distance_to_nearest_mode": ("distance to a mode", "mean over samples"),
     "network_calls": ("network calls", "a sample"),
     "seconds_a_sample": ("seconds a sample", "prompt to latents, on the machine that sampled it"),
+    "structure": ("change of structure", "below a quarter of the Nyquist frequency; of `reproduce fig5`, as the next"),
+    "detail": ("change of detail", "above half the Nyquist frequency"),
+    "detail_over_structure": ("change of detail over that of structure", "the one over the other"),
+    "agreement": ("digits read alike", "share of pictures of equal noise in which the same digit is read"),
+    "deviation": ("deviation from the exact flow", "mean absolute, of trajectories; of `reproduce fig2`"),
 }
-NET_OF = {  # of a measure: which of the evaluation's nets made it
+NET_OF = {  # by measure: which of the evaluation's nets makes it
     **{name: "features" for name in HEADINGS if name.startswith("frechet") and "pca" not in name},
     "pairwise_cosine": "features", "pairwise_perceptual": "perceptual", "alignment": "alignment",
     "optical_flow": "flow", "dynamic_degree": "flow",
 }  # fmt: skip
 
 
-def tables(evaluation: dict[str, Any]) -> dict[str, dict[str, dict[str, Figure]]]:
-    """The evaluation's tables, {prompt set: {row: {measure: figure}}}."""
-    return {name: found["rows"] for name, found in evaluation["sets"].items()}
-
-
-def table(evaluation: dict[str, Any]) -> str:
-    """The evaluation as Markdown, a table a prompt set; a figure is value ± half width (signed gap to the base)."""
+def table(evaluation: Mapping[str, Any]) -> str:
+    """Returns an evaluation as Markdown, a table a prompt set, whose cells are value ± half width (gap to the base)."""
     parts = []
     for name, found in evaluation["sets"].items():
         measures = list(dict.fromkeys(measure for row in found["rows"].values() for measure in row))
         head = [f"{name}: {found['about']}", *(title(measure, evaluation["nets"]) for measure in measures)]
-        lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-        for row, figures in found["rows"].items():
-            cells = [shown(figures.get(measure), row == found["base"]) for measure in measures]
-            lines.append(f"| {row} | {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
+        rows = [
+            [row, *(_format_cell(cells.get(measure), row == found["base"]) for measure in measures)]
+            for row, cells in found["rows"].items()
+        ]
+        parts.append(markdown_table(head, rows))
     return "\n\n".join(parts)
 
 
-def title(measure: str, nets: dict[str, str]) -> str:
-    """A measure's title with the name of the net that made it."""
-    net = nets.get(NET_OF.get(measure, ""))
+def title(measure: str, nets: Mapping[str, str] | None = None) -> str:
+    """Returns a measure's title, with the name of the net that made it where nets are given."""
+    net = (nets or {}).get(NET_OF.get(measure, ""))
     return f"{HEADINGS[measure][0]} ({net})" if net else HEADINGS[measure][0]
 
 
-def shown(figure: Figure | None, is_base: bool) -> str:
-    """One cell."""
-    if figure is None:
+def _format_cell(measurement: Measurement | None, is_base: bool) -> str:
+    if measurement is None:
         return ""
-    text = _interval(figure["value"], figure["half_width"], False)
-    return text if is_base else f"{text} ({_interval(figure['gap'], figure['gap_half_width'], True)})"
+    text = _format_interval(measurement["value"], measurement["half_width"], False)
+    if is_base:
+        return text
+    return f"{text} ({_format_interval(measurement['gap'], measurement['gap_half_width'], True)})"
 
 
-def _interval(value: float | None, half: float | None, signed: bool) -> str:
+def _format_interval(value: float | None, half: float | None, signed: bool) -> str:
     assert value is not None
     text = number(value, signed=signed, scale=half)
     return f"{text} ± {number(half, 2)}" if half else text

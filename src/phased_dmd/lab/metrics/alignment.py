@@ -14,7 +14,7 @@ from phased_dmd.models.source import REPORTED, check_loaded
 
 @dataclass(frozen=True)
 class Alignment:
-    """The cosine of samples and prompts, and the model's name, to stand beside every number made with it."""
+    """A model that compares samples with prompts, and the name that stands beside every number made with it."""
 
     name: str
     embed_pictures: Callable[[Tensor], Tensor]  # [b, 3, h, w] in [0, 1] on the device to [b, d]
@@ -22,14 +22,14 @@ class Alignment:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
-        """[n] on the CPU, of samples [n, f, h, w, 3] in [0, 1] and their prompts; of clips the mean over frames."""
+        """Returns the mean over frames of the cosine [n], on the CPU, of samples [n, f, h, w, 3] and prompts."""
         frames = [self.embed_pictures(one.to(device()).permute(0, 3, 1, 2).clamp(0, 1)) for one in pixels]
         pictures = torch.stack([normalize(f.float(), dim=1).mean(0) for f in frames])
         return (pictures * normalize(self.embed_texts(texts).float(), dim=1)).sum(1).cpu()
 
 
 def load_alignment(source: str) -> Alignment:
-    """A CLIP model of transformers by its hub id or local folder; a UserError says what is missing."""
+    """Loads a CLIP model of transformers by its hub id or local folder; raises UserError that says what is missing."""
     from transformers import AutoTokenizer, CLIPModel, ImageProcessingMixin
 
     where = f"alignment: {source}"

@@ -1,4 +1,4 @@
-"""The digit classifier of the evaluation: what a picture says, and the features it says it from."""
+"""The digit classifier of the evaluation, which reads the digit of a picture and gives the features it reads it by."""
 
 from pathlib import Path
 
@@ -29,13 +29,13 @@ class DigitClassifier(nn.Module):
         self.head = nn.Linear(FEATURES, 10)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """(features [n, 64], logits [n, 10])."""
+        """Returns features [n, 64] and logits [n, 10]."""
         features = self.features(self.body(pictures))
         return features, self.head(features)
 
 
 def load_classifier() -> tuple[DigitClassifier, dict[str, Tensor], float]:
-    """The shipped classifier, the mean and covariance of real held-out digits in its features, and its accuracy."""
+    """Loads the shipped classifier, the mean and covariance of its features of held-out digits, and its accuracy."""
     tensors, header = load_tensors(WEIGHTS)
     real = {name.removeprefix("real."): tensors.pop(name) for name in ("real.mean", "real.covariance")}
     classifier = DigitClassifier()
@@ -44,7 +44,7 @@ def load_classifier() -> tuple[DigitClassifier, dict[str, Tensor], float]:
 
 
 @torch.no_grad()
-def read(classifier: DigitClassifier, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def classify(classifier: DigitClassifier, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Reads pictures or clips [n, f, h, w, 3]: features [n, 64] and log-probabilities [n, 10], averaged over frames."""
     n, f, h, w, _ = pixels.shape
     grey = pixels.mean(4).reshape(n * f, 1, h, w)

@@ -1,4 +1,4 @@
-"""Distances between sets of samples, and the spread within one."""
+"""Distances between sets of samples, and measures of how far the samples of one set are spread."""
 
 from collections.abc import Callable
 
@@ -10,19 +10,19 @@ from torch.nn import functional as F
 from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 
-ROUNDING = 1e-12  # of a difference of traces, in units of their sum
+ROUNDING = 1e-12  # the rounding error of a difference of traces, in units of their sum
 Moments = tuple[Tensor, Tensor]  # mean [d], covariance [d, d]
 PictureDistance = Callable[[Tensor, Tensor], float]  # of two pictures [h, w, 3] in [0, 1]
 LPIPS = "LPIPS, AlexNet"  # the name of `lpips`, to stand beside every number made with it
 
 
 def moments(features: Tensor) -> Moments:
-    """Mean [d] and covariance [d, d] of features [n, d], float64."""
+    """Returns the mean [d] and covariance [d, d] of features [n, d], in float64."""
     return features.double().mean(0), torch.atleast_2d(features.double().T.cov())
 
 
 def frechet(a: Moments, b: Moments) -> float:
-    """Fréchet distance |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two Gaussians (mean, covariance)."""
+    """Returns the Fréchet distance |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two Gaussians."""
     (mean_a, cov_a), (mean_b, cov_b) = ((m.double().numpy(), c.double().numpy()) for m, c in (a, b))
     values, vectors = np.linalg.eigh(cov_a)
     root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
@@ -33,27 +33,27 @@ def frechet(a: Moments, b: Moments) -> float:
 
 
 def principal_components(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(mean [d], basis [d, count]) of vectors [n, d]: their directions of largest variance."""
+    """Returns the mean [d] of vectors [n, d] and their directions of largest variance [d, count]."""
     mean = vectors.mean(0)
     _, _, directions = torch.linalg.svd(vectors - mean, full_matrices=False)
     return mean, directions[:count].T
 
 
 def class_entropy(labels: Tensor, classes: int) -> float:
-    """Entropy in nats of the histogram of labels [n]; at most log(classes)."""
+    """Returns the entropy in nats of the histogram of labels [n]; it is log(classes) at most."""
     share = labels.bincount(minlength=classes).double() / len(labels)
     return float(torch.special.entr(share).sum())
 
 
 def pairwise_cosine(features: Tensor) -> float:
-    """Mean cosine over all pairs of features [n, d]: 1 is no diversity. Features of zeros have 0 with all others."""
+    """Returns the mean cosine over all pairs of features [n, d]: 1 is no diversity. Zeros have 0 with all others."""
     unit = F.normalize(features.double(), dim=1)
     cosines, n = unit @ unit.T, len(unit)
     return float((cosines.sum() - cosines.trace()) / (n * (n - 1)))
 
 
 def lpips() -> PictureDistance:
-    """The learned perceptual distance LPIPS of torchmetrics; a UserError where it or its weights cannot be loaded."""
+    """Loads torchmetrics' perceptual distance LPIPS; raises UserError where it or its weights cannot be loaded."""
     try:
         from torchmetrics.image.lpip import (  # type: ignore[import-not-found]
             LearnedPerceptualImagePatchSimilarity,
@@ -73,7 +73,7 @@ def lpips() -> PictureDistance:
 
 
 def mode_histogram_kl(samples: Tensor, means: Tensor, weights: Tensor) -> float:
-    """KL(samples' histogram over the nearest of `means` || weights) in nats; samples [n, d], means [m, d]."""
+    """Returns KL(histogram of samples [n, d] over the nearest of the means [m, d] || weights [m]) in nats."""
     nearest = torch.cdist(samples.double(), means.double()).argmin(1)
     share = nearest.bincount(minlength=len(means)).double() / len(samples)
     return float((torch.special.xlogy(share, share) - torch.special.xlogy(share, weights.double())).sum())

@@ -1,4 +1,4 @@
-"""Feature nets, chosen by name: what the distances between samples are measured in."""
+"""Feature nets, chosen by name, whose features the distances between samples are measured in."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -27,22 +27,22 @@ IMAGENET |= {"image_std": [128 / 255] * 3}
 
 @dataclass(frozen=True)
 class FeatureNet:
-    """A network's pooled features, and the name that stands beside every number made of them."""
+    """A network with pooled features, and the name that stands beside every number made of them."""
 
     name: str
     network: Callable[[Tensor], Tensor]  # [b, 3, h, w] in [0, 1] on the device to [b, d]
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Features [n, d], float32 on the CPU, of pictures [n, h, w, 3] in [0, 1]."""
+        """Returns features [n, d], float32 on the CPU, of pictures [n, h, w, 3] in [0, 1]."""
         parts = (part.to(device()).permute(0, 3, 1, 2).clamp(0, 1) for part in pixels.float().split(BATCH))
         return torch.cat([self.network(part).float().cpu() for part in parts])
 
 
 def load_features(source: str) -> FeatureNet:
-    """The net `digits`, `efficientnet-lite0`, or a vision model of transformers (DINOv2, DINOv3, ...).
+    """Loads the net `digits`, `efficientnet-lite0`, or a vision model of transformers (DINOv2, DINOv3, ...).
 
-    The last is given by its hub id or local folder. A UserError says what is missing.
+    The last is given by its hub id or local folder. Raises UserError that says what is missing.
     """
     if source == DIGITS:
         return _digits()
@@ -50,9 +50,9 @@ def load_features(source: str) -> FeatureNet:
 
 
 def preprocess(pictures: Tensor, settings: dict[str, Any]) -> Tensor:
-    """Pictures [n, 3, h, w] in [0, 1] as a transformers image preprocessor of these settings hands them to its net.
+    """Prepares pictures [n, 3, h, w] in [0, 1] as an image preprocessor of transformers with these settings does.
 
-    Resized with antialiasing, cropped (or padded with black) about the centre, and normalised; all of it in float32,
+    It resizes with antialiasing, crops (or pads with black) about the centre, and normalises; all of it in float32,
     where Pillow rounds to 8 bits in between. DINOv3's own preprocessor needs torchvision; this one does not.
     """
     if settings.get("do_resize", True):
@@ -71,7 +71,7 @@ def preprocess(pictures: Tensor, settings: dict[str, Any]) -> Tensor:
 
 
 def _resized(shape: torch.Size, size: dict[str, int]) -> tuple[int, int]:
-    """(height, width): of the settings, or with the shortest side of the settings."""
+    """Returns the height and width to resize to: those of the settings, or with the settings' shortest side."""
     if "shortest_edge" not in size:
         return size["height"], size["width"]
     height, width = (int(size["shortest_edge"] * side / min(shape)) for side in shape)
@@ -127,7 +127,7 @@ def _transformers(source: str) -> FeatureNet:
 
 @contextmanager
 def loading(complaint: str) -> Iterator[None]:
-    """What transformers raises while something is loaded becomes a UserError with its first sentence."""
+    """Turns what transformers raises while it loads something into a UserError with its first sentence."""
     from safetensors import SafetensorError
 
     try:
@@ -139,12 +139,12 @@ def loading(complaint: str) -> Iterator[None]:
 
 
 def name_of(source: str) -> str:
-    """A hub id, or the name of a local folder without the way to it."""
+    """Returns a hub id as it is, and of the path of a local folder its name."""
     return Path(source).resolve().name if Path(source).is_dir() else source
 
 
 def check_settings(settings: dict[str, Any], where: str) -> None:
-    """A UserError for a preprocessor that does what `preprocess` does not."""
+    """Raises UserError for a preprocessor that does what `preprocess` does not."""
     try:
         usual = settings.get("do_rescale", True) and math.isclose(settings.get("rescale_factor", 1 / 255), 1 / 255)
         preprocess(torch.zeros(1, 3, 32, 32), settings)

@@ -1,4 +1,4 @@
-"""95 % intervals: over seeds by Student's t, and of any function of a set of samples by the jackknife."""
+"""95 % intervals: of means over seeds by Student's t, and of any statistic of a set of samples by the jackknife."""
 
 import math
 import statistics
@@ -9,20 +9,54 @@ import torch
 from scipy.stats import t as student_t
 from torch import Tensor
 
-Statistic = Callable[[Tensor], float]  # of the indices of samples
+Statistic = Callable[[Tensor], float]  # of the indices of the samples that are kept
+LEAST = 1e-12  # stands for a zero, of which there is no logarithm
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and the half width of its 95 % interval by Student's t; none from one value."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return {"mean": mean, "half_width": None, "values": list(values)}
-    spread = statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "half_width": quantile(len(values)) * spread, "values": list(values)}
+    """Returns the `mean` of values, the `half_width` of its 95 % interval (None from one value), and the `values`."""
+    mean, half = statistics.fmean(values), None
+    if len(values) > 1:
+        half = t_quantile(len(values)) * (statistics.stdev(values) / math.sqrt(len(values)))
+    return {"mean": mean, "half_width": half, "values": list(values)}
+
+
+def ratio(larger: Sequence[float], smaller: Sequence[float]) -> dict[str, Any]:
+    """Compares values of equal seeds by larger / smaller: geometric mean, 95 % interval and p by the logarithms.
+
+    It is for distances and divergences: they vary by factors, and their plain differences are far from normal.
+    """
+    logs = [math.log(max(a, LEAST) / max(b, LEAST)) for a, b in zip(larger, smaller, strict=True)]
+    test = _t_test(logs)
+    ends = {name: None if test[name] is None else math.exp(test[name]) for name in ("value", "low", "high")}
+    return {"scale": "ratio", **ends, "p": test["p"], "values": [math.exp(value) for value in logs]}
+
+
+def difference(larger: Sequence[float], smaller: Sequence[float]) -> dict[str, Any]:
+    """Compares values of equal seeds by larger - smaller: mean, 95 % interval and p.
+
+    It is for shares and bounded scores, which may be zero.
+    """
+    values = [a - b for a, b in zip(larger, smaller, strict=True)]
+    return {"scale": "difference", **_t_test(values), "values": values}
+
+
+def _t_test(values: Sequence[float]) -> dict[str, Any]:
+    """Returns the mean as `value`, the ends of its 95 % interval, and the one-sided p that it lies above zero.
+
+    One value has neither interval nor p: they are None.
+    """
+    found = interval(values)
+    mean, half = found["mean"], found["half_width"]
+    if half is None:
+        return {"value": mean, "low": None, "high": None, "p": None}
+    # Equal values have no spread, and so no t: they are sure, or show nothing.
+    p = student_t.sf(mean / half * t_quantile(len(values)), len(values) - 1) if half else mean <= 0
+    return {"value": mean, "low": mean - half, "high": mean + half, "p": float(p)}
 
 
 def leave_one_out(statistic: Statistic, groups: Tensor) -> tuple[float, list[float]]:
-    """The statistic of all samples, and of those outside each group; of fewer than three groups the first alone.
+    """Returns the statistic of all samples, and the list of those with one group left out; [] of fewer than 3 groups.
 
     groups: [n], the group of each sample, 0, 1, ...
     """
@@ -30,8 +64,8 @@ def leave_one_out(statistic: Statistic, groups: Tensor) -> tuple[float, list[flo
     return statistic(keep), [statistic(keep[groups != group]) for group in range(count if count > 2 else 0)]
 
 
-def spread(without: Sequence[float]) -> float | None:
-    """The half width of a statistic's 95 % interval by the jackknife (Efron and Stein, 1981), with Student's t.
+def jackknife_half_width(without: Sequence[float]) -> float | None:
+    """Returns the half width of a statistic's 95 % interval by the jackknife (Efron and Stein, 1981), by Student's t.
 
     without: the statistic with one group after the other left out; None from fewer than three. For a mean over groups
     of one size it is the half width of `interval`.
@@ -40,9 +74,9 @@ def spread(without: Sequence[float]) -> float | None:
     if count < 3:
         return None
     centre = statistics.fmean(without)
-    return quantile(count) * math.sqrt((count - 1) / count * sum((value - centre) ** 2 for value in without))
+    return t_quantile(count) * math.sqrt((count - 1) / count * sum((value - centre) ** 2 for value in without))
 
 
-def quantile(count: int) -> float:
-    """Student's t at 97.5 % for the mean of `count` values."""
+def t_quantile(count: int) -> float:
+    """Returns Student's t at 97.5 % for the mean of `count` values."""
     return float(student_t.ppf(0.975, count - 1))

@@ -22,7 +22,7 @@ BASE_FPS = 8.0
 
 
 def dis_flow(first: Tensor, second: Tensor) -> Tensor:
-    """Flow [h, w, 2] between two frames [h, w, 3], by OpenCV's dense inverse search; needs the extra `eval`."""
+    """Returns the flow [h, w, 2] between two frames [h, w, 3] by OpenCV's dense inverse search (extra `eval`)."""
     if max(first.shape[:2]) < LEAST_SIDE:
         raise UserError(f"optical flow: frames of {first.shape[0]} x {first.shape[1]} pixels; {LEAST_SIDE} at least")
     a, b = ((frame.mean(2).clamp(0, 1) * 255).round().byte().cpu().numpy() for frame in (first, second))
@@ -30,12 +30,12 @@ def dis_flow(first: Tensor, second: Tensor) -> Tensor:
 
 
 def clip_flows(pixels: Tensor, flow: Flow = dis_flow) -> Tensor:
-    """Mean absolute optical flow between neighbouring frames of each clip, [n] pixels a frame."""
+    """Returns the mean absolute optical flow between neighbouring frames of each clip, [n] pixels a frame."""
     return torch.tensor([[float(speed.mean()) for speed in _speeds(clip, flow)] for clip in pixels]).mean(1)
 
 
 def dynamic_clips(pixels: Tensor, fps: float, flow: Flow = dis_flow) -> Tensor:
-    """Which clips are dynamic, [n] bool, by VBench's rule; it states their share in percent, with RAFT's flow.
+    """Says which clips are dynamic, [n] bool, by VBench's rule; VBench states their share in percent, with RAFT's flow.
 
     Frames are taken at about 8 a second. Between two neighbours, the speed is the mean of the fastest 5 % of the
     pixels; it counts where it exceeds 6 pixels for a shorter side of 256 (and more for fewer than 8 frames a second).
@@ -49,7 +49,7 @@ def dynamic_clips(pixels: Tensor, fps: float, flow: Flow = dis_flow) -> Tensor:
 
 
 def _speeds(clip: Tensor, flow: Flow) -> Iterator[Tensor]:
-    """Lengths of the flow between neighbouring frames of a clip [f, h, w, 3], each [h, w]."""
+    """Yields the length of the flow between neighbouring frames of a clip [f, h, w, 3], each [h, w]."""
     return (flow(first, second).norm(dim=2) for first, second in itertools.pairwise(clip))
 
 
@@ -58,7 +58,7 @@ def _fastest(speed: Tensor) -> float:
 
 
 def load_flow(name: str) -> tuple[Flow, str]:
-    """The flow `dis` or `raft` and the name that stands beside every number made with it; a UserError for others."""
+    """Loads the flow `dis` or `raft` and the name that stands beside its numbers; raises UserError for other names."""
     if name == "dis":
         return dis_flow, DIS
     if name == "raft":
@@ -67,7 +67,7 @@ def load_flow(name: str) -> tuple[Flow, str]:
 
 
 def _raft() -> Flow:
-    """RAFT as torchvision has it, trained on C_T_SKHT_V2; frames are enlarged where a side is below 128 pixels."""
+    """Loads torchvision's RAFT, trained on C_T_SKHT_V2; frames are enlarged where a side is below 128 pixels."""
     try:
         from torchvision.models.optical_flow import Raft_Large_Weights, raft_large  # type: ignore[import-not-found]
 

@@ -1,11 +1,11 @@
-"""What can be read off pixels without a network: sharpness, contrast, colour, ink. Pixels [n, f, h, w, 3] in [0, 1]."""
+"""Measures of pixels [n, f, h, w, 3] in [0, 1] that need no network: sharpness, contrast, colour, motion of the ink."""
 
 import torch
 from torch import Tensor
 
 
 def high_frequency_energy(pixels: Tensor) -> float:
-    """Mean power of the grey frames above half the Nyquist frequency."""
+    """Returns the mean power of the grey frames above half the Nyquist frequency."""
     grey = pixels.mean(4)
     power = torch.fft.fft2(grey, norm="ortho").abs() ** 2
     rows, columns = (torch.fft.fftfreq(size).abs() for size in grey.shape[-2:])
@@ -14,12 +14,12 @@ def high_frequency_energy(pixels: Tensor) -> float:
 
 
 def contrast(pixels: Tensor) -> float:
-    """Mean over frames of the standard deviation of grey values."""
+    """Returns the mean over frames of the standard deviation of grey values."""
     return float(pixels.mean(4).flatten(2).std(2).mean())
 
 
 def sharpness(pixels: Tensor) -> float:
-    """Mean over frames of the variance of the grey values' Laplacian (4 neighbours, borders left out)."""
+    """Returns the mean over frames of the variance of the grey values' Laplacian (4 neighbours, borders left out)."""
     grey = pixels.mean(4)
     inner = grey[..., 1:-1, 1:-1]
     sides = grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1] + grey[..., 1:-1, :-2] + grey[..., 1:-1, 2:]
@@ -27,13 +27,13 @@ def sharpness(pixels: Tensor) -> float:
 
 
 def saturation(pixels: Tensor) -> float:
-    """Mean saturation of the HSV model, (max - min) / max over the channels; 0 of grey pixels, black among them."""
+    """Returns the mean saturation of the HSV model, (max - min) / max over the channels; grey and black have 0."""
     most, least = pixels.clamp(0, 1).amax(4), pixels.clamp(0, 1).amin(4)
     return float(((most - least) / most.clamp(min=1e-6)).mean())
 
 
 def displacement(pixels: Tensor) -> Tensor:
-    """Motion of the ink's centre from the first third of a clip to its last, [n, 2] pixels (right, down)."""
+    """Returns how far the ink's centre moves from a clip's first third to its last, [n, 2] pixels (right, down)."""
     ink = pixels.mean(4).clamp(min=0) ** 2  # squared, so that faint background counts little
     mass = ink.sum((2, 3)).clamp(min=1e-6)
     down, right = (torch.arange(size, dtype=ink.dtype) for size in ink.shape[-2:])

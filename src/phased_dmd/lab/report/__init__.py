@@ -19,12 +19,12 @@ ASSETS = Path(__file__).parents[2] / "assets"
 
 
 def write_report(runs: Sequence[Path | str], output: Path) -> Path:
-    """Writes the page of finished and evaluated runs, in this order; a UserError where they cannot be compared."""
+    """Writes a page of finished and evaluated runs, in this order; raises UserError where they cannot be compared."""
     if output.is_dir():
         raise UserError(f"--output: {output} is a folder; name a file in it")
     read = read_runs(runs)
     groups, tables = group(read), make_tables(group(read))
-    measured = {measure for table in tables for measure in table.measures}
+    measured = {measure for table in tables for measure in table["measures"]}
     html = _page().render(
         groups=groups, tables=tables, sheets=make_sheets(groups), curves=make_curves(groups), colours=colours(groups),
         headings={measure: HEADINGS[measure] for measure in HEADINGS if measure in measured},
@@ -43,7 +43,7 @@ def _page() -> Template:
 
 
 def _phases(config: Config) -> list[tuple[int, str, str]]:
-    """Of each phase its number, the times its steps start at, and where it ends."""
+    """Returns for each phase its number, the times at which its steps start, and where it ends."""
     plan = phase_plan(config)
     return [
         (phase, ", ".join(f"{plan.times[i]:.4g}" for i in plan.steps(phase)), f"{plan.end(phase):.4g}")

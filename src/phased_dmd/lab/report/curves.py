@@ -16,12 +16,12 @@ INK = "#010203"  # stands for the page's own colour
 
 
 def colours(groups: Sequence[Group]) -> dict[str, str]:
-    """Of each method by its label; they repeat where there are many."""
+    """Returns a colour for the label of each method; colours repeat where there are many."""
     return {group.label: COLOURS[i % len(COLOURS)] for i, group in enumerate(groups)}
 
 
 def make_curves(groups: Sequence[Group]) -> str:
-    """Losses of all runs, a row a loss and a column a phase, a colour a method; empty where none was logged."""
+    """Draws the losses of all runs, a row a loss, a column a phase, a colour a method; "" where none was logged."""
     phases = max(group.runs[0].config.plan.phases for group in groups)
     if not any(run.metrics for group in groups for run in group.runs):
         return ""

@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageSequence
 
 from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate import slug
-from phased_dmd.lab.report.runs import Group, Run, base_rows
+from phased_dmd.lab.report.runs import EvaluatedRun, Group, base_rows
 from phased_dmd.media import as_shown, opened
 
 SMALL = 128  # pixels of the shorter side, up to which a file is taken as it is
@@ -31,81 +32,62 @@ class Picture:
     pixelated: bool
 
 
-@dataclass(frozen=True)
-class Row:
-    """A generator's samples, a column each: stills or clips, and of clips the frames side by side too."""
-
-    name: str
-    detail: str
-    seed: int | None
-    pictures: list[Picture]
-    frames: list[Picture]
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A prompt set's samples; prompts: each with the number of columns in a row that are its own."""
-
-    name: str
-    about: str
-    prompts: list[tuple[str, int]]
-    seeds: list[int]
-    rows: list[Row]
-    clips: bool
-
-
 def embed(path: Path, box: tuple[int, int] = BOX, shown: int = SHOWN) -> Picture:
-    """A file as it is where it is small, else a lossy WebP that fits the box, animated as the file is."""
+    """Embeds a small file as it is, another as a lossy WebP that fits the box, animated as the file is."""
     try:
         with opened(path) as image:
             if min(image.size) <= SMALL:
                 factor = max(1, round(shown / min(image.size)))
                 kind, data = (image.format or "").lower(), path.read_bytes()
                 return Picture(_data_url(data, kind), factor * image.width, factor * image.height, True)
-            frames = [_fit(frame, box) for frame in ImageSequence.Iterator(image)]
+            frames = [as_shown(frame) for frame in ImageSequence.Iterator(image)]
             duration = image.info.get("duration", 0)
     except UserError as error:
         raise UserError(f"{error}; evaluate the run again") from error
+    for frame in frames:
+        frame.thumbnail(box, Image.Resampling.LANCZOS)
     buffer, (first, *rest) = io.BytesIO(), frames
     animation = {"save_all": True, "append_images": rest, "duration": duration, "loop": 0} if rest else {}
     first.save(buffer, "WEBP", quality=QUALITY, **animation)
     return Picture(_data_url(buffer.getvalue(), "webp"), *first.size, pixelated=False)
 
 
-def _fit(frame: Image.Image, box: tuple[int, int]) -> Image.Image:
-    frame = as_shown(frame)
-    frame.thumbnail(box, Image.Resampling.LANCZOS)
-    return frame
-
-
 def _data_url(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def make_sheets(groups: Sequence[Group]) -> list[Sheet]:
-    """A sheet for each prompt set; of samples without pictures, a scatter plot a row."""
-    return [_sheet(groups, name, s["about"]) for name, s in groups[0].runs[0].evaluation["sets"].items()]
+def make_sheets(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Returns a sheet for each prompt set, as the page's template takes it; samples of points are a scatter plot a row.
+
+    prompts: each with the number of columns in a row that are its own. seeds: of the noise, by column. Of a row, `seed`
+    is the training seed, `frames` are pictures of a clip's frames side by side.
+    """
+    sheets = []
+    for name, of_set in groups[0].runs[0].evaluation["sets"].items():
+        shown = groups[0].runs[0].shown.get(name, [])
+        rows = [
+            {"name": row, "detail": "", "seed": None, **_files(run, name, row)}
+            for row, run in base_rows(groups, name).items()
+        ] + [
+            {"name": run.row, "detail": group.detail, "seed": run.config.seed, **_files(run, name, run.row)}
+            for group in groups
+            for run in group.runs
+        ]
+        prompts = itertools.groupby(sample["prompt"] for sample in shown)
+        sheets.append({
+            "name": name, "about": of_set["about"], "prompts": [(prompt, len(list(same))) for prompt, same in prompts],
+            "seeds": [sample["seed"] for sample in shown], "rows": rows, "clips": any(row["frames"] for row in rows),
+        })  # fmt: skip
+    return sheets
 
 
-def _sheet(groups: Sequence[Group], name: str, about: str) -> Sheet:
-    shown = groups[0].runs[0].shown.get(name, [])
-    rows = [Row(row, "", None, *_files(run, name, row)) for row, run in base_rows(groups, name).items()]
-    for group in groups:
-        rows += [Row(run.row, group.detail, run.config.seed, *_files(run, name, run.row)) for run in group.runs]
-    prompts = itertools.groupby(sample["prompt"] for sample in shown)
-    return Sheet(
-        name, about, [(prompt, len(list(same))) for prompt, same in prompts],
-        [sample["seed"] for sample in shown], rows, clips=any(row.frames for row in rows),
-    )  # fmt: skip
-
-
-def _files(run: Run, name: str, row: str) -> tuple[list[Picture], list[Picture]]:
-    """A row's pictures, and where they are clips their frames, in the order of the columns."""
+def _files(run: EvaluatedRun, name: str, row: str) -> dict[str, list[Picture]]:
+    """Returns a row's pictures, and the frames of clips, in the order of the columns."""
     folder = run.path / "samples" / name / slug(row)
     if name not in run.shown:
-        return [embed(folder / "points.png", PLOT)], []
+        return {"pictures": [embed(folder / "points.png", PLOT)], "frames": []}
     stems = [f"{i:02d}" for i in range(len(run.shown[name]))]
     if not (folder / "00.webp").exists():
-        return [embed(folder / f"{stem}.png") for stem in stems], []
+        return {"pictures": [embed(folder / f"{stem}.png") for stem in stems], "frames": []}
     frames = [embed(folder / f"{stem}-frames.png", STRIP, SHOWN_STRIP) for stem in stems]
-    return [embed(folder / f"{stem}.webp") for stem in stems], frames
+    return {"pictures": [embed(folder / f"{stem}.webp") for stem in stems], "frames": frames}

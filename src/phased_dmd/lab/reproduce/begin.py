@@ -7,7 +7,7 @@ import threading
 
 
 def begin_worker() -> None:
-    """One thread of torch; a worker whose parent is killed ends too, so that nobody else writes to its run; and
+    """Gives torch one thread; a worker whose parent is killed ends too, so that nobody else writes to its run; and
     Ctrl-C, which all processes get, ends it without a word but where `distill` heeds it: the parent has the word.
     """
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))

@@ -16,7 +16,7 @@ class Variant:
     """What is laid over a recipe: a method, which keeps the generator updates in all, and dotted overrides.
 
     updates: a factor on the budget's share of the generator updates. last: a factor on the iterations of the last
-    phase alone, whose earlier phases are then the experts of the run without it.
+    phase alone; the experts of its earlier phases are then taken from the run whose factor is 1.
     """
 
     method: Method | None = None  # None: the recipe's own
@@ -26,8 +26,8 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Measure:
-    """A measure on a prompt set, and what is better: a lower value, a higher one, or one closer to the base's."""
+class Criterion:
+    """A measure in the table of a prompt set, and what is better: lower or higher values, or closer to the base's."""
 
     table: str
     name: str
@@ -35,31 +35,32 @@ class Measure:
 
     @property
     def scale(self) -> Literal["ratio", "difference"]:
-        """What two values are compared by; gaps to the base, which may be zero, by their difference."""
+        """Says how two values are compared; gaps to the base may be zero, and so are compared by their difference."""
         return "difference" if self.name in BOUNDED or self.direction == "closer" else "ratio"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A claim on one recipe: the measures that decide, the variants by label, and pairs (better, worse) of labels."""
+    """A claim on one recipe: the criteria that decide, the variants by label, and pairs (better, worse) of labels."""
 
-    measures: tuple[Measure, ...]
+    criteria: tuple[Criterion, ...]
     variants: Mapping[str, Variant]
     pairs: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What is said of variants with equal teacher, seeds and generator updates in all, and the trials that decide.
+    """A statement on variants of equal teacher, seeds and generator updates in all, and the trials that decide it.
 
-    source, says: of the paper, or of this project's own notes where the paper has none. shown: the evidence given
-    there. how: what is done here, where the tables do not say it. trials: by recipe. paper: the paper's own figures
-    by label, and under "" what they are. curves: show the measures over the updates, a curve a method.
+    source, says: where it is said and what, in the paper, or in this project's own notes where the paper has none.
+    evidence: what is given for it there. trials: by recipe. how: what is done here, where the tables do not say it.
+    paper: the paper's own figures by label; under "" are the titles of their columns. curves: whether the figure shows
+    the measures over the updates, a curve a method.
     """
 
     source: str
     says: str
-    shown: str
+    evidence: str
     trials: Mapping[str, Trial]
     how: str = ""
     paper: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -68,7 +69,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of everything: seeds from `first` on, samples a cell, and the share of a recipe's generator updates."""
+    """How much is run: seeds from `first` on, samples of a set, and the share of a recipe's generator updates."""
 
     seeds: int
     samples: int
@@ -85,8 +86,8 @@ QUICK = {
     "nano-t2v": Budget(1, 64, 0.1), "nano-i2v": Budget(1, 64, 0.1),
 }  # fmt: skip
 
-MODES = Measure("mixture", "mode_histogram_kl")
-FRECHET = Measure("weak", "frechet_features")
+MODES = Criterion("mixture", "mode_histogram_kl")
+FRECHET = Criterion("weak", "frechet_features")
 
 ONE_STEP = Variant("dmd", {"plan.steps": 1})
 DMD = Variant("dmd")
@@ -94,13 +95,17 @@ DMD_SGTS = Variant("dmd-sgts")
 DMD_SGTS_WIDE = Variant("dmd-sgts", {"generator.lora.rank": 64, "generator.lora.alpha": 64})
 PHASED_SGTS = Variant("phased-sgts")
 PHASED = Variant("phased")
+ON_BOTH = {"toy-2d": (MODES,), "nano-t2i": (FRECHET,)}
 
 
 def trials(
-    variants: Mapping[str, Variant],
-    pairs: tuple[tuple[str, str], ...],
-    recipes: Mapping[str, tuple[Measure, ...]] | None = None,
-) -> dict[str, Trial]:
-    """The same variants and pairs on several recipes; if not told, on toy-2d's modes and nano-t2i's weak prompt."""
-    recipes = recipes or {"toy-2d": (MODES,), "nano-t2i": (FRECHET,)}
-    return {recipe: Trial(measures, variants, pairs) for recipe, measures in recipes.items()}
+    variants: Mapping[str, Variant], recipes: Mapping[str, tuple[Criterion, ...]] = ON_BOTH,
+    pairs: tuple[tuple[str, str], ...] | None = None,
+) -> dict[str, Trial]:  # fmt: skip
+    """Returns trials of the same variants on several recipes, each decided by its own criteria.
+
+    pairs: by default the first variant is claimed to be better than each of the others.
+    """
+    first, *others = variants
+    pairs = pairs or tuple((first, other) for other in others)
+    return {recipe: Trial(criteria, variants, pairs) for recipe, criteria in recipes.items()}

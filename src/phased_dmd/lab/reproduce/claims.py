@@ -12,7 +12,7 @@ from phased_dmd.lab.reproduce.claim import (
     PHASED,
     PHASED_SGTS,
     Claim,
-    Measure,
+    Criterion,
     Trial,
     Variant,
     trials,
@@ -26,14 +26,14 @@ OVER_BASELINES = (
     ("DMD", "DMD+SGTS"),
 )  # fmt: skip
 DIVERSITY = (
-    Measure("weak", "pairwise_cosine"),
-    Measure("weak", "class_entropy", "higher"),
-    Measure("specific", "pairwise_cosine", "closer"),
+    Criterion("weak", "pairwise_cosine"),
+    Criterion("weak", "class_entropy", "higher"),
+    Criterion("specific", "pairwise_cosine", "closer"),
 )
 MOTION = (
-    Measure("specific", "optical_flow", "higher"),
-    Measure("specific", "dynamic_degree", "higher"),
-    Measure("specific", "optical_flow", "closer"),
+    Criterion("specific", "optical_flow", "higher"),
+    Criterion("specific", "dynamic_degree", "higher"),
+    Criterion("specific", "optical_flow", "closer"),
 )
 WIDE = "DMD+SGTS, rank 64"  # the parameters of two experts of rank 32
 TWO_NETWORKS = {"DMD+SGTS": DMD_SGTS, "Phased+SGTS": PHASED_SGTS, "Phased-all": Variant()}
@@ -42,7 +42,7 @@ TABLE2 = Claim(
     source="Table 2, Sec. 3.1",
     says="Phased DMD preserves the base's generative diversity better than vanilla DMD and DMD with SGTS; SGTS has "
     "slightly lower diversity than vanilla DMD.",
-    shown="Figures of DINOv3 and LPIPS on 21 prompts, 8 seeds each, of one run a method.",
+    evidence="Figures of DINOv3 and LPIPS on 21 prompts, 8 seeds each, of one run a method.",
     how="Weak: the prompt that leaves the digit open, where a generator may lose digits; specific: ten prompts that "
     "name it, where errors too look like diversity, so that closer to the base is better. Two controls give DMD+SGTS "
     "the parameters of two experts: rank 64 where the others have 32, and nano-moe, whose two networks give both "
@@ -50,11 +50,7 @@ TABLE2 = Claim(
     "of DMD+SGTS and no control of its own.",
     trials={
         "toy-2d": Trial((MODES,), METHODS, OVER_BASELINES),
-        "nano-t2i": Trial(
-            DIVERSITY,
-            METHODS | {WIDE: DMD_SGTS_WIDE},
-            (*OVER_BASELINES, ("Phased+SGTS", WIDE)),
-        ),
+        "nano-t2i": Trial(DIVERSITY, METHODS | {WIDE: DMD_SGTS_WIDE}, (*OVER_BASELINES, ("Phased+SGTS", WIDE))),
         "nano-moe": Trial(DIVERSITY, TWO_NETWORKS, (("Phased+SGTS", "DMD+SGTS"), ("Phased-all", "DMD+SGTS"))),
     },
     paper={
@@ -69,13 +65,13 @@ TABLE2 = Claim(
 TABLE3 = Claim(
     source="Table 3, Appendix E.1",
     says="Phased DMD produces significantly stronger motion than DMD with SGTS, and so preserves the base's.",
-    shown="Figures of optical flow and VBench's dynamic degree on 220 prompts, seed 42, of one run a method.",
+    evidence="Figures of optical flow and VBench's dynamic degree on 220 prompts, seed 42, of one run a method.",
     how="Clips of nine frames of a digit that moves as its prompt says. Optical flow is in pixels of 32 a side; the "
     "dynamic degree scales VBench's threshold to them. Phased+SGTS has twice the parameters of DMD+SGTS and Phased, of "
     "four experts, four times; there is no control of as many.",
     trials=trials(
-        METHODS, (("Phased+SGTS", "DMD+SGTS"), ("Phased", "DMD+SGTS")),
-        {"nano-t2v": MOTION, "nano-i2v": MOTION},
+        METHODS, {"nano-t2v": MOTION, "nano-i2v": MOTION},
+        pairs=(("Phased+SGTS", "DMD+SGTS"), ("Phased", "DMD+SGTS")),
     ),
     paper={
         "": ("Wan2.2 T2V: flow ↑, dynamic degree in % ↑", "Wan2.2 I2V"),
@@ -87,27 +83,24 @@ TABLE3 = Claim(
 )  # fmt: skip
 
 
-def collapse_trial(measures: tuple[Measure, ...], factors: tuple[float, ...]) -> Trial:
-    """DMD+SGTS and Phased DMD at several factors on the updates, the last of which is the most."""
+def collapse_trial(criteria: tuple[Criterion, ...], factors: tuple[float, ...]) -> Trial:
+    """Returns a trial of DMD+SGTS and Phased DMD at several factors on the updates, of which the last is the most."""
     methods = {"DMD+SGTS": DMD_SGTS, "Phased": PHASED}
     variants = {f"{m}, x {f:g}": replace(variant, updates=f) for m, variant in methods.items() for f in factors}
     least, most = factors[0], factors[-1]
-    pairs = (
-        (f"DMD+SGTS, x {least:g}", f"DMD+SGTS, x {most:g}"),
-        (f"Phased, x {most:g}", f"DMD+SGTS, x {most:g}"),
-    )
-    return Trial(measures, variants, pairs)
+    pairs = ((f"DMD+SGTS, x {least:g}", f"DMD+SGTS, x {most:g}"), (f"Phased, x {most:g}", f"DMD+SGTS, x {most:g}"))
+    return Trial(criteria, variants, pairs)
 
 
 COLLAPSE = Claim(
     source="Sec. 3.3",
     says="Under DMD diversity declines as training goes on; frozen experts of the low-SNR phases protect it.",
-    shown="By argument: reverse KL seeks modes. No figures.",
+    evidence="By argument: reverse KL seeks modes. No figures.",
     how="Runs of their own at each number of updates, whose learning rate falls to zero at their end; x 1 is the "
     "budget of the other claims.",
     trials={
         "nano-t2i": collapse_trial(
-            (Measure("weak", "class_entropy", "higher"), Measure("weak", "pairwise_cosine")), (0.25, 0.5, 1, 2)
+            (Criterion("weak", "class_entropy", "higher"), Criterion("weak", "pairwise_cosine")), (0.25, 0.5, 1, 2)
         ),
         "toy-2d": collapse_trial((MODES,), (0.25, 0.5, 1)),
     },
@@ -119,7 +112,7 @@ FIG5 = Claim(
     source="Fig. 5, Sec. 3.3",
     says="Longer training of the last expert, on a frozen first one, changes lighting and texture and leaves the "
     "structure unchanged.",
-    shown="Pictures of Wan2.1 text-to-image after 100 and 400 iterations of the high-SNR expert. No figures.",
+    evidence="Pictures of Wan2.1 text-to-image after 100 and 400 iterations of the high-SNR expert. No figures.",
     how="From short training of the last phase, a quarter of its iterations, to long training, on one frozen first "
     "expert: 500 samples of the weak prompt with equal noise. A change is the energy of the difference of the grey "
     "pictures over that of the long training's, of structure below a quarter of the Nyquist frequency without the mean "
@@ -128,7 +121,7 @@ FIG5 = Claim(
     "trained for a quarter of its updates, and for all.",
     trials={
         "nano-t2i": Trial(
-            (Measure("change", "structure"), Measure("change", "detail_over_structure", "higher")),
+            (Criterion("change", "structure"), Criterion("change", "detail_over_structure", "higher")),
             {
                 "Phased+SGTS, short": replace(PHASED_SGTS, last=SHORT),
                 "Phased+SGTS": PHASED_SGTS,

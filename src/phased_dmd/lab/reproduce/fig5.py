@@ -1,16 +1,15 @@
 """Fig. 5: what longer training of the last expert changes in a picture, its structure or its detail."""
 
-import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from phased_dmd.checkpoint import write_atomically
-from phased_dmd.lab.metrics.digit_classifier import load_classifier, read
-from phased_dmd.lab.metrics.intervals import interval
-from phased_dmd.lab.reproduce.comparisons import LEAST
-from phased_dmd.lab.reproduce.study import Study
+from phased_dmd.lab.metrics.digit_classifier import classify, load_classifier
+from phased_dmd.lab.metrics.intervals import LEAST
+from phased_dmd.lab.reproduce.workers import PlannedRun
 from phased_dmd.prompts import Prompt
 from phased_dmd.sampling.loading import load
 
@@ -21,32 +20,34 @@ SHORT = "{}, short"
 NYQUIST = 0.5  # cycles a pixel
 
 
-def changes(found: Study, results: Path, samples: int = SAMPLES) -> None:
-    """Adds the table `change` to a study, from short to long training; writes a file a method and seed into results."""
-    seeds = sorted({seed for _, seed in found.runs})
-    found.summary["change"] = {}
-    for method in METHODS:
-        runs = [(found.runs[SHORT.format(method), seed].folder, found.runs[method, seed].folder) for seed in seeds]
-        each = [change(*(pictures(folder, samples) for folder in pair)) for pair in runs]
-        for seed, one in zip(seeds, each, strict=True):
-            body = {"variant": method, "seed": seed, "samples": samples, **one}
-            path = results / f"change-{method.replace('+', '-')}-{seed}.json"
-            write_atomically(path, (json.dumps(body) + "\n").encode())
-        found.summary["change"][method] = {name: interval([one[name] for one in each]) for name in each[0]}
-
-
-def pictures(folder: Path, samples: int) -> Tensor:
-    """A run's pictures of the weak prompt [n, 1, h, w, 3], seeds 0, 1, ..."""
+def sample_pictures(folder: Path) -> Tensor:
+    """Returns pictures [n, 1, h, w, 3] of a run for the weak prompt, with seeds 0, 1, ..."""
     sampler = load(folder)
-    return sampler.decode(sampler([PROMPT] * samples, range(samples)))
+    return sampler.decode(sampler([PROMPT] * SAMPLES, range(SAMPLES)))
+
+
+def changes(
+    runs: Mapping[tuple[str, int], PlannedRun], pictures: Callable[[Path], Tensor] = sample_pictures
+) -> list[dict[str, Any]]:
+    """Returns a row for each method and seed: how its pictures change from short to long training.
+
+    runs: by label and seed. pictures: samples the run in a folder.
+    """
+    rows = []
+    for method in METHODS:
+        for seed in sorted({seed for _, seed in runs}):
+            short, long = (pictures(runs[label, seed].folder) for label in (SHORT.format(method), method))
+            about = {"name": f"change-{method.replace('+', '-')}-{seed}", "variant": method, "seed": seed}
+            rows.append({**about, "samples": len(long), **change(short, long)})
+    return rows
 
 
 def change(short: Tensor, long: Tensor) -> dict[str, float]:
-    """From pictures [n, f, h, w, 3] to others of equal noise, in shares of the latter's energy, and of digits alike.
+    """Compares pictures [n, f, h, w, 3] with others of equal noise: changes in shares of the latter's energy.
 
-    structure: below a quarter of the Nyquist frequency, without the mean, for Fig. 5 counts the lighting to the
-    detail; detail: above half of it; detail_over_structure: the one over the other. agreement: the share of pictures
-    in which the same digit is read.
+    structure: the change below a quarter of the Nyquist frequency, without the mean, since Fig. 5 counts the lighting
+    to the detail. detail: the change above half of it. detail_over_structure: the one over the other. agreement: the
+    share of pictures in which the same digit is read.
     """
     grey = [pixels.mean(4) for pixels in (short, long)]
     difference, energy = (torch.fft.fft2(values).abs() ** 2 for values in (grey[0] - grey[1], grey[1]))
@@ -56,5 +57,5 @@ def change(short: Tensor, long: Tensor) -> dict[str, float]:
     found = {name: float(difference[..., band].sum() / energy[..., band].sum()) for name, band in bands.items()}
     found["detail_over_structure"] = found["detail"] / max(found["structure"], LEAST)
     classifier = load_classifier()[0]
-    digits = [read(classifier, pixels)[1].argmax(1) for pixels in (short, long)]
+    digits = [classify(classifier, pixels)[1].argmax(1) for pixels in (short, long)]
     return found | {"agreement": float((digits[0] == digits[1]).double().mean())}

@@ -1,19 +1,21 @@
 """`reproduce memory`: what one generator update must keep for its backward, plain DMD against Phased DMD (Sec. 2.3)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from phased_dmd.checkpoint import write_atomically
 from phased_dmd.conditions import Conditions
 from phased_dmd.config import Config
 from phased_dmd.engine.randomness import seed_of
 from phased_dmd.engine.world import split_batch
+from phased_dmd.lab.metrics.formats import markdown_table
+from phased_dmd.lab.reproduce.figure import style_panel
+from phased_dmd.lab.reproduce.results import write_page
 from phased_dmd.networks.build import add_expert, build_system, load_teacher
 from phased_dmd.networks.roles import FAKE, expert_role
 from phased_dmd.prompts import read_prompts
@@ -26,9 +28,9 @@ GROWTH, FLAT = 0.9, 1.1  # of one step's bytes: plain DMD needs at least .9 N ti
 
 
 class SavedBytes(saved_tensors_hooks):
-    """Counts the bytes of what autograd saves within it: each storage once, those of `parameters` not at all.
+    """A context that counts the bytes which autograd saves in it: each storage once, `parameters` not at all.
 
-    Storages are told apart by their address, which nobody else gets while the graph lives.
+    Storages are told apart by their address, which no other tensor gets while the graph lives.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -48,10 +50,10 @@ class SavedBytes(saved_tensors_hooks):
 
 
 def update_bytes(config: Config) -> list[int]:
-    """Saved bytes of one generator update in each phase of a text-to-image run, the update that `distill` makes."""
+    """Returns the bytes that autograd saves for one generator update of `distill`, by phase of a text-to-image run."""
     assert config.prompts is not None
     model, codec = load_teacher(config)
-    samples, totals = split_batch(config.batch_size, config.engine)[0], []
+    samples, totals = split_batch(config.batch_size, config.engine)[0][0], []
     with TemporaryDirectory() as folder:
         prompts = read_prompts(config.prompts)
         conditions = Conditions(codec, prompts, config.teacher.negative_prompt, Path(folder))
@@ -82,7 +84,14 @@ def memory(results: Path, about: Mapping[str, Any], steps: Sequence[int] = STEPS
     """Writes results/memory.{json,md,png}: saved bytes of an update by the number of steps, and the verdict."""
     plain = {n: update_bytes(resolve(RECIPE, {"plan.steps": n}, "dmd"))[0] for n in steps}
     phased = {n: update_bytes(resolve(RECIPE, {"plan.steps": n}, "phased")) for n in steps if n > 1}
-    most = max(steps)
+    return write_memory(results, about, plain, phased)
+
+
+def write_memory(
+    results: Path, about: Mapping[str, Any], plain: Mapping[int, int], phased: Mapping[int, Sequence[int]]
+) -> Path:
+    """Writes the results from the bytes of plain DMD by steps, and those of Phased DMD by steps and phase."""
+    most = max(plain)
     body = {
         "claim": "memory", "says": SAYS, "source": "Fig. 1, Sec. 2.2 and 2.3", **about,
         "verdict": judge_memory(plain, phased),
@@ -90,50 +99,43 @@ def memory(results: Path, about: Mapping[str, Any], steps: Sequence[int] = STEPS
         f"{max(phased[most]) / plain[1]:.2f} (a count, without an interval)",
         "plain": plain, "phased": phased,
     }  # fmt: skip
-    write_atomically(results / "memory.json", (json.dumps(body, indent=1) + "\n").encode())
-    _plot(plain, phased, results / "memory.png")
-    path = results / "memory.md"
-    write_atomically(path, _markdown(body).encode())
-    return path
+    _draw_bytes(plain, phased, results / "memory.png")
+    return write_page(results, "memory", memory_page(body), body)
 
 
-def judge_memory(plain: dict[int, int], phased: dict[int, list[int]]) -> str:
-    """holds, holds partly or does not hold, from bytes by steps, and by steps and phase; plain[1] is one step's."""
+def judge_memory(plain: Mapping[int, int], phased: Mapping[int, Sequence[int]]) -> str:
+    """Returns `holds`, `holds partly` or `does not hold`; plain[1] are the bytes of one step."""
     one = plain[1]
     grows = all(total >= GROWTH * n * one for n, total in plain.items())
     flat = all(total <= FLAT * one for totals in phased.values() for total in totals)
     return ("does not hold", "holds partly", "holds")[grows + flat]
 
 
-def _markdown(body: dict[str, Any]) -> str:
+def memory_page(body: Mapping[str, Any]) -> list[str]:
+    """Returns the parts of results/memory.md from its JSON."""
     plain, phased = body["plain"], body["phased"]
+    one = next(iter(plain.values()))
 
     def cell(total: int) -> str:
-        return f"{total / 2**20:.1f} MiB ({total / plain[1]:.2f})"
+        return f"{total / 2**20:.1f} MiB ({total / one:.2f})"
 
-    lines = ["| steps | few-step DMD | Phased DMD, least and most of the phases |", "|---|---|---|"]
-    for n, total in plain.items():
-        ends = f"{cell(min(phased[n]))}, {cell(max(phased[n]))}" if n in phased else "the same"
-        lines.append(f"| {n} | {cell(total)} | {ends} |")
-    return "\n\n".join(
-        [
-            "# memory",
-            f"{body['source']}: {SAYS}",
-            "The evidence there: by argument. No figures.",
-            f"Verdict: **{body['verdict']}**. It holds if few-step DMD saves at least {GROWTH:g} N times one step's "
-            f"bytes and every phase at most {FLAT:g} times. The same count in every run: there is no interval.",
-            "![memory](memory.png)",
-            f"`{body['command']}`, {body['date']}: bytes that autograd saves for the backward of one generator update "
-            f"of {RECIPE}, each storage once, weights left out (a further expert adds its own); in brackets the ratio "
-            "to one step.",
-            "\n".join(lines),
-        ]
-    ) + "\n"  # fmt: skip
+    rows = [
+        [f"{n}", cell(total), f"{cell(min(phased[n]))}, {cell(max(phased[n]))}" if n in phased else "the same"]
+        for n, total in plain.items()
+    ]
+    return [
+        "# memory", f"{body['source']}: {SAYS}", "The evidence there: by argument. No figures.",
+        f"Verdict: **{body['verdict']}**. It holds if few-step DMD saves at least {GROWTH:g} N times one step's "
+        f"bytes and every phase at most {FLAT:g} times. The same count in every run: there is no interval.",
+        "![memory](memory.png)",
+        f"`{body['command']}`, {body['date']}: bytes that autograd saves for the backward of one generator update "
+        f"of {RECIPE}, each storage once, weights left out (a further expert adds its own); in brackets the ratio "
+        "to one step.",
+        markdown_table(["steps", "few-step DMD", "Phased DMD, least and most of the phases"], rows),
+    ]  # fmt: skip
 
 
-def _plot(plain: dict[int, int], phased: dict[int, list[int]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
+def _draw_bytes(plain: Mapping[int, int], phased: Mapping[int, Sequence[int]], path: Path) -> None:
     figure = Figure((5, 3.2), layout="constrained", dpi=150)
     panel = figure.subplots()
     panel.plot([*plain], [total / 2**20 for total in plain.values()], "o-", label="DMD")
@@ -142,8 +144,7 @@ def _plot(plain: dict[int, int], phased: dict[int, list[int]], path: Path) -> No
     panel.set_xticks([*plain])
     panel.set_ylim(0)
     panel.set_xlabel("steps", fontsize=8)
-    panel.set_title("saved for the backward of a generator update, MiB", fontsize=8)
-    panel.tick_params(labelsize=8)
-    panel.spines[["top", "right"]].set_visible(False)
+    style_panel(panel, "saved for the backward of a generator update, MiB")
     panel.legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

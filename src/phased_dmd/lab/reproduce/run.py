@@ -1,67 +1,131 @@
-"""Claims and studies by their names, at a budget."""
+"""Claims and studies by their names, at a budget: their runs, then their pages."""
 
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from phased_dmd.lab.reproduce.claim import FULL, QUICK, Budget
-from phased_dmd.lab.reproduce.claim_page import write_index
+from phased_dmd.lab.reproduce.claim import FULL, QUICK, Budget, Claim, Variant
+from phased_dmd.lab.reproduce.claim_page import claim_page, decisive
 from phased_dmd.lab.reproduce.claims import ALONE, CLAIMS, NAMES, STUDIES
-from phased_dmd.lab.reproduce.decide import decide
 from phased_dmd.lab.reproduce.fig2 import SEEDS, fig2
+from phased_dmd.lab.reproduce.fig5 import changes
+from phased_dmd.lab.reproduce.figure import draw_figure
 from phased_dmd.lab.reproduce.memory_study import memory
-from phased_dmd.lab.reproduce.study import planned, study
-from phased_dmd.lab.reproduce.workers import Run, Tell, Workers, default_jobs
+from phased_dmd.lab.reproduce.results import amounts, summary_table, write_index, write_page, write_rows
+from phased_dmd.lab.reproduce.study import Study, plan_runs, rows_of, study_of
+from phased_dmd.lab.reproduce.verdict import compare_pairs, judge
+from phased_dmd.lab.reproduce.workers import Log, PlannedRun, Workers, default_jobs
 
 
 def reproduce(
     name: str, budget: Literal["quick", "full"], seeds: int | None, samples: int | None, jobs: int | None,
-    runs: Path, results: Path, tell: Tell,
+    runs: Path, results: Path, log: Log,
 ) -> list[Path]:  # fmt: skip
-    """Runs what is not done yet, `jobs` at a time, and writes the results; returns the tables' paths.
+    """Makes the runs that are missing, `jobs` at a time, and writes the results; returns the paths of the pages.
 
-    name: one of NAMES, or all; a quick budget then leaves out the studies, whose runs are those of claims. seeds and
-    samples replace the budget's; a verdict takes the full budget's own. Raises UserError where a folder holds another
+    name: one of NAMES, or all. seeds and samples replace the budget's. Raises UserError where a folder holds another
     run.
     """
-    names = [name] if name != "all" else [n for n in NAMES if budget == "full" or n not in STUDIES]
-    budgets = {
-        recipe: replace(found, seeds=seeds or found.seeds, samples=samples or found.samples)
-        for recipe, found in {"quick": QUICK, "full": FULL}[budget].items()
-    }
-    whole = {  # a study's
-        recipe: replace(found, updates=found.updates if budget == "quick" else 1.0) for recipe, found in budgets.items()
-    }
-    asked = [run for n in names for run in runs_of(n, whole if n in STUDIES else budgets, runs)]
-    with Workers(jobs or default_jobs(), tell) as workers:
-        workers.distil(asked)
+    names = chosen(name, budget)
+    budgets = {n: budgets_of(n, budget, seeds, samples) for n in names}
+    asked = [run for n in names for run in runs_of(n, budgets[n], runs)]
+    with Workers(jobs or default_jobs(), log) as workers:
+        workers.distill(asked)
         workers.evaluate(asked)
     flags = {"--budget": budget if budget == "quick" else None, "--seeds": seeds, "--samples": samples}
-    told = "".join(f" {flag} {value}" for flag, value in flags.items() if value is not None)
+    options = "".join(f" {flag} {value}" for flag, value in flags.items() if value is not None)
     paths = []
     for n in names:
-        about = {"command": f"phased-dmd reproduce {n}{told}", "date": f"{datetime.date.today()}", "budget": budget}
+        about = {"command": f"phased-dmd reproduce {n}{options}", "date": f"{datetime.date.today()}", "budget": budget}
         if n == "memory":
             paths.append(memory(results, about))
         elif n == "fig2":
-            paths.append(fig2(range(seeds or SEEDS[budget]), results, about))
+            count = seeds or SEEDS[budget]
+            paths.append(fig2(range(count), results, about, count == SEEDS["full"] and budget == "full"))
         elif n in STUDIES:
-            paths.append(study(n, STUDIES[n], whole[n], runs, results, about))
+            paths.append(write_study(n, STUDIES[n], budgets[n][n], runs, results, about))
         else:
-            paths.append(decide(n, CLAIMS[n], budgets, runs, results, about))
+            paths.append(decide(n, CLAIMS[n], budgets[n], is_full(CLAIMS[n], budgets[n]), runs, results, about))
     write_index(results, (*ALONE, *CLAIMS), (*STUDIES,))
     return paths
 
 
-def runs_of(name: str, budgets: Mapping[str, Budget], runs: Path) -> Sequence[Run]:
-    """All runs of a claim or a study."""
+def chosen(name: str, budget: Literal["quick", "full"]) -> list[str]:
+    """Returns what a name stands for; a quick `all` leaves out the studies, whose runs are those of claims."""
+    return [name] if name != "all" else [n for n in NAMES if budget == "full" or n not in STUDIES]
+
+
+def budgets_of(
+    name: str, budget: Literal["quick", "full"], seeds: int | None = None, samples: int | None = None
+) -> dict[str, Budget]:
+    """Returns the budget of each recipe for a claim or study, with other seeds and samples where they are given.
+
+    A study's runs make all updates of its recipe, but at a quick budget.
+    """
+    found = {"quick": QUICK, "full": FULL}[budget]
+    if name in STUDIES and budget == "full":
+        found = {recipe: replace(of_recipe, updates=1.0) for recipe, of_recipe in found.items()}
+    return {r: replace(b, seeds=seeds or b.seeds, samples=samples or b.samples) for r, b in found.items()}
+
+
+def is_full(claim: Claim, budgets: Mapping[str, Budget]) -> bool:
+    """Says whether budgets are as large as a verdict on the claim takes."""
+    return all(budgets[recipe] == FULL[recipe] for recipe in claim.trials)
+
+
+def runs_of(name: str, budgets: Mapping[str, Budget], runs: Path) -> Sequence[PlannedRun]:
+    """Returns all runs of a claim or a study; claims that no distillation decides have none."""
     if name in STUDIES:
-        return list(planned(name, STUDIES[name], budgets[name], runs).values())
+        return list(plan_runs(name, STUDIES[name], budgets[name], runs).values())
     trials = CLAIMS[name].trials if name in CLAIMS else {}
-    return [
-        run
-        for recipe, trial in trials.items()
-        for run in planned(recipe, trial.variants, budgets[recipe], runs).values()
+    planned = [plan_runs(recipe, trial.variants, budgets[recipe], runs) for recipe, trial in trials.items()]
+    return [run for of_recipe in planned for run in of_recipe.values()]
+
+
+def decide(
+    name: str, claim: Claim, budgets: Mapping[str, Budget], full: bool, runs: Path, results: Path,
+    about: Mapping[str, Any],
+) -> Path:  # fmt: skip
+    """Writes results/NAME.md, .json and .png, and the rows of its runs in NAME.jsonl, from runs that are finished.
+
+    full: whether the budgets suffice for a verdict. about: `command`, `date` and `budget`.
+    """
+    planned = {recipe: plan_runs(recipe, t.variants, budgets[recipe], runs) for recipe, t in claim.trials.items()}
+    rows = [row for recipe in planned for row in rows_of(recipe, planned[recipe])]
+    if name == "fig5":
+        rows += changes(planned["nano-t2i"])
+    write_rows(results / f"{name}.jsonl", rows)
+    studies = {recipe: study_of(recipe, budgets[recipe], rows) for recipe in planned}
+    comparisons = [
+        comparison
+        for recipe, trial in claim.trials.items()
+        for comparison in compare_pairs(recipe, trial, studies[recipe].summary)
     ]
+    verdict = judge(comparisons) if full else None
+    body = {
+        "claim": name, "says": claim.says, "source": claim.source, **about, "verdict": verdict,
+        "decides": decisive(comparisons), "comparisons": comparisons,
+        "recipes": {recipe: study.as_json() for recipe, study in studies.items()},
+    }  # fmt: skip
+    draw_figure(results / f"{name}.png", claim, studies, planned)
+    return write_page(results, name, claim_page(name, claim, studies, comparisons, verdict, about), body)
+
+
+def write_study(
+    recipe: str, variants: Mapping[str, Variant], budget: Budget, runs: Path, results: Path, about: Mapping[str, Any]
+) -> Path:
+    """Writes results/RECIPE.md, .json and .jsonl: a recipe's variants side by side, without a verdict."""
+    rows = rows_of(recipe, plan_runs(recipe, variants, budget, runs))
+    write_rows(results / f"{recipe}.jsonl", rows)
+    study = study_of(recipe, budget, rows)
+    return write_page(results, recipe, study_page(study, about), {**about, **study.as_json()})
+
+
+def study_page(study: Study, about: Mapping[str, Any]) -> list[str]:
+    """Returns the parts of results/RECIPE.md."""
+    lead = f"`{about['command']}`, {about['date']}: {amounts(study)}; mean ± half width of the 95 % interval over "
+    lead += "seeds, in the base's rows over samples."
+    tables = [summary_table(kind, table, nets=study.nets) for kind, table in study.summary.items()]
+    return [f"# {study.recipe}", lead, *tables]

@@ -1,6 +1,5 @@
-"""A recipe's variants over seeds: their runs, what they measure, and that as tables."""
+"""A recipe's variants over seeds: the runs to be made, a row for each of what it measures, and means over seeds."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,194 +9,143 @@ from typing import Any
 
 from safetensors import safe_open
 
-from phased_dmd.checkpoint import RunFolder, write_atomically
+from phased_dmd.checkpoint import RunFolder
 from phased_dmd.config import Config
-from phased_dmd.lab.evaluate import Protocol, evaluate, tables
-from phased_dmd.lab.evaluate import title as evaluated_title
-from phased_dmd.lab.metrics.formats import number
+from phased_dmd.lab.evaluate import Protocol, evaluate
 from phased_dmd.lab.metrics.intervals import interval
 from phased_dmd.lab.reproduce.claim import Budget, Variant
-from phased_dmd.lab.reproduce.workers import Run
+from phased_dmd.lab.reproduce.workers import PlannedRun
 from phased_dmd.recipes import resolve
 
-Rows = Mapping[str, Mapping[str, dict[str, Any]]]  # of a table: row, measure, its cell
-Summary = dict[str, dict[str, dict[str, dict[str, Any]]]]  # table, row, measure, its cell
+Cell = dict[str, Any]  # an `interval` over seeds, and the signed `gaps` to the base by seed
+Table = dict[str, dict[str, Cell]]  # by row and measure
+SIZES = ("phases", "updates", "trainable_parameters")
 
 
 @dataclass(frozen=True)
 class Study:
-    """What the variants of a recipe measure: runs and evaluations by (label, seed).
+    """What the runs of a recipe's variants measure, as a page shows it.
 
-    summary: {table: {row: {measure: cell}}}, a cell being an `interval` over seeds with the signed `gaps` to the base;
-    a base's row has the interval of its samples. facts: {label: what sets its runs apart in size}.
+    evaluations: by label and seed. sizes: of the runs of each label, see SIZES. summary: a table for each prompt set,
+    the base's rows first, whose intervals are of their samples, then a row a label.
     """
 
     recipe: str
     budget: Budget
-    runs: Mapping[tuple[str, int], Run]
-    evaluations: Mapping[tuple[str, int], dict[str, Any]]
-    summary: Summary
-    facts: Mapping[str, dict[str, int]]
+    evaluations: Mapping[tuple[str, int], Mapping[str, Any]]
+    sizes: Mapping[str, dict[str, int]]
+    summary: dict[str, Table]
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({seed for _, seed in self.evaluations})
 
     @property
     def nets(self) -> dict[str, str]:
-        """The networks that measured, by name."""
+        """Returns the names of the networks that measured."""
         return next(iter(self.evaluations.values()))["nets"]
 
-    def body(self) -> dict[str, Any]:
-        """As it stands in a claim's JSON."""
-        seeds = sorted({seed for _, seed in self.runs})
+    def as_json(self) -> dict[str, Any]:
+        """Returns the study as it stands in the JSON beside its page."""
         return {
-            "seeds": seeds, "samples": self.budget.samples, "updates": self.budget.updates, "nets": self.nets,
-            "variants": self.facts, "summary": self.summary,
+            "seeds": self.seeds, "samples": self.budget.samples, "updates": self.budget.updates, "nets": self.nets,
+            "variants": self.sizes, "summary": self.summary,
         }  # fmt: skip
 
 
-def study(
-    recipe: str, variants: Mapping[str, Variant], budget: Budget, runs: Path, results: Path, about: Mapping[str, Any]
-) -> Path:
-    """Writes results/RECIPE.md and .json: a recipe's variants side by side, without a verdict."""
-    found = collect(recipe, planned(recipe, variants, budget, runs), budget, results / recipe)
-    body = {**about, **found.body()}
-    write_atomically(results / f"{recipe}.json", (json.dumps(body, indent=1) + "\n").encode())
-    path = results / f"{recipe}.md"
-    lead = f"`{about['command']}`, {about['date']}: {sizes(found)}; mean ± half width of the 95 % interval over seeds, "
-    lead += "in the base's rows over samples."
-    shown = [table(kind, rows, nets=found.nets) for kind, rows in found.summary.items()]
-    write_atomically(path, ("\n\n".join([f"# {recipe}", lead, *shown]) + "\n").encode())
-    return path
-
-
-def planned(recipe: str, variants: Mapping[str, Variant], budget: Budget, runs: Path) -> dict[tuple[str, int], Run]:
-    """The runs that a budget asks for, by (label, seed)."""
-    found = {}
+def plan_runs(
+    recipe: str, variants: Mapping[str, Variant], budget: Budget, runs: Path
+) -> dict[tuple[str, int], PlannedRun]:
+    """Returns the runs that a budget asks for, by label and seed; their folders lie in the folder `runs`."""
+    planned = {}
     for label, variant in variants.items():
         for seed in range(budget.first, budget.first + budget.seeds):
-            config, folder = prepared(recipe, variant, seed, budget, runs)
-            heir_of = prepared(recipe, replace(variant, last=1.0), seed, budget, runs)[1] if variant.last < 1 else None
-            found[label, seed] = Run(config, folder, budget.samples, heir_of)
-    return found
+            config, folder = plan_run(recipe, variant, seed, budget, runs)
+            parent = plan_run(recipe, replace(variant, last=1.0), seed, budget, runs)[1] if variant.last < 1 else None
+            planned[label, seed] = PlannedRun(config, folder, budget.samples, parent)
+    return planned
 
 
-def prepared(recipe: str, variant: Variant, seed: int, budget: Budget, runs: Path) -> tuple[Config, Path]:
-    """A variant's config and its run folder, named by all that sets it apart."""
+def plan_run(recipe: str, variant: Variant, seed: int, budget: Budget, runs: Path) -> tuple[Config, Path]:
+    """Returns a variant's config and its run folder, whose name tells all that sets it apart."""
     config = resolve(recipe, {"seed": seed, **variant.overrides}, variant.method)
     tags = [f"{key}={value}" for key, value in variant.overrides.items()]
-    if (share := budget.updates * variant.updates) != 1:
-        config = config.model_copy(update={"iterations": max(1, round(config.iterations * share))})
-        tags.append(f"iterations={config.iterations}")
-    if variant.last < 1:
-        config = config.model_copy(update={"iterations": max(1, round(config.iterations * variant.last))})
-        tags.append(f"last={config.iterations}")
+    for tag, share in (("iterations", budget.updates * variant.updates), ("last", variant.last)):
+        if share != 1:
+            config = config.model_copy(update={"iterations": max(1, round(config.iterations * share))})
+            tags.append(f"{tag}={config.iterations}")
     return config, runs / "-".join([recipe, config.method, *tags, str(seed)])
 
 
-def collect(recipe: str, runs: Mapping[tuple[str, int], Run], budget: Budget, results: Path) -> Study:
-    """What finished runs measure; writes results/RECIPE-VARIANT-SEED.json of each."""
-    evaluations, facts = {}, {}
+def rows_of(recipe: str, runs: Mapping[tuple[str, int], PlannedRun]) -> list[dict[str, Any]]:
+    """Returns a row for each run: its name, its config and what it measures; evaluates the runs that are not yet."""
+    rows = []
     for (label, seed), run in runs.items():
-        (found,) = evaluate([run.folder], Protocol(samples=run.samples)).values()
-        facts[label] = facts_of(run)
-        body = {"variant": label, "config": run.config.model_dump(mode="json"), **facts[label], **found}
-        body["subject"] = run.folder.name  # a result names no path of the machine that made it
-        path = results / f"{recipe}-{re.sub(r'[^A-Za-z0-9.]+', '-', label)}-{seed}.json"
-        write_atomically(path, (json.dumps(body) + "\n").encode())
-        evaluations[label, seed] = found
-    return Study(recipe, budget, runs, evaluations, summarise(evaluations), facts)
+        (evaluation,) = evaluate([run.folder], Protocol(samples=run.samples)).values()
+        rows.append({
+            "name": f"{recipe}-{re.sub(r'[^A-Za-z0-9.]+', '-', label)}-{seed}", "variant": label,
+            "config": run.config.model_dump(mode="json"), **_sizes(run), **evaluation,
+            "subject": run.folder.name,  # a result names no path of the machine that made it
+        })  # fmt: skip
+    return rows
 
 
-def facts_of(run: Run) -> dict[str, int]:
-    """A run's phases, generator updates in all, and trainable parameters of all experts together."""
-    plan = run.config.plan
-    before = RunFolder(run.heir_of).config() if run.heir_of else run.config
-    updates = sum(map(before.phase_iterations, range(1, plan.phases))) + run.config.phase_iterations(plan.phases)
+def _sizes(run: PlannedRun) -> dict[str, int]:
+    """Returns a run's phases, generator updates in all, and trainable parameters of all experts together."""
+    phases = run.config.plan.phases
+    before = RunFolder(run.experts_from).config() if run.experts_from else run.config
+    updates = sum(map(before.phase_iterations, range(1, phases))) + run.config.phase_iterations(phases)
     parameters = 0
-    for phase in range(1, plan.phases + 1):
+    for phase in range(1, phases + 1):
         with safe_open(RunFolder(run.folder).expert_path(phase), "pt") as file:
             shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 it is no mapping
         parameters += sum(math.prod(shape) for shape in shapes)
-    return {"phases": plan.phases, "updates": updates, "trainable_parameters": parameters}
+    return dict(zip(SIZES, (phases, updates, parameters), strict=True))
 
 
-def summarise(evaluations: Mapping[tuple[str, int], dict[str, Any]]) -> Summary:
-    """Cells over seeds, {table: {row: {measure: cell}}}; the bases' rows first, then a row a label."""
-    bases: dict[str, dict[str, dict[str, Any]]] = {}
-    values: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
+def study_of(recipe: str, budget: Budget, rows: Sequence[Mapping[str, Any]]) -> Study:
+    """Returns the study of a recipe from the rows of a result file, which may hold rows of other recipes too."""
+    evaluations = {(row["variant"], row["seed"]): row for row in rows if row.get("recipe") == recipe}
+    sizes = {label: {name: row[name] for name in SIZES} for (label, _), row in evaluations.items()}
+    summary = summarise(evaluations)
+    changes = [row for row in rows if "structure" in row]  # of fig5, which no evaluation measures
+    if changes:
+        summary["change"] = {
+            label: {
+                name: interval([row[name] for row in changes if row["variant"] == label])
+                for name in ("structure", "detail", "detail_over_structure", "agreement")
+            }
+            for label in dict.fromkeys(row["variant"] for row in changes)
+        }
+    return Study(recipe, budget, evaluations, sizes, summary)
+
+
+def summarise(evaluations: Mapping[tuple[str, int], Mapping[str, Any]]) -> dict[str, Table]:
+    """Returns a table of means over seeds for each prompt set: the bases' rows first, then a row a label."""
+    bases: dict[str, Table] = {}
+    found: dict[str, dict[str, dict[str, list[Mapping[str, Any]]]]] = {}
     for (label, _), evaluation in evaluations.items():
-        for kind, rows in tables(evaluation).items():
-            for row, figures in rows.items():
+        for kind, of_set in evaluation["sets"].items():
+            for row, measurements in of_set["rows"].items():
                 if row.startswith("base, "):
-                    bases.setdefault(kind, {}).setdefault(row, {m: base_cell(f) for m, f in figures.items()})
+                    cells = {name: _base_cell(measurement) for name, measurement in measurements.items()}
+                    bases.setdefault(kind, {}).setdefault(row, cells)
                     continue
-                for measure, figure in figures.items():
-                    values.setdefault(kind, {}).setdefault(label, {}).setdefault(measure, []).append(figure)
+                for name, measurement in measurements.items():
+                    found.setdefault(kind, {}).setdefault(label, {}).setdefault(name, []).append(measurement)
     return {  # the base at the most steps, at which gaps are 0, comes first
         kind: dict(sorted(bases[kind].items(), key=lambda base: -int(base[0].split()[1])))
-        | {label: {m: cell(found) for m, found in measures.items()} for label, measures in labels.items()}
-        for kind, labels in values.items()
+        | {label: {name: _cell(of_seeds) for name, of_seeds in measured.items()} for label, measured in labels.items()}
+        for kind, labels in found.items()
     }
 
 
-def cell(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Figures of several seeds: their `interval`, and the gaps to the base."""
-    return interval([figure["value"] for figure in figures]) | {"gaps": [figure["gap"] for figure in figures]}
+def _cell(of_seeds: Sequence[Mapping[str, Any]]) -> Cell:
+    gaps = [measurement["gap"] for measurement in of_seeds]
+    return interval([measurement["value"] for measurement in of_seeds]) | {"gaps": gaps}
 
 
-def base_cell(figure: Mapping[str, Any]) -> dict[str, Any]:
-    """A base's figure, which all seeds share, with the interval of its samples."""
-    return {
-        "mean": figure["value"], "half_width": figure["half_width"], "values": [figure["value"]],
-        "gaps": [figure["gap"]],
-    }  # fmt: skip
-
-
-def sizes(found: Study) -> str:
-    """How much was run, in words."""
-    count, budget = len({seed for _, seed in found.runs}), found.budget
-    updates = sorted({facts["updates"] for facts in found.facts.values()})
-    text = f"{count} {'seed' if count == 1 else 'seeds'}, {budget.samples} samples a cell, "
-    text += f"{', '.join(map(str, updates))} generator updates in all"
-    return text if budget.updates == 1 else f"{text} ({budget.updates:g} of the recipe's)"
-
-
-def table(
-    kind: str,
-    rows: Rows,
-    measures: Sequence[str] | None = None,
-    facts: Mapping[str, Mapping[str, int]] | None = None,
-    nets: Mapping[str, str] | None = None,
-) -> str:
-    """Rows by measures, all of the first row's if not told, in Markdown. facts: columns of the rows that have any."""
-    measures = list(next(iter(rows.values()))) if measures is None else measures
-    columns = list(next(iter(facts.values()))) if facts else []
-    heads = [*(name.replace("_", " ") for name in columns), *(title(m, nets) for m in measures)]
-    lines = [f"| {kind} | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
-    for row, cells in rows.items():
-        mine = (facts or {}).get(row, {})
-        shown = [*(f"{mine[c]:,}" if c in mine else "" for c in columns), *(plus_minus(cells.get(m)) for m in measures)]
-        lines.append(f"| {row} | {' | '.join(shown)} |")
-    return "\n".join(lines)
-
-
-def plus_minus(found: Mapping[str, Any] | None) -> str:
-    """A cell in Markdown: the mean and its half width to the latter's second digit, with equal decimals."""
-    if found is None:
-        return "-"
-    mean, half = found["mean"], found["half_width"]
-    if not half:
-        return number(mean)
-    decimals = max(0, 1 - math.floor(math.log10(half)))
-    if decimals > 7:
-        return f"{number(mean, scale=half)} ± {number(half, digits=2)}"
-    return f"{mean:,.{decimals}f} ± {half:,.{decimals}f}".replace("-", "−")
-
-
-OWN_TITLES = {
-    "structure": "change of structure", "detail": "change of detail", "agreement": "digits read alike",
-    "detail_over_structure": "change of detail over that of structure", "deviation": "deviation from the exact flow",
-}  # fmt: skip
-
-
-def title(measure: str, nets: Mapping[str, str] | None = None) -> str:
-    """A measure's title, with the name of the net that made it if nets are told."""
-    return OWN_TITLES[measure] if measure in OWN_TITLES else evaluated_title(measure, dict(nets or {}))
+def _base_cell(measurement: Mapping[str, Any]) -> Cell:
+    """Returns a cell of the base, which all seeds share, with the interval of its samples."""
+    value, half, gap = (measurement[key] for key in ("value", "half_width", "gap"))
+    return {"mean": value, "half_width": half, "values": [value], "gaps": [gap]}

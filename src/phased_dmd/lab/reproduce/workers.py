@@ -1,4 +1,4 @@
-"""Runs in worker processes: what is missing is distilled, then evaluated; each is the same computation as alone."""
+"""Worker processes that distil the missing runs and then evaluate them; each computes what it would compute alone."""
 
 import json
 import multiprocessing
@@ -20,32 +20,34 @@ from phased_dmd.lab.reproduce.begin import begin_worker
 from phased_dmd.prompts import read_prompts
 from phased_dmd.train import distill
 
-Tell = Callable[[str], object]
+Log = Callable[[str], object]  # takes a line for the user
 
 
 @dataclass(frozen=True)
-class Run:
-    """A distillation to be had: its config and folder, and how many samples of a cell evaluate it.
+class PlannedRun:
+    """A run to be made: its config and folder, and how many samples of a prompt set evaluate it.
 
-    heir_of: the folder of the run whose experts of all phases but the last it takes over.
+    experts_from: the folder of the run that the experts of all phases but the last are taken from.
     """
 
     config: Config
     folder: Path
     samples: int
-    heir_of: Path | None = None
+    experts_from: Path | None = None
 
 
 class Workers:
-    """`jobs` processes of one thread each, or this process alone; `tell` is told what is done. A context manager.
+    """A pool of `jobs` processes of one thread each, or this process where jobs is 1; a context manager.
 
-    A failing run's error is raised as it is, once the runs under way have ended.
+    `log` gets a line when work is done. The error of a run that fails is raised as it is, once the runs under way have
+    ended.
     """
 
-    def __init__(self, jobs: int, tell: Tell) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.jobs, self.tell = jobs, tell
-        self._pool = ProcessPoolExecutor(jobs, context, begin_worker) if jobs > 1 else None
+    def __init__(self, jobs: int, log: Log) -> None:
+        self.jobs, self.log = jobs, log
+        self._pool = None
+        if jobs > 1:
+            self._pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), begin_worker)
 
     def __enter__(self) -> Self:
         return self
@@ -54,20 +56,22 @@ class Workers:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
-    def distil(self, runs: Sequence[Run]) -> None:
-        """Distils what is not finished; heirs come last. A folder of another config is a UserError."""
-        for run in unique(runs):
+    def distill(self, runs: Sequence[PlannedRun]) -> None:
+        """Distils the runs that are not finished; raises UserError where a folder holds a run of another config."""
+        for run in unique_runs(runs):
             RunFolder(run.folder).check(run.config)
-        missing = [run for run in unique(runs) if not RunFolder(run.folder).finished(run.config)]
-        for wave in ([run for run in missing if not run.heir_of], [run for run in missing if run.heir_of]):
-            self._each(partial(_distil, quiet=self.jobs > 1), [[run] for run in wave], "distilled")
+        missing = [run for run in unique_runs(runs) if not RunFolder(run.folder).finished(run.config)]
+        # Runs that take experts from another run come after it.
+        for wave in ([run for run in missing if not run.experts_from], [run for run in missing if run.experts_from]):
+            self._each(partial(_distill, quiet=self.jobs > 1), [[run] for run in wave], "distilled")
 
-    def evaluate(self, runs: Sequence[Run]) -> None:
-        """Evaluates what is not yet. One run of each recipe goes first, so that the base is sampled once.
+    def evaluate(self, runs: Sequence[PlannedRun]) -> None:
+        """Evaluates the runs that are not evaluated yet.
 
-        A recipe's other runs are dealt out in lots, within which what is read off the base's samples is shared.
+        One run of each recipe goes first, so that the base is sampled once. The others are dealt out in one lot a
+        worker, within which the readings of the base's samples are shared.
         """
-        missing = [run for run in unique(runs) if not is_evaluated(run)]
+        missing = [run for run in unique_runs(runs) if not is_evaluated(run)]
         recipes = dict.fromkeys(run.config.recipe for run in missing)
         lots = [[run for run in missing if run.config.recipe == recipe] for recipe in recipes]
         if self._pool:
@@ -75,43 +79,44 @@ class Workers:
             lots = [lot[i :: self.jobs] for lot in lots for i in range(1, self.jobs + 1) if lot[i :: self.jobs]]
         self._each(_evaluate, lots, "evaluated")
 
-    def _each(self, work: Callable[[Sequence[Run]], None], lots: Sequence[Sequence[Run]], done: str) -> None:
+    def _each(self, work: Callable[[Sequence[PlannedRun]], None], lots: Sequence[list[PlannedRun]], done: str) -> None:
+        """Does the work for each lot of runs, and logs when one is done."""
+        names = [", ".join(run.folder.name for run in lot) for lot in lots]
         if self._pool is None:
-            for lot in lots:
+            for lot, name in zip(lots, names, strict=True):
                 work(lot)
-                self.tell(f"{done}: {', '.join(run.folder.name for run in lot)}")
+                self.log(f"{done}: {name}")
             return
         try:
-            futures = {self._pool.submit(work, lot): lot for lot in lots}
+            futures = {self._pool.submit(work, lot): name for lot, name in zip(lots, names, strict=True)}
             for count, future in enumerate(as_completed(futures), 1):
                 future.result()
-                names = ", ".join(run.folder.name for run in futures[future])
-                self.tell(f"{done}, {count} of {len(lots)}: {names}")
+                self.log(f"{done}, {count} of {len(lots)}: {futures[future]}")
         except BrokenProcessPool:
             raise UserError("--jobs: a worker was killed, for want of memory perhaps; try fewer") from None
 
 
 def default_jobs() -> int:
-    """One where there is an accelerator, else the number of CPU cores."""
+    """Returns 1 where there is an accelerator, else the number of CPU cores."""
     return 1 if torch.cuda.is_available() else multiprocessing.cpu_count()
 
 
-def unique(runs: Sequence[Run]) -> list[Run]:
-    """One of each folder: claims share them."""
+def unique_runs(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Returns one run for each folder: claims share them."""
     return list({run.folder: run for run in runs}.values())
 
 
-def is_evaluated(run: Run) -> bool:
-    """Whether `evaluate` would leave it alone."""
+def is_evaluated(run: PlannedRun) -> bool:
+    """Says whether `evaluate` would leave the run alone."""
     path, asked = run.folder / "evaluation.json", json.loads(json.dumps(asdict(Protocol(samples=run.samples))))
     return path.exists() and json.loads(path.read_text("utf-8")).get("protocol") == asked
 
 
-def inherit(run: Run) -> None:
-    """Begins an heir's folder with the experts of all phases but the last, which `distill` then loads and freezes."""
-    if run.heir_of is None:
+def inherit(run: PlannedRun) -> None:
+    """Begins a run's folder with the experts that it takes over; `distill` then loads and freezes them."""
+    if run.experts_from is None:
         return
-    folder, source = RunFolder(run.folder), RunFolder(run.heir_of)
+    folder, source = RunFolder(run.folder), RunFolder(run.experts_from)
     prompts = read_prompts(run.config.prompts) if run.config.prompts is not None else []
     folder.open(run.config, [prompt.line() for prompt in prompts])
     for phase in range(1, run.config.plan.phases):
@@ -119,12 +124,12 @@ def inherit(run: Run) -> None:
             write_atomically(folder.expert_path(phase), source.expert_path(phase).read_bytes())
 
 
-def _distil(lot: Sequence[Run], quiet: bool) -> None:
+def _distill(lot: Sequence[PlannedRun], quiet: bool) -> None:
     for run in lot:
         inherit(run)
         distill(run.config, run.folder, quiet=quiet)
 
 
-def _evaluate(lot: Sequence[Run]) -> None:
+def _evaluate(lot: Sequence[PlannedRun]) -> None:
     for samples in dict.fromkeys(run.samples for run in lot):
         evaluate([run.folder for run in lot if run.samples == samples], Protocol(samples=samples))

@@ -5,9 +5,10 @@ its text encoder by flow matching (Eq. 4). `teach nano-moe` and `teach nano-i2v`
 around nano's VAE and text encoder; `teach digits` trains the classifier of the evaluation.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from phased_dmd.checkpoint import save_tensors
-from phased_dmd.lab.metrics.digit_classifier import DigitClassifier, read
+from phased_dmd.lab.metrics.digit_classifier import DigitClassifier, classify
 from phased_dmd.lab.metrics.distances import moments
 from phased_dmd.lab.teach.mnist import Digits, all_captions, clip_batch, image_batch, load_digits
 from phased_dmd.maths.phases import shift_time, unshift_time
@@ -31,8 +32,8 @@ WIDE = 1.5  # pixels, the jitter that the VAE and the classifier learn from
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Steps and sizes of each stage; the shipped weights are of the defaults."""
+class TrainingBudget:
+    """The steps and sizes of each stage; the shipped weights are of the defaults."""
 
     vae_steps: int = 2400
     num_images: int = 32_000
@@ -44,7 +45,7 @@ class Budget:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the captions' own words."""
+    """Returns a word-level tokenizer over the captions' own words."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<pad>", "</s>", "<unk>"]
@@ -75,23 +76,38 @@ def build_transformer(in_channels: int = 16) -> WanTransformer3DModel:
 
 
 def build_scheduler() -> UniPCMultistepScheduler:
-    """Of the stock ones, the one that is Euler's method on the grid of shift 5: order 1, never corrected."""
+    """Returns the stock scheduler that is Euler's method on the grid of shift 5: order 1, never corrected."""
     return UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0, solver_order=1,
         disable_corrector=list(range(100)),
     )  # fmt: skip
 
 
-def cosine_lr(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 100) -> torch.optim.lr_scheduler.LambdaLR:
-    def factor(step: int) -> float:
-        ramp = min(1.0, (step + 1) / warmup)
-        return ramp * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / steps))))
+class Descent:
+    """AdamW whose learning rate warms up over a hundred steps and falls to zero by a cosine, with clipped gradients."""
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    def __init__(
+        self, network: nn.Module, steps: int, lr: float, weight_decay: float = 0.01, clip: float = 1.0
+    ) -> None:
+        def factor(step: int) -> float:
+            ramp = min(1.0, (step + 1) / 100)
+            return ramp * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / steps))))
+
+        self.network, self.clip = network, clip
+        self.optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, factor)
+
+    def step(self, loss: Tensor) -> None:
+        """Makes one step down the gradient of the loss."""
+        self.optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
+        self.optimiser.step()
+        self.schedule.step()
 
 
 def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """`vae.decode` before its clamp to [-1, 1], behind which a black output gets no gradient and never recovers."""
+    """Decodes without the clamp of `vae.decode` to [-1, 1], behind which a black output gets no gradient for ever."""
     chunks: list[Any] = []
     handle = vae.decoder.register_forward_hook(lambda _module, _inputs, output: chunks.append(output))
     vae.decode(latents)
@@ -102,65 +118,26 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 def train_vae(digits: Digits, steps: int, generator: torch.Generator, say: Callable[[str], None]) -> AutoencoderKLWan:
     """Alternates 64 pictures and 8 clips: L1 + L2 reconstruction with a faint KL term."""
     vae = build_vae().train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
-    schedule = cosine_lr(optimizer, steps)
+    descent = Descent(vae, steps, lr=2e-3, weight_decay=0.0)
     for step in range(steps):
         pixels, _, _ = image_batch(digits, 64, generator, WIDE) if step % 2 else clip_batch(digits, 8, generator)
         posterior = vae.encode(pixels, return_dict=False)[0]
         noise = torch.randn(posterior.mean.shape, generator=generator)
         decoded = decode_unclamped(vae, posterior.mean + posterior.std * noise)
-        error = F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels)
-        loss = error + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        squares = F.mse_loss(decoded, pixels)
+        error = F.l1_loss(decoded, pixels) + squares
+        descent.step(error + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel())
         if step % 100 < 2:
-            say(
-                f"vae {step}/{steps} {'pictures' if step % 2 else 'clips'} mse {F.mse_loss(decoded, pixels).item():.4f}"
-            )
+            say(f"vae {step}/{steps} {'pictures' if step % 2 else 'clips'} mse {squares.item():.4f}")
     return vae.eval()
 
 
-@torch.no_grad()
-def latents_of(
-    vae: AutoencoderKLWan, make: Callable[..., tuple[Tensor, list[str], Tensor]], digits: Digits, count: int, size: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, list[str]]:  # fmt: skip
-    """count latents [count, 16, f, 4, 4], not yet normalised, with their captions."""
-    latents, captions = [], []
-    for _ in range(count // size):
-        pixels, texts, _ = make(digits, size, generator)
-        latents.append(vae.encode(pixels, return_dict=False)[0].mode())
-        captions += texts
-    return torch.cat(latents), captions
-
-
-def set_latent_statistics(vae: AutoencoderKLWan, pictures: Tensor, clips: Tensor) -> None:
-    """Per-channel mean and spread of the latents, into the VAE's configuration, where WanPipeline reads them."""
-    flat = torch.cat([latents.transpose(0, 1).flatten(1) for latents in (pictures, clips)], dim=1)
-    vae.register_to_config(latents_mean=flat.mean(1).tolist(), latents_std=flat.std(1).tolist())
-
-
-def normalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    mean, std = (
-        torch.tensor(v).reshape(1, -1, 1, 1, 1) for v in (vae.config["latents_mean"], vae.config["latents_std"])
-    )
-    return (latents - mean) / std
-
-
-def encode_captions(tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel, captions: Sequence[str]) -> Tensor:
-    """Embeddings [b, MAX_TOKENS, d], zero after the end token, as WanPipeline pads them; each distinct caption once."""
-    distinct = list(dict.fromkeys(captions))
-    tokens = tokenizer(distinct, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
-    states = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state * tokens.attention_mask[..., None]
-    return states[torch.tensor([distinct.index(caption) for caption in captions])]
-
-
 @dataclass(frozen=True)
-class Clips:
-    """What a step trains on: latents [n, 16, f, 4, 4], captions, batch size; first frames [n, 20, f, 4, 4] if any."""
+class LatentSet:
+    """What a transformer learns: latents [n, 16, f, 4, 4] with captions; first frames [n, 20, f, 4, 4] if it has any.
+
+    size: of a batch.
+    """
 
     latents: Tensor
     captions: list[str]
@@ -168,21 +145,65 @@ class Clips:
     first_frames: Tensor | None = None
 
 
+@torch.no_grad()
+def encode_digits(
+    vae: AutoencoderKLWan, digits: Digits, budget: TrainingBudget, generator: torch.Generator, measure: bool = False
+) -> list[LatentSet]:
+    """Returns latents of pictures twice and of clips once, for a transformer's steps to take in turn.
+
+    measure: whether their mean and standard deviation by channel, which normalise them, are put into the VAE's
+    configuration first, where WanPipeline reads them.
+    """
+    raw = []
+    for make, count, size, batch in (
+        (image_batch, budget.num_images, 256, 64), (clip_batch, budget.num_clips, 64, 24),
+    ):  # fmt: skip
+        latents, captions = [], []
+        for start in range(0, count, size):
+            pixels, texts, _ = make(digits, min(size, count - start), generator)
+            latents.append(vae.encode(pixels, return_dict=False)[0].mode())
+            captions += texts
+        raw.append(LatentSet(torch.cat(latents), captions, batch))
+    if measure:
+        flat = torch.cat([latents.latents.transpose(0, 1).flatten(1) for latents in raw], dim=1)
+        vae.register_to_config(latents_mean=flat.mean(1).tolist(), latents_std=flat.std(1).tolist())
+    pictures, clips = (replace(latents, latents=normalise(vae, latents.latents)) for latents in raw)
+    return [pictures, pictures, clips]
+
+
+def normalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Returns latents with the VAE's own mean and standard deviation taken out of every channel."""
+    names = ("latents_mean", "latents_std")
+    mean, std = (torch.tensor(vae.config[name]).reshape(1, -1, 1, 1, 1) for name in names)
+    return (latents - mean) / std
+
+
+def encode_captions(tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel, captions: Sequence[str]) -> Tensor:
+    """Returns embeddings [b, MAX_TOKENS, d], zero after the end token, as WanPipeline pads them.
+
+    Each distinct caption is encoded once.
+    """
+    distinct = list(dict.fromkeys(captions))
+    tokens = tokenizer(distinct, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    states = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state * tokens.attention_mask[..., None]
+    return states[torch.tensor([distinct.index(caption) for caption in captions])]
+
+
 def train_transformer(
-    transformer: WanTransformer3DModel, data: Sequence[Clips], embed: Callable[[list[str]], Tensor],
+    transformer: WanTransformer3DModel, data: Sequence[LatentSet], embed: Callable[[list[str]], Tensor],
     encoder: nn.Module | None, steps: int, generator: torch.Generator, say: Callable[[str], None],
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> None:  # fmt: skip
-    """Flow matching (Eq. 4) at times inside the interval, one caption in ten dropped; ends with the averaged weights.
+    """Trains by flow matching (Eq. 4) at times inside the interval; the network ends with the averaged weights.
 
-    data: taken in turn, round and round. encoder: trained along, if given; embed: captions to [b, tokens, d].
+    data: sets that the steps take in turn. embed: captions to [b, tokens, d]; one caption in ten is dropped. encoder:
+    the text encoder, if it is trained along.
     """
     trained = nn.ModuleList([transformer] if encoder is None else [transformer, encoder]).train()
     average = torch.optim.swa_utils.AveragedModel(
         trained, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
     )
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, weight_decay=0.01)
-    schedule = cosine_lr(optimizer, steps)
+    descent = Descent(trained, steps, lr=1e-3)
     low, high = (unshift_time(t, SHIFT) for t in interval)
     started = time.monotonic()
     for step in range(steps):
@@ -199,11 +220,7 @@ def train_transformer(
             x_t = torch.cat([x_t, clips.first_frames[index]], dim=1)
         velocity = transformer(x_t, t * 1000, embed(texts)).sample
         loss = F.mse_loss(velocity, eps - x_0)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descent.step(loss)
         average.update_parameters(trained)
         if step % 200 < len(data):
             say(f"transformer {step}/{steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s")
@@ -214,64 +231,49 @@ def train_transformer(
 def train_classifier(
     training: Digits, held_out: Digits, steps: int, generator: torch.Generator
 ) -> tuple[DigitClassifier, float]:
-    """The evaluation's classifier on jittered pictures and clip frames, and its accuracy on held-out digits."""
+    """Trains the evaluation's classifier on jittered pictures and frames; returns its accuracy on held-out digits."""
     classifier = DigitClassifier().train()
-    optimiser = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = cosine_lr(optimiser, steps)
+    descent = Descent(classifier, steps, lr=2e-3, clip=math.inf)
     for step in range(steps):
-        pixels, _, labels = (
-            image_batch(training, 64, generator, WIDE) if step % 2 else clip_batch(training, 64, generator)
-        )
+        batch = image_batch(training, 64, generator, WIDE) if step % 2 else clip_batch(training, 64, generator)
+        pixels, _, labels = batch
         frames = pixels[:, :1, step % pixels.shape[2]] / 2 + 0.5
-        loss = F.cross_entropy(classifier(frames)[1], labels, label_smoothing=0.05)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
+        descent.step(F.cross_entropy(classifier(frames)[1], labels, label_smoothing=0.05))
     classifier.eval()
     pixels, _, labels = image_batch(held_out, 4000, generator)
-    log_probabilities = read(classifier, pixels.permute(0, 2, 3, 4, 1) / 2 + 0.5)[1]
+    log_probabilities = classify(classifier, pixels.permute(0, 2, 3, 4, 1) / 2 + 0.5)[1]
     return classifier, float((log_probabilities.argmax(1) == labels).double().mean())
 
 
-def teach_digits(output: Path, data: Path, seed: int, budget: Budget, say: Callable[[str], None]) -> None:
-    """`phased-dmd teach digits`: the classifier, with the statistics of real held-out digits in its features."""
+def teach_digits(output: Path, data: Path, seed: int, budget: TrainingBudget, say: Callable[[str], None]) -> None:
+    """Does `phased-dmd teach digits`: the classifier, with the statistics of real held-out digits in its features."""
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     training, held_out = load_digits(data)
     classifier, accuracy = train_classifier(training, held_out, budget.classifier_steps, rng)
     pixels, _, _ = image_batch(held_out, 4000, rng)
-    mean, covariance = moments(read(classifier, pixels.permute(0, 2, 3, 4, 1) / 2 + 0.5)[0])
+    mean, covariance = moments(classify(classifier, pixels.permute(0, 2, 3, 4, 1) / 2 + 0.5)[0])
     tensors = {**classifier.state_dict(), "real.mean": mean, "real.covariance": covariance}
     save_tensors(output / "digits.safetensors", tensors, {"held_out_accuracy": accuracy})
     say(f"digits: {accuracy:.4f} of held-out digits read right")
 
 
-def teach_nano(output: Path, data: Path, seed: int, budget: Budget, say: Callable[[str], None]) -> None:
-    """The whole of `phased-dmd teach nano`: writes a `WanPipeline` folder, its weights rounded to half precision."""
+def teach_nano(output: Path, data: Path, seed: int, budget: TrainingBudget, say: Callable[[str], None]) -> None:
+    """Does `phased-dmd teach nano`: writes a `WanPipeline` folder, its weights rounded to half precision."""
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     training, _ = load_digits(data)
     vae = train_vae(training, budget.vae_steps, rng, say)
     torch.manual_seed(seed + 1)  # a stage of its own: the VAE of another run may be put in
     rng.manual_seed(seed + 1)
-    pictures, picture_captions = latents_of(vae, image_batch, training, budget.num_images, 256, rng)
-    clips, clip_captions = latents_of(vae, clip_batch, training, budget.num_clips, 64, rng)
-    set_latent_statistics(vae, pictures, clips)
-    picture_step = Clips(normalise(vae, pictures), picture_captions, 64)
-    clip_step = Clips(normalise(vae, clips), clip_captions, 24)
+    turns = encode_digits(vae, training, budget, rng, measure=True)
     tokenizer, transformer, encoder = build_tokenizer(), build_transformer(), build_text_encoder()
-    train_transformer(
-        transformer, [picture_step, picture_step, clip_step], partial(encode_captions, tokenizer, encoder), encoder,
-        budget.transformer_steps, rng, say,
-    )  # fmt: skip
-    scheduler = build_scheduler()
+    embed = partial(encode_captions, tokenizer, encoder)
+    train_transformer(transformer, turns, embed, encoder, budget.transformer_steps, rng, say)
     pipeline = WanPipeline(
         tokenizer=tokenizer,  # type: ignore[arg-type] any tokenizer, any scheduler with flow sigmas
-        text_encoder=encoder,
-        vae=vae,
-        scheduler=scheduler,  # type: ignore[arg-type]
+        text_encoder=encoder, vae=vae, scheduler=build_scheduler(),  # type: ignore[arg-type]
         transformer=transformer,
-    )
+    )  # fmt: skip
     pipeline.to(dtype=torch.float16).save_pretrained(output)
     say(f"nano: written to {output}")

@@ -14,17 +14,9 @@ from torch import Tensor
 
 from phased_dmd.config.teacher import Size
 from phased_dmd.lab.metrics.digit_classifier import DIRECTIONS, SPEEDS, WORDS
-from phased_dmd.lab.teach.mnist import NUM_FRAMES, PATH_JITTER, Digits, clip_batch, image_batch, load_digits, place
-from phased_dmd.lab.teach.nano import (
-    Budget,
-    Clips,
-    build_scheduler,
-    build_transformer,
-    encode_captions,
-    latents_of,
-    normalise,
-    train_transformer,
-)
+from phased_dmd.lab.teach import nano as lessons
+from phased_dmd.lab.teach.mnist import NUM_FRAMES, PATH_JITTER, Digits, clip_batch, load_digits, place_on_canvas
+from phased_dmd.lab.teach.nano import LatentSet, TrainingBudget, build_scheduler, build_transformer, train_transformer
 from phased_dmd.media import save_image, to_images
 from phased_dmd.models.wan import NANO, first_frame_condition
 
@@ -32,28 +24,25 @@ SWITCH = 0.875  # of nano-moe, as in Wan2.2's text-to-video
 
 
 def captions_table(pipeline: WanPipeline) -> Callable[[list[str]], Tensor]:
-    """Captions to embeddings [b, tokens, d], each distinct caption encoded once for all."""
+    """Returns a function from captions to embeddings [b, tokens, d], which encodes each distinct caption once."""
     known: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def embed(captions: list[str]) -> Tensor:
         new = [caption for caption in dict.fromkeys(captions) if caption not in known]
         if new:
-            known.update(zip(new, encode_captions(pipeline.tokenizer, pipeline.text_encoder, new), strict=True))
+            known.update(zip(new, lessons.encode_captions(pipeline.tokenizer, pipeline.text_encoder, new), strict=True))
         return torch.stack([known[caption] for caption in captions])
 
     return embed
 
 
-def teach_moe(output: Path, data: Path, seed: int, budget: Budget, say: Callable[[str], None]) -> None:
-    """`phased-dmd teach nano-moe`: two networks, each trained from scratch on its own side of the switch only."""
+def teach_moe(output: Path, data: Path, seed: int, budget: TrainingBudget, say: Callable[[str], None]) -> None:
+    """Does `phased-dmd teach nano-moe`: two networks, each trained from scratch on its own side of the switch only."""
     torch.manual_seed(seed + 2)
     rng = torch.Generator().manual_seed(seed + 2)
     nano, (training, _) = WanPipeline.from_pretrained(NANO, dtype=torch.float32), load_digits(data)
-    pictures, picture_captions = latents_of(nano.vae, image_batch, training, budget.num_images, 256, rng)
-    clips, clip_captions = latents_of(nano.vae, clip_batch, training, budget.num_clips, 64, rng)
-    picture_step = Clips(normalise(nano.vae, pictures), picture_captions, 64)
-    turns = [picture_step, picture_step, Clips(normalise(nano.vae, clips), clip_captions, 24)]
+    turns = lessons.encode_digits(nano.vae, training, budget, rng)
     networks = []
     for steps, interval in zip(budget.switch_steps, ((SWITCH, 1.0), (0.0, SWITCH)), strict=True):
         networks.append(build_transformer())
@@ -67,8 +56,8 @@ def teach_moe(output: Path, data: Path, seed: int, budget: Budget, say: Callable
     say(f"nano-moe: written to {output}")
 
 
-def teach_i2v(output: Path, data: Path, seed: int, budget: Budget, say: Callable[[str], None]) -> None:
-    """`phased-dmd teach nano-i2v`: a transformer that is told a clip's first frame as Wan2.2's image-to-video is.
+def teach_i2v(output: Path, data: Path, seed: int, budget: TrainingBudget, say: Callable[[str], None]) -> None:
+    """Does `phased-dmd teach nano-i2v`: a transformer that is told a clip's first frame as Wan2.2's image-to-video is.
 
     Beside it, in prompts/, two sets with first frames: of the digits it was taught, and of held-out ones.
     """
@@ -82,8 +71,8 @@ def teach_i2v(output: Path, data: Path, seed: int, budget: Budget, say: Callable
         transformer=transformer,
     )  # fmt: skip
     latents, first_frames, captions, size = [], [], [], Size(num_frames=NUM_FRAMES)
-    for _ in range(budget.num_clips // 64):
-        pixels, texts, _ = clip_batch(training, 64, rng)
+    for start in range(0, budget.num_clips, 64):
+        pixels, texts, _ = clip_batch(training, min(64, budget.num_clips - start), rng)
         with torch.no_grad():
             latents.append(nano.vae.encode(pixels, return_dict=False)[0].mode())
             first_frames += [
@@ -91,7 +80,7 @@ def teach_i2v(output: Path, data: Path, seed: int, budget: Budget, say: Callable
                 for first in to_images(pixels[:, :, 0].permute(0, 2, 3, 1) / 2 + 0.5)
             ]
         captions += texts
-    clips = Clips(normalise(nano.vae, torch.cat(latents)), captions, 24, torch.stack(first_frames))
+    clips = LatentSet(lessons.normalise(nano.vae, torch.cat(latents)), captions, 24, torch.stack(first_frames))
     train_transformer(transformer, [clips], captions_table(nano), None, budget.first_frame_steps, rng, say)
     pipeline.to(dtype=torch.float16).save_pretrained(output)
     write_first_frames(training, output / "prompts", "nano-i2v", rng)
@@ -100,14 +89,14 @@ def teach_i2v(output: Path, data: Path, seed: int, budget: Budget, say: Callable
 
 
 def write_first_frames(digits: Digits, folder: Path, name: str, rng: torch.Generator) -> None:
-    """A prompt set of every digit, direction and speed, twice, with first frames of the digits given."""
+    """Writes a prompt set of every digit, direction and speed, twice, with first frames of the digits given."""
     lines = []
     for i, (direction, speed, label) in enumerate(2 * list(itertools.product(DIRECTIONS, SPEEDS, range(10)))):
         members = (digits.labels == label).nonzero().squeeze(1)
         index = members[torch.randint(len(members), (1,), generator=rng)]
         velocity = torch.tensor(DIRECTIONS[direction]) * SPEEDS[speed]
         shift = PATH_JITTER * torch.randn(1, 1, 2, generator=rng) - velocity * (NUM_FRAMES - 1) / 2
-        picture = place(digits.pixels[index], shift)[0, :, 0].permute(1, 2, 0) / 2 + 0.5
+        picture = place_on_canvas(digits.pixels[index], shift)[0, :, 0].permute(1, 2, 0) / 2 + 0.5
         save_image(to_images(picture[None])[0].convert("L"), folder / name / f"{i:03d}.png")
         prompt = f"a handwritten {WORDS[label]} moving {direction} {speed}"
         lines.append(json.dumps({"prompt": prompt, "image": f"{name}/{i:03d}.png"}) + "\n")

@@ -1,0 +1,59 @@
+"""`distill --dry-run` checks all of a run that can be checked without reading a weight, on the meta device."""
+
+from phased_dmd.conditions import fitting
+from phased_dmd.config import Config, phase_plan, renoise_interval
+from phased_dmd.config.teacher import OwnTeacher, PipelineTeacher
+from phased_dmd.engine.world import warn
+from phased_dmd.errors import UserError
+from phased_dmd.inputs import check_prompts, initial_expert
+from phased_dmd.maths.phases import PhasePlan
+from phased_dmd.maths.schedules import check_start
+from phased_dmd.models.loader import bare_codec, bare_model
+from phased_dmd.models.protocol import VelocityModel
+from phased_dmd.models.source import META, BareSource
+from phased_dmd.networks.build import check_shapes, expert_shapes
+from phased_dmd.networks.roles import FAKE, Roles
+from phased_dmd.prompts import read_prompts
+from phased_dmd.trackers import check_trackers
+
+
+def dry_run(config: Config, strict: bool = False) -> None:
+    """Builds the networks, experts and fakes of a run without values, and checks its inputs.
+
+    Raises UserError for what is wrong, and, if strict, for prompts that would be cut off. Warns where the base is no
+    folder of this machine: its shipped architecture, or its configurations on the hub, are checked instead.
+    """
+    if isinstance(config.teacher, OwnTeacher):
+        raise UserError("teacher.kind: own needs a model given from Python, see docs/extending.md")
+    check_trackers(config.trackers)
+    prompts = read_prompts(config.prompts) if config.prompts is not None else []
+    source = BareSource(config.teacher, look=True) if isinstance(config.teacher, PipelineTeacher) else None
+    model, codec = bare_model(config.teacher, config.seed, source), bare_codec(config.teacher, source)
+    try:
+        check_start(model.prediction, model.schedule, config.plan.start)
+        plan = phase_plan(config, model.switches)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    check_roles(config, model, plan)
+    if source is None or source.on_disk:
+        check_prompts(codec, prompts, strict)
+        return
+    fitting(codec, prompts)
+    warn(
+        f"teacher.path: {source.path} is no folder of this machine: its weights, and the lengths of prompts, "
+        "are not checked"
+    )
+
+
+def check_roles(config: Config, model: VelocityModel, plan: PhasePlan) -> None:
+    """Adds the adapters of all experts and fakes. Raises UserError where an initial expert does not fit this run's."""
+    phases, shapes = range(1, plan.num_phases + 1), expert_shapes(config, model, plan)
+    fakes = sorted(
+        {network for phase in phases for network in plan.fakes(phase, renoise_interval(config, plan, phase).support)}
+    )
+    if config.fake.weights == "lora":
+        with META:
+            Roles(model).add(FAKE, fakes, config.fake.lora, seed=0)
+    for phase in phases if config.init_experts else ():
+        found = initial_expert(config, model, phase)
+        check_shapes(f"init_experts: {config.init_experts}", shapes[phase], found)

@@ -1,0 +1,76 @@
+"""Variants compared seed by seed, and the verdict on what is claimed of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from phased_dmd.lab.metrics.intervals import difference, ratio
+from phased_dmd.lab.reproduce.claim import Criterion, Trial
+
+NEUTRAL = {"ratio": 1.0, "difference": 0.0}  # the value at which neither side is better
+CHANCE = 0.025  # that a 95 % interval lies above NEUTRAL where there is no difference
+
+
+def compare_pairs(recipe: str, trial: Trial, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns a comparison for each pair and criterion of a trial, from the tables of a study's summary."""
+    result = []
+    for better, worse in trial.pairs:
+        for c in trial.criteria:
+            rows = summary[c.table]
+            about = {"recipe": recipe, "table": c.table, "measure": c.name, "direction": c.direction}
+            about |= {"better": better, "worse": worse, "what": _in_words(c, better, worse)}
+            result.append(about | compare(c, rows[better][c.name], rows[worse][c.name]))
+    return result
+
+
+def compare(criterion: Criterion, better: Mapping[str, Any], worse: Mapping[str, Any]) -> dict[str, Any]:
+    """Says how far a criterion sets the better cell apart from the worse one: above NEUTRAL if it does as claimed.
+
+    better, worse: cells of a summary, with the `values` by seed and their signed `gaps` to the base.
+    """
+    if criterion.direction == "closer":
+        good, bad = ([abs(gap) for gap in cell["gaps"]] for cell in (better, worse))
+    else:
+        good, bad = better["values"], worse["values"]
+    larger, smaller = (good, bad) if criterion.direction == "higher" else (bad, good)
+    return (ratio if criterion.scale == "ratio" else difference)(larger, smaller)
+
+
+def _in_words(criterion: Criterion, better: str, worse: str) -> str:
+    """Says what is divided by what, or subtracted from what."""
+    if criterion.direction == "closer":
+        better, worse = f"gap of {better}", f"gap of {worse}"
+    larger, smaller = (better, worse) if criterion.direction == "higher" else (worse, better)
+    return f"{larger} {'/' if criterion.scale == 'ratio' else '-'} {smaller}"
+
+
+def outcome(comparison: Mapping[str, Any]) -> str | None:
+    """Says what the interval shows: `as claimed`, `the reverse` or `nothing`; None from one seed, without interval."""
+    low, high, neutral = comparison["low"], comparison["high"], NEUTRAL[comparison["scale"]]
+    if low is None:
+        return None
+    return "as claimed" if low > neutral else "the reverse" if high < neutral else "nothing"
+
+
+def count_outcomes(comparisons: Sequence[Mapping[str, Any]]) -> tuple[int, int, int] | None:
+    """Returns how many comparisons are as claimed, reversed and undecided; None where one has no interval."""
+    found = [outcome(comparison) for comparison in comparisons]
+    if not found or None in found:
+        return None
+    return found.count("as claimed"), found.count("the reverse"), found.count("nothing")
+
+
+def judge(comparisons: Sequence[Mapping[str, Any]]) -> str | None:
+    """Returns the verdict on comparisons that are claimed to lie above NEUTRAL; None where one has no interval.
+
+    The claim `holds` where every interval lies above. It `holds partly` where more do than lie below, and one of them
+    would even if the intervals were as wide as all of them together need (Bonferroni: p below CHANCE over their
+    number). Else it `does not hold`.
+    """
+    counts = count_outcomes(comparisons)
+    if counts is None:
+        return None
+    claimed, reverse, _ = counts
+    if claimed == len(comparisons):
+        return "holds"
+    sure = any(comparison["p"] < CHANCE / len(comparisons) for comparison in comparisons)
+    return "holds partly" if claimed > reverse and sure else "does not hold"
