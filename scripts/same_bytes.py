@@ -314,7 +314,7 @@ def version_of(what: str, folder: Path) -> Version:
     if checkout:
         shutil.copytree(at / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
     else:
-        with tarfile.open(fileobj=io.BytesIO(git("archive", commit, "src"))) as archive:
+        with tarfile.open(mode="r:", fileobj=io.BytesIO(git("archive", commit, "src"))) as archive:
             archive.extractall(folder, filter="data")
     if not (folder / "src" / "phased_dmd" / "__main__.py").exists():
         sys.exit(f"{what}: has no src/phased_dmd")  # else the package that is installed would be run instead

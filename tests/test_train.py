@@ -632,10 +632,10 @@ class Spy:
             self._watch(patch, name, getattr(System, name))
 
     def _watch(self, patch: pytest.MonkeyPatch, name: str, original: Callable) -> None:
-        def watched(system: System, x: Tensor, t: Tensor, *args: Any) -> Tensor:
+        def watched(system: System, x: Tensor, t: Tensor, *args: Any, **more: Any) -> Tensor:
             assert t.dtype == torch.float64
             self.times[self.phase, name] += t.tolist()
-            return original(system, x, t, *args)
+            return original(system, x, t, *args, **more)
 
         patch.setattr(System, name, watched)
 

@@ -462,7 +462,7 @@ def test_what_is_advised_for_pairs_parts_none() -> None:
     warnings = list(advice.warnings(config, phase_plan(config, [0.875]), 64))
     assert "of 1 samples on each of 64 GPUs no pairs can be made" in warnings[0]
     with pytest.raises(UserError, match="1 samples in calls of 1 cannot be paired$"):
-        world.shares(1, config.engine, pairs=True)  # a process's one sample
+        world.split_batch(1, config.engine, pairs=True)  # a process's one sample
 
 
 def _pair(text: str) -> tuple[str, Any]:

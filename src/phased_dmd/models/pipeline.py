@@ -64,8 +64,8 @@ class PipelineCodec:
         self._fingerprint, self._encoded_by = "", (parts, config.max_tokens, *encoded_by)
         self.vae: Any = source.load(kind, "vae", dtype=torch.float32).to(device)
         shape = 1, -1, 1, 1, 1
-        self.mean = torch.tensor(self.vae.config["latents_mean"], device=device).reshape(shape)
-        self.std = torch.tensor(self.vae.config["latents_std"], device=device).reshape(shape)
+        self.mean = torch.tensor(self.vae.config["latents_mean"]).reshape(shape)
+        self.std = torch.tensor(self.vae.config["latents_std"]).reshape(shape)
 
     @property
     def fingerprint(self) -> str:
