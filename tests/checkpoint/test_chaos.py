@@ -247,15 +247,15 @@ def test_a_machine_that_fails_loses_nothing_of_what_is_resumed_from(
 # ---------------------------------------------------------------- disks and folders
 
 
-@pytest.mark.parametrize("room", [0, 4, 12, 28, 48, 72])
+@pytest.mark.parametrize("room", [0, 8, 120, 600, 1500, 2500])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
     room: int, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
     """room: KiB that the run finds free."""
-    with small_disk(tmp_path / "disk", 512):
+    with small_disk(tmp_path / "disk", 16384):
         run, ballast = tmp_path / "disk" / "run", tmp_path / "disk" / "ballast"
         said_by(run).symlink_to(tmp_path / "stderr")
-        ballast.write_bytes(bytes((508 - room) * 1024))
+        ballast.write_bytes(bytes((16380 - room) * 1024))
         code, said = status(run)
         assert code == 2
         assert re.fullmatch(r"phased-dmd: .*cannot be written: No space left on device.*\n", said), said

@@ -76,7 +76,7 @@ def tiny(iterations: int = 2) -> Config:
     """Four phases of two updates on three points."""
     return Config(
         recipe="toy-2d",
-        teacher=AnalyticTeacher(means=((-1.0, 0.0), (0.0, 1.0), (1.0, 0.0)), fit_steps=5),
+        teacher=AnalyticTeacher(means=((-1.0, 0.0), (0.0, 1.0), (1.0, 0.0)), fit_steps=100),
         plan=Plan(steps=4, phases=4, shift=2.0, gradient="all"),
         generator=Generator(weights="full", lr=1e-3),
         fake=Fake(lr=1e-3, updates=1),
