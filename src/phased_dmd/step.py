@@ -45,7 +45,8 @@ class Batch:
     antithetic samples shares; without pairs, its own. rollout_key: the random key of the rollout; updates whose keys
     are equal share one rollout. path: the network calls from t_0 to the phase's end. s, t: float64 [b], the phase's
     end and the re-noise times. eps: [b, ...], the re-noise noise. networks: those that serve the t of any process.
-    share: the samples' share of this process's part of the global batch.
+    share: samples x processes / (global batch x sequence_parallel), so that the mean over the processes of what a
+    process adds up over its micro-batches is the batch's mean.
     """
 
     system: System
@@ -153,7 +154,7 @@ def roll_out(batch: Batch, hops: int, states: States) -> Tensor:
     """
     system, begin = batch.system, batch.system.plan.steps(batch.phase).start
     x, done = None, 0
-    for stop in sorted({begin, len(batch.path) - 1, hops}):
+    for stop in sorted({begin, len(batch.path) - 1, hops}):  # in pieces, at every place that an update may ask for
         if stop > hops:
             break
         key = batch.samples, batch.path[:stop]

@@ -1,17 +1,13 @@
 """`distill`: the training of Phased DMD, its baselines and ablations, top to bottom: run, phase, iteration."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Column
 from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder
@@ -23,7 +19,7 @@ from phased_dmd.engine.world import check_groups, processes, rank, split_batch, 
 from phased_dmd.errors import Stopped, UserError
 from phased_dmd.inputs import compare_finished, contents, initial_expert, prepare
 from phased_dmd.media import save_preview
-from phased_dmd.models.protocol import Codec, Condition
+from phased_dmd.models.protocol import Codec
 from phased_dmd.networks.build import (
     Own,
     System,
@@ -36,8 +32,9 @@ from phased_dmd.networks.build import (
 )
 from phased_dmd.networks.optim import Learner, NonFiniteError
 from phased_dmd.networks.roles import FAKE, expert_role
+from phased_dmd.progress import progress_bar
 from phased_dmd.sampling.loading import read_expert
-from phased_dmd.sampling.sampler import Sampler, preview_size
+from phased_dmd.sampling.sampler import preview_samples
 from phased_dmd.step import EXPERT_UPDATE, Batch, States, bucket_weights, draw, expert_loss, fake_loss
 from phased_dmd.trackers import Trackers
 
@@ -130,9 +127,9 @@ def distill(
 
 
 def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
-    """Begins a phase: adds a new expert and new fakes, which compute what the teacher does, with new optimisers.
+    """Begins a phase: a new expert and new fakes, which compute what the teacher does, are given new optimisers.
 
-    Returns None if the phase is done: its expert is then loaded and frozen.
+    With `init_experts` the expert starts as that run's. Returns None if the phase is done: its expert is then frozen.
     """
     run, roles, config, role = job.run, job.system.roles, job.system.config, expert_role(phase)
     add_expert(job.system, phase, trainable=True)
@@ -160,18 +157,18 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
         cpu_seconds = 0.0  # since the last line
         while at.iteration < iterations:
             started, cpu_started = time.perf_counter(), time.process_time()
-            states: States = {}  # of rollouts that the updates of this iteration share
+            rollouts: States = {}  # what the updates of this iteration share of them
 
             # The fake follows the generator, then the expert is updated against it.
             for update in range(at.update + 1, config.fake.updates + 1):
-                loss, norm = train_step(job, at, update, fake, fake_loss, states, state)
+                loss, norm = train_step(job, at, update, fake, fake_loss, rollouts, state)
                 if norm is not None:
                     at.fake_norm = norm
                     at.fake_losses.append(loss)
                 at.update = update
                 leave_if_asked(job, at, state)
             with job.system.roles.following(expert.role, config.fake.pull):
-                loss, norm = train_step(job, at, EXPERT_UPDATE, expert, expert_loss, states, state)
+                loss, norm = train_step(job, at, EXPERT_UPDATE, expert, expert_loss, rollouts, state)
             at.clipped += norm is not None and norm > config.optimiser.clip
             fake_losses = sum(at.fake_losses) / len(at.fake_losses) if at.fake_losses else None
             at.iteration, at.update, at.fake_losses, at.counted = at.iteration + 1, 0, [], at.counted + 1
@@ -198,7 +195,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
 
 
 def train_step(
-    job: Job, at: Position, update: int, learner: Learner, loss_of: Callable[[Batch, States], Tensor], states: States,
+    job: Job, at: Position, update: int, learner: Learner, loss_of: Callable[[Batch, States], Tensor], rollouts: States,
     state: Mapping[str, Tensor],
 ) -> tuple[float, float | None]:  # fmt: skip
     """Makes one update of a network: forward and backward of every micro-batch, then clip and optimiser step.
@@ -209,10 +206,13 @@ def train_step(
     system, config, losses = job.system, job.system.config, []
     with system.roles.active(learner.role):  # which adapter is on is a state of the network: backward needs it, too
         for samples in job.micro_batches:
-            drawn = at.phase, at.iteration, update, samples[job.rank], job.weights, job.conditions, samples
-            batch = draw(system, *drawn)
-            loss = loss_of(batch, states if config.rollouts.reuse else {})
-            (loss * config.engine.sequence_parallel).backward()  # those that share a sample each have a part of it
+            batch = draw(
+                system, at.phase, at.iteration, update, samples[job.rank], job.weights, job.conditions,
+                everywhere=samples,
+            )  # fmt: skip
+            loss = loss_of(batch, rollouts if config.rollouts.reuse else {})
+            # Of the processes that share a sample each has a part of its gradient, which `Batch.share` has divided.
+            (loss * config.engine.sequence_parallel).backward()
             losses.append(loss.detach())
     mean_loss = all_reduce_mean(torch.stack(losses).sum())
     try:
@@ -272,6 +272,7 @@ def log(run: RunFolder, row: Mapping[str, Any], seconds: float, cpu_seconds: flo
 
 
 def save_samples(job: Job, at: Position, expert: Learner) -> None:
+    """Writes a preview of what the generator predicts at the phase's end, by the averaged expert if it has one."""
     with expert.averaged():
         preview = preview_samples(job.system, job.codec, at.phase, job.conditions, job.weights)
     name = f"phase-{at.phase}-iteration-{at.iteration:06d}.png"
@@ -285,21 +286,6 @@ def leave_encoding(signals: Signals, folder: Path) -> None:
         raise Stopped(signals.noted, message)
 
 
-def preview_samples(
-    system: System, codec: Codec, phase: int, conditions: Conditions | None, weights: Sequence[float]
-) -> Tensor:
-    """Prompts spread over all there are, or 512 points, in the first bucket that is drawn."""
-    bucket = next(i for i, weight in enumerate(weights) if weight)
-    shape = system.model.sample_shapes[bucket]
-    count = preview_size(shape)
-    if conditions is None:
-        rows: list[Condition] = [{}] * (512 if len(shape) == 1 else count)
-    else:
-        prompts = conditions.eligible(bucket)
-        rows = [conditions.row(prompts[i * len(prompts) // count], bucket) for i in range(count)]
-    return Sampler(system, codec, bucket).preview(phase, rows)
-
-
 def expert_header(config: Config, system: System, phase: int) -> dict[str, object]:
     """Returns what a reader needs to run the expert: its place on the grid and, for LoRA, its scale."""
     lora = config.generator.lora if config.generator.weights == "lora" else None
@@ -310,25 +296,3 @@ def expert_header(config: Config, system: System, phase: int) -> dict[str, objec
         "rank": lora and lora.rank, "alpha": lora and lora.alpha, "method": config.method,
         "weighting": config.objective,
     }  # fmt: skip
-
-
-@contextmanager
-def progress_bar(config: Config, phase: int, done: int, quiet: bool) -> Iterator:
-    """Shows a bar of a phase, with the time left of the run, rate and losses; yields what moves it on."""
-    total, later = config.phase_iterations(phase), range(phase + 1, config.plan.phases + 1)
-    after = sum(map(config.phase_iterations, later))
-    columns = (
-        TextColumn(f"phase {phase}/{config.plan.phases}"), BarColumn(20), MofNCompleteColumn(),
-        TextColumn("{task.fields[left]}"),
-        TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=False)),  # the one that gives way
-    )  # fmt: skip
-    with Progress(*columns, disable=quiet) as bar:
-        task = bar.add_task("", total=total, completed=done, left="", figures="")
-        started = time.monotonic()
-
-        def show(count: int, losses: str) -> None:
-            seconds = max(time.monotonic() - started, 1e-9) / (count - done)
-            left = timedelta(seconds=round(seconds * (total - count + after)))
-            bar.update(task, completed=count, left=f"run {left} left", figures=f"{1 / seconds:.3g} it/s {losses}")
-
-        yield show

@@ -117,7 +117,10 @@ class Roles:
 
     @contextmanager
     def following(self, expert: str, share: float) -> Iterator[None]:
-        """Adds to the fake's copies, at the end, a share of the change that the expert's weights went through."""
+        """Adds to the fake's copies, at the end, a share of the change that the expert's weights went through.
+
+        A full expert's change is added as it is, a LoRA expert's as that of alpha / rank B A.
+        """
         before = {name: p.detach().clone() for name, p in self.parameters(expert).items()} if share else {}
         yield
         if not share:

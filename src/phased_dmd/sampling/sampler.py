@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phased_dmd.conditions import fitting
+from phased_dmd.conditions import Conditions, fitting
 from phased_dmd.config import Config
 from phased_dmd.config.teacher import WanTeacher
 from phased_dmd.engine.collectives import run_on_all_ranks
@@ -192,3 +192,18 @@ def preview_shares(count: int, size: int, process: int, processes: int) -> Itera
 def batch_size(shape: Sequence[int]) -> int:
     """Returns how many samples of a shape go through a network at once: one of a large model, many of nano."""
     return max(1, min(BATCH, BATCH_NUMBERS // math.prod(shape)))
+
+
+def preview_samples(
+    system: System, codec: Codec, phase: int, conditions: Conditions | None, weights: Sequence[float]
+) -> Tensor:
+    """Samples a preview of training, in the first bucket that has odds: of prompts spread over all, or 512 points."""
+    bucket = next(i for i, weight in enumerate(weights) if weight)
+    shape = system.model.sample_shapes[bucket]
+    count = preview_size(shape)
+    if conditions is None:
+        rows: list[Condition] = [{}] * (512 if len(shape) == 1 else count)
+    else:
+        prompts = conditions.eligible(bucket)
+        rows = [conditions.row(prompts[i * len(prompts) // count], bucket) for i in range(count)]
+    return Sampler(system, codec, bucket).preview(phase, rows)
