@@ -30,18 +30,11 @@ from phased_dmd.networks.build import add_expert, add_fake, build_system
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles
 from phased_dmd.recipes import resolve
 from phased_dmd.sampling import loading
-from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.train import Learner, distill
 
 POINTS = [(0.75, 0.9), (0.75, 0.76), (0.3, 0.6), (0.0, 0.5), (0.0, 0.9)]
 KINDS = [("flow", "flow"), ("flow", "x0"), ("vp-cosine", "v"), ("vp-linear", "eps"), ("ve", "x0"), ("ve", "v")]
 on_gaussians = pytest.mark.parametrize(("name", "prediction"), KINDS)
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "save_preview", lambda *_: None)
-    monkeypatch.setattr(Sampler, "preview", lambda *_: None)
 
 
 # Against the closed form: x_0 ~ N(.7, .8^2), and a generator that makes x_s ~ N(m, c^2)
@@ -181,7 +174,8 @@ def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
         monkeypatch.setattr(networks_build, "load_model", lambda *_: (model, TinyCodec()))
         base = {
             "prompts": str(tmp_path / "prompts.txt"), "fake.updates": 2, "generator.lora.rank": 3, "plan.phases": 2,
-            "generator.lora.alpha": 6, "batch_size": 4, "iterations": 2, "log_every": 1, "plan.gradient": "last",
+            "generator.lora.alpha": 6, "batch_size": 4, "iterations": 2, "log_every": 1, "sample_every": None,
+            "plan.gradient": "last",
             "generator.lr": 0.03,
         }  # fmt: skip
         return resolve("nano-t2i", base | {key.replace("__", "."): value for key, value in overrides.items()}), model
@@ -270,7 +264,7 @@ def test_teacher_and_fake_are_differentiated_with_guidance_and_route(wan: Callab
 
 SMALL = {
     "teacher.means": [[-1.0], [1.0]], "teacher.std": 0.3, "teacher.fit_steps": 300, 
-    "fake.updates": 3, "batch_size": 64, "sample_every": 1000,
+    "fake.updates": 3, "batch_size": 64, "sample_every": None,
     "plan.shift": 3.0, "generator.lr": 2e-3, "fake.lr": 4e-3,
 }  # fmt: skip
 

@@ -27,13 +27,12 @@ from phased_dmd.networks import build as networks_build
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles
 from phased_dmd.plan.work import phase_work
 from phased_dmd.recipes import resolve
-from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.step import Batch, States, draw, roll_out
 from phased_dmd.train import distill
 
 QUICK = {
     "teacher.fit_steps": 20, "fake.updates": 2,
-    "batch_size": 8, "iterations": 4, "log_every": 1, "checkpoint_every": 1000, "sample_every": 1000,
+    "batch_size": 8, "iterations": 4, "log_every": 1, "checkpoint_every": 1000, "sample_every": None,
 }  # fmt: skip
 
 
@@ -77,8 +76,6 @@ class Watch:
             return predict(roles, role, network, x, *rest)
 
         patch.setattr(Roles, "predict", counted)
-        patch.setattr(Sampler, "preview", lambda *_: None)
-        patch.setattr(train, "save_preview", lambda *_: None)
         for name, loss, kept in (
             ("fake_loss", "score_matching_loss", self.fake),
             ("expert_loss", "distribution_matching_loss", self.generator),
@@ -112,11 +109,6 @@ class Watch:
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     return Watch(monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "save_preview", lambda *_: None)
 
 
 def gaussian(config: Config) -> Any:
@@ -355,7 +347,8 @@ def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config
         monkeypatch.setattr(networks_build, "load_model", lambda *_: (model, TinyCodec()))
         base = {
             "prompts": str(tmp_path / "prompts.txt"), "fake.updates": 2, "generator.lora.rank": 3, "plan.phases": 2,
-            "generator.lora.alpha": 6, "batch_size": 8, "iterations": 2, "log_every": 1, "plan.gradient": "last",
+            "generator.lora.alpha": 6, "batch_size": 8, "iterations": 2, "log_every": 1, "sample_every": None,
+            "plan.gradient": "last",
         }  # fmt: skip
         return resolve("nano-t2i", base | {key.replace("__", "."): value for key, value in overrides.items()})
 
@@ -370,7 +363,6 @@ def test_sorted_times_call_fewer_networks(wan: Callable, tmp_path: Path, monkeyp
         calls[role] += role == FAKE
         return predict(roles, role, *rest)
 
-    monkeypatch.setattr(Sampler, "preview", lambda *_: None)
     monkeypatch.setattr(Roles, "predict", counted)
     found = []
     for sort in (False, True):

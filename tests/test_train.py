@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +20,7 @@ from rich.progress import Progress
 from tiny import TinyCodec, TinyWan, draw, killed_after, newest_checkpoint, teacher_alone
 from torch import Tensor
 
-from phased_dmd import inputs, step, train
+from phased_dmd import inputs, progress, step, train
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.config import Ablation, Config, Optimiser, phase_plan
 from phased_dmd.config.overrides import build
@@ -37,7 +38,7 @@ from phased_dmd.train import Learner, distill
 
 QUICK = {
     "teacher.fit_steps": 20, "fake.updates": 2,
-    "batch_size": 16, "iterations": 3, "log_every": 2, "checkpoint_every": 1000, "sample_every": 1000,
+    "batch_size": 16, "iterations": 3, "log_every": 2, "checkpoint_every": 1000, "sample_every": None,
     "objective": "normalised",
 }  # fmt: skip
 
@@ -45,11 +46,6 @@ QUICK = {
 def toy(method: Any = None, **overrides: Any) -> Config:
     """toy-1d (two steps, two phases, boundary .5), made quick; `plan__steps=4` overrides plan.steps."""
     return resolve("toy-1d", {**QUICK, **{key.replace("__", "."): value for key, value in overrides.items()}}, method)
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "save_preview", lambda path, samples: None)
 
 
 @pytest.fixture
@@ -157,9 +153,7 @@ def long(**overrides: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_preview", lambda path, samples: None)
-        run = distill(long(), tmp_path_factory.mktemp("reference") / "run", quiet=True)
+    run = distill(long(), tmp_path_factory.mktemp("reference") / "run", quiet=True)
     rows = metrics(run)
     assert [(row["phase"], row["iteration"]) for row in rows] == [(p, i) for p in (1, 2) for i in (2, 4, 6, 8, 10)]
     clipped = {row["iteration"]: row["clipped"] for row in rows if row["phase"] == 2}
@@ -458,13 +452,11 @@ PHASES = {"dmd": 1, "dmd-sgts": 1, "phased": 4, "phased-sgts": 2}  # of four ste
 def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str], Path]:
     """Every method x solver x weighting: four generator updates on four steps."""
     folder, runs = tmp_path_factory.mktemp("everything"), {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_preview", lambda path, samples: None)
-        for method, solver, weighting in COMBINATIONS:
-            plan = {"plan__steps": 4, "plan__phases": PHASES[method], "ablation__solver": solver}
-            config = toy(method, **plan, objective=weighting, iterations=4 // PHASES[method])
-            name = f"{method}-{solver}-{weighting}"
-            runs[method, solver, weighting] = distill(config, folder / name, quiet=True)
+    for method, solver, weighting in COMBINATIONS:
+        plan = {"plan__steps": 4, "plan__phases": PHASES[method], "ablation__solver": solver}
+        config = toy(method, **plan, objective=weighting, iterations=4 // PHASES[method])
+        name = f"{method}-{solver}-{weighting}"
+        runs[method, solver, weighting] = distill(config, folder / name, quiet=True)
     return runs
 
 
@@ -627,7 +619,6 @@ class Spy:
 
         patch.setattr(train, "add_expert", onset)
         patch.setattr(System, "roll", rolled)
-        patch.setattr(Sampler, "preview", lambda *args: None)  # its rollouts are none of the training's
         for name in ("teacher", "fake"):
             self._watch(patch, name, getattr(System, name))
 
@@ -964,9 +955,9 @@ def test_the_bar_keeps_count_and_the_runs_time_left_whole(width: int, monkeypatc
     """Two of four phases of 120 are behind it, 30 of the third are done: 210 updates are left, at one in 10 seconds."""
     screen, clock = io.StringIO(), iter(range(0, 1000, 10))
     terminal = Console(file=screen, width=width, force_terminal=True, color_system=None, legacy_windows=False)
-    monkeypatch.setattr(train, "Progress", partial(Progress, console=terminal, auto_refresh=False))
-    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
-    with train.progress_bar(resolve("nano-t2i"), 3, 29, quiet=False) as show:
+    monkeypatch.setattr(progress, "Progress", partial(Progress, console=terminal, auto_refresh=False))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with progress.progress_bar(resolve("nano-t2i"), 3, 29, quiet=False) as show:
         show(30, "fake 479 generator 0.000123")
     shown = screen.getvalue()
     assert "phase 3/4" in shown and " 30/120 run 0:35:00 left 0.1 it/s" in shown

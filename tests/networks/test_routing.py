@@ -96,7 +96,7 @@ def config_of(plan: Plan, fake: Any = "full", **changes: Any) -> Config:
     return Config(
         recipe="routing", teacher=OwnTeacher(), plan=plan,
         generator=Generator(lora=Lora(rank=1, alpha=1)), fake=Fake(weights=fake, updates=2, lora=Lora(rank=1, alpha=1)),
-        iterations=6, batch_size=16, **changes,
+        iterations=6, batch_size=16, sample_every=None, **changes,
     )  # fmt: skip
 
 
@@ -137,7 +137,6 @@ def test_a_run_calls_each_network_on_its_side_of_the_switch_only(
 
     monkeypatch.setattr(Roles, "add", spy)
     monkeypatch.setattr(train, "begin", phase_begins)
-    monkeypatch.setattr(train, "save_preview", lambda path, samples: None)
     distill(
         config_of(plan, fake, **{type(renoise).__name__.lower(): renoise}),
         tmp_path / "run",
