@@ -2,12 +2,13 @@
 
 import math
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phased_dmd.maths.phases import NEAR, Expert, Hop, PhasePlan, shift_time, step_times, unshift_time
+from phased_dmd.maths.phases import NEAR, Expert, Hop, PhasePlan, RenoiseInterval, shift_time, step_times, unshift_time
 
 WAN = (1.0, 15 / 16, 5 / 6, 5 / 8)  # raw 1, 3/4, 1/2, 1/4 through t = 5u / (1 + 4u)
 
@@ -242,3 +243,59 @@ def test_steps_must_divide_into_phases(steps, phases):
     message = f"plan.phases: {steps} steps cannot be split into {phases} equal phases"
     with pytest.raises(ValueError, match=f"^{message}$"):
         PhasePlan.even(steps, phases)
+
+
+# ---------------------------------------------------------------- where re-noise times lie
+
+GRID = PhasePlan.even(4, 4, 5.0, switches=(0.875,))  # times 1, 15/16, 5/6, 5/8, 0; the switch lies within phase 2
+
+
+@pytest.mark.parametrize(
+    ("phase", "where", "above_switch", "expected"),
+    [
+        (1, "nested", None, (15 / 16, 1.0, 0.0)),
+        (2, "nested", None, (5 / 6, 1.0, 0.0)),
+        (4, "nested", None, (0.02, 1.0, 0.0)),
+        (2, "disjoint", None, (5 / 6, 15 / 16, 0.0)),
+        (4, "disjoint", None, (0.02, 5 / 8, 0.0)),
+        (2, "nested", "clamp", (5 / 6, 1.0, 0.875)),
+        (2, "nested", "truncate", (0.875, 1.0, 0.0)),
+        (2, "disjoint", "truncate", (0.875, 15 / 16, 0.0)),
+        (1, "nested", "truncate", (15 / 16, 1.0, 0.0)),
+        (3, "nested", "clamp", (5 / 8, 1.0, 0.0)),  # its step runs on the last network, which ends at 0
+        (4, "nested", "truncate", (0.02, 1.0, 0.0)),
+        (2, 0.9, None, (0.9, 0.9, 0.0)),
+        (2, 0.85, "clamp", (0.85, 0.85, 0.0)),  # one time is bounded by no switch
+        (1, 1.0, None, (1.0, 1.0, 0.0)),  # t_0 itself is inside
+        (4, 1e-3, None, (1e-3, 1e-3, 0.0)),
+    ],
+)
+def test_where_the_re_noise_times_of_a_phase_lie(phase: int, where: Any, above_switch: Any, expected: Any) -> None:
+    found = RenoiseInterval.of(GRID, phase, where, above_switch)
+    assert (found.low, found.high, found.floor) == pytest.approx(expected, abs=1e-12)
+    assert found.support == pytest.approx((max(expected[0], expected[2]), expected[1]), abs=1e-12)
+
+
+def test_without_a_switch_a_bound_by_it_does_nothing() -> None:
+    plain = PhasePlan.even(4, 2, 5.0)
+    for phase in (1, 2):
+        free = RenoiseInterval.of(plain, phase, "nested", None)
+        assert RenoiseInterval.of(plain, phase, "nested", "clamp") == free
+        assert RenoiseInterval.of(plain, phase, "nested", "truncate") == free
+
+
+@pytest.mark.parametrize("where", [5 / 6, 0.5, 1.01])
+def test_one_time_outside_of_a_phase_is_refused(where: float) -> None:
+    """The phase's end is outside, t_0 is not."""
+    with pytest.raises(
+        ValueError, match=rf"^ablation\.renoise: {re.escape(f'{where:g}')} is outside \(0\.833333, 1\] of phase 2$"
+    ):
+        RenoiseInterval.of(GRID, 2, where, None)
+
+
+def test_an_interval_that_the_switch_leaves_nothing_of_is_refused() -> None:
+    """The phase begins at the very time of the switch, which bounds it from below."""
+    plan = PhasePlan((1.0, 0.9, 0.0), (0, 1), (0.9,))
+    with pytest.raises(ValueError, match=r"^renoise\.t_range: \(0\.9, 1\.0\) leaves nothing of \(0\.02, 0\.9\)$"):
+        RenoiseInterval.of(plan, 2, "disjoint", "truncate")
+    assert RenoiseInterval.of(plan, 2, "disjoint", "clamp") == RenoiseInterval(0.02, 0.9, 0.9)
