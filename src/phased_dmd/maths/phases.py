@@ -181,7 +181,7 @@ class RenoiseInterval:
             if not s < where <= t_0:
                 raise ValueError(f"ablation.renoise: {where:g} is outside ({s:g}, {t_0:g}] of phase {phase}")
             return cls(where, where)
-        bounds = (plan.floor(phase), 1.0) if above_switch and plan.floor(phase) > 0 else None
+        bounds = (plan.floor(phase), 1.0) if above_switch else None
         high = t_0 if where == "nested" else plan.begin(phase)
         clamp = above_switch == "clamp"
         low, high = renoise_range(s if s > 0 else T_MIN, high, bounds, clamp)
