@@ -19,22 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run
 
 from phased_dmd import __main__ as entry
-from phased_dmd.cli import app, main
+from phased_dmd.cli import app
 from phased_dmd.lab.reproduce.begin import begin_worker
 from phased_dmd.recipes import resolve
 
 FAST = ["--set", "teacher.fit_steps=3", "--iterations", "2", "--set", "batch_size=8"]
-
-
-def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["phased-dmd", *arguments])
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def test_help_is_fast() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from commands import run
 
-from phased_dmd.cli import main
 from phased_dmd.config import Config
 from phased_dmd.config.fields import as_markdown, as_text, groups
 from phased_dmd.config.teacher import Teacher
@@ -16,15 +16,6 @@ from phased_dmd.recipes import RECIPES, read_recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 FIELDS = [field for group in groups() for field in group.fields]
-
-
-def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["phased-dmd", *arguments])
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def test_the_page_of_the_docs_is_the_commands_list() -> None:

@@ -494,7 +494,7 @@ def test_renoise_time_lies_above_s_and_not_above_the_bound(name, s, above, shift
 
 @pytest.mark.parametrize("t_range", [(0.2, 0.5), (0.2, 0.75)])
 def test_an_empty_range_is_an_error(t_range):
-    message = re.escape(f"renoise.t_range: {t_range} leaves nothing of (0.75, 1)")
+    message = re.escape(f"renoise: the bounds {t_range} leave nothing of (0.75, 1)")
     with pytest.raises(ValueError, match=f"^{message}$"):
         renoise_times(tensor(0.5), 0.75, 1.0, 5.0, t_range)
 
@@ -502,7 +502,7 @@ def test_an_empty_range_is_an_error(t_range):
 @pytest.mark.parametrize("clamp", [False, True])
 @pytest.mark.parametrize("t_range", [(0.99, 0.98), (0.8, 0.8), (-0.1, 0.9), (0.8, 1.1), (1.2, 1.5)])
 def test_a_range_that_is_no_interval_is_an_error(t_range, clamp):
-    message = re.escape(f"renoise.t_range: {t_range} is no interval within [0, 1]")
+    message = re.escape(f"renoise: the bounds {t_range} are no interval within [0, 1]")
     with pytest.raises(ValueError, match=f"^{message}$"):
         renoise_times(tensor(0.5), 0.75, 1.0, 5.0, t_range, clamp)
 
@@ -510,7 +510,7 @@ def test_a_range_that_is_no_interval_is_an_error(t_range, clamp):
 @pytest.mark.parametrize(("t_range", "high"), [((0.2, 0.5), 1.0), ((0.2, 0.75), 1.0), ((0.91, 0.95), 0.9)])
 def test_a_clamp_out_of_the_interval_is_an_error(t_range, high):
     """At or below s it would put t where sigma_ts is 0 or NaN; above, beyond the phase."""
-    message = re.escape(f"renoise.t_range: {t_range} would clamp t out of (0.75, {high:g}]")
+    message = re.escape(f"renoise: the bounds {t_range} would clamp t out of (0.75, {high:g}]")
     with pytest.raises(ValueError, match=f"^{message}$"):
         renoise_times(tensor(0.5), 0.75, high, 5.0, t_range, clamp=True)
 

@@ -36,14 +36,14 @@ def renoise_range(low: float, high: float, t_range: tuple[float, float] | None, 
     if t_range is None:
         return low, high
     if not 0 <= t_range[0] < t_range[1] <= 1:
-        raise ValueError(f"renoise.t_range: {t_range} is no interval within [0, 1]")
+        raise ValueError(f"renoise: the bounds {t_range} are no interval within [0, 1]")
     if clamp:
         if t_range[1] <= low or t_range[0] > high:
-            raise ValueError(f"renoise.t_range: {t_range} would clamp t out of ({low:g}, {high:g}]")
+            raise ValueError(f"renoise: the bounds {t_range} would clamp t out of ({low:g}, {high:g}]")
         return low, high
     cut = max(low, t_range[0]), min(high, t_range[1])
     if cut[0] >= cut[1]:
-        raise ValueError(f"renoise.t_range: {t_range} leaves nothing of ({low:g}, {high:g})")
+        raise ValueError(f"renoise: the bounds {t_range} leave nothing of ({low:g}, {high:g})")
     return cut
 
 
