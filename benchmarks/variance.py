@@ -57,7 +57,7 @@ def variance(
     for batch in range(batches):
         with system.roles.active(role):
             for samples in job.micro_batches:
-                drawn = draw(system, phase, AFTER + batch, update, samples[0], job.weights, job.conditions)
+                drawn = draw(system, phase, AFTER + batch, update, samples[0], job.odds, job.conditions)
                 loss_of(drawn, {}).backward()
         for name, p in parameters.items():
             assert p.grad is not None

@@ -34,7 +34,7 @@ from phased_dmd.models.source import Source
 from phased_dmd.models.wan import NANO, WanCodec
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
-from phased_dmd.step import bucket_weights
+from phased_dmd.step import bucket_odds
 from phased_dmd.train import distill
 
 MANY = [Prompt(f"prompt {i} {'x' * (i % 7)}") for i in range(2 * CHUNK + 5)]  # three files
@@ -221,8 +221,8 @@ def test_only_first_frames_that_fit_a_bucket_are_eligible(tmp_path: Path) -> Non
             assert same(row, Recorder().encode_text([prompts[i].text])[0])
     sizes = tuple(Size(weight=weight) for weight in (0.5, 0.3, 0.2))
     config = resolve("nano-i2v", {"teacher.sizes": [size.model_dump() for size in sizes]})
-    assert bucket_weights(config, cache) == [0.5, 0.0, 0.2]
-    assert bucket_weights(config, None) == [0.5, 0.3, 0.2]
+    assert bucket_odds(config, cache) == [0.5, 0.0, 0.2]
+    assert bucket_odds(config, None) == [0.5, 0.3, 0.2]
 
 
 def test_without_first_frames_every_prompt_is_eligible_in_every_bucket(tmp_path: Path) -> None:

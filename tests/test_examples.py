@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tiny import draw
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ from phased_dmd.engine.randomness import normal
 from phased_dmd.lab.metrics.distances import frechet, moments
 from phased_dmd.maths.schedules import VPSchedule, renoise_times
 from phased_dmd.models.analytic import ExactMixture, PlainCodec, TimeMLP
-from phased_dmd.recipes import RECIPES
+from phased_dmd.recipes import RECIPES, resolve
 from phased_dmd.sampling.loading import load
 from phased_dmd.testing import ModelError, check_model
 from phased_dmd.train import distill
@@ -363,3 +364,17 @@ def test_every_command_that_names_a_number_of_gpus_fits_on_them(page: Path) -> N
 
 def test_pages_that_name_a_number_of_gpus_are_found() -> None:
     assert {"README.md", "distributed.md", "plan.md"} <= {page.name for page in PAGES if gpu_commands(page)}
+
+
+def yaml_blocks(page: Path) -> list[str]:
+    """The blocks of configuration that a page shows."""
+    return re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if yaml_blocks(page)], ids=lambda page: page.name)
+def test_configuration_that_a_page_shows_is_of_fields_that_there_are(page: Path) -> None:
+    """It is one of Wan2.2's, or can be laid over it."""
+    whole = resolve("wan22-t2v", {}).model_dump(mode="json")
+    for block in yaml_blocks(page):
+        for section, fields in yaml.safe_load(block).items():
+            Config.model_validate(whole | {section: whole[section] | fields})

@@ -117,8 +117,8 @@ def gaussian(config: Config) -> Any:
     def predict(_: int, x: Tensor, t: Tensor) -> Tensor:
         return exact_prediction("flow", "flow", t[0].item())(x)
 
-    def roll(hops: Any, x: Tensor, condition: Any, gradient_steps: Any = (), renoise: Any = None) -> Rollout:
-        return rollout(predict, x, hops, FlowSchedule(), "flow", gradient_steps, config.ablation.solver, renoise)
+    def roll(hops: Any, x: Tensor, condition: Any, gradient_steps: Any = (), noise: Any = None) -> Rollout:
+        return rollout(predict, x, hops, FlowSchedule(), "flow", gradient_steps, config.ablation.solver, noise)
 
     model = SimpleNamespace(
         sample_shapes=[(1,)], batch=lambda rows: {"text": torch.tensor([row.get("text", 0) for row in rows])}

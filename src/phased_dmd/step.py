@@ -72,19 +72,19 @@ class Batch:
             noise[1::2] *= -1
         return noise.to(self.system.device)
 
-    def renoise(self, step: int) -> Tensor:
+    def step_noise(self, step: int) -> Tensor:
         """Draws the standard normal noise [b, ...] that the `renoise` solver adds in a step."""
         return normal(self.shape, self.samples, *self.rollout_key, "renoise", step).to(self.system.device)
 
 
 def draw(
-    system: System, phase: int, iteration: int, update: int, samples: range, weights: Sequence[float],
+    system: System, phase: int, iteration: int, update: int, samples: range, odds: Sequence[float],
     conditions: Conditions | None, everywhere: Sequence[range] | None = None,
 ) -> Batch:  # fmt: skip
     """Draws all random numbers of an update, each a function of its key and the sample's index alone.
 
     update: `EXPERT_UPDATE`, or the number of the fake's update. samples: those of this process in the micro-batch.
-    weights: the odds of the resolution buckets. conditions: the encoded prompts, or None for a model that takes none.
+    odds: of the resolution buckets. conditions: the encoded prompts, or None for a model that takes none.
     everywhere: the samples of each process, this one's included; None means that it is alone.
     """
     config, plan, everywhere = system.config, system.plan, everywhere or [samples]
@@ -94,9 +94,9 @@ def draw(
 
     # The rollout: one resolution bucket for the whole batch, then a prompt for each sample.
     bucket = 0
-    if len(weights) > 1:
-        u = uniform([0], *rollout_key, "bucket").item() * sum(weights)
-        bucket = min(bisect(list(accumulate(weights)), u), len(weights) - 1)
+    if len(odds) > 1:
+        u = uniform([0], *rollout_key, "bucket").item() * sum(odds)
+        bucket = min(bisect(list(accumulate(odds)), u), len(odds) - 1)
     rows: list[Condition] = [{}] * len(samples)
     if conditions is not None:
         prompts = conditions.eligible(bucket)
@@ -136,8 +136,7 @@ def draw_times(system: System, phase: int, key: Key, samples: Sequence[int], sha
     r = uniform(in_pairs(drawn) if shares else drawn, *key, "t")
     if config.renoise.sort:  # over the global batch, so that a micro-batch calls fewer of a teacher's networks
         r = r.sort().values[list(samples)]
-    bounds = (interval.floor, 1.0) if interval.floor else None
-    return renoise_times(r, interval.low, interval.high, config.plan.shift, bounds, clamp=True)
+    return renoise_times(r, interval.low, interval.high, config.plan.shift, interval.floor)
 
 
 def in_pairs(samples: Sequence[int]) -> list[int]:
@@ -160,7 +159,7 @@ def roll_out(batch: Batch, hops: int, states: States) -> Tensor:
         key = batch.samples, batch.path[:stop]
         if key not in states:
             x = system.start(batch.first_noise()) if x is None else x
-            states[key] = system.roll(batch.path[done:stop], x, batch.condition, renoise=batch.renoise).x
+            states[key] = system.roll(batch.path[done:stop], x, batch.condition, noise=batch.step_noise).x
         x, done = states[key], stop
     assert x is not None
     return x
@@ -192,7 +191,7 @@ def expert_loss(batch: Batch, states: States) -> Tensor:
     system, config, model = batch.system, batch.system.config, batch.system.model
     recorded = len(batch.path) - 1 if config.plan.gradient == "last" else system.plan.steps(batch.phase).start
     x, hops = roll_out(batch, recorded, states), batch.path[recorded:]
-    end = system.roll(hops, x, batch.condition, [hop.step for hop in hops], batch.renoise)
+    end = system.roll(hops, x, batch.condition, [hop.step for hop in hops], batch.step_noise)
     teacher, fake = (
         partial(predict, condition=batch.condition, present=batch.networks) for predict in (system.teacher, system.fake)
     )
@@ -229,13 +228,13 @@ def fisher_loss(batch: Batch, x_s: Tensor, teacher: Predict, fake: Predict) -> T
     return torch.stack(losses).sum(0)
 
 
-def bucket_weights(config: Config, conditions: Conditions | None) -> list[float]:
+def bucket_odds(config: Config, conditions: Conditions | None) -> list[float]:
     """Returns the odds of the resolution buckets, 0 for one that no prompt's first frame fits."""
     match config.teacher:
         case PipelineTeacher(sizes=sizes):
-            weights = [size.weight for size in sizes]
-        case OwnTeacher(weights=own):
-            weights = list(own)
+            odds = [size.weight for size in sizes]
+        case OwnTeacher(weights=weights):
+            odds = list(weights)
         case _:
-            weights = [1.0]
-    return [w if conditions is None or conditions.eligible(i) else 0.0 for i, w in enumerate(weights)]
+            odds = [1.0]
+    return [each if conditions is None or conditions.eligible(i) else 0.0 for i, each in enumerate(odds)]

@@ -35,7 +35,7 @@ from phased_dmd.networks.roles import FAKE, expert_role
 from phased_dmd.progress import progress_bar
 from phased_dmd.sampling.loading import read_expert
 from phased_dmd.sampling.sampler import preview_samples
-from phased_dmd.step import EXPERT_UPDATE, Batch, States, bucket_weights, draw, expert_loss, fake_loss
+from phased_dmd.step import EXPERT_UPDATE, Batch, States, bucket_odds, draw, expert_loss, fake_loss
 from phased_dmd.trackers import Trackers
 
 
@@ -59,7 +59,7 @@ class Position:
 class Job:
     """What the phases of a run share.
 
-    weights: the odds of the resolution buckets. micro_batches: the samples of every process in each, see `split_batch`.
+    odds: of the resolution buckets. micro_batches: the samples of every process in each, see `split_batch`.
     fresh_fakes: what adapters that are fakes start from, by phase, see `add_adapters`.
     """
 
@@ -67,7 +67,7 @@ class Job:
     system: System
     codec: Codec
     conditions: Conditions | None
-    weights: Sequence[float]
+    odds: Sequence[float]
     micro_batches: Sequence[Sequence[range]]
     rank: int
     fresh_fakes: Mapping[int, dict[str, Tensor]]
@@ -114,9 +114,9 @@ def distill(
             system = build_system(config, model, conditions.negative if conditions else {})
             fresh_fakes = add_adapters(system)
             system.roles.shard(config.engine)
-            weights = bucket_weights(config, conditions)
+            odds = bucket_odds(config, conditions)
             job = Job(
-                run, system, codec, conditions, weights, micro_batches, rank(), fresh_fakes, signals, trackers,
+                run, system, codec, conditions, odds, micro_batches, rank(), fresh_fakes, signals, trackers,
                 quiet or rank() > 0,
             )  # fmt: skip
             for phase in range(1, system.plan.num_phases + 1):
@@ -207,7 +207,7 @@ def train_step(
     with system.roles.active(learner.role):  # which adapter is on is a state of the network: backward needs it, too
         for samples in job.micro_batches:
             batch = draw(
-                system, at.phase, at.iteration, update, samples[job.rank], job.weights, job.conditions,
+                system, at.phase, at.iteration, update, samples[job.rank], job.odds, job.conditions,
                 everywhere=samples,
             )  # fmt: skip
             loss = loss_of(batch, rollouts if config.rollouts.reuse else {})
@@ -274,7 +274,7 @@ def log(run: RunFolder, row: Mapping[str, Any], seconds: float, cpu_seconds: flo
 def save_samples(job: Job, at: Position, expert: Learner) -> None:
     """Writes a preview of what the generator predicts at the phase's end, by the averaged expert if it has one."""
     with expert.averaged():
-        preview = preview_samples(job.system, job.codec, at.phase, job.conditions, job.weights)
+        preview = preview_samples(job.system, job.codec, at.phase, job.conditions, job.odds)
     name = f"phase-{at.phase}-iteration-{at.iteration:06d}.png"
     run_on_first_rank(lambda: job.run.save_samples(name, lambda path: save_preview(path, preview)))
 

@@ -25,7 +25,6 @@ from scipy.integrate import quad
 
 from phased_dmd.config.overrides import build
 from phased_dmd.errors import UserError
-from phased_dmd.maths.phases import renoise_range
 from phased_dmd.maths.schedules import (
     VESchedule,
     VPSchedule,
@@ -449,11 +448,11 @@ def test_renoise_mass_at_the_ends(low, fraction):
 )
 def test_truncated_and_clamped_range(bound, atom, clamped_mean, truncated_mean):
     """At shift 5 and s = .8333: the atoms of Wan2.2's clamp, and the mean of t both ways."""
-    clamped = renoise_times(grid(), 5 / 6, 1.0, 5.0, (bound, 1.0), clamp=True)
+    clamped = renoise_times(grid(), 5 / 6, 1.0, 5.0, bound)
     assert clamped.min().item() == bound
     assert (clamped == bound).double().mean().item() == pytest.approx(atom, abs=5e-4)
     assert clamped.mean().item() == pytest.approx(clamped_mean, abs=6e-4)
-    truncated = renoise_times(grid(), 5 / 6, 1.0, 5.0, (bound, 1.0))
+    truncated = renoise_times(grid(), bound, 1.0, 5.0)
     assert truncated.min().item() > bound
     assert truncated.mean().item() == pytest.approx(truncated_mean, abs=6e-4)
     assert truncated.diff().abs().min().item() > 0  # no two alike: no atom
@@ -462,23 +461,14 @@ def test_truncated_and_clamped_range(bound, atom, clamped_mean, truncated_mean):
     torch.testing.assert_close((1 - raw) / (1 - lower), grid(), rtol=0, atol=1e-12)
 
 
-def test_clamp_without_a_range_does_nothing():
-    assert torch.equal(renoise_times(grid(9), 0.75, 1.0, 5.0, clamp=True), renoise_times(grid(9), 0.75, 1.0, 5.0))
+@pytest.mark.parametrize("floor", [0.0, 0.5, 0.75])
+def test_a_floor_at_or_below_the_interval_moves_nothing(floor):
+    assert torch.equal(renoise_times(grid(9), 0.75, 1.0, 5.0, floor), renoise_times(grid(9), 0.75, 1.0, 5.0))
 
 
-def test_clamp_piles_up_at_both_bounds():
-    t = renoise_times(grid(), 1e-9, 1.0, 5.0, (0.02, 0.98), clamp=True)
-    assert (t.min().item(), t.max().item()) == (0.02, 0.98)
-    assert (t == 0.98).double().mean().item() == pytest.approx(0.093, abs=5e-4)
-    assert (t == 0.02).double().mean().item() == pytest.approx(0.004, abs=5e-4)
-
-
-@pytest.mark.parametrize("t_range", [None, (0.0, 1.0), (0.5, 1.0), (0.875, 0.98)])
-def test_renoise_bounds(t_range):
-    """r = 0 is the upper bound itself."""
-    low, high = (5 / 6, 1.0) if t_range is None else (max(5 / 6, t_range[0]), t_range[1])
-    assert renoise_range(5 / 6, 1.0, t_range, clamp=False) == (low, high)
-    assert renoise_times(tensor(0.0), 5 / 6, 1.0, 5.0, t_range).item() == pytest.approx(high, abs=1e-15)
+@pytest.mark.parametrize(("low", "high"), [(5 / 6, 1.0), (0.75, 0.98)])
+def test_r_0_is_the_upper_bound_itself(low, high):
+    assert renoise_times(tensor(0.0), low, high, 5.0).item() == pytest.approx(high, abs=1e-15)
 
 
 @schedules
@@ -492,39 +482,13 @@ def test_renoise_time_lies_above_s_and_not_above_the_bound(name, s, above, shift
     assert SCHEDULES[name].transition(full(s, t), t)[1].isfinite().all()
 
 
-@pytest.mark.parametrize("t_range", [(0.2, 0.5), (0.2, 0.75)])
-def test_an_empty_range_is_an_error(t_range):
-    message = re.escape(f"renoise: the bounds {t_range} leave nothing of (0.75, 1)")
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        renoise_times(tensor(0.5), 0.75, 1.0, 5.0, t_range)
+def test_at_a_floor_that_is_the_upper_bound_all_times_pile_up():
+    assert renoise_times(grid(10), 0.75, 0.9, 5.0, 0.9).tolist() == [0.9] * 10
 
 
-@pytest.mark.parametrize("clamp", [False, True])
-@pytest.mark.parametrize("t_range", [(0.99, 0.98), (0.8, 0.8), (-0.1, 0.9), (0.8, 1.1), (1.2, 1.5)])
-def test_a_range_that_is_no_interval_is_an_error(t_range, clamp):
-    message = re.escape(f"renoise: the bounds {t_range} are no interval within [0, 1]")
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        renoise_times(tensor(0.5), 0.75, 1.0, 5.0, t_range, clamp)
-
-
-@pytest.mark.parametrize(("t_range", "high"), [((0.2, 0.5), 1.0), ((0.2, 0.75), 1.0), ((0.91, 0.95), 0.9)])
-def test_a_clamp_out_of_the_interval_is_an_error(t_range, high):
-    """At or below s it would put t where sigma_ts is 0 or NaN; above, beyond the phase."""
-    message = re.escape(f"renoise: the bounds {t_range} would clamp t out of (0.75, {high:g}]")
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        renoise_times(tensor(0.5), 0.75, high, 5.0, t_range, clamp=True)
-
-
-def test_a_clamp_that_touches_the_interval_is_allowed():
-    """All times pile up at the bound that both share, or at the first time above s."""
-    assert renoise_times(grid(10), 0.75, 0.9, 5.0, (0.9, 0.95), clamp=True).tolist() == [0.9] * 10
-    above = math.nextafter(0.75, 1)
-    assert renoise_times(grid(10), 0.75, 0.9, 5.0, (0.2, above), clamp=True).tolist() == [above] * 10
-
-
-@pytest.mark.parametrize("t_range", [None, (0.0, 1.0)])
-@pytest.mark.parametrize("clamp", [False, True])
-@pytest.mark.parametrize(("low", "high"), [(0.75, 0.75), (0.9, 0.75)])
-def test_an_empty_interval_is_an_error(low, high, t_range, clamp):
-    with pytest.raises(ValueError, match=f"^renoise: no time is left between {low:g} and {high:g}$"):
-        renoise_times(tensor(0.5), low, high, 5.0, t_range, clamp)
+@pytest.mark.parametrize(("low", "high", "floor", "above"), [
+    (0.75, 0.75, 0.0, 0.75), (0.9, 0.75, 0.0, 0.9), (0.5, 0.75, 0.8, 0.8), (0.5, 0.75, math.nextafter(0.75, 1), 0.75),
+])  # fmt: skip
+def test_an_interval_without_times_is_an_error(low, high, floor, above):
+    with pytest.raises(ValueError, match=f"^renoise: no time is left between {above:g} and {high:g}$"):
+        renoise_times(tensor(0.5), low, high, 5.0, floor)

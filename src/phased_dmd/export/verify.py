@@ -89,7 +89,7 @@ def sample_run(run: ExportedRun, prompts: Sequence[Prompt], size: Size) -> tuple
 
     with torch.no_grad():
         path = system.plan.path(system.plan.num_phases)
-        return noise, system.roll(path, system.start(noise), condition, renoise=fresh).x
+        return noise, system.roll(path, system.start(noise), condition, noise=fresh).x
 
 
 def load_script(run: ExportedRun, folder: Path) -> tuple[Any, Callable[..., Any]]:

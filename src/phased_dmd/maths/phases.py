@@ -26,27 +26,6 @@ def step_times(steps: int, shift: float, start: float = 1.0) -> tuple[float, ...
     return (start, *(shift_time(u_0 * (1 - i / steps), shift) for i in range(1, steps)), 0.0)
 
 
-def renoise_range(low: float, high: float, t_range: tuple[float, float] | None, clamp: bool) -> tuple[float, float]:
-    """Returns the bounds that the re-noise time t is drawn between: (low, high), cut down by t_range unless it clamps.
-
-    Raises ValueError where nothing is left to draw from.
-    """
-    if not low < high:
-        raise ValueError(f"renoise: no time is left between {low:g} and {high:g}")
-    if t_range is None:
-        return low, high
-    if not 0 <= t_range[0] < t_range[1] <= 1:
-        raise ValueError(f"renoise: the bounds {t_range} are no interval within [0, 1]")
-    if clamp:
-        if t_range[1] <= low or t_range[0] > high:
-            raise ValueError(f"renoise: the bounds {t_range} would clamp t out of ({low:g}, {high:g}]")
-        return low, high
-    cut = max(low, t_range[0]), min(high, t_range[1])
-    if cut[0] >= cut[1]:
-        raise ValueError(f"renoise: the bounds {t_range} leave nothing of ({low:g}, {high:g})")
-    return cut
-
-
 class Hop(NamedTuple):
     """A hop is one network call of a rollout: the expert of `step` takes x from time t to time r < t."""
 
@@ -181,11 +160,14 @@ class RenoiseInterval:
             if not s < where <= t_0:
                 raise ValueError(f"ablation.renoise: {where:g} is outside ({s:g}, {t_0:g}] of phase {phase}")
             return cls(where, where)
-        bounds = (plan.floor(phase), 1.0) if above_switch else None
-        high = t_0 if where == "nested" else plan.begin(phase)
-        clamp = above_switch == "clamp"
-        low, high = renoise_range(s if s > 0 else T_MIN, high, bounds, clamp)
-        return cls(low, high, bounds[0] if bounds and clamp else 0.0)
+        low, high = s if s > 0 else T_MIN, t_0 if where == "nested" else plan.begin(phase)
+        floor = plan.floor(phase) if above_switch else 0.0
+        if above_switch == "truncate":
+            low, floor = max(low, floor), 0.0
+        if not (low < high and floor <= high):
+            above = f" at or above the switch {floor or low:g}" if above_switch else ""
+            raise ValueError(f"renoise: no time of phase {phase} is left below {high:g}{above}")
+        return cls(low, high, floor)
 
     @property
     def support(self) -> tuple[float, float]:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from phased_dmd.maths.phases import renoise_range, shift_time, unshift_time
+from phased_dmd.maths.phases import shift_time, unshift_time
 
 Prediction = Literal["flow", "x0", "eps", "v"]
 Times = Float[Tensor, " b"]
@@ -180,18 +180,15 @@ def check_start(prediction: Prediction, schedule: Schedule, t_0: float) -> None:
         )
 
 
-def renoise_times(
-    r: Times, low: float, high: float, shift: float, t_range: tuple[float, float] | None = None, clamp: bool = False
-) -> Coefficients:
+def renoise_times(r: Times, low: float, high: float, shift: float, floor: float = 0.0) -> Coefficients:
     """Maps r [b], uniform in [0, 1), to re-noise times t in (low, high], float64 [b] (Sec. 2.3.1).
 
-    t is uniform in raw time, then shifted. t_range truncates the interval to its intersection with t_range; with clamp
-    t is drawn from the whole interval and then clamped to t_range, so that t piles up at its bounds.
+    t is uniform in raw time, then shifted; what is below the floor is moved up to it. An empty interval, or a floor
+    above it, is a ValueError.
     """
-    low, high = renoise_range(low, high, t_range, clamp)
+    if not (low < high and floor <= high):
+        raise ValueError(f"renoise: no time is left between {max(low, floor):g} and {high:g}")
     u_low, u_high = unshift_time(low, shift), unshift_time(high, shift)
     t = shift_time(u_high - (u_high - u_low) * r.double(), shift).clamp(max=high)
-    t = torch.where(
-        t > low, t, torch.nextafter(torch.full_like(t, low), torch.ones_like(t))
-    )  # rounding must not give t = s
-    return t.clamp(*t_range) if clamp and t_range else t
+    above = torch.nextafter(torch.full_like(t, low), torch.ones_like(t))  # rounding must not give t = s
+    return torch.where(t > low, t, above).clamp(min=floor)

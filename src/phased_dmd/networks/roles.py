@@ -254,7 +254,7 @@ class System:
 
     def roll(
         self, path: Sequence[Hop], x: Tensor, condition: Condition, gradient_steps: Collection[int] = (),
-        renoise: Callable[[int], Tensor] | None = None,
+        noise: Callable[[int], Tensor] | None = None,
     ) -> Rollout:  # fmt: skip
         """Runs the experts along a path of the plan, from x [b, ...] at its first time."""
 
@@ -263,7 +263,7 @@ class System:
             return self.roles.predict(expert_role(expert.phase), expert.network, x, t, condition)
 
         model, solver = self.model, self.config.ablation.solver
-        return rollout(predict, x, path, model.schedule, model.prediction, gradient_steps, solver, renoise)
+        return rollout(predict, x, path, model.schedule, model.prediction, gradient_steps, solver, noise)
 
     def teacher(self, x: Tensor, t: Tensor, condition: Condition, present: Sequence[int] | None = None) -> Tensor:
         """Returns the guided teacher's prediction, each sample's by the network whose range holds its t.

@@ -130,12 +130,12 @@ class Sampler:
     def _roll(self, phase: int, rows: Sequence[Condition], seeds: Sequence[int]) -> Rollout:
         """Runs the experts from noise to the end of a phase, one sample a condition and seed."""
 
-        def renoise(step: int) -> Tensor:
+        def step_noise(step: int) -> Tensor:
             return self._noise(seeds, "sample renoise", step)
 
         system = self.system
         path, start = system.plan.path(phase), system.start(self._noise(seeds))
-        return system.roll(path, start, system.model.batch(rows), renoise=renoise)
+        return system.roll(path, start, system.model.batch(rows), noise=step_noise)
 
     def _noise(self, seeds: Sequence[int], *key: str | int) -> Tensor:
         """Draws standard normal noise [n, ...], each sample's from its own seed."""
@@ -195,10 +195,10 @@ def batch_size(shape: Sequence[int]) -> int:
 
 
 def preview_samples(
-    system: System, codec: Codec, phase: int, conditions: Conditions | None, weights: Sequence[float]
+    system: System, codec: Codec, phase: int, conditions: Conditions | None, odds: Sequence[float]
 ) -> Tensor:
     """Samples a preview of training, in the first bucket that has odds: of prompts spread over all, or 512 points."""
-    bucket = next(i for i, weight in enumerate(weights) if weight)
+    bucket = next(i for i, each in enumerate(odds) if each)
     shape = system.model.sample_shapes[bucket]
     count = preview_size(shape)
     if conditions is None:
