@@ -27,7 +27,7 @@ from phased_dmd.networks import build as networks_build
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles
 from phased_dmd.plan.work import phase_work
 from phased_dmd.recipes import resolve
-from phased_dmd.step import Batch, States, draw, roll_out
+from phased_dmd.step import EXPERT_UPDATE, Batch, States, draw, roll_out
 from phased_dmd.train import distill
 
 QUICK = {
@@ -183,11 +183,11 @@ LEVERS: dict[str, dict[str, Any]] = {
     "reuse, start": {"rollouts__reuse": True, "rollouts__antithetic": "start"},
     "fisher": {"objective": "fisher"},
     "fisher-stop-gradient": {"objective": "fisher-stop-gradient"},
-    "sorted": {"renoise__sort": True, "engine__micro_batch": 4},
+    "one network an update": {"renoise__network": "update", "engine__micro_batch": 4},
     "pulled": {"fake__pull": 0.5},
     "together": {
         "rollouts__reuse": True, "rollouts__antithetic": "start", "objective": "fisher", "fake__pull": 0.5,
-        "renoise__sort": True, "engine__micro_batch": 4, "engine__batched_guidance": True,
+        "renoise__network": "update", "engine__micro_batch": 4, "engine__batched_guidance": True,
     },
 }  # fmt: skip
 
@@ -310,31 +310,37 @@ def test_pairs_keep_the_expected_gradient_and_lower_its_variance(reuse: bool) ->
     assert (pair.var(0) / single.var(0)).max() < 0.1
 
 
-# Sorted re-noise times
+# One network for all samples of an update
 
 
 @pytest.mark.parametrize("antithetic", [None, "start"])
-def test_sorted_times_are_those_of_the_batch_in_order_however_it_is_shared(
-    antithetic: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def times(processes: int, sort: bool) -> list[list[float]]:
-        """Of each micro-batch, over all processes."""
-        levers = {"batch_size": 24, "engine__micro_batch": 24 // processes // 3, "rollouts__antithetic": antithetic}
-        config, found = toy(renoise__sort=sort, **levers), []
-        monkeypatch.setattr(world, "world_size", lambda: processes)
-        for everyone in world.split_batch(24, config.engine, pairs=antithetic is not None):
-            found.append([])
-            for own in everyone:
-                found[-1] += draw(gaussian(config), 1, 4, 1, own, [1.0], None, everyone).t.tolist()
-        return found
-
-    alone, pair, unsorted = times(1, True), times(2, True), times(1, False)
-    assert alone == pair and [len(part) for part in alone] == [8, 8, 8]
-    flat = [t for part in alone for t in part]
-    assert flat == sorted(flat, reverse=True) == sorted((t for part in unsorted for t in part), reverse=True)
-    assert len(set(flat)) == (24 if antithetic is None else 12)
-    if antithetic == "start":
-        assert flat[::2] == flat[1::2]
+def test_the_times_of_an_update_are_one_networks_and_each_is_uniform(antithetic: str | None) -> None:
+    """Of 400 iterations, on two processes. Each update's first time is one of 400 independent ones: uniform in raw time
+    by Kolmogorov and Smirnov's test at a level of 1e-3.
+    """
+    config = toy(renoise__network="update", rollouts__antithetic=antithetic, batch_size=8, plan__shift=3.0)
+    system = gaussian(config)
+    phase, system.plan = system.plan.num_phases, phase_plan(config, (0.9, 0.4))
+    both, served = [range(4), range(4, 8)], torch.zeros(3)
+    raw: dict[int, list[float]] = {EXPERT_UPDATE: [], 1: [], 2: []}
+    for iteration in range(400):
+        networks = []
+        for update in raw:
+            halves = [draw(system, phase, iteration, update, half, [1.0], None, both) for half in both]
+            times = torch.cat([half.t for half in halves]).tolist()
+            (network,) = {system.plan.network(t) for t in times}
+            assert [half.networks for half in halves] == [[network], [network]]
+            assert len(set(times)) == (4 if antithetic and update != EXPERT_UPDATE else 8)
+            raw[update].append(times[0] / (3 - 2 * times[0]))
+            networks.append(network)
+        assert networks[config.fake.updates] == networks[EXPERT_UPDATE]  # it has just learnt where the expert asks
+        served += torch.tensor(networks[1:]).bincount(minlength=3)
+    low = 0.02 / (3 - 2 * 0.02)
+    for found in raw.values():
+        u = (torch.tensor(found, dtype=torch.float64).sort().values - low) / (1 - low)
+        assert (u - torch.arange(0.5, 400) / 400).abs().max() + 0.5 / 400 < 1.95 / 400**0.5
+    shares = [1 - 0.75, 0.75 - 0.4 / 2.2, 0.4 / 2.2 - low]  # of raw times: .9 is .75, .4 is .1818
+    assert (served / 800).tolist() == pytest.approx([share / (1 - low) for share in shares], abs=0.06)
 
 
 @pytest.fixture
@@ -355,8 +361,8 @@ def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config
     return make
 
 
-def test_sorted_times_call_fewer_networks(wan: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two networks nearly every micro-batch of four has times of both; sorted, one of two at most has."""
+def test_an_update_of_one_network_calls_one(wan: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two networks nearly every micro-batch of four has times of both, unless an update draws one."""
     calls, predict = Counter(), Roles.predict
 
     def counted(roles: Roles, role: str, *rest: Any) -> Tensor:
@@ -365,12 +371,12 @@ def test_sorted_times_call_fewer_networks(wan: Callable, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(Roles, "predict", counted)
     found = []
-    for sort in (False, True):
+    for network in ("sample", "update"):
         calls.clear()
-        distill(wan(renoise__sort=sort, engine__micro_batch=4, iterations=1), tmp_path / str(sort), quiet=True)
+        distill(wan(renoise__network=network, engine__micro_batch=4, iterations=1), tmp_path / network, quiet=True)
         found.append(calls[FAKE])
-    least = 2 * 3 * 2  # phases, updates and micro-batches
-    assert least <= found[1] <= least + 2 * 3 < found[0] <= 2 * least
+    phases_updates_micro_batches = 2 * 3 * 2
+    assert found[1] == phases_updates_micro_batches < found[0] <= 2 * found[1]
 
 
 def test_levers_that_do_not_go_together_are_refused() -> None:

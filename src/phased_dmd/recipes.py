@@ -56,6 +56,8 @@ def nano_t2i() -> Config:
 FEWER_CALLS = {"rollouts.reuse": True, "rollouts.antithetic": "start", "fake.pull": 1.0}
 # Wan2.2 in the paper: while only the noisier network's steps are distilled, t is clamped to that network's range.
 ABOVE_SWITCH = {"renoise.above_switch": "clamp"}
+# On many GPUs each runs all networks in every update unless all samples of it are one network's.
+TWO_NETWORKS = ABOVE_SWITCH | {"renoise.network": "update"}
 CLIP = {"teacher.sizes": [{"num_frames": 9}], "iterations": 60, "batch_size": 24}  # of a digit that moves
 
 VARIANTS = {  # a recipe, and what this one changes in it
@@ -115,9 +117,9 @@ class System(NamedTuple):
 SYSTEMS = {  # wan21-t2v-1.3b, at the size it was made for, is not in the paper
     "wan21-t2i":      System(WAN, "Wan-AI/Wan2.1-T2V-14B-Diffusers",  PICTURE,    5.0, "default-t2i"),
     "wan21-t2v-1.3b": System(WAN, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", CLIPS_480P, 5.0, "default-t2v"),
-    "wan22-t2i":      System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", PICTURE,    5.0, "default-t2i", ABOVE_SWITCH),
-    "wan22-t2v":      System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", CLIPS,      5.0, "default-t2v", ABOVE_SWITCH),
-    "wan22-i2v":      System(WAN, "Wan-AI/Wan2.2-I2V-A14B-Diffusers", CLIPS,      5.0, FIRST_FRAMES,  ABOVE_SWITCH),
+    "wan22-t2i":      System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", PICTURE,    5.0, "default-t2i", TWO_NETWORKS),
+    "wan22-t2v":      System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", CLIPS,      5.0, "default-t2v", TWO_NETWORKS),
+    "wan22-i2v":      System(WAN, "Wan-AI/Wan2.2-I2V-A14B-Diffusers", CLIPS,      5.0, FIRST_FRAMES,  TWO_NETWORKS),
     "qwen-image":     System(QWEN, "Qwen/Qwen-Image",                 SEVEN,      3.0, "default-t2i"),
 }  # fmt: skip
 

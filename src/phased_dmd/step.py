@@ -132,10 +132,13 @@ def draw_times(system: System, phase: int, key: Key, samples: Sequence[int], sha
     interval = system.intervals[phase - 1]
     if interval.low == interval.high:  # one time for all
         return torch.full((len(samples),), interval.high, dtype=torch.float64)
-    drawn = range(config.batch_size) if config.renoise.sort else samples
-    r = uniform(in_pairs(drawn) if shares else drawn, *key, "t")
-    if config.renoise.sort:  # over the global batch, so that a micro-batch calls fewer of a teacher's networks
-        r = r.sort().values[list(samples)]
+    r = uniform(in_pairs(samples) if shares else samples, *key, "t")
+    if config.renoise.network == "update":  # one part for all samples, drawn by its length: each r stays uniform
+        *iteration_key, update = key
+        parts = interval.parts(system.plan.switches, config.plan.shift)
+        u = uniform([0], *iteration_key, "network").item() + int(update) / config.fake.updates
+        part = bisect(parts, u % 1) - 1  # the last of the fake's updates has the expert's
+        r = parts[part] + (parts[part + 1] - parts[part]) * r
     return renoise_times(r, interval.low, interval.high, config.plan.shift, interval.floor)
 
 

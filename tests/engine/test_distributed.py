@@ -136,7 +136,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     everywhere = {
         "wan22": wan22, "nano": nano(), "lora": changed(wan22, fake__weights="lora"),
         "fast": changed(wan22, rollouts__reuse=True, rollouts__antithetic="start", fake__pull=1.0,
-                        phase_shares=[1, 1.5], renoise__sort=True, engine__micro_batch=2),
+                        phase_shares=[1, 1.5], renoise__network="update", engine__micro_batch=2),
         "fisher": changed(wan22, objective="fisher", engine__batched_guidance=True),
         "single": changed(wan22, teacher__dtype="float32"), "half": changed(wan22, teacher__dtype="bfloat16"),
         "wide": changed(wan22, fake__weights="lora", optimiser__second_moment="bfloat16"),

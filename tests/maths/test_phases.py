@@ -5,10 +5,12 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phased_dmd.maths.phases import NEAR, Expert, Hop, PhasePlan, RenoiseInterval, shift_time, step_times, unshift_time
+from phased_dmd.maths.schedules import renoise_times
 
 WAN = (1.0, 15 / 16, 5 / 6, 5 / 8)  # raw 1, 3/4, 1/2, 1/4 through t = 5u / (1 + 4u)
 
@@ -301,3 +303,25 @@ def test_an_interval_that_the_switch_leaves_nothing_of_is_refused() -> None:
     ):
         RenoiseInterval.of(plan, 2, "disjoint", "truncate")
     assert RenoiseInterval.of(plan, 2, "disjoint", "clamp") == RenoiseInterval(0.02, 0.9, 0.9)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+@pytest.mark.parametrize(
+    ("interval", "cuts"),
+    [
+        (RenoiseInterval(0.02, 1.0), [0.9, 0.4]),
+        (RenoiseInterval(0.5, 1.0), [0.9]),
+        (RenoiseInterval(0.9, 1.0), []),
+        (RenoiseInterval(0.02, 0.9), [0.4]),
+        (RenoiseInterval(0.3, 0.95, 0.4), [0.9]),  # what is below .4 is moved up to it, to the range above
+        (RenoiseInterval(0.3, 0.95, 0.6), [0.9]),
+    ],
+)
+def test_parts_of_r_lead_to_the_range_of_one_network_each(
+    interval: RenoiseInterval, cuts: list[float], shift: float
+) -> None:
+    parts = interval.parts((0.9, 0.4), shift)
+    assert parts[0] == 0 and parts[-1] == 1 and len(parts) == len(cuts) + 2
+    r = torch.tensor(parts[1:-1], dtype=torch.float64)
+    times = renoise_times(r, interval.low, interval.high, shift, interval.floor)
+    assert times.tolist() == pytest.approx(cuts, abs=1e-12)

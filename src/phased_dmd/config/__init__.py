@@ -56,8 +56,8 @@ class Renoise(Section):
 
     above_switch: Literal["clamp", "truncate"] | None = None
     """Bounds a phase's t to the range of the network that runs its last step: t below is moved up, or not drawn."""
-    sort: bool = False
-    """Sorts a batch by re-noise time, so that each micro-batch calls fewer of a teacher's several networks."""
+    network: Literal["sample", "update"] = "sample"
+    """Draws which of a teacher's networks scores samples: for each of them, or one for a whole update, at less work."""
 
 
 class Rollouts(Section):

@@ -169,6 +169,16 @@ class RenoiseInterval:
             raise ValueError(f"renoise: no time of phase {phase} is left below {high:g}{above}")
         return cls(low, high, floor)
 
+    def parts(self, switches: Sequence[float], shift: float) -> list[float]:
+        """Returns 0 = c_0 < ... < c_n = 1; `renoise_times` maps r from c_i up to c_i+1 to the range of one network.
+
+        switches: those of the plan, at or above which a network's times lie.
+        """
+        u_low, u_high = unshift_time(self.low, shift), unshift_time(self.high, shift)
+        least = max(self.low, self.floor)
+        inside = [unshift_time(switch, shift) for switch in switches if least < switch < self.high]
+        return [0.0, *((u_high - u) / (u_high - u_low) for u in inside), 1.0]
+
     @property
     def support(self) -> tuple[float, float]:
         """Returns the least interval that holds every time: `PhasePlan.fakes` needs no more."""

@@ -18,6 +18,7 @@ from phased_dmd.plan.memory import (
     network_bytes,
     parameters_by_role,
     phase_memory,
+    score_calls,
 )
 from phased_dmd.plan.preview import preview_cost
 from phased_dmd.plan.work import Work, forward_flops, mean_flops, phase_work
@@ -122,7 +123,8 @@ def _phase_cost(config: Config, phase: int, gpus: int, tflops: float, utilisatio
         return flops / (gpus * tflops * 1e12 * utilisation) / 3600
 
     plan, shown, iterations = plan_of(config), preview_cost(config, gpus), config.phase_iterations(phase)
-    work = phase_work(config, plan, phase, guided=max(meta_model(config.teacher).guidance) > 1)
+    guided = max(meta_model(config.teacher).guidance) > 1
+    work = phase_work(config, plan, phase, guided, score_calls(config, phase, gpus))
     flops = work.forwards * mean_flops(config.teacher) * config.batch_size
     each = hours(flops, gpus)
     return PhaseCost(

@@ -22,6 +22,7 @@ class Option(NamedTuple):
 
 Options = tuple[Option, ...]
 OPTIONS: Options = (
+    Option("renoise.network", "update", "all samples of an update are scored by one network"),
     Option("sample_every", None, "no previews"),
     Option("optimiser.second_moment", "bfloat16", "rounded at random"),
     Option("fake.weights", "lora", "loses quality"),

@@ -1,5 +1,6 @@
 """Bytes on each GPU: weights, gradients and optimisers in shards, activations, and blocks gathered whole."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -105,23 +106,44 @@ def micro_batch(config: Config, gpus: int) -> int:
     return min(config.engine.micro_batch or samples, samples)
 
 
-def activations(config: Config, gpus: int) -> int:
+def scoring_shares(config: Config, phase: int, gpus: int) -> list[float]:
+    """Returns the share of a phase's re-noise times that each network scores, of those that one update calls.
+
+    Where networks are sharded every process calls each, on a sample of no consequence if it has none of its own.
+    """
+    if config.renoise.network == "update" or gpus == 1:
+        return [1.0]
+    plan = plan_of(config)
+    parts = renoise_interval(config, plan, phase).parts(plan.switches, config.plan.shift)
+    return [b - a for a, b in itertools.pairwise(parts)]
+
+
+def score_calls(config: Config, phase: int, gpus: int) -> float:
+    """Returns the mean number of network calls that a sample's score takes: above 1 where some have no consequence."""
+    shares, own = scoring_shares(config, phase, gpus), micro_batch(config, gpus)
+    everyone = own * gpus // config.engine.sequence_parallel
+    return 1 + sum((1 - share) ** own - (1 - share) ** everyone for share in shares) / own
+
+
+def activations(config: Config, phase: int, gpus: int) -> int:
     """Returns the bytes that wait for backwards: the more of the generator's graph and the fake's.
 
     The generator's graph is one call, or all calls of a phase. A Fisher divergence adds graphs of the guided teacher
     and of the fake, one after the other, while the generator's waits.
     """
 
-    def graph(role: Generator | Fake, calls: int = 1) -> int:
-        one = largest_call(config, micro_batch(config, gpus), role)
+    def graph(role: Generator | Fake, calls: int = 1, more: int = 0) -> int:
+        one = largest_call(config, micro_batch(config, gpus) + more, role)
         checkpointed = config.engine.activation_checkpointing
         whole = calls * one.checkpointed + one.block if checkpointed else calls * one.saved
         return whole // config.engine.sequence_parallel
 
     steps = config.plan.steps // config.plan.phases
-    own, fake = graph(config.generator, steps if config.plan.gradient == "all" else 1), graph(config.fake)
+    more = len(scoring_shares(config, phase, gpus)) - 1  # samples of no consequence
+    own = graph(config.generator, steps if config.plan.gradient == "all" else 1)
+    fake = graph(config.fake, more=more)
     if config.objective == "fisher":
-        own += max(graph(config.generator, 2), fake)
+        own += max(graph(config.generator, 2, more), fake)
     elif config.objective == "fisher-stop-gradient":
         own += fake
     return max(own, fake)
@@ -152,5 +174,5 @@ def phase_memory(config: Config, phase: int, gpus: int) -> Memory:
         expert = networks(config, phase)[0] * largest_call(config, 1, config.generator).trained
         shown += math.ceil(expert * itemsizes(config.teacher)[1] / shards)
     host = weights + gradients + optimiser if config.engine.offload else 0
-    around = gathered(config, gpus), activations(config, gpus)
+    around = gathered(config, gpus), activations(config, phase, gpus)
     return Memory(weights, gradients, optimiser, *around, preview=shown, host=host)

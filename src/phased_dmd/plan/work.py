@@ -32,8 +32,11 @@ class Work:
         return self.generator_forwards + self.fake_forwards
 
 
-def phase_work(config: Config, plan: PhasePlan, phase: int, guided: bool) -> Work:
-    """Returns the work of an iteration of a phase. guided: whether the teacher is called twice."""
+def phase_work(config: Config, plan: PhasePlan, phase: int, guided: bool, score_calls: float = 1.0) -> Work:
+    """Returns the work of an iteration of a phase. guided: whether the teacher is called twice.
+
+    score_calls: network calls that a sample's score takes, see `memory.score_calls`.
+    """
     updates, checkpointing = config.fake.updates, config.engine.activation_checkpointing
     before, steps = float(plan.steps(phase).start), len(plan.steps(phase))  # steps of earlier phases, and of this one
     exits = steps if config.plan.gradient == "all" else fmean(range(1, steps + 1))
@@ -52,10 +55,10 @@ def phase_work(config: Config, plan: PhasePlan, phase: int, guided: bool) -> Wor
     # those of weights, unless they are an adapter's. Checkpointing repeats the forward.
     update = {"lora": 2 + checkpointing, "full": 3 + checkpointing}
     return Work(
-        generator_calls=for_generator + recorded + teacher + 1,
-        generator_forwards=for_generator + recorded * update[config.generator.weights] + scores,
-        fake_calls=for_fake + updates,
-        fake_forwards=for_fake + updates * update[config.fake.weights],
+        generator_calls=for_generator + recorded + (teacher + 1) * score_calls,
+        generator_forwards=for_generator + recorded * update[config.generator.weights] + scores * score_calls,
+        fake_calls=for_fake + updates * score_calls,
+        fake_forwards=for_fake + updates * update[config.fake.weights] * score_calls,
     )
 
 

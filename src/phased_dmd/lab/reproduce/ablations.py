@@ -56,6 +56,14 @@ ABLATIONS = {
             {"nano-moe": (FRECHET,)},
         ),
     ),
+    "networks": Claim(
+        source="Sec. 2.3.1 on a teacher of two networks; not a claim of the paper",
+        says="Each sample's own draw of the network that scores it gives better samples than one draw for an update.",
+        evidence="None: the paper does not say how its processes draw.",
+        trials=trials(
+            {"sample": Variant(), "update": Variant(None, {"renoise.network": "update"})}, {"nano-moe": (FRECHET,)}
+        ),
+    ),
     "sgts-fake": Claim(
         source="Sec. 2.2, SGTS; not a claim of the paper",
         says="The fake must learn from the same truncated rollouts as the generator: full ones bias its gradient.",
