@@ -34,20 +34,14 @@ FLOAT32, BFLOAT16 = 4, 2
 
 
 def overheads(folder: Path) -> dict[str, Any]:
-    """nano as its recipe has it, the same with guidance in one call over the same bare calls, and a Wan of 20 million
-    parameters on 8 pictures of 64 x 64.
-    """
+    """nano as its recipe has it, and a Wan of 20 million parameters on 8 pictures of 64 x 64."""
     make_teacher(folder / "teacher", TWENTY_MILLION)
     nano = resolve("nano-t2i", {"iterations": 25, **UNDISTURBED})
     large = resolve("nano-t2i", {"iterations": 15, "batch_size": 8, "plan.phases": 2, "plan.steps": 2, **UNDISTURBED})
     picture = (Size(num_frames=1, height=64, width=64),)
     teacher = large.teacher.model_copy(update={"path": str(folder / "teacher"), "sizes": picture})
     large = large.model_copy(update={"teacher": teacher})
-    batched = nano.model_copy(update={"engine": nano.engine.model_copy(update={"batched_guidance": True})})
-    return {
-        "nano": overhead(nano, folder / "nano"), "nano_batched_guidance": overhead(batched, folder / "batched"),
-        "20m": overhead(large, folder / "large"),
-    }  # fmt: skip
+    return {"nano": overhead(nano, folder / "nano"), "20m": overhead(large, folder / "large")}
 
 
 def memory() -> dict[str, Any]:

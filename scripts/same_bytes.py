@@ -42,7 +42,8 @@ RENAMED: dict[str, str | None] = {
     "objective.weighting": "objective", "objective.divergence": "objective",
     "renoise.above_switch=false": "renoise.above_switch=null",
     "renoise.above_switch=true": "renoise.above_switch=clamp",
-    "renoise.clamp=false": "renoise.network=sample", "renoise.clamp": None, "renoise.t_range": None, "renoise.sort": None,
+    "renoise.clamp=false": "renoise.network=sample", "renoise.clamp": None, "renoise.t_range": None,
+    "renoise.sort": None, "engine.batched_guidance": None,
     "generator.optimiser.lr": "generator.lr", "fake.optimiser.lr": "fake.lr",
     **{f"{role}.optimiser.{field}": f"optimiser.{field}"
        for role in ("generator", "fake") for field in ("decay", "clip", "second_moment")},

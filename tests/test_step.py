@@ -187,7 +187,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "pulled": {"fake__pull": 0.5},
     "together": {
         "rollouts__reuse": True, "rollouts__antithetic": "start", "objective": "fisher", "fake__pull": 0.5,
-        "renoise__network": "update", "engine__micro_batch": 4, "engine__batched_guidance": True,
+        "renoise__network": "update", "engine__micro_batch": 4,
     },
 }  # fmt: skip
 
@@ -387,10 +387,9 @@ def test_levers_that_do_not_go_together_are_refused() -> None:
             toy(**levers)
 
 
-@pytest.mark.parametrize("batched", [False, True])
-def test_the_plan_foresees_guidance(batched: bool, wan: Callable, tmp_path: Path, watch: Watch) -> None:
-    """Two samples a call or two calls: the work is the same. All four steps, so that there is no exit to draw."""
-    config = wan(engine__batched_guidance=batched, plan__gradient="all", rollouts__reuse=True)
+def test_the_plan_foresees_guidance(wan: Callable, tmp_path: Path, watch: Watch) -> None:
+    """All four steps, so that there is no exit to draw."""
+    config = wan(plan__gradient="all", rollouts__reuse=True)
     distill(config, tmp_path / "run", quiet=True)
     for phase in (1, 2):
         work = phase_work(config, phase_plan(config, (0.9,)), phase, guided=True)
@@ -408,10 +407,10 @@ def test_a_run_with_every_lever_is_byte_identical_when_it_is_stopped_between_upd
     levers = {
         "rollouts__reuse": True, "rollouts__antithetic": "start", "ablation__solver": "renoise",
         "objective": divergence, "fake__pull": 0.5, "engine__micro_batch": 2,
-        "engine__batched_guidance": True, "batch_size": 4, "iterations": 3,
+        "batch_size": 4, "iterations": 3,
     }  # fmt: skip
     whole = files(distill(wan(**levers), tmp_path / "whole", quiet=True))
-    said = stopped_after(3 * 3 + 3 + 1, wan(**levers), tmp_path / "run")
+    said = stopped_after(2 * (3 * 3 + 3 + 1), wan(**levers), tmp_path / "run")
     assert said.count("stopped and saved at phase 2, iteration 1, update 1;") == 1
     distill(wan(**levers), tmp_path / "run", quiet=True)
     assert files(tmp_path / "run") == whole

@@ -606,11 +606,9 @@ class Spy:
             self.phase = phase
             add_expert(system, phase, trainable)
 
-        def rolled(
-            system: System, path: Any, x: Tensor, cond: Any, gradient_steps: Any = (), renoise: Any = None
-        ) -> Any:
+        def rolled(system: System, path: Any, x: Tensor, cond: Any, gradient_steps: Any = (), noise: Any = None) -> Any:
             assert not self._path or torch.equal(x, self._end)  # a piece of a path goes on where the last one ended
-            end = roll(system, path, x, cond, gradient_steps, renoise)
+            end = roll(system, path, x, cond, gradient_steps, noise)
             self._path, self._end = (*self._path, *path), end.x
             if self._path and self._path[-1].r == system.plan.end(self.phase):
                 self.rolls[self.phase].append((self._path, tuple(gradient_steps), end.x.requires_grad))

@@ -20,6 +20,10 @@ class Stopped(Exception):
         return self.args[1]
 
 
+class OutOfMemory(RuntimeError):
+    """The device's memory did not hold a part of a run, which the message names."""
+
+
 class LostPeer(RuntimeError):
     """Another process of the group ended before its time."""
 

@@ -15,7 +15,8 @@ from phased_dmd.conditions import Conditions, picture_hashes
 from phased_dmd.config import Config
 from phased_dmd.engine.collectives import all_reduce_mean, run_on_first_rank, run_with_heartbeat
 from phased_dmd.engine.signals import Signals
-from phased_dmd.engine.world import check_groups, processes, rank, split_batch, warn
+from phased_dmd.engine.timer import SaveTimer
+from phased_dmd.engine.world import check_groups, out_of_memory, processes, rank, split_batch, warn
 from phased_dmd.errors import Stopped, UserError
 from phased_dmd.inputs import compare_finished, contents, initial_expert, prepare
 from phased_dmd.media import save_preview
@@ -72,6 +73,7 @@ class Job:
     rank: int
     fresh_fakes: Mapping[int, dict[str, Tensor]]
     signals: Signals
+    timer: SaveTimer
     trackers: Trackers
     quiet: bool
 
@@ -87,7 +89,7 @@ def distill(
     that torchrun starts, all call this, and share the work.
     own: the model and codec of a teacher of the user's own. cache: a folder of encoded prompts that runs share
     (RUN/conditions). strict: refuse prompts that would be cut off. Raises UserError for what the user can mend,
-    NonFiniteError before a step that would spoil the weights, Stopped after SIGTERM or SIGINT.
+    NonFiniteError before a step that would spoil the weights, Stopped after SIGTERM or SIGINT, OutOfMemory.
     """
     if not isinstance(config, Config):
         raise UserError(f"config: a {type(config).__name__}, where a Config is needed; recipes.resolve makes one")
@@ -99,7 +101,8 @@ def distill(
             return run.path
         check_groups(config.engine)
         micro_batches = split_batch(config.batch_size, config.engine, pairs=config.rollouts.antithetic is not None)
-        model, codec, prompts = run_with_heartbeat(lambda _: prepare(config, own, strict))
+        with out_of_memory(lambda: "the teacher's networks"):
+            model, codec, prompts = run_with_heartbeat(lambda _: prepare(config, own, strict))
         with (
             Signals() as signals, run.locked(),
             Trackers(config.trackers if rank() == 0 else (), run.path, config) as trackers,
@@ -110,14 +113,15 @@ def distill(
             lines = [prompt.line() for prompt in prompts]
             run_on_first_rank(lambda: run.open(config, lines, contents(config, prompts, pictures)))
             negative = config.teacher.negative_prompt
-            conditions = Conditions(codec, prompts, negative, kept, between, pictures) if prompts else None
+            with out_of_memory(lambda: "the encoding of the prompts"):
+                conditions = Conditions(codec, prompts, negative, kept, between, pictures) if prompts else None
             system = build_system(config, model, conditions.negative if conditions else {})
             fresh_fakes = add_adapters(system)
             system.roles.shard(config.engine)
             odds = bucket_odds(config, conditions)
             job = Job(
-                run, system, codec, conditions, odds, micro_batches, rank(), fresh_fakes, signals, trackers,
-                quiet or rank() > 0,
+                run, system, codec, conditions, odds, micro_batches, rank(), fresh_fakes, signals,
+                SaveTimer(config.checkpoint_minutes), trackers, quiet or rank() > 0,
             )  # fmt: skip
             for phase in range(1, system.plan.num_phases + 1):
                 if learners := begin(job, phase):
@@ -153,7 +157,11 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
     run_on_first_rank(lambda: run.rewind_metrics(phase, at.iteration))
     done = sum(map(config.phase_iterations, range(1, phase)))
     job.trackers.begin(done + at.iteration)
-    with progress_bar(config, phase, at.iteration, job.quiet) as show:
+
+    def part() -> str:
+        return f"phase {phase}, iteration {at.iteration}, {FAKE if at.update < config.fake.updates else expert.role}"
+
+    with progress_bar(config, phase, at.iteration, job.quiet) as show, out_of_memory(part):
         cpu_seconds = 0.0  # since the last line
         while at.iteration < iterations:
             started, cpu_started = time.perf_counter(), time.process_time()
@@ -166,7 +174,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
                     at.fake_norm = norm
                     at.fake_losses.append(loss)
                 at.update = update
-                leave_if_asked(job, at, state)
+                save_if_due(job, at, state)
             with job.system.roles.following(expert.role, config.fake.pull):
                 loss, norm = train_step(job, at, EXPERT_UPDATE, expert, expert_loss, rollouts, state)
             at.clipped += norm is not None and norm > config.optimiser.clip
@@ -189,9 +197,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
                 job.trackers.track(done + at.iteration, row)
             if config.sample_every is not None and (at.iteration % config.sample_every == 0 or last):
                 save_samples(job, at, expert)
-            if at.iteration % config.checkpoint_every == 0:
-                run.save_checkpoint(asdict(at), state, config.keep_last)
-            leave_if_asked(job, at, state)
+            save_if_due(job, at, state, always=at.iteration % config.checkpoint_every == 0)
 
 
 def train_step(
@@ -206,6 +212,8 @@ def train_step(
     system, config, losses = job.system, job.system.config, []
     with system.roles.active(learner.role):  # which adapter is on is a state of the network: backward needs it, too
         for samples in job.micro_batches:
+            if losses:  # what was gathered of the update is given up: it is made again
+                leave_if_asked(job, at, state)
             batch = draw(
                 system, at.phase, at.iteration, update, samples[job.rank], job.odds, job.conditions,
                 everywhere=samples,
@@ -252,11 +260,18 @@ def on_non_finite(job: Job, error: NonFiniteError, at: Position, state: Mapping[
     raise NonFiniteError(f"{error}; {kept}") from None
 
 
+def save_if_due(job: Job, at: Position, state: Mapping[str, Tensor], always: bool = False) -> None:
+    """Saves where `always`, or where `checkpoint_minutes` ask for it; then see `leave_if_asked`."""
+    if job.timer.due() or always:
+        job.run.save_checkpoint(asdict(at), state, job.system.config.keep_last)
+        job.timer.saved()
+    leave_if_asked(job, at, state)
+
+
 def leave_if_asked(job: Job, at: Position, state: Mapping[str, Tensor]) -> None:
     """Saves and raises Stopped after a signal."""
     if number := job.signals.asked():
-        config = job.system.config
-        job.run.save_checkpoint(asdict(at), state, config.keep_last)
+        job.run.save_checkpoint(asdict(at), state, job.system.config.keep_last)
         where = f"phase {at.phase}, iteration {at.iteration}" + (f", update {at.update}" if at.update else "")
         raise Stopped(number, f"{job.run.path}: stopped and saved at {where}; the same command goes on from there")
 
@@ -273,7 +288,7 @@ def log(run: RunFolder, row: Mapping[str, Any], seconds: float, cpu_seconds: flo
 
 def save_samples(job: Job, at: Position, expert: Learner) -> None:
     """Writes a preview of what the generator predicts at the phase's end, by the averaged expert if it has one."""
-    with expert.averaged():
+    with expert.averaged(), out_of_memory(lambda: f"phase {at.phase}, iteration {at.iteration}, the preview"):
         preview = preview_samples(job.system, job.codec, at.phase, job.conditions, job.odds)
     name = f"phase-{at.phase}-iteration-{at.iteration:06d}.png"
     run_on_first_rank(lambda: job.run.save_samples(name, lambda path: save_preview(path, preview)))

@@ -413,6 +413,7 @@ def test_a_damaged_checkpoint_is_replaced_when_the_run_gets_there_again(tmp_path
     for iteration in (5, 10):
         keep(run, point(iteration), 1.0)
     flip(shard(run, point(10)))
+    run = RunFolder(tmp_path)  # in another process
     keep(run, point(10), 10.0)
     assert found(run) == (10, 0, 10.0) and len(names(run)) == 2
 
@@ -508,8 +509,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(tmp_path
         with pytest.raises(UserError) as error:
             run.save_checkpoint(point(15), large(15.0), 2)
         assert str(error.value) == (
-            f"checkpoints: cannot be written: No space left on device; {run.path} goes on from "
-            "phase 1, iteration 10, update 2 by the same command"
+            "checkpoints: cannot be written: No space left on device: 2e-05 GB are needed, 1.64e-05 GB are free; "
+            f"{run.path} goes on from phase 1, iteration 10, update 2 by the same command"
         )
         assert len(names(run)) == 2
         shutil.rmtree(folder(run, point(5)))

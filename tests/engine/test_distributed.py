@@ -137,7 +137,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "wan22": wan22, "nano": nano(), "lora": changed(wan22, fake__weights="lora"),
         "fast": changed(wan22, rollouts__reuse=True, rollouts__antithetic="start", fake__pull=1.0,
                         phase_shares=[1, 1.5], renoise__network="update", engine__micro_batch=2),
-        "fisher": changed(wan22, objective="fisher", engine__batched_guidance=True),
+        "fisher": changed(wan22, objective="fisher"),
         "single": changed(wan22, teacher__dtype="float32"), "half": changed(wan22, teacher__dtype="bfloat16"),
         "wide": changed(wan22, fake__weights="lora", optimiser__second_moment="bfloat16"),
     }  # fmt: skip

@@ -4,6 +4,7 @@ All ranks call these functions together. Everything is staged in a partial folde
 last; the rename of the folder is the commit. A folder that differs from its manifest in any byte is no checkpoint.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -120,6 +121,7 @@ def write_folder(folder: Path, at: Mapping[str, Any], state: Mapping[str, Tensor
         except Damaged:
             pass
     fields, partial = json.loads(json.dumps(at)), partial_of(folder)
+    run_on_first_rank(lambda: _need_space(folder.parent.parent, sum(tensor.nbytes for tensor in state.values())))
 
     def synced(path: Path) -> Sum:
         sync(path)
@@ -147,6 +149,13 @@ def remove(folder: Path) -> None:
     partial = partial_of(folder)
     os.rename(folder, partial)
     shutil.rmtree(partial)
+
+
+def _need_space(where: Path, size: int) -> None:
+    """Raises an OSError where less is free than so many bytes, before anything is written."""
+    if (free := shutil.disk_usage(where).free) < size:
+        sizes = f"{size / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {sizes}")
 
 
 def _stage(partial: Path) -> None:

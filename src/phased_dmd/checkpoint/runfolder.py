@@ -29,7 +29,8 @@ from phased_dmd.engine.world import warn
 from phased_dmd.errors import UserError
 
 # Fields of the config in which the same run may differ.
-MAY_DIFFER = {"engine", "keep_last", "skips", "trackers", "log_every", "sample_every", "checkpoint_every"}
+CADENCES = {"log_every", "sample_every", "checkpoint_every", "checkpoint_minutes"}
+MAY_DIFFER = {"engine", "keep_last", "skips", "trackers", *CADENCES}
 PLACES = {"prompts": True, "teacher": {"path": True, "revision": True}, "init_experts": True}  # compared by content
 LONGEST = 60  # characters of a value that is shown
 
@@ -56,6 +57,7 @@ class RunFolder:
         self._prompts_path, self._contents_path = self.path / "prompts.jsonl", self.path / "contents.json"
         self._metrics_path, self._checkpoints = self.path / "metrics.jsonl", self.path / "checkpoints"
         self._damaged: set[Point] = set()  # checkpoints that were passed over
+        self._newest: Point | None = None  # the checkpoint that this process has saved last
 
     # ---------------------------------------------------------------- the run
 
@@ -174,17 +176,21 @@ class RunFolder:
         at: plain JSON with phase, iteration and update. state: tensors, sharded or not, the same names on all ranks.
         """
         point = Point.of(at)
+        if point == self._newest:
+            return
         with self._writing("checkpoints"):
             run_on_first_rank(self._sync_metrics)
             write_folder(self._folder(point), at, state)
             self._damaged.discard(point)
             run_on_first_rank(lambda: self._retire(point, keep_last))
+        self._newest = point
 
     def load_checkpoint(self, phase: int, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Copies the newest whole checkpoint of the phase into the tensors; returns its `at`, or None if there is none.
 
         Damaged ones are passed over with a warning. One of other tensors is a UserError, and the state is as before.
         """
+        self._newest = None
         points = [point for point in run_on_first_rank(lambda: points_in(self._checkpoints)) if point.phase == phase]
         for point in reversed(points):
             folder = self._folder(point)

@@ -18,7 +18,7 @@ from phased_dmd.cli.commands import config, distill, export, plan, sample
 from phased_dmd.cli.flags import FieldsCommand
 from phased_dmd.cli.lab import evaluate, report, reproduce, teach
 from phased_dmd.cli.messages import end, unusable
-from phased_dmd.errors import LostPeer, Stopped, UserError
+from phased_dmd.errors import LostPeer, OutOfMemory, Stopped, UserError
 
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it reports what it could be faster with
 
@@ -71,7 +71,7 @@ def main() -> None:
         end(2, unusable(error, sys.argv[1:]))
     except ArithmeticError as error:
         end(1, str(error))
-    except LostPeer as error:
+    except (LostPeer, OutOfMemory) as error:
         print(f"phased-dmd: {error}", file=sys.stderr)  # from whichever process noticed it
         sys.exit(1)
     except Stopped as stop:

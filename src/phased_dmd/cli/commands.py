@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +13,7 @@ from phased_dmd.cli.flags import ChosenMethod, Prompts, Recipe, Run, Settings, f
 from phased_dmd.cli.messages import count, tell
 from phased_dmd.config import Config
 from phased_dmd.config.fields import as_markdown, as_text
-from phased_dmd.errors import UserError, refuse_full
+from phased_dmd.errors import OutOfMemory, UserError, refuse_full
 from phased_dmd.recipes import read_recipe
 
 Output = Annotated[
@@ -82,9 +83,26 @@ def _run(config: Config, folder: Path, cache: Path | None, strict: bool) -> None
         tell(f"{distill(config, folder)}: already distilled")
         return
     tell(_about(config, folder))
-    distill(config, folder, cache=cache, strict=strict)
+    try:
+        distill(config, folder, cache=cache, strict=strict)
+    except OutOfMemory as error:
+        raise OutOfMemory(f"out of memory: {error}; {_what_would_fit(config)}") from error
     after = f"`phased-dmd sample {folder} --output FOLDER`, `phased-dmd evaluate {folder}`"
     tell(f"{folder}: done; experts in {folder / 'experts'}; next: {after}")
+
+
+def _what_would_fit(config: Config) -> str:
+    """Returns what the plan says would help a run that the GPU's memory does not hold."""
+    import torch
+
+    from phased_dmd.plan import needs
+
+    gpus, gb = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.get_device_properties(0).total_memory / 1e9
+    found = needs(config, gpus, gb)
+    if found.fits:
+        return "by `phased-dmd plan` it fits: set engine.micro_batch or a smaller batch_size, and report this, please"
+    more = f"{found.enough_gpus} GPUs" if found.enough_gpus else "a larger GPU"
+    return f"by `phased-dmd plan` it fits {f'with {found.options}' if found.options else f'on {more}'}"
 
 
 def _about(config: Config, folder: Path) -> str:

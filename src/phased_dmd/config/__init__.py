@@ -130,8 +130,6 @@ class Engine(Section):
     """Keeps weights, gradients and optimisers in the host's memory, which saves the GPU's and is slow."""
     compile: bool = False
     """Compiles the networks' blocks with torch.compile."""
-    batched_guidance: bool = False
-    """Calls the teacher with and without the prompt in one batch of twice the samples, not in two calls."""
 
 
 class Config(Section):
@@ -165,6 +163,8 @@ class Config(Section):
     """Iterations between two lines of metrics.jsonl."""
     checkpoint_every: Count = 100
     """Iterations between two checkpoints."""
+    checkpoint_minutes: float | None = Field(default=30, gt=0, allow_inf_nan=False)
+    """Most minutes of work that a kill may cost, or one update if that is longer; null counts iterations alone."""
     keep_last: Count = 2
     """Newest checkpoints that are kept; older ones are removed."""
     skips: int = Field(default=0, ge=0, le=10**9)

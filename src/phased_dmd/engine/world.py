@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from phased_dmd.config import Engine
-from phased_dmd.errors import LostPeer, UserError
+from phased_dmd.errors import LostPeer, OutOfMemory, UserError
 
 GONE = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe", "Timed out")  # said of peers
 PATIENCE = timedelta(minutes=30)  # for a word from another process; see `collectives` for work of unknown length
@@ -97,6 +97,15 @@ def warn(message: str) -> None:
     """Warns where the caller was called from; of several processes, the first one speaks for all."""
     if rank() == 0 if sharded() else os.environ.get("RANK", "0") == "0":
         warnings.warn(message, stacklevel=3)
+
+
+@contextmanager
+def out_of_memory(part: Callable[[], str]) -> Iterator[None]:
+    """Raises OutOfMemory where the device's memory does not hold what is done inside. part: says what that is."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"{part()}: {str(error).partition('. ')[0]}") from error
 
 
 def split_batch(batch: int, engine: Engine, pairs: bool = False) -> list[list[range]]:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from phased_dmd.maths.schedules import Prediction, Schedule
@@ -95,16 +94,3 @@ class Codec(Protocol):
 def rows(condition: Condition, index: Tensor) -> Condition:
     """Selects rows of a batched condition."""
     return {name: tensor[index.to(tensor.device)] for name, tensor in condition.items()}
-
-
-def joined(first: Condition, second: Condition) -> Condition:
-    """Joins two batched conditions into one; the shorter text is padded with zeros, as `batch` pads."""
-    return {name: torch.cat(_of_one_length(tensor, second[name])) for name, tensor in first.items()}
-
-
-def _of_one_length(*tensors: Tensor) -> list[Tensor]:
-    """Pads tensors with zeros to the same length in their second dimension, if there is one."""
-    if tensors[0].ndim == 1:
-        return list(tensors)
-    longest = max(x.shape[1] for x in tensors)
-    return [torch.cat([x, x.new_zeros(len(x), longest - x.shape[1], *x.shape[2:])], 1) for x in tensors]

@@ -24,7 +24,7 @@ from phased_dmd.engine.sharding import copy_full_tensors, full_tensor, meta_copy
 from phased_dmd.engine.world import device
 from phased_dmd.maths.phases import Hop, PhasePlan, RenoiseInterval, step_times
 from phased_dmd.maths.rollout import Rollout, rollout
-from phased_dmd.models.protocol import Condition, VelocityModel, joined, rows
+from phased_dmd.models.protocol import Condition, VelocityModel, rows
 from phased_dmd.models.sequence import split_sequences
 from phased_dmd.networks.students import add_adapter, copy_network, without_adapters
 
@@ -276,10 +276,6 @@ class System:
             if guidance == 1:
                 return self.roles.predict(TEACHER, network, x, t, condition)
             negative = condition | self.model.batch([self.negative] * len(x))  # a first frame stays what it is
-            if self.config.engine.batched_guidance:
-                both = joined(condition, negative)
-                pair = self.roles.predict(TEACHER, network, torch.cat([x, x]), torch.cat([t, t]), both)
-                return self.model.guide(pair[: len(x)], pair[len(x) :], guidance)
             conditional = self.roles.predict(TEACHER, network, x, t, condition)
             return self.model.guide(conditional, self.roles.predict(TEACHER, network, x, t, negative), guidance)
 
