@@ -187,8 +187,11 @@ class Config(Section):
             raise ValueError("generator.weights, fake.weights: an analytic teacher has only 'full' students")
         if analytic and self.prompts is not None:
             raise ValueError("prompts: an analytic teacher takes none")
-        if getattr(self.teacher, "quantise", None) is not None and "full" in weights:
-            raise ValueError("teacher.quantise: full weights cannot be copied from it; fake.weights=lora is needed")
+        if getattr(self.teacher, "quantise", None) is not None:
+            if "full" in weights:
+                raise ValueError("teacher.quantise: full weights cannot be copied from it; fake.weights=lora is needed")
+            if self.engine.offload or self.engine.replicas > 1 or self.engine.sequence_parallel > 1:
+                raise ValueError("teacher.quantise: a packed network stays whole on one GPU, without engine.offload")
         if self.rollouts.antithetic and (self.batch_size % 2 or (self.engine.micro_batch or 0) % 2):
             raise ValueError("rollouts.antithetic: needs an even batch_size, and engine.micro_batch if there is one")
         if self.fake.pull and self.fake.weights == "lora":

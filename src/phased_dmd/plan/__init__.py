@@ -86,7 +86,7 @@ def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4,
 
     fit = fits(config, gpus)
     chosen = None if fit else advice.cheapest(config, gpus, fits)
-    costly = not fit and (chosen is None or not set(chosen) <= set(advice.free(config)))
+    costly = not fit and (chosen is None or any(option not in advice.free(config) for option in chosen))
     phases = tuple(_phase_cost(config, k, gpus, tflops, utilisation) for k in range(1, plan.num_phases + 1))
     prompts = len(read_prompts(config.prompts)) if config.prompts is not None else 0
     buckets, shapes = _bucket_names(config), bucket_shapes(config.teacher)
@@ -109,6 +109,8 @@ def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4,
 def _check(config: Config, gpus: int, memory_gb: float, utilisation: float, tflops: float) -> None:
     if gpus < 1:
         raise UserError(f"--gpus: {gpus} is none")
+    if gpus > 1 and getattr(config.teacher, "quantise", None) is not None:
+        raise UserError(f"teacher.quantise: a packed network stays whole on one GPU, and --gpus is {gpus}")
     if gpus % config.engine.replicas:
         raise UserError(f"engine.replicas: {gpus} GPUs cannot be split into {config.engine.replicas} equal groups")
     for name, value in (("memory-gb", memory_gb), ("tflops", tflops)):

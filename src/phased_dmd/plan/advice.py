@@ -1,11 +1,13 @@
 """What a plan says in words: what is likely a mistake, and the cheapest change that makes a run fit."""
 
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from phased_dmd.config import Config
 from phased_dmd.config.overrides import apply_overrides, build
+from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import NEAR, PhasePlan
 
@@ -26,8 +28,9 @@ OPTIONS: Options = (
     Option("sample_every", None, "no previews"),
     Option("optimiser.second_moment", "bfloat16", "rounded at random"),
     Option("fake.weights", "lora", "loses quality"),
-    Option("engine.offload", True, "slow: weights cross to the host and back"),
+    Option("teacher.quantise", "nf4", "weights of 4 bits, which one GPU alone can hold"),
 )  # cheapest first, after those of `free`
+OFFLOAD = Option("engine.offload", True, "slow: weights cross to the host and back")
 
 
 def free(config: Config) -> Options:
@@ -40,33 +43,42 @@ def free(config: Config) -> Options:
     )
 
 
+def smaller(config: Config) -> Options:
+    """Returns the option that leaves out all but the smallest of a teacher's sizes; none if they are alike."""
+    sizes = config.teacher.sizes if isinstance(config.teacher, PipelineTeacher) else ()
+    pixels = [size.num_frames * size.height * size.width for size in sizes]
+    kept = [size.model_dump(mode="json") for size, count in zip(sizes, pixels, strict=True) if count == min(pixels)]
+    return (Option("teacher.sizes", kept, "the others are not distilled"),) if len(kept) < len(sizes) else ()
+
+
 def changed(config: Config, options: Options) -> Config:
     """Returns the config with some options set. Raises UserError where they contradict its other fields."""
     return build(apply_overrides(config.model_dump(mode="json"), {key: value for key, value, _ in options}))
 
 
-def _possible(config: Config) -> Iterator[Option]:
-    """Yields the options that are not set yet and do not contradict other fields."""
-    for option in free(config) + OPTIONS:
-        try:
-            if changed(config, (option,)) != config:
-                yield option
-        except UserError:
-            pass
+def _possible(config: Config, options: Options) -> Config | None:
+    """Returns the config with some options set, or None where they contradict its other fields."""
+    try:
+        return changed(config, options)
+    except UserError:
+        return None
 
 
 def cheapest(config: Config, gpus: int, fits: Fits) -> Options | None:
     """Returns the options that make it fit, no dearer one than needed, and none that is not needed; None if none do."""
-    chosen: Options = ()
-    for option in _possible(config):
-        chosen += (option,)
-        if fits(changed(config, chosen), gpus):
+    chosen, so_far = (), config
+    for option in (*free(config), *OPTIONS, *smaller(config), OFFLOAD):
+        tried = _possible(config, (*chosen, option))
+        if tried in (None, so_far) or (gpus > 1 and option.key == "teacher.quantise"):
+            continue
+        chosen, so_far = (*chosen, option), tried
+        if fits(so_far, gpus):
             break
     else:
         return None
     for option in reversed(chosen[:-1]):
         fewer = tuple(other for other in chosen if other is not option)
-        if fits(changed(config, fewer), gpus):
+        if (tried := _possible(config, fewer)) is not None and fits(tried, gpus):
             chosen = fewer
     return chosen
 
@@ -76,6 +88,8 @@ def least_gpus(config: Config, gpus: int, fits: Fits) -> int | None:
 
     They must share the batch equally, in whole pairs where samples are antithetic.
     """
+    if getattr(config.teacher, "quantise", None) is not None:
+        return None
     slower, batch = changed(config, free(config)), config.batch_size
     least = 1 if config.rollouts.antithetic is None else 2
     candidates = (n for n in range(gpus + 1, batch + 1) if batch % (n * least) == 0 and n % config.engine.replicas == 0)
@@ -85,7 +99,9 @@ def least_gpus(config: Config, gpus: int, fits: Fits) -> int | None:
 def flags(options: Options) -> str:
     """Returns options as they are typed in a shell."""
     values = [value if isinstance(value, str) else json.dumps(value) for _, value, _ in options]
-    return " ".join(f"--set {option.key}={value}" for option, value in zip(options, values, strict=True))
+    return " ".join(
+        f"--set {shlex.quote(f'{option.key}={value}')}" for option, value in zip(options, values, strict=True)
+    )
 
 
 def warnings(config: Config, plan: PhasePlan, gpus: int) -> Iterator[str]:
