@@ -22,7 +22,7 @@ from phased_dmd.errors import Stopped, UserError
 def impatient() -> Iterator[None]:
     """No process is given up while it lives, however short the patience is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world, "PATIENCE", timedelta(seconds=1.5))
+        patch.setattr(world, "PATIENCE", timedelta(seconds=1.5))  # half an hour that no run may set
         yield
 
 
