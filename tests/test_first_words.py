@@ -1,5 +1,6 @@
 """What a run says to somebody new: of a rate that spoils it, of settings that do nothing, of nothing that is no use."""
 
+import io
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich
+from rich.console import Console
 
 from phased_dmd.config import Config
 from phased_dmd.networks.optim import NonFiniteError
@@ -61,11 +64,10 @@ def test_loading_from_python_says_nothing_of_torchvision() -> None:
     assert "torchvision" not in done.stderr
 
 
-def test_losses_beside_the_bar_have_three_digits_that_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_losses_beside_the_bar_have_three_digits_that_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """478.57 and 0.0001 were both shown with four decimals."""
-    monkeypatch.setenv("COLUMNS", "200")
+    screen = io.StringIO()
+    monkeypatch.setattr(rich, "_console", Console(file=screen, width=200))  # what `rich.get_console()` returns
     distill(small(), tmp_path / "run")
-    losses = re.findall(r"fake (\S+)\s+generator (\S+)", capsys.readouterr().out)
+    losses = re.findall(r"fake (\S+) generator (\S+)", screen.getvalue())
     assert losses and all(figure == f"{float(figure):.3g}" for line in losses for figure in line)

@@ -226,4 +226,4 @@ def _end(batch: Batch, calls: Sequence[Call]) -> Tensor:
 
     model, solver = batch.system.model, batch.system.config.ablation.solver
     start = batch.system.start(batch.first_noise())
-    return rollout(predict, start, batch.path, model.schedule, model.prediction, (), solver, batch.renoise).x
+    return rollout(predict, start, batch.path, model.schedule, model.prediction, (), solver, batch.step_noise).x
