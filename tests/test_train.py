@@ -643,7 +643,7 @@ def test_no_two_updates_share_their_noise(tmp_path: Path) -> None:
     """`updates` has compared what the networks were given with what each update draws."""
     config, drawn = toy(ablation__solver="renoise", plan__steps=4, plan__phases=2), []
     for batch, *_ in updates(config, distill_recorded(config, tmp_path / "run")):
-        drawn += [batch.first_noise(), batch.eps, *(batch.renoise(hop.step) for hop in batch.path if hop.r > 0)]
+        drawn += [batch.first_noise(), batch.eps, *(batch.step_noise(hop.step) for hop in batch.path if hop.r > 0)]
     assert len(drawn) == 9 * (2 + 2) + 9 * (2 + 3)  # start and eps, and one renoise a step that ends above 0
     numbers = torch.cat(drawn).flatten()
     assert len(numbers.unique()) > 0.999 * len(numbers)  # float32 normals repeat now and then by themselves
