@@ -13,9 +13,11 @@ import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import wraps
+from contextlib import contextmanager
+from inspect import unwrap
 from multiprocessing import get_context
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -50,15 +52,21 @@ COMMANDS = {  # the least that each one takes
 }  # fmt: skip
 
 
-def replace(command: str, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has a command do this instead of its work."""
+@contextmanager
+def beginning(command: str, action: Callable[[], Any]) -> Iterator[None]:
+    """Does this, which raises an error, where a command's own work would begin."""
     (info,) = [info for info in app.registered_commands if info.callback and info.callback.__name__ == command]
+    code = unwrap(info.callback).__code__  # type: ignore[arg-type] it has one
 
-    @wraps(info.callback)  # type: ignore[arg-type]
-    def instead(**_: Any) -> None:
-        action()
+    def seen(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code is code:
+            action()
 
-    monkeypatch.setattr(info, "callback", instead)
+    sys.setprofile(seen)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
 
 
 @pytest.fixture
@@ -77,9 +85,8 @@ def test_every_command_is_interrupted_below() -> None:
 def test_ctrl_c_is_130_and_one_line_in_every_command(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], signals: None
 ) -> None:
-    replace(command, lambda: signal.raise_signal(signal.SIGINT), monkeypatch)
     monkeypatch.setattr(sys, "argv", ["phased-dmd", command, *COMMANDS[command]])
-    with pytest.raises(SystemExit) as stop:
+    with beginning(command, lambda: signal.raise_signal(signal.SIGINT)), pytest.raises(SystemExit) as stop:
         entry.main()
     assert stop.value.code == 130
     assert capsys.readouterr().err == "phased-dmd: interrupted; an unfinished run goes on by the same command\n"
@@ -160,8 +167,8 @@ def test_an_error_of_the_system_names_the_file_and_the_flag(
     def fail() -> None:
         raise OSError(*error)
 
-    replace("export", fail, monkeypatch)
-    assert run("export", ".", *arguments, monkeypatch=monkeypatch) == 2
+    with beginning("export", fail):
+        assert run("export", ".", *arguments, monkeypatch=monkeypatch) == 2
     assert capsys.readouterr().err == f"phased-dmd: {says}\n"
 
 

@@ -11,6 +11,8 @@ import pipelines
 import pytest
 import safetensors
 import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +23,6 @@ from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.dry_run import dry_run
 from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
-from phased_dmd.models import source
 from phased_dmd.models.loader import bare_model, load_model
 from phased_dmd.models.source import BareSource
 from phased_dmd.recipes import RECIPES, resolve
@@ -47,9 +48,8 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("safetensors.torch.load_file", refuse)
     monkeypatch.setattr("diffusers.models.model_loading_utils.load_state_dict", refuse)
     monkeypatch.setattr(torch, "load", refuse)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    monkeypatch.setattr(source.DiffusionPipeline, "download", refuse)
-    monkeypatch.setattr("phased_dmd.models.source.snapshot_download", refuse)
+    monkeypatch.setattr(DiffusionPipeline, "download", refuse)
+    monkeypatch.setattr(HfApi, "repo_info", refuse)  # what `snapshot_download` begins with
 
 
 def tiny(name: str, folder: Path, prompts: str = "nano-t2i", **changes: Any) -> Config:

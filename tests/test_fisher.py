@@ -14,23 +14,24 @@ import torch
 from gaussians import SCHEDULES, Affine, alpha_sigma, exact_prediction, full, hermite, law, p_q, transition
 from PIL import Image
 from pipelines import CAPTIONS, build, teacher
+from recorded import Recorded, distill_own, watched_steps, weights
+from safetensors.torch import load_file
 from tiny import TinyCodec, TinyWan, draw
 from torch import Tensor
 
-from phased_dmd import step, train
+from phased_dmd import step
 from phased_dmd.config import Config
 from phased_dmd.errors import UserError
 from phased_dmd.maths.losses import score_matching_loss, subinterval_target
 from phased_dmd.maths.schedules import add_noise
 from phased_dmd.models.analytic import build_mixture
 from phased_dmd.models.loader import load_model
-from phased_dmd.models.protocol import rows
-from phased_dmd.networks import build as networks_build
+from phased_dmd.models.protocol import VelocityModel, rows
 from phased_dmd.networks.build import add_expert, add_fake, build_system
-from phased_dmd.networks.roles import FAKE, TEACHER, Roles
+from phased_dmd.networks.roles import FAKE, TEACHER
 from phased_dmd.recipes import resolve
 from phased_dmd.sampling import loading
-from phased_dmd.train import Learner, distill
+from phased_dmd.train import distill
 
 POINTS = [(0.75, 0.9), (0.75, 0.76), (0.3, 0.6), (0.0, 0.5), (0.0, 0.9)]
 KINDS = [("flow", "flow"), ("flow", "x0"), ("vp-cosine", "v"), ("vp-linear", "eps"), ("ve", "x0"), ("ve", "v")]
@@ -164,33 +165,35 @@ def test_the_stop_gradient_form_at_a_clean_s_is_on_x0() -> None:
 # On networks
 
 
+Wan = Callable[..., tuple[Config, TinyWan]]
+
+
 @pytest.fixture
-def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Config, TinyWan]]:
-    """A run of nano-t2i in four steps and two phases, whose teacher is two tiny random Wans with guidance 2."""
+def wan(tmp_path: Path) -> Wan:
+    """A run of nano-t2i in four steps and two phases, and its teacher: two tiny random Wans with guidance 2."""
     (tmp_path / "prompts.txt").write_text("a seven\na handwritten digit\nseven\n")
 
     def make(**overrides: Any) -> tuple[Config, TinyWan]:
-        model = TinyWan(2, (0.9,), guidance=2.0)
-        monkeypatch.setattr(networks_build, "load_model", lambda *_: (model, TinyCodec()))
         base = {
             "prompts": str(tmp_path / "prompts.txt"), "fake.updates": 2, "generator.lora.rank": 3, "plan.phases": 2,
             "generator.lora.alpha": 6, "batch_size": 4, "iterations": 2, "log_every": 1, "sample_every": None,
             "plan.gradient": "last",
             "generator.lr": 0.03,
         }  # fmt: skip
-        return resolve("nano-t2i", base | {key.replace("__", "."): value for key, value in overrides.items()}), model
+        config = resolve("nano-t2i", base | {key.replace("__", "."): value for key, value in overrides.items()})
+        return config, TinyWan(2, (0.9,), guidance=2.0)
 
     return make
 
 
-@pytest.mark.parametrize("weights", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("divergence", ["fisher", "fisher-stop-gradient", "normalised"])
-def test_only_the_generator_has_gradients_after_its_update(divergence: str, weights: str, wan: Callable) -> None:
+def test_only_the_generator_has_gradients_after_its_update(divergence: str, kind: str, wan: Wan) -> None:
     """Though teacher and fake are differentiated down to their inputs: not one of their parameters has a gradient."""
-    config, model = wan(objective=divergence, fake__weights=weights)
+    config, model = wan(objective=divergence, fake__weights=kind)
     asked = build_system(config, model, TinyCodec().encode_text([""])[0])
     add_expert(asked, 1, trainable=True)
-    if weights == "lora":
+    if kind == "lora":
         asked.roles.add(FAKE, [0, 1], config.fake.lora, seed=1)
     else:
         add_fake(asked, 1, None)
@@ -209,7 +212,7 @@ def test_only_the_generator_has_gradients_after_its_update(divergence: str, weig
     assert all(p.grad is None and not p.requires_grad for p in frozen)
 
 
-def test_teacher_and_fake_are_differentiated_with_guidance_and_route(wan: Callable) -> None:
+def test_teacher_and_fake_are_differentiated_with_guidance_and_route(wan: Wan) -> None:
     """The loss of the guided teacher minus the fake's: its value, and its slope through both branches of the teacher,
     against networks that are called one by one. What checkpointing computes again has each role's own adapters.
     """
@@ -299,25 +302,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("name", ["wan21_t2v", "wan22_t2v", "wan21_i2v", "ti2v_5b", "qwen_image"])
 def test_guided_samples_do_not_depend_on_those_beside_them(
-    name: str, folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """In float64, over texts of several lengths, longer and shorter than the negative one's, and first frames."""
     section, changes = teacher(name, folder(name)), {"dtype": "float64"}
     changes |= {"first_frame": True} if name == "ti2v_5b" else {}
     section = type(section).model_validate(section.model_dump() | changes)
     Image.effect_noise((section.sizes[0].width, section.sizes[0].height), 64).save(tmp_path / "frame.png")
-    model, codec = load_model(section, 0)
+    bare, codec = load_model(section, 0)
+    model = Recorded(bare)
     texts = codec.encode_text([*CAPTIONS, "a", "a red fox in the snow at night, two boats asleep"])
     if codec.takes_images:
         texts = [text | codec.encode_image(tmp_path / "frame.png", 0) for text in texts]
     negatives = codec.encode_text(["", CAPTIONS[3], "a boat at night asleep in the snow, low quality, grey"])
-    calls, predict = [], Roles.predict
-
-    def counted(roles: Roles, role: str, network: int, x: Tensor, *rest: Any) -> Tensor:
-        calls.append((role, len(x)))
-        return predict(roles, role, network, x, *rest)
-
-    monkeypatch.setattr(Roles, "predict", counted)
     x = draw(len(texts), *model.sample_shapes[0], seed=1, dtype=torch.float64)
     t = torch.tensor([0.95, 0.9, 0.88, 0.3, 0.7, 0.99], dtype=torch.float64)
     lengths = {len(row["text"]) for row in (*texts, *negatives)}
@@ -325,11 +322,12 @@ def test_guided_samples_do_not_depend_on_those_beside_them(
     guided = []
     for negative in negatives:
         asked = build_system(Config(teacher=section, recipe="tiny", prompts="nano-t2i"), model, negative)
-        calls.clear()
+        model.calls.clear()
         for index in (torch.arange(6), torch.tensor([2])):
             guided.append(asked.teacher(x[index], t[index], rows(model.batch(texts), index)))
-        assert sum(size for _, size in calls) == 2 * 7 and {role for role, _ in calls} == {TEACHER}
-        assert len(calls) == (len(model.networks) + 1) * 2
+        assert sum(len(call.x) for call in model.calls) == 2 * 7
+        assert {call.role for call in model.calls} == {TEACHER}
+        assert len(model.calls) == (len(model.networks) + 1) * 2
         together, alone = guided[-2:]
         torch.testing.assert_close(together[2:3], alone, rtol=0, atol=1e-12)
     assert (guided[0] - guided[2]).abs().max() > 1e-3  # another negative text leads elsewhere
@@ -338,61 +336,63 @@ def test_guided_samples_do_not_depend_on_those_beside_them(
 # A fake that is pulled along
 
 
-def states(config: Config, run: Path) -> Iterator[tuple[dict[str, Tensor], ...]]:
-    """Around each step of the generator: the fake before and after, and by how much the expert's weights changed."""
-    found: list[dict[str, Tensor]] = []
-    built, step = [], Learner.step
-    original = train.build_system
+Weights = dict[str, Tensor]
 
-    def kept(*args: Any) -> Any:
-        built.append(original(*args))
-        return built[-1]
 
-    def weights(role: str) -> dict[str, Tensor]:
-        """An expert's, those of the base that its adapters change included, as peft merges them."""
-        roles: Roles = built[0].roles
-        own = {name: p.detach().clone() for name, p in roles.parameters(role).items() if "lora_" not in name}
-        for network, student in enumerate(built[0].model.students):
-            for name, module in student.named_modules():
-                if role in getattr(module, "lora_A", {}):
-                    own[f"{network}.{name}.weight"] = module.get_delta_weight(role).detach().clone()
-        return own
+def pulls(config: Config, run: Path, bare: VelocityModel) -> Iterator[tuple[Weights, Weights, Weights]]:
+    """Around each update of the generator: the fake before it, and after it as a checkpoint holds it; the change of the
+    expert's weights, those of the base that its adapters change included, as peft merges them.
+    """
+    names = [list(weights(student, number)) for number, student in enumerate(bare.students)]
+    model, experts = Recorded(bare, run), {}
+    model.then = lambda call, network, _: experts.update({call.role: network})
+    fakes: list[Tensor] = []
+    steps: list[tuple[str, list[Tensor], Weights]] = []
 
-    def watched(self: Learner, *args: Any) -> None:
-        before = weights(self.role)
-        step(self, *args)
-        if self.role == FAKE:
-            found[:] = [weights(FAKE)]
+    def merged(role: str) -> Weights:
+        if config.generator.weights == "full":
+            return weights(experts[role])
+        return {
+            f"{number}.{name}.weight": module.get_delta_weight(role).detach().clone()
+            for number, student in enumerate(bare.students)
+            for name, module in student.named_modules()
+            if role in getattr(module, "lora_A", {})
+        }
+
+    def before(role: str, _: Any) -> None:
+        if role != FAKE:
+            steps.append((role, list(fakes), merged(role)))
+
+    def after(role: str, group: dict[str, Any]) -> None:
+        if role == FAKE:
+            fakes[:] = [p.detach().clone() for p in group["params"]]
         else:
-            found.append({name: p - before[name] for name, p in weights(self.role).items()})
+            *_, change = steps[-1]
+            change |= {name: p - change[name] for name, p in merged(role).items()}
 
-    steps: list[tuple[dict[str, Tensor], ...]] = []
-    leave = train.leave_if_asked
-
-    def left(job: Any, at: Any, state: Any) -> None:
-        if at.update == 0:
-            steps.append((found[0], weights(FAKE), found[1]))
-        leave(job, at, state)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "build_system", kept)
-        patch.setattr(Learner, "step", watched)
-        patch.setattr(train, "leave_if_asked", left)
-        distill(config, run, quiet=True)
-    yield from steps
+    with watched_steps(before, after):
+        every = config.model_copy(update={"checkpoint_every": 1, "keep_last": 1000})
+        distill_own(every, run, model, TinyCodec())
+    folders = sorted((run / "checkpoints").iterdir())
+    for (role, fake, change), folder in zip(steps, folders, strict=True):
+        assert folder.name.startswith(role.replace("_", "-"))
+        saved = {name: p for file in folder.glob("*.safetensors") for name, p in load_file(file).items()}
+        after_it = {key.split("/")[2]: p for key, p in saved.items() if key.startswith(f"{FAKE}/weights/")}
+        held = [name for own in names for name in own if name in after_it]
+        yield dict(zip(held, fake, strict=True)), after_it, change
 
 
 @pytest.mark.parametrize("kind", ["toy", "wan"])
 @pytest.mark.parametrize("share", [0.0, 0.3])
-def test_the_fake_makes_its_share_of_the_generators_change(
-    share: float, kind: str, wan: Callable, tmp_path: Path
-) -> None:
+def test_the_fake_makes_its_share_of_the_generators_change(share: float, kind: str, wan: Wan, tmp_path: Path) -> None:
     """Full weights of both; and an adapter's change, merged, on a full fake."""
-    config = toy(fake__pull=share, iterations=2) if kind == "toy" else wan(fake__pull=share)[0]
+    config, model = (toy(fake__pull=share, iterations=2), None) if kind == "toy" else wan(fake__pull=share)
+    bare: Any = model or load_model(config.teacher, config.seed)[0]
     count = 0
-    for before, after, change in states(config, tmp_path / "run"):
+    for before, after, change in pulls(config, tmp_path / "run", bare):
         moved = [name for name in change if name in before and change[name].any()]
         assert len(moved) > 3 and not change.keys() - before.keys() - {n for n in change if n.startswith("1.")}
+        assert before.keys() == after.keys()
         for name in before:
             if share and name in moved:
                 assert not torch.equal(after[name], before[name])
@@ -403,6 +403,6 @@ def test_the_fake_makes_its_share_of_the_generators_change(
     assert count == 2 * config.iterations
 
 
-def test_a_fake_of_adapters_cannot_be_pulled(wan: Callable) -> None:
+def test_a_fake_of_adapters_cannot_be_pulled(wan: Wan) -> None:
     with pytest.raises(UserError, match="fake.pull: needs fake.weights=full"):
         wan(fake__pull=0.5, fake__weights="lora")

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +94,29 @@ def test_a_text_of_many_bytes_a_letter_is_json_like_any_other(tmp_path: Path) ->
     assert broken(case, tmp_path / "here") == (0, "")
 
 
+class Harmful:
+    """Stands for a tracker's package, which a dry run looks for; to be found, it does this."""
+
+    def __init__(self, harm: Callable[[], object]) -> None:
+        self.harm = harm
+
+    @property
+    def __spec__(self) -> object:
+        return self.harm() or self
+
+
 def test_what_must_not_happen_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case({}, ["toy-1d", "--dry-run"])
+    case = Case({}, ["toy-1d", "--dry-run", "--set", "trackers=[trackio]"])
     for i, (wrong, harm) in enumerate(
-        [("exit 1", lambda *_: 1 / 0), ("lines on stderr", _two_lines), ("something was written", _write)]
+        [("exit 1", lambda: 1 / 0), ("lines on stderr", _two_lines), ("something was written", _write)]
     ):
-        monkeypatch.setattr("phased_dmd.dry_run.dry_run", harm)
+        monkeypatch.setitem(sys.modules, "trackio", Harmful(harm))
         assert wrong in broken(case, tmp_path / str(i))[1]
+    monkeypatch.setitem(sys.modules, "trackio", Harmful(lambda: None))
+    assert broken(case, tmp_path / "harmless") == (0, "")
 
 
-def _two_lines(*_: object) -> None:
+def _two_lines() -> None:
     import warnings
 
     from phased_dmd.errors import UserError
@@ -110,5 +125,5 @@ def _two_lines(*_: object) -> None:
     raise UserError("two")
 
 
-def _write(*_: object) -> None:
+def _write() -> None:
     Path("planted").write_text("")

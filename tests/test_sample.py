@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import finished_run
-from tiny import TinyCodec, TinyWan, draw
+from tiny import CountingCodec, TinyCodec, TinyWan, draw
 from torch import Tensor, nn
 
 from phased_dmd import media
@@ -42,17 +42,6 @@ class CountingWan(TinyWan):
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         self.calls.append(len(x))
         return super().predict(network, x, t, condition)
-
-
-class CountingCodec(TinyCodec):
-    """Keeps how many samples each decode had."""
-
-    def __init__(self) -> None:
-        self.calls: list[int] = []
-
-    def decode(self, latents: Tensor) -> Tensor:
-        self.calls.append(len(latents))
-        return super().decode(latents)
 
 
 class GreyCodec(TinyCodec):

@@ -1,34 +1,35 @@
 """One update: what it draws, what the options that make it cheaper share, and that they change no distribution."""
 
 import math
+import os
 import signal
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from faults import group
 from gaussians import MEAN, exact_prediction, hermite
+from recorded import Call, Recorded, distill_own, distill_recorded, updates
 from tiny import TinyCodec, TinyWan
 from torch import Tensor
 
-from phased_dmd import step, train
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.config import Config, phase_plan, renoise_interval
-from phased_dmd.engine import world
-from phased_dmd.engine.signals import Signals
+from phased_dmd.engine.world import split_batch
 from phased_dmd.errors import Stopped, UserError
 from phased_dmd.maths.losses import score_matching_loss
 from phased_dmd.maths.rollout import Rollout, rollout
 from phased_dmd.maths.schedules import FlowSchedule
-from phased_dmd.networks import build as networks_build
-from phased_dmd.networks.roles import FAKE, TEACHER, Roles
+from phased_dmd.models.loader import load_model
+from phased_dmd.networks.build import add_expert, add_fake, build_system, remove_fake
+from phased_dmd.networks.roles import FAKE, TEACHER, expert_role
 from phased_dmd.plan.work import phase_work
 from phased_dmd.recipes import resolve
-from phased_dmd.step import EXPERT_UPDATE, Batch, States, draw, roll_out
-from phased_dmd.train import distill
+from phased_dmd.step import EXPERT_UPDATE, Batch, States, draw, expert_loss, fake_loss, roll_out
 
 QUICK = {
     "teacher.fit_steps": 20, "fake.updates": 2,
@@ -45,70 +46,6 @@ def toy(**overrides: Any) -> Config:
 def files(run: Path) -> dict[str, bytes]:
     found = {f"phase-{phase}": RunFolder(run).expert_path(phase).read_bytes() for phase in (1, 2)}
     return found | {"metrics": (run / "metrics.jsonl").read_bytes()}
-
-
-class Drawn(NamedTuple):
-    """What an update's loss was given; x: x_s, or the end of the generator's own path."""
-
-    batch: Batch
-    x: Tensor
-    eps: Tensor
-    t: Tensor
-
-
-class Watch:
-    """Of a run in whole batches: what each update drew, by phase, and the samples that each role was called on in it.
-
-    `after` is called with the arguments of each update once it is done.
-    """
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.fake: dict[int, list[Drawn]] = defaultdict(list)
-        self.generator: dict[int, list[Drawn]] = defaultdict(list)
-        self.calls: dict[int, list[Counter[str]]] = defaultdict(list)
-        self.after: Callable[..., None] = lambda *_: None
-        self._losses: list[tuple[Tensor, ...]] = []
-        predict = Roles.predict
-
-        def counted(roles: Roles, role: str, network: int, x: Tensor, *rest: Any) -> Tensor:
-            for calls in list(self.calls.values())[-1][-1:]:
-                calls[role] += len(x)
-            return predict(roles, role, network, x, *rest)
-
-        patch.setattr(Roles, "predict", counted)
-        for name, loss, kept in (
-            ("fake_loss", "score_matching_loss", self.fake),
-            ("expert_loss", "distribution_matching_loss", self.generator),
-        ):
-            self._watch(patch, name, loss, kept)
-
-    def _watch(self, patch: pytest.MonkeyPatch, name: str, loss_name: str, kept: dict[int, list[Drawn]]) -> None:
-        update, loss = getattr(train, name), getattr(step, loss_name)
-
-        def lossy(*given: Any, **more: Any) -> Tensor:
-            x, eps, _, t = given[1:5] if callable(given[0]) else given[:4]
-            self._losses.append((x.detach().clone(), eps, t))
-            return loss(*given, **more)
-
-        def watched(batch: Batch, states: States) -> Tensor:
-            self._losses.clear()
-            self.calls[batch.phase].append(Counter())
-            done = update(batch, states)
-            for given in self._losses[-1:]:
-                kept[batch.phase].append(Drawn(batch, *given))
-            self.after(batch, states)
-            return done
-
-        patch.setattr(step, loss_name, lossy)
-        patch.setattr(train, name, watched)
-
-    def total(self, phase: int) -> Counter[str]:
-        return sum(self.calls[phase], Counter())
-
-
-@pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    return Watch(monkeypatch)
 
 
 def gaussian(config: Config) -> Any:
@@ -139,36 +76,52 @@ def drawn(config: Config, update: int, samples: int, phase: int = 1, iteration: 
 
 
 @pytest.mark.parametrize("gradient", ["last", "all"])
-def test_reuse_gives_every_update_of_a_cycle_the_same_path(gradient: str, tmp_path: Path, watch: Watch) -> None:
-    """x_s bit for bit, the generator's own end with gradient included; t and eps anew; the next cycle has another."""
+def test_reuse_gives_every_update_of_a_cycle_the_same_path(gradient: str, tmp_path: Path) -> None:
+    """x_s bit for bit, the generator's own end with gradient included; t and eps anew; the next cycle has another.
+
+    `updates` finds x_s, by what was computed in the cycle, in what the networks were given.
+    """
     config = toy(plan__gradient=gradient, ablation__fake_rollout="same", rollouts__reuse=True, fake__updates=3)
-    distill(config, tmp_path / "run", quiet=True)
+    made = list(updates(config, distill_recorded(config, tmp_path / "run")))
     for phase in (1, 2):
-        ends = []
-        for i, end in enumerate(watch.generator[phase]):
-            cycle = watch.fake[phase][3 * i : 3 * i + 3]
-            assert len(cycle) == 3 and all(torch.equal(update.x, end.x) for update in cycle)
+        mine, ends = [update for update in made if update.batch.phase == phase], []
+        for i in range(4):
+            cycle = mine[4 * i : 4 * i + 4]
+            assert [[call.role for call in update.scores] for update in cycle] == [[FAKE]] * 3 + [[TEACHER, FAKE]]
+            assert all(torch.equal(update.x_s, cycle[-1].x_s) for update in cycle)
             for name in ("eps", "t"):
-                assert len(torch.cat([getattr(update, name).flatten() for update in (*cycle, end)]).unique()) == 4 * 8
-            ends.append(end.x)
-        assert len(ends) == 4 and len(torch.cat(ends).unique()) == 4 * 8
+                assert len(torch.cat([getattr(update.batch, name).flatten() for update in cycle]).unique()) == 4 * 8
+            ends.append(cycle[-1].x_s)
+        assert len(mine) == 4 * 4 and len(torch.cat(ends).unique()) == 4 * 8
 
 
 @pytest.mark.parametrize("fake_rollout", ["full", "same"])
-def test_a_state_that_is_kept_is_the_one_computed_afresh(fake_rollout: str, tmp_path: Path, watch: Watch) -> None:
+def test_a_state_that_is_kept_is_the_one_computed_afresh(fake_rollout: str) -> None:
     """In every update at a phase's begin, before the exit and at the end, in phases of three steps."""
-    compared = Counter()
-
-    def after(batch: Batch, states: States) -> None:
-        begin = batch.system.plan.steps(batch.phase).start
-        for hops in (begin, len(batch.path) - 1, len(batch.path)):
-            kept = len(states)
-            assert torch.equal(roll_out(batch, hops, dict(states)), roll_out(batch, hops, {})) and len(states) == kept
-            compared[batch.phase] += 1
-
-    watch.after = after
-    levers = {"rollouts__reuse": True, "ablation__fake_rollout": fake_rollout}
-    distill(toy(plan__steps=6, plan__gradient="last", iterations=6, **levers), tmp_path / "run", quiet=True)
+    config = toy(
+        plan__steps=6, plan__gradient="last", iterations=6, rollouts__reuse=True, ablation__fake_rollout=fake_rollout
+    )
+    system, compared = build_system(config, load_model(config.teacher, 0)[0], {}), Counter()
+    for phase in (1, 2):
+        add_expert(system, phase, trainable=True)
+        add_fake(system, phase, None)
+        for iteration in range(config.iterations):
+            states: States = {}
+            for update in (1, 2, EXPERT_UPDATE):
+                role, loss = (FAKE, fake_loss) if update else (expert_role(phase), expert_loss)
+                batch = draw(system, phase, iteration, update, range(8), [1.0], None)
+                with system.roles.active(role):
+                    loss(batch, states).backward()
+                for hops in (system.plan.steps(phase).start, len(batch.path) - 1, len(batch.path)):
+                    kept = len(states)
+                    assert torch.equal(roll_out(batch, hops, dict(states)), roll_out(batch, hops, {}))
+                    assert len(states) == kept
+                    compared[phase] += 1
+                for p in system.roles.parameters(role).values():
+                    assert p.grad is not None
+                    p.data -= 0.01 * p.grad
+                    p.grad = None
+        remove_fake(system)
     assert compared == {1: 6 * 3 * 3, 2: 6 * 3 * 3}
 
 
@@ -192,38 +145,44 @@ LEVERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def even_exits(levers: dict[str, Any]) -> Config:
+    """With the first seed whose run draws every exit equally often, in each phase: the plan's figures are means."""
+    for seed in range(1000):
+        config = toy(**levers, seed=seed)
+        numbers = (0, 1, 2) if config.ablation.fake_rollout == "same" else (EXPERT_UPDATE,)
+        exits = [
+            Counter(
+                drawn(config, update, 2, phase, iteration).path[-1].step
+                for iteration in range(config.iterations)
+                for update in numbers
+            )
+            for phase in (1, 2)
+        ]
+        steps = config.plan.steps // 2 if config.plan.gradient == "last" else 1
+        if all(len(count) == steps and len(set(count.values())) == 1 for count in exits):
+            return config
+    raise AssertionError("no such seed")
+
+
 @pytest.mark.parametrize("levers", LEVERS.values(), ids=LEVERS)
-def test_the_plan_foresees_the_calls(
-    levers: dict[str, Any], tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By role, a sample. The plan's figures are means over the exits: each is drawn once here, in turn."""
-    config, turns = toy(**{"plan__gradient": "last", **levers}), Counter()
-
-    def in_turn(count: int, *key: int | str) -> int:
-        turns[key[1:]] += 0  # a draw that other updates share is one turn
-        return list(turns).index(key[1:]) % count
-
-    monkeypatch.setattr(step, "choice", in_turn)
-    distill(config, tmp_path / "run", quiet=True)
+def test_the_plan_foresees_the_calls(levers: dict[str, Any], tmp_path: Path) -> None:
+    """By role, a sample."""
+    config = even_exits({"plan__gradient": "last", **levers})
+    model = distill_recorded(config, tmp_path / "run")
     for phase in (1, 2):
         work = phase_work(config, phase_plan(config), phase, guided=False)
-        found = {role: count / (config.iterations * 8) for role, count in watch.total(phase).items()}
+        found = {role: count / (config.iterations * 8) for role, count in samples_called(model, phase).items()}
         assert (found.pop(TEACHER), found.pop(FAKE)) == (1, 2 + 1)
         assert sum(found.values()) == pytest.approx(work.calls - (1 + 2 + 1), abs=1e-12)
 
 
-def stopped_after(checks: int, config: Config, run: Path) -> str:
-    """Has a run stopped the given time it asks whether it should; what it said."""
-    asked = Counter()
-
-    def ask(_: Signals) -> int:
-        asked["all"] += 1
-        return signal.SIGTERM if asked["all"] == checks else 0
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as stop:
-        patch.setattr(Signals, "asked", ask)
-        distill(config, run, quiet=True)
-    return str(stop.value)
+def samples_called(model: Recorded, phase: int) -> Counter[str]:
+    """The samples that each role was called on in a phase."""
+    count: Counter[str] = Counter()
+    for call in model.calls:
+        if call.phase == phase:
+            count[call.role] += len(call.x)
+    return count
 
 
 # Antithetic pairs
@@ -258,16 +217,19 @@ def test_each_noise_of_a_pair_is_standard_normal() -> None:
         assert abs(torch.corrcoef(torch.stack([batch.eps, batch.first_noise()]).squeeze())[0, 1]) < 0.1
 
 
-def test_samples_that_cannot_be_paired_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_that_cannot_be_paired_are_refused() -> None:
     """By the config alone where they are odd, and where processes would have an odd number each."""
     for levers in ({"batch_size": 5}, {"engine__micro_batch": 3}):
         with pytest.raises(
             UserError, match=r"^rollouts\.antithetic: needs an even batch_size, and engine\.micro_batch"
         ):
             toy(rollouts__antithetic="start", **levers)
-    monkeypatch.setattr(world, "world_size", lambda: 2)
-    with pytest.raises(UserError, match=r"^rollouts\.antithetic: 3 samples in calls of 3 cannot be paired$"):
-        world.split_batch(6, toy().engine, pairs=True)
+
+    def action(_: int) -> None:
+        with pytest.raises(UserError, match=r"^rollouts\.antithetic: 3 samples in calls of 3 cannot be paired$"):
+            split_batch(6, toy().engine, pairs=True)
+
+    assert group(2, action) == [0, 0]
 
 
 FEATURES = torch.tensor([0.3, 1.1, 0.2], dtype=torch.float64)  # of the fake: of 1, x and tanh x
@@ -343,38 +305,39 @@ def test_the_times_of_an_update_are_one_networks_and_each_is_uniform(antithetic:
     assert (served / 800).tolist() == pytest.approx([share / (1 - low) for share in shares], abs=0.06)
 
 
+Wan = Callable[..., tuple[Config, TinyWan]]
+
+
 @pytest.fixture
-def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
-    """A run of nano-t2i in four steps and two phases, whose teacher is two tiny random Wans with guidance 2."""
+def wan(tmp_path: Path) -> Wan:
+    """A run of nano-t2i in four steps and two phases, and its teacher: two tiny random Wans with guidance 2."""
     (tmp_path / "prompts.txt").write_text("a seven\na handwritten digit\nseven\n")
 
-    def make(**overrides: Any) -> Config:
-        model = TinyWan(2, (0.9,), guidance=2.0)
-        monkeypatch.setattr(networks_build, "load_model", lambda *_: (model, TinyCodec()))
+    def make(**overrides: Any) -> tuple[Config, TinyWan]:
         base = {
             "prompts": str(tmp_path / "prompts.txt"), "fake.updates": 2, "generator.lora.rank": 3, "plan.phases": 2,
             "generator.lora.alpha": 6, "batch_size": 8, "iterations": 2, "log_every": 1, "sample_every": None,
             "plan.gradient": "last",
         }  # fmt: skip
-        return resolve("nano-t2i", base | {key.replace("__", "."): value for key, value in overrides.items()})
+        config = resolve("nano-t2i", base | {key.replace("__", "."): value for key, value in overrides.items()})
+        return config, TinyWan(2, (0.9,), guidance=2.0)
 
     return make
 
 
-def test_an_update_of_one_network_calls_one(wan: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def distill_wan(made: tuple[Config, TinyWan], run: Path, then: Callable[..., object] = lambda *_: None) -> Recorded:
+    model = Recorded(made[1], run)
+    model.then = then
+    distill_own(made[0], run, model, TinyCodec())
+    return model
+
+
+def test_an_update_of_one_network_calls_one(wan: Wan, tmp_path: Path) -> None:
     """Of two networks nearly every micro-batch of four has times of both, unless an update draws one."""
-    calls, predict = Counter(), Roles.predict
-
-    def counted(roles: Roles, role: str, *rest: Any) -> Tensor:
-        calls[role] += role == FAKE
-        return predict(roles, role, *rest)
-
-    monkeypatch.setattr(Roles, "predict", counted)
     found = []
     for network in ("sample", "update"):
-        calls.clear()
-        distill(wan(renoise__network=network, engine__micro_batch=4, iterations=1), tmp_path / network, quiet=True)
-        found.append(calls[FAKE])
+        model = distill_wan(wan(renoise__network=network, engine__micro_batch=4, iterations=1), tmp_path / network)
+        found.append(len(model.of(FAKE)))
     phases_updates_micro_batches = 2 * 3 * 2
     assert found[1] == phases_updates_micro_batches < found[0] <= 2 * found[1]
 
@@ -387,14 +350,15 @@ def test_levers_that_do_not_go_together_are_refused() -> None:
             toy(**levers)
 
 
-def test_the_plan_foresees_guidance(wan: Callable, tmp_path: Path, watch: Watch) -> None:
+def test_the_plan_foresees_guidance(wan: Wan, tmp_path: Path) -> None:
     """All four steps, so that there is no exit to draw."""
-    config = wan(plan__gradient="all", rollouts__reuse=True)
-    distill(config, tmp_path / "run", quiet=True)
+    made = wan(plan__gradient="all", rollouts__reuse=True)
+    model = distill_wan(made, tmp_path / "run")
     for phase in (1, 2):
-        work = phase_work(config, phase_plan(config, (0.9,)), phase, guided=True)
-        assert sum(watch.total(phase).values()) == 2 * 8 * work.calls
-        assert watch.total(phase)[TEACHER] == 2 * 2 * 8
+        work = phase_work(made[0], phase_plan(made[0], (0.9,)), phase, guided=True)
+        count = samples_called(model, phase)
+        assert sum(count.values()) == 2 * 8 * work.calls
+        assert count[TEACHER] == 2 * 2 * 8
 
 
 # All together, and none
@@ -402,18 +366,30 @@ def test_the_plan_foresees_guidance(wan: Callable, tmp_path: Path, watch: Watch)
 
 @pytest.mark.parametrize("divergence", ["fisher", "fisher-stop-gradient"])
 def test_a_run_with_every_lever_is_byte_identical_when_it_is_stopped_between_updates(
-    divergence: str, wan: Callable, tmp_path: Path
+    divergence: str, wan: Wan, tmp_path: Path
 ) -> None:
     levers = {
         "rollouts__reuse": True, "rollouts__antithetic": "start", "ablation__solver": "renoise",
         "objective": divergence, "fake__pull": 0.5, "engine__micro_batch": 2,
         "batch_size": 4, "iterations": 3,
     }  # fmt: skip
-    whole = files(distill(wan(**levers), tmp_path / "whole", quiet=True))
-    said = stopped_after(2 * (3 * 3 + 3 + 1), wan(**levers), tmp_path / "run")
-    assert said.count("stopped and saved at phase 2, iteration 1, update 1;") == 1
-    distill(wan(**levers), tmp_path / "run", quiet=True)
-    assert files(tmp_path / "run") == whole
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    distill_wan(wan(**levers), whole)
+    sent: list[Call] = []
+
+    def stop(call: Call, *_: Any) -> None:
+        """Between the micro-batches of the second update after the first iteration of phase 2, each of two samples."""
+        done = [(row["phase"], row["iteration"]) for row in RunFolder(run).metrics()]
+        if call.role == FAKE and done[-1:] == [(2, 1)]:
+            sent.append(call)
+            if sum(len(each.x) for each in sent) == 4 + 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped) as said:
+        distill_wan(wan(**levers), run, stop)
+    assert str(said.value).count("stopped and saved at phase 2, iteration 1, update 1;") == 1
+    distill_wan(wan(**levers), run)
+    assert files(run) == files(whole)
     _, header = load_tensors(RunFolder(tmp_path / "run").expert_path(2))
     assert header["weighting"] == divergence, "it has none of KL's"
 

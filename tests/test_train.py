@@ -1,40 +1,55 @@
 """`distill` end to end on tiny teachers: what may not change, bit-exact resume, refusals, the loop's draws."""
 
 import copy
+import gc
 import io
 import itertools
-import json
 import math
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import pytest
+import rich
 import torch
+from faults import interrupted
+from recorded import (
+    Call,
+    Recorded,
+    adapters,
+    as_own,
+    distill_own,
+    distill_recorded,
+    recorded,
+    updates,
+    watched_steps,
+    weights,
+)
 from rich.console import Console
-from rich.progress import Progress
-from tiny import TinyCodec, TinyWan, draw, killed_after, newest_checkpoint, teacher_alone
-from torch import Tensor
+from tiny import CountingCodec, TinyCodec, TinyWan, draw, killed_after, newest_checkpoint
+from torch import Tensor, nn
 
-from phased_dmd import inputs, progress, step, train
+from phased_dmd import step
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.config import Ablation, Config, Optimiser, phase_plan
 from phased_dmd.config.overrides import build
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import unshift_time
+from phased_dmd.models.analytic import PlainCodec
 from phased_dmd.models.loader import load_model
-from phased_dmd.networks import build as networks_build
-from phased_dmd.networks.optim import MomentumFreeAdamW, NonFiniteError
-from phased_dmd.networks.roles import FAKE, TEACHER, Roles, System, expert_role
+from phased_dmd.networks.build import add_expert, add_fake, build_system
+from phased_dmd.networks.optim import NonFiniteError
+from phased_dmd.networks.roles import FAKE, TEACHER, System, expert_role
+from phased_dmd.progress import progress_bar
 from phased_dmd.recipes import resolve
 from phased_dmd.sampling import loading
-from phased_dmd.sampling import sampler as sampling
 from phased_dmd.sampling.sampler import Sampler
-from phased_dmd.train import Learner, distill
+from phased_dmd.train import Learner, distill, end
 
 QUICK = {
     "teacher.fit_steps": 20, "fake.updates": 2,
@@ -46,20 +61,6 @@ QUICK = {
 def toy(method: Any = None, **overrides: Any) -> Config:
     """toy-1d (two steps, two phases, boundary .5), made quick; `plan__steps=4` overrides plan.steps."""
     return resolve("toy-1d", {**QUICK, **{key.replace("__", "."): value for key, value in overrides.items()}}, method)
-
-
-@pytest.fixture
-def systems(monkeypatch: pytest.MonkeyPatch) -> list[System]:
-    """The systems that `distill` has built, for a look into their memory."""
-    built = []
-    original = train.build_system
-
-    def build(*args: Any) -> System:
-        built.append(original(*args))
-        return built[-1]
-
-    monkeypatch.setattr(train, "build_system", build)
-    return built
 
 
 def files(run: Path, *, experts: bool = True) -> dict[str, bytes]:
@@ -88,50 +89,53 @@ def initial_student(config: Config) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- what may not change
 
 
-def test_earlier_experts_and_the_teacher_never_change(
-    tmp_path: Path, systems: list[System], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = toy(generator__ema=0.5)
-    written = {}
-    save = RunFolder.save_expert
+def test_earlier_experts_and_the_teacher_never_change(tmp_path: Path) -> None:
+    config, run = toy(generator__ema=0.5), tmp_path / "run"
+    model, first = recorded(config, run), RunFolder(run).expert_path(1)
+    networks: dict[str, nn.Module] = {}
+    written: list[bytes] = []
 
-    def spy(self: RunFolder, phase: int, *args: Any) -> None:
-        save(self, phase, *args)
-        written[self.expert_path(phase)] = self.expert_path(phase).read_bytes()
+    def then(call: Call, network: nn.Module, _: Tensor) -> None:
+        networks[call.role] = network
+        if call.phase == 2:
+            written.append(first.read_bytes())
 
-    monkeypatch.setattr(RunFolder, "save_expert", spy)
-    run = distill(config, tmp_path / "run", quiet=True)
-    first = RunFolder(run).expert_path(1)
-    assert first.read_bytes() == written[first]
-    roles = systems[0].roles
-    assert roles.parameters(FAKE) == {}  # the last phase's is freed as well
-    assert same(roles.state(expert_role(1)), expert(run, 1))
-    assert not any(p.requires_grad for p in roles.parameters(expert_role(1)).values())
-    start, model = initial_student(config), systems[0].model
+    model.then = then
+    distill_own(config, run, model)
+    assert {first.read_bytes(), *written} == {written[0]}
+    assert same(weights(networks["phase_1"]), expert(run, 1))
+    assert not any(p.requires_grad for p in networks["phase_1"].parameters())
+    start = initial_student(config)
     for phase in (1, 2):  # both were trained, each from the student
         assert all(not torch.equal(tensor, start[name]) for name, tensor in expert(run, phase).items())
     assert not same(expert(run, 1), expert(run, 2))
-    assert same({f"0.{name}": p for name, p in model.students[0].named_parameters()}, start)
+    assert same(weights(model.students[0]), start)
     fresh, _ = load_model(config.teacher, config.seed)
     assert same(dict(model.networks[0].named_buffers()), dict(fresh.networks[0].named_buffers()))
     assert list(model.networks[0].parameters()) == []
 
 
-def test_a_phase_starts_from_the_student_and_with_new_optimisers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_end_of_a_phase_frees_its_fake(tmp_path: Path) -> None:
+    """The last one's as well."""
+    config = toy()
+    system = build_system(config, load_model(config.teacher, 0)[0], {})
+    add_expert(system, 2, trainable=True)
+    add_fake(system, 2, None)
+    fake = ref(system.roles.module(FAKE, 0))
+    job: Any = SimpleNamespace(run=RunFolder(tmp_path), system=system)
+    end(job, 2, Learner("phase_2", system.roles.parameters("phase_2"), config.optimiser, 0.1))
+    gc.collect()
+    assert fake() is None and system.roles.parameters(FAKE) == {}
+
+
+def test_a_phase_starts_from_the_student_and_with_new_optimisers(tmp_path: Path) -> None:
     """In every phase, expert and fake begin as the student; the optimisers count their steps from the phase's onset."""
-    config, begun = toy(checkpoint_every=2), []
-    original = Roles.add
-
-    def add(roles: Roles, role: str, *args: Any, **kwargs: Any) -> None:
-        original(roles, role, *args, **kwargs)
-        begun.append((role, roles.state(role)))
-
-    monkeypatch.setattr(Roles, "add", add)
-    run = distill(config, tmp_path / "run", quiet=True)
-    assert [role for role, _ in begun] == ["phase_1", FAKE, "phase_2", FAKE]
-    assert all(same(state, initial_student(config)) for _, state in begun)
+    config, run = toy(checkpoint_every=2), tmp_path / "run"
+    model, begun = recorded(config, run), {}
+    model.then = lambda call, network, _: begun.setdefault((call.phase, call.role), weights(network))
+    distill_own(config, run, model)
+    for phase, role in ((1, "phase_1"), (1, FAKE), (2, "phase_2"), (2, FAKE)):
+        assert same(begun[phase, role], initial_student(config))
     _, tensors = newest_checkpoint(run, 2)
     steps = {name.split("/")[0]: int(t) for name, t in tensors.items() if "/step/" in name}
     assert steps == {"phase_2": 2, FAKE: 4}
@@ -143,6 +147,7 @@ LONG = {
     "plan.steps": 4, "plan.gradient": "last", "ablation.solver": "renoise", "plan.shift": 2.0, "generator.ema": 0.8,
     "optimiser.clip": 0.2, "iterations": 10,
 }  # fmt: skip
+SEVENTH = "phase-2-iteration-000007"  # what begins so is greater
 KILLS = ("in a step", "after a log", "in a log", "before a checkpoint", "after a checkpoint")
 
 
@@ -161,66 +166,57 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return files(run)
 
 
-def kill(patch: pytest.MonkeyPatch, at: str) -> None:
-    """Raises KeyboardInterrupt at a point of phase 2 after its iteration 7."""
-    step, log, save = Learner.step, RunFolder.log, RunFolder.save_checkpoint
+@contextmanager
+def killed(at: str, run: Path) -> Iterator[None]:
+    """Around a run that a KeyboardInterrupt ends at a point of phase 2 after its iteration 7."""
     taken = Counter()
 
-    def killed_step(self: Learner, iteration: int) -> None:
-        taken[self.role] += 1
-        if at == "in a step" and taken["phase_2"] == 8:
-            raise KeyboardInterrupt
-        step(self, iteration)
-
-    def killed_log(self: RunFolder, name: str, row: dict[str, Any]) -> None:
-        due = name == "metrics.jsonl" and (row["phase"], row["iteration"]) == (2, 8)
-        if due and at == "in a log":
-            with (self.path / name).open("a") as file:
-                file.write(json.dumps(row)[:40])
-            raise KeyboardInterrupt
-        log(self, name, row)
-        if due and at == "after a log":
+    def step_in(role: str, _: Any) -> None:
+        taken[role] += 1
+        if taken["phase_2"] == 8:
             raise KeyboardInterrupt
 
-    def killed_save(self: RunFolder, position: dict[str, Any], *args: Any) -> None:
-        due = position["phase"] == 2 and position["iteration"] >= 7
-        if due and at == "before a checkpoint":
-            raise KeyboardInterrupt
-        save(self, position, *args)
-        if due and at == "after a checkpoint":
-            raise KeyboardInterrupt
+    def due(path: Path) -> bool:
+        match at:
+            case "after a log" | "in a log":
+                return path == run / "timing.jsonl" and [logged(row) for row in metrics(run)][-1:] == [(2, 8)]
+            case "before a checkpoint":
+                return path.parent == run / "checkpoints" and path.name[1:] > SEVENTH
+        return path.is_relative_to(run) and any(p.name > SEVENTH for p in run.glob("checkpoints/phase-2-*"))
 
-    patch.setattr(Learner, "step", killed_step)
-    patch.setattr(RunFolder, "log", killed_log)
-    patch.setattr(RunFolder, "save_checkpoint", killed_save)
+    if at == "in a step":
+        with watched_steps(after=step_in), pytest.raises(KeyboardInterrupt):
+            yield
+        return
+    with interrupted(due):
+        yield
+    if at == "in a log":  # of its last line some has been written
+        *lines, last = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run / "metrics.jsonl").write_text("".join(lines) + last[:40])
 
 
-def generator_updates(config: Config, run: Path, role: str) -> int:
-    """Runs distill, counting the optimiser's steps of a role."""
-    count = Counter()
-    step = Learner.step
+def logged(row: dict[str, Any]) -> tuple[int, int]:
+    return row["phase"], row["iteration"]
 
-    def counted(self: Learner, *args: Any) -> None:
-        count[self.role] += 1
-        step(self, *args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "step", counted)
+def steps_taken(config: Config, run: Path) -> int:
+    """Goes on with a run, and counts the steps of its optimisers."""
+    count: list[str] = []
+    with watched_steps(after=lambda role, _: count.append(role)):
         distill(config, run, quiet=True)
-    return count[role]
+    return len(count)
 
 
 @pytest.mark.parametrize("at", KILLS)
 @pytest.mark.parametrize("every", [1, 2, 5])
 def test_a_resumed_run_is_byte_identical(every: int, at: str, uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
     config, run = long(checkpoint_every=every), tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        kill(patch, at)
+    with killed(at, run):
         distill(config, run, quiet=True)
     assert RunFolder(run).expert_path(1).exists() and not RunFolder(run).expert_path(2).exists()
     done = newest_checkpoint(run, 2)[0].get("iteration", 0)
     assert 5 <= done <= 10
-    assert generator_updates(config, run, "phase_2") == 10 - done  # it went on, and did not start again
+    assert steps_taken(config, run) == (2 + 1) * (10 - done)  # it went on, and did not start again
     assert files(run) == uninterrupted
 
 
@@ -231,17 +227,17 @@ def test_a_run_cut_off_between_phases_is_byte_identical(
     every: int, when: str, phase: int, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
     """Around the writing of an expert's file, with a checkpoint of the last iteration and with none at all."""
-    config, run, save = long(checkpoint_every=every), tmp_path / "run", RunFolder.save_expert
+    config, run = long(checkpoint_every=every), tmp_path / "run"
+    file = RunFolder(run).expert_path(phase)
 
-    def killed(self: RunFolder, of: int, *args: Any) -> None:
-        if of != phase or when == "after":
-            save(self, of, *args)
-        if of == phase:
-            raise KeyboardInterrupt
+    def due(path: Path) -> bool:
+        if when == "before":
+            return path.parent == file.parent and file.name in path.name
+        return path.is_relative_to(run) and file.exists()
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RunFolder, "save_expert", killed)
+    with interrupted(due):
         distill(config, run, quiet=True)
+    assert file.exists() == (when == "after")
     assert RunFolder(run).finished(config) == (phase == 2 and when == "after")
     distill(config, run, quiet=True)
     assert files(run) == uninterrupted
@@ -253,8 +249,7 @@ def test_a_run_that_goes_on_with_other_cadences_trains_the_same_and_counts_what_
     """Killed after iteration 7 of phase 2, between two lines of metrics; every gradient is clipped."""
     config, run = long(checkpoint_every=7, optimiser__clip=1e-6), tmp_path / "run"
     whole = distill(config, tmp_path / "whole", quiet=True)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        kill(patch, "after a checkpoint")
+    with killed("after a checkpoint", run):
         distill(config, run, quiet=True)
     other = config.model_copy(update={"log_every": 4, "sample_every": 3, "checkpoint_every": 2})
     distill(other, run, quiet=True)
@@ -267,31 +262,26 @@ def test_a_run_that_goes_on_with_other_cadences_trains_the_same_and_counts_what_
 def test_a_run_killed_after_every_iteration_is_byte_identical(tmp_path: Path) -> None:
     config = toy(iterations=3, checkpoint_every=1, generator__ema=0.5)
     whole = files(distill(config, tmp_path / "whole", quiet=True))
-    save = RunFolder.save_checkpoint
-
-    def killed(self: RunFolder, *args: Any) -> None:
-        save(self, *args)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "save_checkpoint", killed)
-        for _ in range(6):
-            with pytest.raises(KeyboardInterrupt):
-                distill(config, tmp_path / "run", quiet=True)
-        distill(config, tmp_path / "run", quiet=True)  # nothing is left to do but write the expert
+    for phase, iteration in itertools.product((1, 2), (1, 2, 3)):
+        with killed_after(phase, iteration):
+            distill(config, tmp_path / "run", quiet=True)
+    distill(config, tmp_path / "run", quiet=True)  # nothing is left to do but write the expert
     assert files(tmp_path / "run") == whole
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = toy(checkpoint_every=1)
-    run = distill(config, tmp_path / "run", quiet=True)
+class Unwanted:
+    """A model or codec of which nothing may be asked."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"{name} is asked of the teacher of a finished run")
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    config, run = toy(checkpoint_every=1), tmp_path / "run"
+    distill_recorded(config, run)
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()}
-
-    def unwanted(*_: Any) -> None:
-        raise AssertionError("a finished run needs no teacher")
-
-    monkeypatch.setattr(inputs, "load_teacher", unwanted)
-    assert distill(config, run, quiet=True) == run
+    unwanted: Any = Unwanted()
+    assert distill_own(config, run, unwanted, unwanted) == run
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -359,34 +349,31 @@ def test_a_teacher_that_cannot_be_loaded_leaves_nothing_behind(tmp_path: Path) -
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("role", [FAKE, "phase_2"])
-def test_a_non_finite_number_stops_before_the_step(
-    role: str, bad: float, fault: str, tmp_path: Path, systems: list[System], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_non_finite_number_stops_before_the_step(role: str, bad: float, fault: str, tmp_path: Path) -> None:
     """In phase 2, iteration 1: the fake's second update, or the generator's; all weights stay as they were."""
-    name = "score_matching_loss" if role == FAKE else "distribution_matching_loss"
-    original, calls, before = getattr(step, name), Counter(), {}
-    due = 6 + 2 + 2 if role == FAKE else 3 + 2  # calls: 2 and 1 an iteration, 3 iterations a phase
+    config, run = toy(), tmp_path / "run"
+    model, calls, before = recorded(config, run), Counter(), {}
+    networks: dict[str, nn.Module] = {}
 
-    def spoilt(*args: Any, **kwargs: Any) -> Tensor:
-        loss = original(*args, **kwargs)
-        calls["all"] += 1
-        if calls["all"] != due:
-            return loss
-        roles = systems[0].roles
-        before.update({r: roles.state(r) for r in ("phase_1", "phase_2", FAKE)})
+    def spoil(call: Call, network: nn.Module, out: Tensor) -> None:
+        networks[call.role] = network
+        calls[call.phase, call.role] += call.differentiated
+        if not call.differentiated or calls[2, role] != (2 + 2 if role == FAKE else 2) or call.role != role:
+            return
+        before.update({r: weights(networks[r]) for r in ("phase_1", "phase_2", FAKE)})
         if fault == "loss":
-            return loss * bad
-        loss.register_hook(lambda gradient: gradient * bad)
-        return loss
+            out.data.mul_(bad)
+        else:
+            out.register_hook(lambda gradient: gradient * bad)
 
-    monkeypatch.setattr(step, name, spoilt)
+    model.then = spoil
     which = r"the loss is (nan|inf)" if fault == "loss" else r"the gradient of 0\.net\.\d+\.(weight|bias) is not finite"
-    kept = r"the state before it is in \S+"
+    kept = r"generator\.lr is \S+ and fake\.lr \S+, of which one may be too high; the state before it is in \S+"
     with pytest.raises(NonFiniteError, match=rf"^phase 2, iteration 1, {role}: {which}; {kept}$"):
-        distill(toy(), tmp_path / "run", quiet=True)
-    assert all(same(systems[0].roles.state(r), state) for r, state in before.items()) and len(before) == 3
-    assert not RunFolder(tmp_path / "run").expert_path(2).exists()
-    assert all(math.isfinite(value) for row in metrics(tmp_path / "run") for value in row.values())
+        distill_own(config, run, model)
+    assert all(same(weights(networks[r]), state) for r, state in before.items()) and len(before) == 3
+    assert not RunFolder(run).expert_path(2).exists()
+    assert all(math.isfinite(value) for row in metrics(run) for value in row.values())
 
 
 def spoilt_trainer(gradients: dict[str, list[float]]) -> tuple[Learner, dict[str, Tensor]]:
@@ -422,21 +409,15 @@ def test_a_norm_that_overflows_stops_as_well() -> None:
     assert not any(p.any() for p in parameters.values())
 
 
-def test_a_step_returns_the_norm_before_clipping_and_takes_the_clipped_gradient(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_step_returns_the_norm_before_clipping_and_takes_the_clipped_gradient() -> None:
     """All tensors together: |(3, 4, 12)| = 13, clipped to 1; below the clip nothing changes."""
     applied = []
-
-    def spy(self: MomentumFreeAdamW) -> None:
-        applied.append([p.grad.tolist() for p in self.param_groups[0]["params"]])
-
-    monkeypatch.setattr(MomentumFreeAdamW, "step", spy)
-    trainer, _ = spoilt_trainer({"first": [3.0, 4.0], "second": [12.0]})
-    assert stepped(trainer) == pytest.approx(13, rel=1e-6)
+    with watched_steps(before=lambda _, group: applied.append([p.grad.tolist() for p in group["params"]])):
+        trainer, _ = spoilt_trainer({"first": [3.0, 4.0], "second": [12.0]})
+        assert stepped(trainer) == pytest.approx(13, rel=1e-6)
+        trainer, _ = spoilt_trainer({"first": [0.3, 0.4], "second": [0.5]})
+        assert stepped(trainer) == pytest.approx(0.5**0.5, rel=1e-6)
     assert applied[0][0] == pytest.approx([3 / 13, 4 / 13], rel=1e-5) and applied[0][1] == pytest.approx([12 / 13])
-    trainer, _ = spoilt_trainer({"first": [0.3, 0.4], "second": [0.5]})
-    assert stepped(trainer) == pytest.approx(0.5**0.5, rel=1e-6)
     assert applied[1] == [torch.tensor([0.3, 0.4]).tolist(), [0.5]]
 
 
@@ -512,160 +493,116 @@ def test_the_seed_decides_the_run(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the update
 
 
-def test_the_expert_file_holds_the_ema(tmp_path: Path, systems: list[System], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_expert_file_holds_the_ema(tmp_path: Path) -> None:
     """e <- .7 e + .3 w after each of the expert's steps, from the student; later phases run on it too."""
-    config = toy(generator__ema=0.7, iterations=4)
+    config, run = toy(generator__ema=0.7, iterations=4), tmp_path / "run"
     averages = {role: {k: v.double() for k, v in initial_student(config).items()} for role in ("phase_1", "phase_2")}
-    last = {}
-    step = Learner.step
+    model, networks, last = recorded(config, run), {}, {}
+    model.then = lambda call, network, _: networks.update({call.role: network})
 
-    def spy(self: Learner, *args: Any) -> None:
-        step(self, *args)
-        if self.role != FAKE:
-            last[self.role] = {name: p.detach().clone() for name, p in self.parameters.items()}
-            average = averages[self.role]
-            averages[self.role] = {k: 0.7 * v + 0.3 * last[self.role][k].double() for k, v in average.items()}
+    def step(role: str, group: dict[str, Any]) -> None:
+        if role != FAKE:
+            average = averages[role]
+            last[role] = {name: p.detach().clone() for name, p in zip(average, group["params"], strict=True)}
+            averages[role] = {k: 0.7 * v + 0.3 * last[role][k].double() for k, v in average.items()}
 
-    monkeypatch.setattr(Learner, "step", spy)
-    run = distill(config, tmp_path / "run", quiet=True)
+    with watched_steps(after=step):
+        distill_own(config, run, model)
     for phase, role in ((1, "phase_1"), (2, "phase_2")):
         held = expert(run, phase)
         for name, tensor in held.items():
             torch.testing.assert_close(tensor.double(), averages[role][name], rtol=0, atol=1e-6)
         assert any((tensor - last[role][name]).abs().max() > 1e-5 for name, tensor in held.items())
-        assert same(systems[0].roles.state(role), held)
+        assert same(weights(networks[role]), held)
 
 
-def test_linear_decay_reaches_both_optimisers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = []
-    step = MomentumFreeAdamW.step
+def rates_of(config: Config, run: Path) -> list[float]:
+    """The learning rates of a run's steps."""
+    rates: list[float] = []
+    with watched_steps(after=lambda _, group: rates.append(group["lr"])):
+        distill(config, run, quiet=True)
+    return rates
 
-    def spy(self: MomentumFreeAdamW) -> Any:
-        rates.append(self.param_groups[0]["lr"])
-        return step(self)
 
-    monkeypatch.setattr(MomentumFreeAdamW, "step", spy)
+def test_linear_decay_reaches_both_optimisers(tmp_path: Path) -> None:
     rate = {"fake__lr": 8e-3, "generator__lr": 4e-3}
-    distill(toy(iterations=4, **rate), tmp_path / "a", quiet=True)
     one_phase = [rate for k in (1, 0.75, 0.5, 0.25) for rate in (8e-3 * k, 8e-3 * k, 4e-3 * k)]  # fake, fake, expert
-    assert rates == pytest.approx(one_phase * 2, rel=1e-12)
-    rates.clear()
+    assert rates_of(toy(iterations=4, **rate), tmp_path / "a") == pytest.approx(one_phase * 2, rel=1e-12)
     constant = {"optimiser__decay": "constant"}
-    distill(toy(iterations=4, **rate, **constant), tmp_path / "b", quiet=True)
-    assert rates == [8e-3, 8e-3, 4e-3] * 8
-    rates.clear()
-    run = distill(toy(iterations=4, phase_shares=[0.5, 1.0], **rate), tmp_path / "c", quiet=True)
+    assert rates_of(toy(iterations=4, **rate, **constant), tmp_path / "b") == [8e-3, 8e-3, 4e-3] * 8
+    rates = rates_of(toy(iterations=4, phase_shares=[0.5, 1.0], **rate), tmp_path / "c")
     assert rates == pytest.approx([8e-3, 8e-3, 4e-3, 4e-3, 4e-3, 2e-3] + one_phase, rel=1e-12)
-    assert [(row["phase"], row["iteration"]) for row in metrics(run)] == [(1, 2), (2, 2), (2, 4)]
+    assert [logged(row) for row in metrics(tmp_path / "c")] == [(1, 2), (2, 2), (2, 4)]
 
 
-def test_gradients_are_clipped_and_the_clipped_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_clipped_and_the_clipped_counted(tmp_path: Path) -> None:
     """Windows of log_every 2 and a last one of 1; the norm that is logged is the one before clipping."""
-    norms, clipped_norms = defaultdict(list), []
-    clip, update = Learner.clip, MomentumFreeAdamW.step
+    config, run = toy(iterations=5, optimiser__clip=0.2), tmp_path / "run"
+    model, gradients, mine, applied = recorded(config, run), {}, [], []
 
-    def spy(self: Learner, norm: Tensor) -> None:
-        norms[self.role].append(norm.item())
-        clip(self, norm)
+    def then(call: Call, network: nn.Module, _: Tensor) -> None:
+        if (call.phase, call.role) == (1, "phase_1") and not gradients:
+            for p in network.parameters():
+                gradients[p] = torch.zeros(())
+                p.register_post_accumulate_grad_hook(lambda p: gradients.update({p: p.grad.clone()}))
 
-    def spy_update(self: MomentumFreeAdamW) -> Any:
-        gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        clipped_norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in gradients)))
-        return update(self)
+    def step(role: str, group: dict[str, Any]) -> None:
+        if role == "phase_1":
+            for norms, found in ((mine, gradients.values()), (applied, [p.grad for p in group["params"]])):
+                norms.append(math.sqrt(sum(float(gradient.double().square().sum()) for gradient in found)))
 
-    monkeypatch.setattr(Learner, "clip", spy)
-    monkeypatch.setattr(MomentumFreeAdamW, "step", spy_update)
-    run = distill(toy(iterations=5, optimiser__clip=0.2), tmp_path / "run", quiet=True)
+    model.then = then
+    with watched_steps(before=step):
+        distill_own(config, run, model)
     rows = [row for row in metrics(run) if row["phase"] == 1]
-    mine = norms["phase_1"]
     over = [norm > 0.2 for norm in mine]
+    assert len(mine) == 5
     assert sum(over[:4]) in (1, 2, 3) and over[4], "some are clipped and some not, and the last, for the test to bite"
     assert [row["iteration"] for row in rows] == [2, 4, 5]
     assert [row["clipped"] for row in rows] == [sum(over[:2]) / 2, sum(over[2:4]) / 2, float(over[4])]
-    assert [row["generator_gradient_norm"] for row in rows] == [mine[1], mine[3], mine[4]]
-    applied = clipped_norms[2::3][:5]
+    assert [row["generator_gradient_norm"] for row in rows] == pytest.approx([mine[1], mine[3], mine[4]], rel=1e-5)
     assert applied == pytest.approx([min(norm, 0.2) for norm in mine], rel=1e-3)
 
 
 # ---------------------------------------------------------------- rollouts and re-noise times
 
 
-class Spy:
-    """What the loop asks of the system, by phase: rollouts (path, gradient steps, gradient mode), each put together
-    from its pieces, and re-noise times."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.phase = 0
-        self._path: tuple[Any, ...] = ()
-        self._end = torch.empty(0)
-        self.rolls: dict[int, list[Any]] = defaultdict(list)
-        self.times: dict[tuple[int, str], list[float]] = defaultdict(list)
-        add_expert, roll = train.add_expert, System.roll
-
-        def onset(system: System, phase: int, trainable: bool) -> None:
-            self.phase = phase
-            add_expert(system, phase, trainable)
-
-        def rolled(system: System, path: Any, x: Tensor, cond: Any, gradient_steps: Any = (), noise: Any = None) -> Any:
-            assert not self._path or torch.equal(x, self._end)  # a piece of a path goes on where the last one ended
-            end = roll(system, path, x, cond, gradient_steps, noise)
-            self._path, self._end = (*self._path, *path), end.x
-            if self._path and self._path[-1].r == system.plan.end(self.phase):
-                self.rolls[self.phase].append((self._path, tuple(gradient_steps), end.x.requires_grad))
-                self._path = ()
-            return end
-
-        patch.setattr(train, "add_expert", onset)
-        patch.setattr(System, "roll", rolled)
-        for name in ("teacher", "fake"):
-            self._watch(patch, name, getattr(System, name))
-
-    def _watch(self, patch: pytest.MonkeyPatch, name: str, original: Callable) -> None:
-        def watched(system: System, x: Tensor, t: Tensor, *args: Any, **more: Any) -> Tensor:
-            assert t.dtype == torch.float64
-            self.times[self.phase, name] += t.tolist()
-            return original(system, x, t, *args, **more)
-
-        patch.setattr(System, name, watched)
-
-
-@pytest.fixture
-def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
-    yield Spy(monkeypatch)
-
-
-def test_fakes_train_first_then_the_generator_on_all_steps(tmp_path: Path, spy: Spy) -> None:
+def test_fakes_train_first_then_the_generator_on_all_steps(tmp_path: Path) -> None:
     """2 fake updates without gradient, then one of the generator with gradient in its phase's steps only."""
     config = toy(plan__steps=4, plan__phases=2)
-    distill(config, tmp_path / "run", quiet=True)
-    plan = phase_plan(config)
+    made, plan = list(updates(config, distill_recorded(config, tmp_path / "run"))), phase_plan(config)
     for phase, own in ((1, (0, 1)), (2, (2, 3))):
-        one = [(plan.path(phase), (), False)] * 2 + [(plan.path(phase), own, True)]
-        assert [(path, tuple(steps), grad) for path, steps, grad in spy.rolls[phase]] == one * 3
-        assert plan.path(phase)[-1].r == [0.5, 0.0][phase - 1]
+        found = [update for update in made if update.batch.phase == phase]
+        times = [hop.t for hop in plan.path(phase)]
+        assert [([call.t[0].item() for call in update.experts], update.differentiated()) for update in found] == (
+            [(times, ())] * 2 + [(times, own)]
+        ) * 3
+        assert [[call.role for call in update.scores] for update in found] == ([[FAKE]] * 2 + [[TEACHER, FAKE]]) * 3
+        assert {update.batch.s.unique().item() for update in found} == {[0.5, 0.0][phase - 1]}
 
 
 @pytest.mark.parametrize("fake_rollout", ["same", Ablation().fake_rollout])
-def test_sgts_draws_one_exit_a_batch(fake_rollout: str, tmp_path: Path, spy: Spy) -> None:
+def test_sgts_draws_one_exit_a_batch(fake_rollout: str, tmp_path: Path) -> None:
     """Exits uniform over the phase's steps; each path ends at the phase's end; gradient in the exit step alone."""
     plan_of_six = {"plan__steps": 6, "plan__gradient": "last", "ablation__fake_rollout": fake_rollout}
     config = toy(**plan_of_six, iterations=40, batch_size=2)
-    distill(config, tmp_path / "run", quiet=True)
-    plan = phase_plan(config)
+    made, plan = list(updates(config, distill_recorded(config, tmp_path / "run"))), phase_plan(config)
     for phase, own in ((1, (0, 1, 2)), (2, (3, 4, 5))):
-        generator = [roll for roll in spy.rolls[phase] if roll[1]]
-        fake = [roll for roll in spy.rolls[phase] if not roll[1]]
+        generator = [update for update in made if update.batch.phase == phase and update.differentiated()]
+        fake = [update for update in made if update.batch.phase == phase and not update.differentiated()]
         assert len(generator) == 40 and len(fake) == 80
-        for path, steps, grad in generator:
-            assert steps == (path[-1].step,) and path[-1].r == plan.end(phase) and grad
-            assert [hop.step for hop in path] == list(range(steps[0] + 1))
-        for rolls in (generator, fake) if fake_rollout == "same" else (generator,):
-            exits = Counter(path[-1].step for path, _, _ in rolls)
-            expected = len(rolls) / 3
-            assert set(exits) == set(own)
-            assert sum((count - expected) ** 2 / expected for count in exits.values()) < 13.8  # chi-squared, p = .001
+        exits: dict[bool, list[int]] = {True: [], False: []}
+        for update in (*generator, *fake):
+            times = [call.t[0].item() for call in update.experts]
+            assert times == list(plan.times[: len(times)]) and update.batch.s[0] == plan.end(phase)
+            assert update.differentiated() in ((), (len(times) - 1,))
+            exits[bool(update.differentiated())].append(len(times) - 1)
+        for found in exits.values() if fake_rollout == "same" else (exits[True],):
+            drawn, expected = Counter(found), len(found) / 3
+            assert set(drawn) == set(own)
+            assert sum((count - expected) ** 2 / expected for count in drawn.values()) < 13.8  # chi-squared, p = .001
         if fake_rollout != "same":
-            assert all(path == plan.path(phase) for path, _, _ in fake)
+            assert set(exits[False]) == {own[-1]}
 
 
 INTERVALS = [  # overrides, (low, high] of phase 1 and of phase 2; the grid of shift 3 at two steps is 1, .75, 0
@@ -677,18 +614,18 @@ INTERVALS = [  # overrides, (low, high] of phase 1 and of phase 2; the grid of s
 
 @pytest.mark.parametrize(("overrides", "first", "second"), INTERVALS)
 def test_renoise_times_are_uniform_in_raw_time(
-    overrides: dict[str, Any], first: Any, second: Any, tmp_path: Path, spy: Spy
+    overrides: dict[str, Any], first: Any, second: Any, tmp_path: Path
 ) -> None:
     """Of fake and generator, within the interval; uniform before the shift by Kolmogorov-Smirnov (1.95: p = .001)."""
     config = toy(plan__shift=3.0, iterations=20, **overrides)
     plan = phase_plan(config)
     if first is None:  # nested below a start of .9
         first, second = (plan.times[1], 0.9), (0.02, 0.9)
-    distill(config, tmp_path / "run", quiet=True)
+    model = distill_recorded(config, tmp_path / "run")
     for phase, (low, high) in ((1, first), (2, second)):
-        for name, count in (("teacher", 20), ("fake", 60)):  # the fake's own 40 batches and the generator's 20
-            t = torch.tensor(spy.times[phase, name], dtype=torch.float64)
-            assert len(t) == 16 * count and t.min() > low and t.max() <= high
+        for role, count in ((TEACHER, 20), (FAKE, 60)):  # the fake's own 40 batches and the generator's 20
+            t = torch.cat([call.t for call in model.of(role, phase)])
+            assert t.dtype == torch.float64 and len(t) == 16 * count and t.min() > low and t.max() <= high
             u_low, u_high = unshift_time(low, 3.0), unshift_time(high, 3.0)
             u = ((unshift_time(t, 3.0) - u_low) / (u_high - u_low)).sort().values
             grid = torch.arange(len(u), dtype=torch.float64) / len(u)
@@ -696,21 +633,17 @@ def test_renoise_times_are_uniform_in_raw_time(
             assert distance * math.sqrt(len(u)) < 1.95
 
 
-def test_a_fixed_time_is_the_only_one(tmp_path: Path, spy: Spy) -> None:
-    distill(toy(ablation__renoise=0.7), tmp_path / "run", quiet=True)
-    assert {t for times in spy.times.values() for t in times} == {0.7} and len(spy.times) == 4
+def test_a_fixed_time_is_the_only_one(tmp_path: Path) -> None:
+    model = distill_recorded(toy(ablation__renoise=0.7), tmp_path / "run")
+    for role, phase in itertools.product((TEACHER, FAKE), (1, 2)):
+        assert {t for call in model.of(role, phase) for t in call.t.tolist()} == {0.7}
 
 
-def test_no_two_updates_share_their_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
-    original = step.normal
-
-    def spy_noise(*arguments: Any) -> Tensor:
-        drawn.append(original(*arguments))
-        return drawn[-1]
-
-    monkeypatch.setattr(step, "normal", spy_noise)
-    distill(toy(ablation__solver="renoise", plan__steps=4, plan__phases=2), tmp_path / "run", quiet=True)
+def test_no_two_updates_share_their_noise(tmp_path: Path) -> None:
+    """`updates` has compared what the networks were given with what each update draws."""
+    config, drawn = toy(ablation__solver="renoise", plan__steps=4, plan__phases=2), []
+    for batch, *_ in updates(config, distill_recorded(config, tmp_path / "run")):
+        drawn += [batch.first_noise(), batch.eps, *(batch.step_noise(hop.step) for hop in batch.path if hop.r > 0)]
     assert len(drawn) == 9 * (2 + 2) + 9 * (2 + 3)  # start and eps, and one renoise a step that ends above 0
     numbers = torch.cat(drawn).flatten()
     assert len(numbers.unique()) > 0.999 * len(numbers)  # float32 normals repeat now and then by themselves
@@ -749,8 +682,11 @@ def test_buckets_are_drawn_by_weight_one_a_batch() -> None:
 # ---------------------------------------------------------------- LoRA experts on Wan
 
 
+Wan = Callable[..., tuple[Config, TinyWan]]
+
+
 @pytest.fixture
-def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Config, TinyWan]]:
+def wan(tmp_path: Path) -> Wan:
     """A run of nano-t2i whose teacher is a tiny random Wan with guidance 2, and that teacher."""
     (tmp_path / "prompts.txt").write_text("a seven\na handwritten digit\nseven\n")
 
@@ -762,7 +698,6 @@ def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
         if checkpointing:
             for network in model.networks:
                 network.enable_gradient_checkpointing()
-        monkeypatch.setattr(networks_build, "load_model", lambda teacher, seed, fit: (model, TinyCodec()))
         base = {
             "prompts": str(tmp_path / "prompts.txt"), "fake.updates": 1, "generator.lora.rank": 3,
             "generator.lora.alpha": 3, "fake.lora.rank": 3, "batch_size": 3, "iterations": 2, "log_every": 1,
@@ -776,6 +711,10 @@ def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
     return make
 
 
+def distill_wan(made: tuple[Config, TinyWan], run: Path) -> Path:
+    return distill_own(made[0], run, made[1], TinyCodec())
+
+
 def trained(state: dict[str, Tensor]) -> bool:
     """Every adapter's B, zero when new, has moved."""
     found = [tensor.abs().max().item() for name, tensor in state.items() if "lora_B" in name]
@@ -783,100 +722,83 @@ def trained(state: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("fake", ["full", "lora"])
-def test_lora_phases_leave_teacher_and_earlier_expert_alone(
-    fake: str, wan: Callable, tmp_path: Path, systems: list[System], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, model = wan(fake__weights=fake)
-    untouched, begun, written = copy.deepcopy(model.networks[0]), [], {}
-    train_role, save = Roles.train, RunFolder.save_expert
+def test_lora_phases_leave_teacher_and_earlier_expert_alone(fake: str, wan: Wan, tmp_path: Path) -> None:
+    config, bare = wan(fake__weights=fake)
+    run, untouched, base = tmp_path / "run", copy.deepcopy(bare.networks[0]), weights(bare.networks[0])
+    model, written, fakes = Recorded(bare, run), [], {}
 
-    def spy_train(roles: Roles, role: str) -> None:
-        train_role(roles, role)
-        begun.append((role, roles.state(role)))
+    def then(call: Call, network: nn.Module, _: Tensor) -> None:
+        if call.role == FAKE:
+            fakes.setdefault(call.phase, weights(network, adapter=None if fake == "full" else FAKE))
+        if call.phase == 2:
+            written.append(RunFolder(run).expert_path(1).read_bytes())
 
-    def spy_save(self: RunFolder, phase: int, *args: Any) -> None:
-        save(self, phase, *args)
-        written[phase] = self.expert_path(phase).read_bytes()
+    model.then = then
+    distill_own(config, run, model, TinyCodec())
+    (network,) = bare.networks
 
-    monkeypatch.setattr(Roles, "train", spy_train)
-    monkeypatch.setattr(RunFolder, "save_expert", spy_save)
-    run = distill(config, tmp_path / "run", quiet=True)
-    roles = systems[0].roles
-
+    assert {RunFolder(run).expert_path(1).read_bytes(), *written} == {written[0]}
     for phase in (1, 2):
-        assert RunFolder(run).expert_path(phase).read_bytes() == written[phase]
-        assert same(roles.state(expert_role(phase)), expert(run, phase)) and trained(expert(run, phase))
-        assert not any(p.requires_grad for p in roles.parameters(expert_role(phase)).values())
+        role = expert_role(phase)
+        assert same(weights(network, adapter=role), expert(run, phase)) and trained(expert(run, phase))
+        assert not any(p.requires_grad for name, p in network.named_parameters() if f".{role}." in name)
     assert not same(expert(run, 1), expert(run, 2))
 
-    fakes = [state for role, state in begun if role == FAKE]  # at both onsets the teacher, whatever phase 1 did to it
-    base = {f"0.{name}": p.detach() for name, p in untouched.named_parameters()}
-    assert len(fakes) == 2
+    assert len(fakes) == 2  # at both onsets the teacher, whatever phase 1 did to it
     if fake == "full":
-        assert all(same(state, base) for state in fakes)
+        assert all(same(state, base) for state in fakes.values())
     else:
-        assert all(not t.any() for state in fakes for name, t in state.items() if "lora_B" in name)
-        assert not same(*fakes)
+        assert all(not t.any() for state in fakes.values() for name, t in state.items() if "lora_B" in name)
+        assert not same(*fakes.values())
 
     x, text = draw(2, *model.sample_shapes[0], seed=1), draw(2, 5, 32, seed=2)
     t = torch.tensor([0.3, 0.9])
-    out = roles.predict(TEACHER, 0, x, t, {"text": text})
-    assert torch.equal(out, untouched(x, t * 1000, text, return_dict=False)[0])
-    kept = [p for name, p in model.networks[0].named_parameters() if "lora_" not in name]
+    assert torch.equal(bare.predict(network, x, t, {"text": text}), untouched(x, t * 1000, text, return_dict=False)[0])
+    kept = [p for name, p in network.named_parameters() if "lora_" not in name]
     assert all(torch.equal(a, b) for a, b in zip(kept, untouched.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("fake", ["full", "lora"])
-def test_activation_checkpointing_changes_nothing(fake: str, wan: Callable, tmp_path: Path) -> None:
+def test_activation_checkpointing_changes_nothing(fake: str, wan: Wan, tmp_path: Path) -> None:
     """Experts and metrics of a whole run, with the activations kept and computed again."""
-    runs = [
-        distill(wan(checkpointing=on, fake__weights=fake, method="phased-sgts")[0], tmp_path / str(on), quiet=True)
+    kept, again = (
+        distill_wan(wan(checkpointing=on, fake__weights=fake, method="phased-sgts"), tmp_path / str(on))
         for on in (False, True)
-    ]
-    assert files(runs[0]) == files(runs[1])
+    )
+    assert files(kept) == files(again)
 
 
 @pytest.mark.parametrize("fake", ["full", "lora"])
-def test_a_lora_run_resumes_byte_identically(fake: str, wan: Callable, tmp_path: Path) -> None:
-    config, _ = wan(fake__weights=fake)
-    whole = files(distill(config, tmp_path / "whole", quiet=True))
+def test_a_lora_run_resumes_byte_identically(fake: str, wan: Wan, tmp_path: Path) -> None:
+    whole = files(distill_wan(wan(fake__weights=fake), tmp_path / "whole"))
     with killed_after(2, 1):
-        distill(config, tmp_path / "run", quiet=True)
-    wan(fake__weights=fake)  # a new process builds a new teacher
-    distill(config, tmp_path / "run", quiet=True)
+        distill_wan(wan(fake__weights=fake), tmp_path / "run")
+    distill_wan(wan(fake__weights=fake), tmp_path / "run")  # a new process builds a new teacher
     assert files(tmp_path / "run") == whole
 
 
 @pytest.mark.parametrize(("method", "owners"), [("phased-sgts", [{"0"}, {"1"}]), ("dmd", [{"0", "1"}])])
-def test_two_networks_share_the_steps(
-    method: str, owners: list[set[str]], wan: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_networks_share_the_steps(method: str, owners: list[set[str]], wan: Wan, tmp_path: Path) -> None:
     """Switch .9, grid 1, .9375 | .8333, .625: an expert on each network that serves its phase's steps, all trained;
     fakes on both networks in both phases, since (.8333, 1) holds the switch."""
     config, model = wan(2, (0.9,), method=method, plan__steps=4, plan__shift=5.0, fake__weights="lora")
-    before = [copy.deepcopy(network) for network in model.networks]
-    fakes, add = [], Roles.add
-
-    def spy_add(roles: Roles, role: str, networks: Any, *args: Any, **kwargs: Any) -> None:
-        add(roles, role, networks, *args, **kwargs)
-        if role == FAKE:
-            fakes.append(tuple(networks))
-
-    monkeypatch.setattr(Roles, "add", spy_add)
-    run = distill(config, tmp_path / "run", quiet=True)
+    before, run = [copy.deepcopy(network) for network in model.networks], tmp_path / "run"
+    made = Recorded(model, run)
+    distill_own(config, run, made, TinyCodec())
     for phase, networks in enumerate(owners, start=1):
         assert {name.split(".")[0] for name in expert(run, phase)} == networks and trained(expert(run, phase))
-    assert fakes == [(0, 1)] * len(owners)
+        assert {call.network for call in made.of(FAKE, phase)} == {0, 1}
+    assert all(FAKE in adapters(network) for network in model.networks)
     for network, old in zip(model.networks, before, strict=True):
         kept = [p for name, p in network.named_parameters() if "lora_" not in name]
         assert all(torch.equal(a, b) for a, b in zip(kept, old.parameters(), strict=True))
 
 
-def test_the_teacher_is_guided_and_routed_sample_by_sample(wan: Callable) -> None:
+def test_the_teacher_is_guided_and_routed_sample_by_sample(wan: Wan) -> None:
     """uncond + 2 (cond - uncond), on the network whose range holds the sample's t, against single calls."""
     config, model = wan(2, (0.9,))
-    sampler = teacher_alone(config)
-    system, codec = sampler.system, sampler.codec
+    codec = TinyCodec()
+    system = build_system(config, model, codec.encode_text([""])[0])
     x, t = draw(4, *model.sample_shapes[0], seed=1), torch.tensor([0.95, 0.2, 0.9, 0.899], dtype=torch.float64)
     condition, empty = (model.batch(codec.encode_text(texts)) for texts in (["one", "seven", "digit", "a one"], [""]))
     found = system.teacher(x, t, condition)
@@ -893,33 +815,47 @@ def test_the_teacher_is_guided_and_routed_sample_by_sample(wan: Callable) -> Non
 
 
 @pytest.mark.parametrize("solver", ["ddim", "renoise"])
-def test_a_loaded_run_samples_what_training_left_in_memory(solver: str, tmp_path: Path, systems: list[System]) -> None:
+def test_a_loaded_run_samples_what_training_left_in_memory(solver: str, tmp_path: Path) -> None:
     """Bit for bit, and each sample by its own seed: the order and the batch do not matter."""
-    config = toy(plan__steps=4, ablation__solver=solver, generator__ema=0.5)
-    run = distill(config, tmp_path / "run", quiet=True)
-    sampler = loading.load(run)
+    config, run = toy(plan__steps=4, ablation__solver=solver, generator__ema=0.5), tmp_path / "run"
+    model, networks = recorded(config, run), {}
+    model.then = lambda call, network, _: networks.update({call.role: network})
+    own = model, PlainCodec()
+    distill_own(config, run, *own)
+    left = build_system(as_own(config), model, {})
+    for phase in (1, 2):
+        add_expert(left, phase, trainable=False)
+        left.roles.load(expert_role(phase), weights(networks[expert_role(phase)]))
+    sampler = loading.load(run, own=own)
     samples = sampler([""] * 70, range(70))  # two batches
-    in_memory = Sampler(systems[0], sampler.codec)([""] * 70, range(70))
+    in_memory = Sampler(left, sampler.codec)([""] * 70, range(70))
     assert torch.equal(samples, in_memory) and len(samples.unique()) == 70
     torch.testing.assert_close(sampler([""] * 2, [66, 3]), samples[[66, 3]], rtol=0, atol=1e-6)
     assert not torch.equal(sampler([""] * 70, range(70), teacher_steps=4), samples)
 
 
-def test_sampling_draws_fresh_noise_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """renoise on four steps: one start and three noises, no two of them related (5 standard errors)."""
-    sampler = loading.load(distill(toy(plan__steps=4, ablation__solver="renoise"), tmp_path / "run", quiet=True))
-    drawn, original = [], sampling.normal
+def test_sampling_draws_fresh_noise_at_every_step(tmp_path: Path) -> None:
+    """renoise on four steps: one start and three noises, no two of them related (5 standard errors).
 
-    def spy_normal(*args: Any) -> Tensor:
-        drawn.append(original(*args))
-        return drawn[-1]
-
-    monkeypatch.setattr(sampling, "BATCH", 1000)
-    monkeypatch.setattr(sampling, "normal", spy_normal)
-    sampler([""] * 1000, range(1000))
-    correlations = torch.corrcoef(torch.stack([noise.flatten() for noise in drawn]))
-    assert correlations.shape == (4, 4)
+    What a step begins with is (1 - t) x_0 + t eps, of the x_0 that the step before it predicts.
+    """
+    config, run = toy(plan__steps=4, ablation__solver="renoise"), tmp_path / "run"
+    model = distill_recorded(config, run)
+    model.calls.clear()
+    loading.load(run, own=(model, PlainCodec()))([""] * 1000, range(1000))
+    times = phase_plan(config).times[:4]
+    x, v = (
+        [torch.cat([getattr(call, name) for call in model.calls if call.t[0] == t]).squeeze() for t in times]
+        for name in ("x", "out")
+    )
+    noises = [x[0]]
+    for i in (1, 2, 3):
+        x_0 = x[i - 1] - times[i - 1] * v[i - 1]
+        noises.append((x[i] - (1 - times[i]) * x_0) / times[i])
+    correlations = torch.corrcoef(torch.stack(noises))
+    assert correlations.shape == (4, 4) and len(noises[0]) == 1000
     assert (correlations - torch.eye(4)).abs().max() < 5 / math.sqrt(1000)
+    assert all(abs(noise.std() - 1) < 5 / math.sqrt(2000) for noise in noises)
 
 
 def test_an_unfinished_run_cannot_be_loaded(tmp_path: Path) -> None:
@@ -932,10 +868,9 @@ def test_an_unfinished_run_cannot_be_loaded(tmp_path: Path) -> None:
         loading.load(tmp_path / "absent")
 
 
-def test_the_header_says_how_to_run_the_expert(wan: Callable, tmp_path: Path) -> None:
+def test_the_header_says_how_to_run_the_expert(wan: Wan, tmp_path: Path) -> None:
     """Grid of shift 5 at two steps: 1, 5/6, 0. Nothing in it depends on the machine, the folder or the day."""
-    config, _ = wan(plan__shift=5.0)
-    run = distill(config, tmp_path / "run", quiet=True)
+    run = distill_wan(wan(plan__shift=5.0), tmp_path / "run")
     for phase, boundary in ((1, 5 / 6), (2, 0.0)):
         _, header = load_tensors(RunFolder(run).expert_path(phase))
         assert header.pop("grid") == pytest.approx([1, 5 / 6, 0]) and header.pop("boundary") == pytest.approx(boundary)
@@ -953,9 +888,9 @@ def test_the_bar_keeps_count_and_the_runs_time_left_whole(width: int, monkeypatc
     """Two of four phases of 120 are behind it, 30 of the third are done: 210 updates are left, at one in 10 seconds."""
     screen, clock = io.StringIO(), iter(range(0, 1000, 10))
     terminal = Console(file=screen, width=width, force_terminal=True, color_system=None, legacy_windows=False)
-    monkeypatch.setattr(progress, "Progress", partial(Progress, console=terminal, auto_refresh=False))
+    monkeypatch.setattr(rich, "_console", terminal)  # what `rich.get_console()` returns
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    with progress.progress_bar(resolve("nano-t2i"), 3, 29, quiet=False) as show:
+    with progress_bar(resolve("nano-t2i"), 3, 29, quiet=False) as show:
         show(30, "fake 479 generator 0.000123")
     shown = screen.getvalue()
     assert "phase 3/4" in shown and " 30/120 run 0:35:00 left 0.1 it/s" in shown
@@ -965,26 +900,26 @@ def test_the_bar_keeps_count_and_the_runs_time_left_whole(width: int, monkeypatc
 # ---------------------------------------------------------------- previews
 
 
-def test_a_run_calls_no_network_with_more_than_a_micro_batch(wan: Callable, tmp_path: Path) -> None:
+def test_a_run_calls_no_network_with_more_than_a_micro_batch(wan: Wan, tmp_path: Path) -> None:
     """Previews among them, whose pictures are decoded as few at a time."""
-    config, model = wan(engine__micro_batch=2)
-    network, decoded, predict, decode = [], [], TinyWan.predict, TinyCodec.decode
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TinyWan, "predict", lambda self, n, x, *a: (network.append(len(x)), predict(self, n, x, *a))[1])
-        patch.setattr(TinyCodec, "decode", lambda self, z: (decoded.append(len(z)), decode(self, z))[1])
-        distill(config, tmp_path / "run", quiet=True)
-    assert set(network) == {1, 2} and decoded == [2] * 8 * 2, "16 pictures at the end of each phase"
+    config, bare = wan(engine__micro_batch=2)
+    model, codec = Recorded(bare, tmp_path / "run"), CountingCodec()
+    distill_own(config, tmp_path / "run", model, codec)
+    assert {len(call.x) for call in model.calls} == {1, 2}
+    assert codec.calls == [2] * 8 * 2, "16 pictures at the end of each phase"
 
 
 @pytest.mark.parametrize(("every", "made"), [(2, ["1-000002", "1-000003", "2-000002", "2-000003"]), (None, [])])
 def test_previews_are_made_now_and_then_and_at_the_end_or_never(
-    every: int | None, made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    every: int | None, made: list[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(train, "save_preview", lambda path, samples: path.write_bytes(bytes(len(samples))))
-    run = distill(toy(sample_every=every), tmp_path / "run", quiet=True)
-    found = {path.stem: path.stat().st_size for path in sorted((run / "samples").glob("*"))}
-    iterations = [name.replace("-0", "-iteration-0", 1) for name in made]
-    assert found == {f"phase-{name}": 512 for name in iterations}
+    """Of 512 points, where an update has 16."""
+    model = distill_recorded(toy(sample_every=every), tmp_path / "run")
+    found = {path.stem for path in sorted((tmp_path / "run" / "samples").glob("*"))}
+    assert found == {f"phase-{name}".replace("-0", "-iteration-0", 1) for name in made}
+    for phase in (1, 2):
+        points = sum(len(call.x) for call in model.of(expert_role(phase), phase) if len(call.x) > 16)
+        assert points == 512 * len(made) / 2
 
 
 @pytest.mark.parametrize("given", ["nano-t2i", {"recipe": "nano-t2i"}, None])

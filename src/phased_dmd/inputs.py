@@ -10,8 +10,9 @@ from phased_dmd.checkpoint import RunFolder
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config, phase_plan
 from phased_dmd.config.teacher import PipelineTeacher
-from phased_dmd.engine.world import warn
+from phased_dmd.engine.world import device, warn
 from phased_dmd.errors import UserError
+from phased_dmd.maths.phases import NEAR
 from phased_dmd.models.hashes import file_hash
 from phased_dmd.models.protocol import Codec, VelocityModel
 from phased_dmd.models.source import Source
@@ -27,10 +28,14 @@ def prepare(config: Config, own: Own | None = None, strict: bool = False) -> tup
     Prompts that the encoder must cut off are counted in a warning, or, if strict, refused.
     """
     check_trackers(config.trackers)
+    if config.engine.offload and device().type == "cpu":
+        warn("engine.offload: there is no GPU to spare, so it changes nothing")
     prompts = read_prompts(config.prompts) if config.prompts is not None else []
     model, codec = load_teacher(config, own)
     for phase in range(1, config.plan.phases + 1) if config.init_experts else ():
         initial_expert(config, model, phase)
+    if config.init_experts:
+        warn_of_other_times(config, model)
     check_prompts(codec, prompts, strict)
     return model, codec, prompts
 
@@ -43,6 +48,16 @@ def check_prompts(codec: Codec, prompts: Sequence[Prompt], strict: bool) -> None
         if strict:
             raise UserError(message)
         warn(message)
+
+
+def warn_of_other_times(config: Config, model: VelocityModel) -> None:
+    """Warns where the run `init_experts` has no step at a time at which a phase begins: the nearest is taken."""
+    plan = phase_plan(config, model.switches)
+    there = phase_plan(RunFolder(config.init_experts or "").config(), model.switches).times[:-1]
+    begins = [plan.begin(phase) for phase in range(1, plan.num_phases + 1)]
+    if any(min(abs(t - begin) for t in there) > NEAR for begin in begins):
+        at, of = (", ".join(f"{t:.4g}" for t in times) for times in (begins, there))
+        warn(f"init_experts: phases begin at {at}, and its steps at {of}; each starts from the expert of the nearest")
 
 
 def initial_expert(config: Config, model: VelocityModel, phase: int) -> dict[str, Tensor]:

@@ -257,7 +257,9 @@ def on_non_finite(job: Job, error: NonFiniteError, at: Position, state: Mapping[
         kept = f"the state before it is in {job.run.save_failure(asdict(at), state)}"
     except UserError as problem:
         kept = str(problem)
-    raise NonFiniteError(f"{error}; {kept}") from None
+    config = job.system.config
+    rates = f"generator.lr is {config.generator.lr:g} and fake.lr {config.fake.lr:g}, of which one may be too high"
+    raise NonFiniteError(f"{error}; {rates}; {kept}") from None
 
 
 def save_if_due(job: Job, at: Position, state: Mapping[str, Tensor], always: bool = False) -> None:

@@ -331,7 +331,9 @@ def test_what_is_not_finite_ends_the_run_and_can_be_reproduced(
     run, (spoil, (phase, iteration, update), what, in_state) = tmp_path / "run", FAULTS[fault]
     name = f"phase-{phase}-iteration-{iteration:06d}-update-{update}"
     code, said = status(run, before=spoil)
-    line = rf"phased-dmd: phase {phase}, iteration {iteration}, {what}; the state before it is in {run}/failures/{name}"
+    rates = r"generator\.lr is [\d.e-]+ and fake\.lr [\d.e-]+, of which one may be too high"
+    line = f"phased-dmd: phase {phase}, iteration {iteration}, {what}; {rates}; "
+    line += f"the state before it is in {run}/failures/{name}"
     assert code == 1 and re.fullmatch(f"{line}\n", said), said
     again = tmp_path / "again"
     shutil.copytree(run, again, ignore=shutil.ignore_patterns("failures"))
@@ -371,7 +373,10 @@ def test_a_second_one_ends_the_run(stop: Position | None, tmp_path: Path) -> Non
     code, said = status(run, "skips=1", before=spoil)
     *_, last = said.splitlines()
     assert code == 1 and len(said.splitlines()) == (1 if stop else 2)
-    assert re.fullmatch(r"phased-dmd: phase 1, iteration 4, fake: the gradient of .* is not finite; the state .*", last)
+    assert re.fullmatch(
+        r"phased-dmd: phase 1, iteration 4, fake: the gradient of .* is not finite; .* may be too high; the state .*",
+        last,
+    )
     assert (run / "failures" / "phase-1-iteration-000004-update-0" / "manifest.json").exists()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from phased_dmd import prompts
+import phased_dmd
 from phased_dmd.cli.flags import assignment
 from phased_dmd.config import Config, phase_plan, renoise_interval
 from phased_dmd.config.overrides import apply_overrides, build, read_file, with_method
@@ -568,28 +568,20 @@ def test_prompts_leave_out_comments_and_blanks_and_keep_repeats(tmp_path: Path) 
 
 def test_a_shipped_set_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of the same name in the working folder is not it; a path is never a set."""
-    shipped, here = tmp_path / "shipped", tmp_path / "here"
-    shipped.mkdir()
-    here.mkdir()
-    (shipped / "digits.txt").write_text("a shipped seven\n")
-    (here / "digits").write_text("my own seven\n")
-    monkeypatch.setattr(prompts, "SHIPPED", shipped)
-    monkeypatch.chdir(here)
-    assert read_prompts("digits") == [Prompt("a shipped seven")]
-    assert read_prompts("./digits") == [Prompt("my own seven")]
+    shipped = Path(phased_dmd.__file__).parent / "assets" / "prompts" / "nano-t2i.txt"
+    (tmp_path / "nano-t2i").write_text("my own seven\n")
+    monkeypatch.chdir(tmp_path)
+    assert read_prompts("nano-t2i") == read_prompts(str(shipped)) != [Prompt("my own seven")]
+    assert read_prompts("./nano-t2i") == [Prompt("my own seven")]
 
 
-def test_missing_prompts_list_the_shipped_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("nano-t2v", "digits"):
-        (tmp_path / f"{name}.txt").write_text("a seven\n")
-    (tmp_path / "README.md").write_text("not a set")
-    monkeypatch.setattr(prompts, "SHIPPED", tmp_path)
+def test_missing_prompts_list_the_shipped_sets(tmp_path: Path) -> None:
+    """And nothing else that lies there, such as README.md and the pictures."""
+    sets = "default-t2i, default-t2v, nano-i2v, nano-i2v-held-out, nano-t2i, nano-t2v, paper-t2i, paper-t2v"
     for source in ("digitz", str(tmp_path / "absent.txt"), str(tmp_path)):
         with pytest.raises(UserError) as error:
             read_prompts(source)
-        assert str(error.value) == (
-            f"prompts: {source} is neither a readable prompt file nor a shipped set (digits, nano-t2v)"
-        )
+        assert str(error.value) == f"prompts: {source} is neither a readable prompt file nor a shipped set ({sets})"
 
 
 @pytest.mark.parametrize("content", [b"", b"# only a comment\n\n", b"\xff\xfe\x00a"])

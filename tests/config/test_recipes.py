@@ -9,22 +9,20 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from recorded import Recorded, distill_own
 from tiny import TinyCodec, TinyWan
-from torch import Tensor
 from torch.distributed.run import get_args_parser
 
-from phased_dmd import cli, train
+from phased_dmd import cli
 from phased_dmd.config import Method, phase_plan, renoise_interval
 from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import Expert
-from phased_dmd.networks import build as networks_build
 from phased_dmd.networks.optim import MomentumFreeAdamW
-from phased_dmd.networks.roles import FAKE, TEACHER, Roles, System
+from phased_dmd.networks.roles import FAKE, TEACHER, System
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import FIRST_FRAMES, RECIPES, WAN_NEGATIVE, resolve
 from phased_dmd.step import draw_times
-from phased_dmd.train import distill
 
 PAPER = {  # hub id, shift, negative prompt, of diffusers' own encoding the most tokens, the teacher's switch
     "wan21-t2i": ("Wan-AI/Wan2.1-T2V-14B-Diffusers", 5.0, WAN_NEGATIVE, 512, None),
@@ -186,7 +184,7 @@ def test_phase_1_of_wan22_piles_up_at_the_switch(recipe: str, share: float) -> N
     ],
 )
 def test_training_asks_the_noisier_network_alone_while_its_steps_are_distilled(
-    recipe: str, method: Any, asked: dict[int, dict[str, set[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, method: Any, asked: dict[int, dict[str, set[int]]], tmp_path: Path
 ) -> None:
     """Which of two tiny networks teacher and fake were called on, phase by phase."""
     (tmp_path / "prompts.txt").write_text("a seven\n")
@@ -194,24 +192,12 @@ def test_training_asks_the_noisier_network_alone_while_its_steps_are_distilled(
         "prompts": str(tmp_path / "prompts.txt"), "iterations": 4, "batch_size": 8, "fake.updates": 1,
         "generator.lora.rank": 2, "fake.weights": "lora", "generator.ema": None,
     }  # fmt: skip
-    model = TinyWan(2, (0.875,), guidance=1.0)
-    monkeypatch.setattr(networks_build, "load_model", lambda teacher, seed, fit: (model, TinyCodec()))
-    seen: dict[int, dict[str, set[int]]] = {}
-    begin, predict = train.begin, Roles.predict
-
-    def spy_begin(job: Any, phase: int) -> Any:
-        seen[phase] = {TEACHER: set(), FAKE: set()}
-        return begin(job, phase)
-
-    def spy_predict(self: Roles, role: str, network: int, *args: Any) -> Tensor:
-        if role in (TEACHER, FAKE):
-            seen[max(seen)][role].add(network)
-        return predict(self, role, network, *args)
-
-    monkeypatch.setattr(train, "begin", spy_begin)
-    monkeypatch.setattr(Roles, "predict", spy_predict)
-    distill(resolve(recipe, small, method), tmp_path / "run", quiet=True)
-    assert seen == asked
+    run = tmp_path / "run"
+    model = Recorded(TinyWan(2, (0.875,), guidance=1.0), run)
+    distill_own(resolve(recipe, small, method), run, model, TinyCodec())
+    for phase, networks in asked.items():
+        assert {role: {call.network for call in model.of(role, phase)} for role in networks} == networks
+    assert {call.phase for call in model.calls} == set(asked)
 
 
 # ---------------------------------------------------------------- nano's variants, prompts, help

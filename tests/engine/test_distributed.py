@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from faults import end, forked, launch
+from recorded import watched_steps
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -22,7 +23,6 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.config import Config, Fake, Generator, Lora, Plan
 from phased_dmd.config.overrides import apply_overrides
-from phased_dmd.engine.signals import Signals
 from phased_dmd.engine.world import processes, rank, world_size
 from phased_dmd.errors import Stopped
 from phased_dmd.recipes import resolve
@@ -35,7 +35,7 @@ IN_MID_CYCLE = 3 * ITERATIONS + 3 + 1  # in phase 2, iteration 1, after the firs
 
 
 class Job(NamedTuple):
-    """A run to make. stop: how often the processes ask for a signal until the last of them gets a SIGTERM."""
+    """A run to make. stop: the update after which the last process gets a SIGTERM."""
 
     config: Config
     output: Path
@@ -58,30 +58,21 @@ def doubled() -> Iterator[None]:
     torch.Tensor.float = as_float
 
 
-def stop_at(count: int) -> None:
-    """SIGTERM for the last process when it is asked for the count-th time."""
-    asked, calls = Signals.asked, [0]
-
-    def counted(self: Signals) -> int:
-        calls[0] += 1
-        if calls[0] == count and rank() == world_size() - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return asked(self)
-
-    Signals.asked = counted
-
-
 def make(job: Job) -> None:
     """Distils one job, alone or with the other processes of the group."""
-    asked = Signals.asked
-    if job.stop is not None:
-        stop_at(job.stop)
+    updates: list[str] = []
+
+    def after(role: str, _: Any) -> None:
+        updates.append(role)
+        if len(updates) == job.stop and rank() == world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     try:
-        distill(job.config, job.output, quiet=True)
+        with watched_steps(after=after):
+            distill(job.config, job.output, quiet=True)
         assert job.stop is None
     except Stopped:
-        assert job.stop is not None
-    Signals.asked = asked
+        assert job.stop == len(updates)
 
 
 def make_all(jobs: list[Job]) -> None:

@@ -8,12 +8,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from faults import KILLED, group
+from faults import KILLED, end, group, launch
+from torch.distributed import TCPStore
 
 from phased_dmd.engine import world
 from phased_dmd.engine.collectives import map_over_ranks, run_with_heartbeat
 from phased_dmd.engine.signals import Signals
-from phased_dmd.engine.world import GONE, warn
+from phased_dmd.engine.world import GONE, processes, warn
 from phased_dmd.errors import Stopped, UserError
 
 
@@ -21,7 +22,7 @@ from phased_dmd.errors import Stopped, UserError
 def impatient() -> Iterator[None]:
     """No process is given up while it lives, however short the patience is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world, "PATIENCE", timedelta(seconds=1.5))
+        patch.setattr(world, "PATIENCE", timedelta(seconds=1.5))  # half an hour that no run may set
         yield
 
 
@@ -153,3 +154,21 @@ def test_of_a_group_one_process_warns(monkeypatch: pytest.MonkeyPatch) -> None:
         warn("one line")
         world.warnings.warn("another", stacklevel=1)
     assert len(warned) == 1
+
+
+def test_a_group_can_follow_another_in_one_start_however_late_a_process_comes() -> None:
+    """As where a script of torchrun's calls `distill` twice: its store still has the addresses of the first group."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def action() -> None:
+        os.environ |= {
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
+        for number in range(2):
+            time.sleep(3 * number * (os.environ["RANK"] == "1"))
+            with processes():
+                assert map_over_ranks(range(4), str) == ["0", "1", "2", "3"]
+
+    assert [end(process) for process in launch(2, action, seconds=30)] == [0, 0]

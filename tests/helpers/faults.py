@@ -9,12 +9,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,43 @@ def obey_permissions() -> None:
         assert libc.capset(header, sets) == 0
 
 
+def path_of(event: str, args: tuple) -> str:
+    """The path that an audit event is about to open, make, rename or remove; "" for any other event."""
+    if event not in STEPS or isinstance(args[0], int):
+        return ""
+    parent = args[STEPS[event]] if STEPS[event] else -1
+    return os.path.join(f"/proc/self/fd/{parent}" if parent >= 0 else ".", os.fsdecode(args[0]))
+
+
+DUE: list[Callable[[Path], bool]] = []  # of the interruptions that wait; the one hook, which can never be removed
+
+
+@cache
+def _listen() -> None:
+    def hook(event: str, args: tuple) -> None:
+        if not DUE or threading.current_thread() is not threading.main_thread():
+            return
+        if (path := path_of(event, args)) and any(due(Path(path)) for due in tuple(DUE)):
+            DUE.clear()
+            raise KeyboardInterrupt
+
+    sys.addaudithook(hook)
+
+
+@contextmanager
+def interrupted(due: Callable[[Path], bool]) -> Iterator[None]:
+    """Around work that must be ended by a KeyboardInterrupt: just before it opens, makes, renames or removes a path
+    of which `due` holds, for the first time.
+    """
+    _listen()
+    DUE.append(due)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        DUE.clear()
+
+
 def die_at(step: int, folder: Path, torn: bool = False) -> None:
     """In a forked process: it dies just before its `step`-th (from 0) opening, making, renaming, removing or syncing
     of anything under the folder. torn: the machine with it, and files keep half of the bytes not synced since.
@@ -113,9 +151,8 @@ def die_at(step: int, folder: Path, torn: bool = False) -> None:
         os._exit(KILLED)
 
     def hook(event: str, args: tuple) -> None:
-        if event in STEPS and not isinstance(args[0], int) and count <= step:
-            parent = args[STEPS[event]] if STEPS[event] else -1
-            reached(os.path.join(f"/proc/self/fd/{parent}" if parent >= 0 else ".", os.fsdecode(args[0])))
+        if count <= step and (path := path_of(event, args)):
+            reached(path)
 
     def counted(descriptor: int) -> None:
         reached(f"/proc/self/fd/{descriptor}")

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,11 +25,12 @@ from phased_dmd.config.teacher import AnalyticTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.export import export
 from phased_dmd.lab.evaluate import Protocol, evaluate, parse_seeds, table
-from phased_dmd.lab.evaluate.instruments import Readings, whole_prompts
+from phased_dmd.lab.evaluate.compare import compare_media
+from phased_dmd.lab.evaluate.instruments import Readings, load_instruments, whole_prompts
 from phased_dmd.lab.evaluate.measures import Reference, clip_features, measurements, mixture_statistics
 from phased_dmd.lab.evaluate.measures import statistics as measures_of
 from phased_dmd.lab.evaluate.sample_sets import SampleSet, deal_out, group_by_seed, sample_sets
-from phased_dmd.lab.evaluate.samples import Base, SampleFolder, weights_hash
+from phased_dmd.lab.evaluate.samples import Base, SampleFolder, SampleSource, weights_hash
 from phased_dmd.lab.metrics.distances import frechet, moments
 from phased_dmd.lab.metrics.features import load_features
 from phased_dmd.lab.metrics.intervals import interval, jackknife_half_width, leave_one_out
@@ -46,6 +48,27 @@ def chosen(prompts: int, seeds: int) -> SampleSet:
     """Prompt-major, every prompt with seeds 0, 1, ...; left out are the seeds."""
     texts = [Prompt(f"prompt {i}") for i in range(prompts) for _ in range(seeds)]
     return SampleSet("s", "", texts, list(range(seeds)) * prompts, torch.arange(seeds).repeat(prompts))
+
+
+def test_few_decoded_clips_are_held_however_many_are_measured(tmp_path: Path) -> None:
+    """Of twelve clips that are decoded two at a time never more than those, and the two that take their names."""
+    held, most = [0], [0]
+
+    def pixels(indices: Sequence[int]) -> Tensor:
+        clips = torch.rand(len(indices), 5, 32, 32, 3)
+        held[0] += len(clips)
+        most[0] = max(most[0], held[0])
+        weakref.finalize(clips, freed, len(clips))
+        return clips
+
+    def freed(count: int) -> None:
+        held[0] -= count
+
+    asked = SampleSet("s", "", [Prompt("a seven")] * 12, list(range(12)), deal_out(12))
+    tools = load_instruments(Protocol(features="digits"), None, clips=True)
+    sources = {name: SampleSource(pixels, size=2, fps=16.0, calls=4, seconds=1.0) for name in ("base", "ours")}
+    compare_media(sources, asked, None, tools, tmp_path, {})
+    assert 2 <= most[0] <= 4 and held[0] == 0
 
 
 def test_the_jackknife_of_a_mean_is_students_interval() -> None:

@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from PIL import Image
 from pipelines import NAMES, build, teacher
+from recorded import watched_steps
 from safetensors.torch import load_file, save_file
 from tiny import draw, killed_after
 from torch import Tensor
@@ -34,7 +35,6 @@ from phased_dmd.models.loader import load_model
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
 from phased_dmd.models.source import quiet
 from phased_dmd.networks.build import add_expert, build_system
-from phased_dmd.networks.optim import Learner
 from phased_dmd.networks.roles import FAKE, System
 from phased_dmd.prompts import Prompt
 from phased_dmd.sampling.writing import write_samples
@@ -390,26 +390,27 @@ def assert_trained(case: str, expert: dict[str, Tensor], networks: int, phase: i
 @pytest.mark.parametrize("name", ["wan22_t2v", "wan21_i2v", "qwen_image"])
 @pytest.mark.parametrize("fake", ["full", "lora"])
 def test_a_bfloat16_teacher_trains_float32_weights(
-    name: str, fake: Any, folders: Callable[[str], Path], tinies: Callable[[str], Tiny], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, fake: Any, folders: Callable[[str], Path], tinies: Callable[[str], Tiny], tmp_path: Path
 ) -> None:  # fmt: skip
     """Steps of 1e-6, lost in bfloat16, move all whose gradient is above AdamW's eps; the base stays bfloat16."""
-    tiny, dtypes, moved, step = tinies(name), defaultdict(set), defaultdict(set), Learner.step
+    tiny, dtypes, moved, old = tinies(name), defaultdict(set), defaultdict(set), {}
 
-    def spy(self: Learner, *args: Any) -> None:
-        with_gradient = {k: p for k, p in self.parameters.items() if p.grad is not None and p.grad.abs().max() > 1e-6}
-        old = {key: p.detach().clone() for key, p in with_gradient.items()}
-        step(self, *args)
-        dtypes[self.role] |= {p.dtype for p in self.parameters.values()}
-        moved[self.role] |= {not torch.equal(old[key], self.parameters[key]) for key in old}
+    def before(_: str, group: dict[str, Any]) -> None:
+        old.clear()
+        old.update({p: p.detach().clone() for p in group["params"] if p.grad is not None and p.grad.abs().max() > 1e-6})
 
-    monkeypatch.setattr(Learner, "step", spy)
+    def after(role: str, group: dict[str, Any]) -> None:
+        dtypes[role] |= {p.dtype for p in group["params"]}
+        moved[role] |= {not torch.equal(value, p) for p, value in old.items()}
+
     config = config_of(
         teacher_of(name, folders, dtype="bfloat16"), prompts_file(tmp_path, tiny.codec, tiny.picture),
         generator=Generator(lora=Lora(rank=4, alpha=4), lr=1e-6),
         fake=Fake(weights=fake, updates=1, lora=Lora(rank=4, alpha=4), lr=1e-6),
     )  # fmt: skip
-    sampler = phased_dmd.load(phased_dmd.distill(config, tmp_path / "run", quiet=True))
+    with watched_steps(before, after):
+        run = phased_dmd.distill(config, tmp_path / "run", quiet=True)
+    sampler = phased_dmd.load(run)
     assert dtypes == dict.fromkeys(("phase_1", "phase_2", FAKE), {torch.float32})
     assert moved == dict.fromkeys(("phase_1", "phase_2", FAKE), {True})
     for network, theirs in zip(sampler.system.model.networks, tiny.networks, strict=True):

@@ -1,5 +1,6 @@
 """Knows the device and the processes that torchrun started, and splits a batch among them."""
 
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from phased_dmd.config import Engine
 from phased_dmd.errors import LostPeer, OutOfMemory, UserError
 
 GONE = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe", "Timed out")  # said of peers
+GROUPS = itertools.count()  # numbers the groups that a process joins, one after the other
 PATIENCE = timedelta(minutes=30)  # for a word from another process; see `collectives` for work of unknown length
 
 
@@ -39,7 +41,10 @@ def processes(alone: bool = False) -> Iterator[None]:
     if started:
         if kind != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, own_rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        # Keys of their own: a process that comes late must not find the addresses of the group before.
+        own_store = dist.PrefixStore(f"phased-dmd-{next(GROUPS)}", store)
+        dist.init_process_group(backend, timeout=PATIENCE, store=own_store, rank=own_rank, world_size=size)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
