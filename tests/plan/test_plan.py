@@ -1,6 +1,7 @@
 """Plans say what real networks, optimisers and graphs hold, and give the figures worked out beforehand."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, U
 from typer.testing import CliRunner
 
 from phased_dmd.cli import app
+from phased_dmd.cli.flags import assignment
 from phased_dmd.config import Config, Engine, Fake, Generator, Lora, Optimiser, phase_plan, renoise_interval
 from phased_dmd.config.overrides import changed
 from phased_dmd.config.teacher import OwnTeacher
@@ -493,7 +495,7 @@ def test_what_does_not_go_with_the_rest_is_not_advised() -> None:
     """A fake that is pulled along has all weights, and so have the students of an analytic teacher."""
     pulled = resolve("wan22-t2v", {"fake.pull": 1.0})
     for config in (pulled, resolve("toy-2d", {})):
-        assert advice.cheapest(config, 8, lambda config, _: config.engine.offload) == advice.OPTIONS[-1:]
+        assert advice.cheapest(config, 8, lambda config, _: config.engine.offload) == (advice.OFFLOAD,)
         assert advice.cheapest(config, 8, lambda config, _: config.fake.weights == "lora") is None
     assert "lora" not in (needs(resolve("wan22-t2v", QUIET | {"fake.pull": 1.0}), 64, 24).options or "")
 
@@ -526,7 +528,7 @@ def _pair(text: str) -> tuple[str, Any]:
 )
 def test_no_option_is_advised_that_is_not_needed(least: set[str], chosen: tuple[str, ...]) -> None:
     config = resolve("qwen-image", {})
-    done = {option.key: option for option in (*advice.free(config), *advice.OPTIONS)}
+    done = {option.key: option for option in (*advice.free(config), *advice.OPTIONS, advice.OFFLOAD)}
 
     def fits(config: Config, gpus: int) -> bool:
         return all(advice.changed(config, (done[key],)) == config for key in least)
@@ -534,6 +536,37 @@ def test_no_option_is_advised_that_is_not_needed(least: set[str], chosen: tuple[
     found = advice.cheapest(config, 8, fits)
     assert found is not None and tuple(key for key, _, _ in found) == chosen
     assert advice.cheapest(config, 8, lambda config, gpus: False) is None
+
+
+def test_a_packed_network_is_advised_on_one_gpu_and_never_with_what_distill_refuses() -> None:
+    """Weights of 4 bits need a LoRA fake, and go with neither other GPUs nor offload."""
+    config = resolve("wan21-t2i", {})
+    packed = advice.cheapest(config, 1, lambda config, _: getattr(config.teacher, "quantise", None) == "nf4")
+    assert packed is not None and advice.flags(packed) == "--set fake.weights=lora --set teacher.quantise=nf4"
+    assert advice.cheapest(config, 8, lambda config, _: getattr(config.teacher, "quantise", None) == "nf4") is None
+    small = changed(config, {"fake.weights": "lora", "teacher.quantise": "nf4"})
+    assert advice.cheapest(small, 1, lambda config, _: config.engine.offload) is None
+    assert advice.least_gpus(small, 1, lambda *_: True) is None
+    with pytest.raises(
+        UserError, match=r"^teacher\.quantise: a packed network stays whole on one GPU, and --gpus is 2$"
+    ):
+        needs(small, 2, 80)
+    for field, value in (("engine.offload", True), ("engine.replicas", 2), ("engine.sequence_parallel", 2)):
+        with pytest.raises(UserError, match=r"teacher\.quantise: a packed network stays whole on one GPU"):
+            changed(small, {field: value})
+
+
+def test_smaller_sizes_are_advised_before_offload_and_can_be_typed() -> None:
+    """Of Wan2.2's clips at 480 and 720 lines, those at 480."""
+    config = resolve("wan22-t2v", {})
+    found = advice.cheapest(config, 8, lambda config, _: all(size.width < 1000 for size in config.teacher.sizes))
+    assert found is not None
+    (flag, setting) = shlex.split(advice.flags(found))
+    assert flag == "--set" and assignment(setting)[1] == found[0].value
+    chosen = advice.changed(config, found).teacher
+    assert [(size.height, size.width) for size in chosen.sizes] == [(480, 832), (832, 480)]
+    assert advice.smaller(resolve("qwen-image", LARGEST)) == ()
+    assert advice.smaller(resolve("toy-2d", {})) == ()
 
 
 # Warnings
