@@ -3,7 +3,7 @@
 # Claims share runs with each other, in runs/reproduce; `phased-dmd reproduce all` does the same in one go.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-for claim in fig2 memory table2 table3 fig5 collapse fig8 tdm fig9 biased eq13 clamp sgts-fake weighting fake-lora; do
+for claim in fig2 memory table2 table3 fig5 collapse fig8 tdm fig9 biased eq13 clamp networks sgts-fake weighting fake-lora; do
 	phased-dmd reproduce "$claim" "$@"
 done
 for study in toy-2d nano-t2i nano-moe nano-t2v nano-i2v; do
