@@ -27,7 +27,7 @@ from phased_dmd.cli import main
 from phased_dmd.errors import UserError
 from phased_dmd.export import export
 from phased_dmd.export.exported_run import ExportedRun
-from phased_dmd.export.verify import VerificationError, verify_comfyui, verify_diffusers
+from phased_dmd.export.verify import VerificationError, free_memory, precision, verify_comfyui, verify_diffusers
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
 from phased_dmd.sampling.loading import load
@@ -555,6 +555,49 @@ def test_a_script_with_other_times_experts_or_boundary_is_not_verified(
     script.write_text(script.read_text().replace(written, instead))
     with pytest.raises(VerificationError, match="verification failed"):
         verify_diffusers(ExportedRun.open(run, fused=False), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["wan21_t2v", "wan22_t2v", "wan22_i2v", "qwen_image"])
+def test_a_base_too_large_for_float32_is_verified_in_bfloat16(name: str, make: Make, tmp_path: Path) -> None:
+    """By what the experts change: theirs is told from the same with twice the scale, and from another expert's."""
+    run = make(name, generator__lora__alpha=80.0)
+    export(run, "diffusers", tmp_path / "out")
+    opened = ExportedRun.open(run, fused=False)
+    *_, last = verify_diffusers(opened, tmp_path / "out", torch.bfloat16)
+    assert last.endswith("of what the experts change, in bfloat16")
+    for expert in opened.experts[-1:]:
+        tensors = load_file(tmp_path / "out" / expert.file)
+        scale(tensors)
+        save_file(tensors, tmp_path / "out" / expert.file)
+    with pytest.raises(VerificationError, match=r"of what the experts change, in bfloat16, more than 0\.25$"):
+        verify_diffusers(opened, tmp_path / "out", torch.bfloat16)
+
+
+def test_experts_that_change_next_to_nothing_are_not_verified_in_bfloat16(make: Make, tmp_path: Path) -> None:
+    run = make("wan21_t2v", generator__lora__alpha=0.1)
+    export(run, "diffusers", tmp_path / "out")
+    with pytest.raises(UserError, match=r"^--verify: the experts change too little to be told from rounding"):
+        verify_diffusers(ExportedRun.open(run, fused=False), tmp_path / "out", torch.bfloat16)
+
+
+def test_the_precision_is_the_widest_that_the_free_memory_holds() -> None:
+    """Of Wan2.2's two networks and umT5, 34 billion numbers."""
+    weights = 34 * 10**9
+    assert precision(weights, 160e9) == torch.float32
+    assert precision(weights, 80e9) == torch.bfloat16
+    with pytest.raises(UserError, match=r"^--verify: the base takes 68 GB in bfloat16, and 24 GB are free$"):
+        precision(weights, 24e9)
+    assert 0 < free_memory() < 1e15
+
+
+@pytest.mark.parametrize("name", ["wan22_i2v", "qwen_image"])
+def test_the_weights_of_a_base_are_those_of_all_its_parts(name: str, make: Make) -> None:
+    """As the stock pipeline holds them."""
+    opened = ExportedRun.open(make(name), fused=False)
+    pipe = DiffusionPipeline.from_pretrained(opened.teacher.path)
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    numbers = sum(p.numel() for module in modules for p in module.parameters())
+    assert opened.source.count_weights() == pytest.approx(numbers, rel=0.02)  # tied embeddings are stored once
 
 
 def test_comfyui_files_that_do_not_convert_back_are_not_verified(make: Make, tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """Verification of an export: it is loaded back, every key must be used, and its samples must be the run's."""
 
+import os
 import runpy
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -20,43 +21,82 @@ from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.export.exported_run import ExportedExpert, ExportedRun, format_times
 from phased_dmd.export.stock import lora_tensors
+from phased_dmd.maths.rollout import rollout
 from phased_dmd.media import read_picture
 from phased_dmd.models.qwen_image import PATCH, pack, unpack
 from phased_dmd.models.source import quiet
+from phased_dmd.networks.roles import TEACHER
 from phased_dmd.prompts import Prompt
 from phased_dmd.sampling.loading import assemble, read_lora, read_shards
 
 TOLERANCE = 1e-4  # of latents, in full precision
+SHARE = 0.25  # of what the experts change, root mean square, in bfloat16: half of their scale would be twice that
+LEAST = 0.03  # that they change, of the samples: rounding to bfloat16 moves these by .005
+ROOM = 0.9  # of the free memory, which the base may take
 STILL, CLIP = Size(height=64, width=96), Size(num_frames=5, height=64, width=96)  # small, of any model's strides
 PROMPTS = ("a handwritten seven moving right", "two cats")
 FAILED = "verification failed"
+UNTOLD = "the experts change too little to be told from rounding in bfloat16, and the memory does not hold float32"
 
 
 class VerificationError(ArithmeticError):
     """An export that stock software does not read as the run it was made from."""
 
 
-def verify_diffusers(run: ExportedRun, folder: Path) -> list[str]:
-    """Runs the export's own `sample.py` beside the run, from the same noise, both in full precision."""
+def verify_diffusers(run: ExportedRun, folder: Path, dtype: torch.dtype | None = None) -> list[str]:
+    """Runs the export's own `sample.py` beside the run, one after the other, from the same noise.
+
+    dtype: float32, or bfloat16 where the memory does not hold the base in float32; None looks at the memory. In
+    float32 both must agree, in bfloat16 by far more than the experts differ from the base.
+    """
+    dtype = dtype or precision(run.source.count_weights(), free_memory())
     size = STILL if run.task == "t2i" else CLIP
     with tempfile.TemporaryDirectory() as scratch:
         picture = Path(scratch) / "first.png"
         Image.effect_noise((size.width, size.height), 80).convert("RGB").save(picture)
         prompts = [Prompt(text, picture if run.task == "i2v" else None) for text in PROMPTS]
-        noise, expected = sample_run(run, prompts, size)
-        pipe, sample = load_script(run, folder)
+        noise, expected, bare = sample_run(run, prompts, size, dtype)
+        pipe, sample = load_script(run, folder, dtype)
         counts = [check_loaded(run, folder, expert, pipe) for expert in run.experts]
         options: dict[str, Any] = {"height": size.height, "width": size.width, "latents": to_pipeline(run, noise)}
         options |= {"num_frames": size.num_frames} if run.is_wan else {}
         options |= {"image": read_picture(picture)} if run.task == "i2v" else {}
         with quiet():
             made = sample(pipe, list(PROMPTS), generator=renoise_generator(), output_type="latent", **options)
-    difference = (from_pipeline(run, made, size) - expected).abs().max().item()
+    difference = (from_pipeline(run, made, size) - expected).double()
     times = format_times([time / 1000 for time in pipe.scheduler.timesteps.tolist()])
-    found = f"samples at {times} differ from the run's by up to {difference:.2g}"
-    if not difference <= TOLERANCE:
-        raise VerificationError(f"{FAILED}: {found}, more than {TOLERANCE:g}")
-    return [*counts, f"verified: {found}"]
+    if dtype == torch.float32:
+        figure, most = difference.abs().max().item(), TOLERANCE
+        found = f"samples at {times} differ from the run's by up to {figure:.2g}"
+    else:
+        change = (expected - bare).double().norm()
+        if not change >= LEAST * expected.double().norm():
+            raise UserError(f"--verify: {UNTOLD}")
+        figure, most = (difference.norm() / change).item(), SHARE
+        found = f"samples at {times} differ from the run's by {figure:.2g} of what the experts change, in bfloat16"
+    if not figure <= most:
+        raise VerificationError(f"{FAILED}: {found}, more than {most:g}")
+    packed = (
+        [f"verified on the full base: the run's was packed in {run.teacher.quantise}"] if run.teacher.quantise else []
+    )
+    return [*counts, *packed, f"verified: {found}"]
+
+
+def precision(weights: int, free: float) -> torch.dtype:
+    """Returns the widest dtype in which a base of so many weights fits into the free bytes; none is a UserError."""
+    for dtype in (torch.float32, torch.bfloat16):
+        if dtype.itemsize * weights <= ROOM * free:
+            return dtype
+    needed, there = torch.bfloat16.itemsize * weights / 1e9, free / 1e9
+    elsewhere = "; CUDA_VISIBLE_DEVICES= takes the host's memory" if device().type == "cuda" else ""
+    raise UserError(f"--verify: the base takes {needed:.3g} GB in bfloat16, and {there:.3g} GB are free{elsewhere}")
+
+
+def free_memory() -> float:
+    """Returns the free bytes of the GPU, or of the host where there is none."""
+    if device().type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def verify_comfyui(run: ExportedRun, folder: Path) -> list[str]:
@@ -74,9 +114,15 @@ def verify_comfyui(run: ExportedRun, folder: Path) -> list[str]:
     return lines
 
 
-def sample_run(run: ExportedRun, prompts: Sequence[Prompt], size: Size) -> tuple[Tensor, Tensor]:
-    """Returns noise, and what the package's own sampler makes of it, on the full base even if the run's was packed."""
-    teacher = run.teacher.model_copy(update={"dtype": "float32", "sizes": (size,), "quantise": None})
+def sample_run(
+    run: ExportedRun, prompts: Sequence[Prompt], size: Size, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns noise, and what the package's own sampler makes of it with the experts, and on the same grid without.
+
+    The base is the full one, even if the run's was packed.
+    """
+    kind: Literal["float32", "bfloat16"] = "float32" if dtype == torch.float32 else "bfloat16"
+    teacher = run.teacher.model_copy(update={"dtype": kind, "sizes": (size,), "quantise": None})
     sampler = assemble(run.config.model_copy(update={"teacher": teacher}), run.expert_tensors)
     system, known = sampler.system, sampler.encode(prompts)
     condition = system.model.batch([known[prompt] for prompt in prompts])
@@ -87,13 +133,17 @@ def sample_run(run: ExportedRun, prompts: Sequence[Prompt], size: Size) -> tuple
         drawn = torch.randn(to_pipeline(run, noise).shape, generator=generator)
         return from_pipeline(run, drawn.to(device()), size)
 
+    def bare(step: int, x: Tensor, t: Tensor) -> Tensor:
+        return system.roles.predict(TEACHER, system.plan.expert(step).network, x, t, condition)
+
     with torch.no_grad():
-        path = system.plan.path(system.plan.num_phases)
-        return noise, system.roll(path, system.start(noise), condition, noise=fresh).x
+        path, start, model = system.plan.path(system.plan.num_phases), system.start(noise), system.model
+        made = system.roll(path, start, condition, noise=fresh).x
+        return noise, made, rollout(bare, start, path, model.schedule, model.prediction).x
 
 
-def load_script(run: ExportedRun, folder: Path) -> tuple[Any, Callable[..., Any]]:
-    """Returns the pipeline as the export's `sample.py` loads it, in full precision, and the script's `sample`."""
+def load_script(run: ExportedRun, folder: Path, dtype: torch.dtype) -> tuple[Any, Callable[..., Any]]:
+    """Returns the pipeline as the export's `sample.py` loads it, and the script's `sample`."""
     base = [run.teacher.path] if run.base is None else []
     try:
         with quiet(), warnings.catch_warnings():
@@ -101,7 +151,7 @@ def load_script(run: ExportedRun, folder: Path) -> tuple[Any, Callable[..., Any]
             warnings.filterwarnings("ignore", message="While injecting the PEFT adapters")  # keys are counted below
             diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # errors come as exceptions too
             script = runpy.run_path(str(folder / "sample.py"))
-            pipe = script["load"](*base, dtype=torch.float32, device=str(device()))
+            pipe = script["load"](*base, dtype=dtype, device=str(device()))
     except OSError as error:
         raise UserError(f"--verify: the base pipeline is not at hand ({error})") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -125,10 +175,12 @@ def check_loaded(run: ExportedRun, folder: Path, expert: ExportedExpert, pipe: A
 
 
 def check_keys(file: str, keys: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
-    """Raises VerificationError where a key is not loaded, or not as it stands in the file."""
+    """Raises VerificationError where a key is not loaded, or not as it stands in the file, rounded to what computes."""
     if unused := [key for key in keys if key not in loaded]:
         raise VerificationError(f"{FAILED}: {len(unused)} of {len(keys)} keys of {file} unused: {unused[0]}")
-    if changed := next((key for key in keys if not torch.equal(keys[key], loaded[key].cpu())), None):
+    if changed := next(
+        (key for key in keys if not torch.equal(keys[key].to(loaded[key].dtype), loaded[key].cpu())), None
+    ):
         raise VerificationError(f"{FAILED}: {changed} of {file} is not what was loaded")
 
 

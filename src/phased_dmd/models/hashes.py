@@ -44,7 +44,7 @@ def tensors_hash(folder: Path) -> str:
     with suppress(FileNotFoundError):
         config = json.loads((folder / "config.json").read_bytes())
         digest.update(json.dumps({k: v for k, v in config.items() if not SAVER.fullmatch(k)}, sort_keys=True).encode())
-    for tensor in sorted(tensor for file in _weights(folder) for tensor in _tensors(file)):
+    for tensor in sorted(tensor for file in weight_files(folder) for tensor in _tensors(file)):
         digest.update(repr(tensor).encode())
     return digest.hexdigest()
 
@@ -62,7 +62,7 @@ def _note(path: Path) -> Path:
     return root / "phased-dmd" / "hashes" / f"{name}.json"
 
 
-def _weights(folder: Path) -> Sequence[Path]:
+def weight_files(folder: Path) -> Sequence[Path]:
     """Lists the safetensors that are loaded: those of the index, or else the only one; never a variant of it."""
     for name in ("diffusion_pytorch_model", "model"):
         index, whole = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors"

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,12 +16,13 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin, no_init_weights
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import nn
 
 from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.engine.world import rank, sharded
 from phased_dmd.errors import UserError
-from phased_dmd.models.hashes import file_hash, tensors_hash
+from phased_dmd.models.hashes import file_hash, tensors_hash, weight_files
 from phased_dmd.models.quantise import quantise
 from phased_dmd.models.trust import check_index, check_part, read_json
 
@@ -77,6 +79,14 @@ class Source:
         """Raises a UserError where a part's weights are not in safetensors: a pickle is never opened."""
         if not any(self.part_folder(name).glob("*.safetensors")):
             raise UserError(f"teacher.path: {self.part_folder(name)} holds no weights in safetensors")
+
+    def count_weights(self) -> int:
+        """Counts the numbers of all networks, encoders and the VAE, from the heads of their files."""
+        count = 0
+        for path in (path for name in WEIGHED if self.has(name) for path in weight_files(self.part_folder(name))):
+            with safe_open(path, "pt") as file:
+                count += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 no dict
+        return count
 
     def load(self, kind: type, name: str, **options: Any) -> Any:
         """Loads one part by its class: weights only from safetensors, all of them, and no code but the libraries'."""
