@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan, QwenImageTransformer2DModel, WanTransformer3DModel
-from tiny import draw
+from tiny import draw, newest_checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -25,7 +25,17 @@ from typer.testing import CliRunner
 
 from phased_dmd.cli import app
 from phased_dmd.cli.flags import assignment
-from phased_dmd.config import Config, Engine, Fake, Generator, Lora, Optimiser, phase_plan, renoise_interval
+from phased_dmd.config import (
+    Config,
+    Engine,
+    Fake,
+    Generator,
+    Lora,
+    Optimiser,
+    Plan,
+    phase_plan,
+    renoise_interval,
+)
 from phased_dmd.config.overrides import changed
 from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.engine import world
@@ -41,6 +51,7 @@ from phased_dmd.plan import advice, needs
 from phased_dmd.plan.measure import call, plan_of
 from phased_dmd.plan.memory import (
     activations,
+    checkpoint_bytes,
     gathered,
     network_bytes,
     parameters_by_role,
@@ -53,6 +64,7 @@ from phased_dmd.plan.work import forward_flops, phase_work
 from phased_dmd.recipes import RECIPES, resolve
 from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.step import draw_times
+from phased_dmd.train import distill
 
 TINY = ("wan21_t2v", "wan22_t2v", "qwen_image")
 BASES = {
@@ -162,6 +174,32 @@ def test_wan_14b_needs_the_bytes_and_flops_worked_out_by_hand() -> None:
     first, second = (phase.memory for phase in plan.phases)
     assert 64 * (first.gradients + first.optimiser) == pytest.approx((2 * 14.29 + 0.307) * 4e9, rel=0.001)
     assert 64 * (second.weights - first.weights) == pytest.approx(14.29e9 * 4, rel=0.001)  # a fake of each network
+
+
+def test_checkpoints_weigh_what_was_worked_out_by_hand() -> None:
+    """Weights and second moments of fakes and experts in float32; of three at a time; twice a shard on the host."""
+    plan = needs(resolve("wan22-t2v", QUIET), gpus=64, memory_gb=80)
+    assert [phase.checkpoint for phase in plan.phases] == pytest.approx([117e9, 231e9], rel=0.01)
+    (line,) = (remark for remark in plan.remarks if "checkpoints" in remark)
+    assert line == (
+        "checkpoints: 231.1 GB the largest, 693.2 GB of disk with the kept ones; 7.2 GB of host memory for each GPU "
+        "while it is written"
+    )
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_checkpoint_weighs_what_is_planned(folders: dict[str, Path], tmp_path: Path, ema: float | None) -> None:
+    lora = Generator(lora=Lora(rank=4, alpha=4), ema=ema)
+    config = tiny(
+        folders, "wan22_t2v", "bfloat16", generator=lora, fake=Fake(updates=1), iterations=1, checkpoint_every=1, sample_every=None, plan=Plan(steps=2, phases=2),
+        optimiser=Optimiser(second_moment="bfloat16"),
+    )  # fmt: skip
+    (tmp_path / "prompts.txt").write_text("a boat\n")
+    run = distill(config.model_copy(update={"prompts": str(tmp_path / "prompts.txt")}), tmp_path / "run", quiet=True)
+    for phase in (1, 2):
+        _, tensors = newest_checkpoint(run, phase)
+        held = sum(tensor.nbytes for name, tensor in tensors.items() if "/step/" not in name)
+        assert held == checkpoint_bytes(config, phase)
 
 
 def test_qwen_image_forward_costs_what_was_worked_out_by_hand() -> None:

@@ -13,6 +13,7 @@ from phased_dmd.plan.memory import (
     ITEMSIZE,
     RESERVE,
     Memory,
+    checkpoint_bytes,
     itemsizes,
     micro_batch,
     network_bytes,
@@ -31,7 +32,8 @@ GB = 1e9
 class PhaseCost:
     """The cost of one phase: memory on each GPU, work of an iteration for a sample, FLOPs and seconds of an iteration.
 
-    hours: of training, in all. previews, preview_seconds: how many previews are made, and the time of each.
+    hours: of training, in all. previews, preview_seconds: how many previews are made, and the time of each. checkpoint:
+    bytes of one on disk.
     """
 
     phase: int
@@ -44,6 +46,7 @@ class PhaseCost:
     hours: float
     previews: int
     preview_seconds: float
+    checkpoint: int
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4,
         option_notes=tuple(f"{option.key}: {option.note}" for option in chosen or ()),
         enough_gpus=advice.least_gpus(config, gpus, fits) if costly else None,
         warnings=(*advice.warnings(config, plan, gpus), *_length_warnings(config, bucket, usable)),
-        remarks=_remarks(config),
+        remarks=_remarks(config, gpus),
     )  # fmt: skip
 
 
@@ -134,6 +137,7 @@ def _phase_cost(config: Config, phase: int, gpus: int, tflops: float, utilisatio
         iteration_seconds=each * 3600, hours=each * iterations,
         previews=math.ceil(iterations / config.sample_every) if config.sample_every is not None else 0,
         preview_seconds=hours(len(plan.path(phase)) * shown.step + shown.decode, 1) * 3600,  # all GPUs do so at once
+        checkpoint=checkpoint_bytes(config, phase),
     )  # fmt: skip
 
 
@@ -168,14 +172,17 @@ def _length_warnings(config: Config, bucket: str, usable: float) -> list[str]:
     ]
 
 
-def _remarks(config: Config) -> tuple[str, ...]:
-    """Says what a network weighs, and what the absence of a first moment saves."""
+def _remarks(config: Config, gpus: int) -> tuple[str, ...]:
+    """Says what networks and checkpoints weigh, and what the absence of a first moment saves."""
     parameters = sum(p.numel() for p in meta_model(config.teacher).students[0].parameters())
+    each = max(checkpoint_bytes(config, phase) for phase in range(1, config.plan.phases + 1))
     moments = 4 * itemsizes(config.teacher)[1] * parameters  # weights, gradients, and two moments
     return (
         f"{TEACHER}: {size(network_bytes(config.teacher))} a network, frozen",
         f"a full fake of one network, with its gradients and both moments of AdamW: {size(moments)}; without the "
         f"first, as here: {size(3 * moments // 4)}; in all shards together",
+        f"checkpoints: {size(each)} the largest, {size((config.keep_last + 1) * each)} of disk with the kept ones; "
+        f"{size(2 * each / gpus)} of host memory for each GPU while it is written",
     )
 
 

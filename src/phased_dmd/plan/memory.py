@@ -100,6 +100,15 @@ def states(config: Config, phase: int) -> tuple[int, int, int]:
     return weights, gradients, moment * (experts * expert.trained + fakes * fake.trained)
 
 
+def checkpoint_bytes(config: Config, phase: int) -> int:
+    """Returns the bytes of a checkpoint of a phase: weights, average and second moments of its expert and its fake."""
+    (experts, fakes), item = networks(config, phase), itemsizes(config.teacher)[1]
+    moment = 2 if config.optimiser.second_moment == "bfloat16" else item
+    expert = experts * largest_call(config, 1, config.generator).trained
+    averaged = expert if config.generator.ema is not None else 0
+    return item * averaged + (item + moment) * (expert + fakes * largest_call(config, 1, config.fake).trained)
+
+
 def micro_batch(config: Config, gpus: int) -> int:
     """Returns the number of samples in a network call of one GPU."""
     samples = math.ceil(config.batch_size * config.engine.sequence_parallel / gpus)
