@@ -4,8 +4,10 @@ import copy
 import functools
 import io
 import itertools
+import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -19,15 +21,19 @@ import torch
 import yaml
 from tiny import draw
 from torch import Tensor, nn
+from torch.distributed.run import get_args_parser
 
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.cli import main
+from phased_dmd.cli.flags import assignment
 from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, Plan, phase_plan
 from phased_dmd.config.teacher import OwnTeacher
+from phased_dmd.dry_run import dry_run
 from phased_dmd.engine.randomness import normal
 from phased_dmd.lab.metrics.distances import frechet, moments
 from phased_dmd.maths.schedules import VPSchedule, renoise_times
 from phased_dmd.models.analytic import ExactMixture, PlainCodec, TimeMLP
+from phased_dmd.plan import needs
 from phased_dmd.recipes import RECIPES, resolve
 from phased_dmd.sampling.loading import load
 from phased_dmd.testing import ModelError, check_model
@@ -378,3 +384,29 @@ def test_configuration_that_a_page_shows_is_of_fields_that_there_are(page: Path)
     for block in yaml_blocks(page):
         for section, fields in yaml.safe_load(block).items():
             Config.model_validate(whole | {section: whole[section] | fields})
+
+
+@pytest.mark.parametrize(("script", "memory"), [("one_card.sh", "24"), ("one_node.sh", "80")])
+def test_the_scripts_run_commands_that_are_valid_and_fit(script: str, memory: str, tmp_path: Path) -> None:
+    """With a launcher that writes down its arguments; the checkpoint of one card is small."""
+    for name in ("phased-dmd", "torchrun"):
+        (tmp_path / name).write_text(f'#!/bin/bash\nprintf "%s\\n" {name} "$@" > {tmp_path}/arguments\n')
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", EXAMPLES / script, "--seed", "3"], env=environment, check=True)
+    words = (tmp_path / "arguments").read_text().splitlines()
+    gpus = "1"
+    if words[0] == "torchrun":
+        launched = get_args_parser().parse_args(words[1:])
+        assert launched.module and launched.training_script == "phased_dmd"
+        gpus, arguments = launched.nproc_per_node, launched.training_script_args
+    else:
+        arguments = words[1:]
+    assert arguments[0] == "distill" and arguments[-2:] == ["--seed", "3"]
+    settings = dict(assignment(value) for flag, value in itertools.pairwise(arguments) if flag == "--set")
+    config = resolve(arguments[1], settings)
+    dry_run(config)
+    needed = needs(config, int(gpus), float(memory), tflops=165)
+    assert needed.fits and not needed.warnings
+    if gpus == "1":
+        assert max(phase.checkpoint for phase in needed.phases) < 1e9 and 36 < needed.hours < 60
