@@ -324,6 +324,16 @@ def test_a_model_of_ones_own_is_given_from_python_with_a_weight_for_each_of_its_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_of_ones_own_on_another_device_is_refused(tmp_path: Path) -> None:
+    """Under torchrun it would be the first process's GPU that all others' models are on."""
+    (tmp_path / "prompts.txt").write_text("a seven\n")
+    config = build({"recipe": "mine", "teacher": {"kind": "own"}, "prompts": str(tmp_path / "prompts.txt")})
+    model = TinyWan()
+    model.networks[0].to("meta")
+    with pytest.raises(UserError, match=r"^networks\[0\] is on meta, and this process computes on cpu: "):
+        distill(config, tmp_path / "run", quiet=True, own=(model, TinyCodec()))
+
+
 def test_a_folder_with_foreign_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_text("not ours")
     with pytest.raises(UserError, match="exists and is not a run folder"):

@@ -8,6 +8,7 @@ import warnings
 from typing import Annotated
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small models on spinning threads are far slower
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # or large blocks leave holes on a GPU
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends torchvision, which nothing here needs
 
 import typer

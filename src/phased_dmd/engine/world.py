@@ -21,9 +21,15 @@ PATIENCE = timedelta(minutes=30)  # for a word from another process; see `collec
 
 
 def device() -> torch.device:
-    """Returns the accelerator if there is one that knows float64, else the CPU."""
+    """Returns the accelerator if there is one that knows float64, else the CPU; of several that of this process of
+    torchrun, with its index.
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator if accelerator is not None and accelerator.type != "mps" else torch.device("cpu")
+    if accelerator is None or accelerator.type == "mps":
+        return torch.device("cpu")
+    if "LOCAL_RANK" in os.environ:
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 @contextmanager
@@ -39,8 +45,6 @@ def processes(alone: bool = False) -> Iterator[None]:
     kind = device().type
     backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
     if started:
-        if kind != "cpu":
-            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         store, own_rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
         # Keys of their own: a process that comes late must not find the addresses of the group before.
         own_store = dist.PrefixStore(f"phased-dmd-{next(GROUPS)}", store)

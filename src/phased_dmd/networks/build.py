@@ -8,6 +8,7 @@ from torch import Tensor
 from phased_dmd.config import Config, phase_plan, renoise_interval
 from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.engine.randomness import seed_of
+from phased_dmd.engine.world import device, sharded
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.maths.schedules import check_start
@@ -32,6 +33,8 @@ def load_teacher(config: Config, own: Own | None = None, fit: bool = True) -> Ow
     if own is not None and config.teacher.kind != "own":
         raise UserError(f"teacher.kind: {config.teacher.kind} with a model given from Python")
     model, codec = own or load_model(config.teacher, config.seed, fit)
+    if own is not None:
+        check_devices(model)
     if isinstance(config.teacher, OwnTeacher) and len(config.teacher.weights) != len(model.sample_shapes):
         raise UserError(
             f"teacher.weights: {len(config.teacher.weights)} for the model's {len(model.sample_shapes)} sample_shapes"
@@ -42,6 +45,17 @@ def load_teacher(config: Config, own: Own | None = None, fit: bool = True) -> Ow
     except ValueError as error:
         raise UserError(str(error)) from None
     return model, codec
+
+
+def check_devices(model: VelocityModel) -> None:
+    """Raises a UserError where a network of the user's own is elsewhere than this process computes; sharding moves it
+    there from the CPU.
+    """
+    allowed = {device(), torch.device("cpu")} if sharded() else {device()}
+    for i, network in enumerate(model.networks):
+        if where := next((p.device for p in network.parameters() if p.device not in allowed), None):
+            here = f"this process computes on {device()}: `.to(phased_dmd.engine.world.device())` moves it there"
+            raise UserError(f"networks[{i}] is on {where}, and {here}")
 
 
 def build_system(config: Config, model: VelocityModel, negative: Condition) -> System:
