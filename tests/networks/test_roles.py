@@ -531,7 +531,7 @@ def test_route_equals_a_call_a_sample(owners: list[int]) -> None:
         for i, owner in enumerate(owners)
     ]
     x = X.clone().requires_grad_()
-    out = route(owners, batch_call, x, T, CONDITION)
+    out = route(dict(zip(T.tolist(), owners, strict=True)).__getitem__, batch_call, x, T, CONDITION)
     torch.testing.assert_close(out, torch.cat(single), rtol=0, atol=1e-12)
     assert seen == [(network, owners.count(network)) for network in sorted(set(owners))]  # one call a network
     (out[1] * PROBE[1]).sum().backward()  # gradients go home as well

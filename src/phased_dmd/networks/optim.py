@@ -67,9 +67,13 @@ class MomentumFreeAdamW(torch.optim.Optimizer):
                 weights, grads, grads, squares, [], steps, fused=True, amsgrad=False, maximize=False,
                 lr=group["lr"], beta1=0.0, beta2=group["beta2"], eps=group["eps"], weight_decay=group["weight_decay"],
             )  # fmt: skip
-            for i, (v, square) in enumerate(zip(stored, squares, strict=True)):
-                if v is not square:
-                    v.copy_(_round_at_random(square.to(torch.float32), seed_of(self.seed, i, int(steps[i]), rank())))
+            rounded = [i for i, (v, square) in enumerate(zip(stored, squares, strict=True)) if v is not square]
+            counts = (
+                torch.stack(steps).tolist() if rounded else []
+            )  # the device is waited for once, not for each tensor
+            for i in rounded:
+                seed = seed_of(self.seed, i, int(counts[i]), rank())
+                stored[i].copy_(_round_at_random(squares[i].to(torch.float32), seed))
         return loss
 
 
@@ -134,7 +138,7 @@ class Learner:
         loss: over all processes. where: the phase and iteration, for the message.
         """
         norm = get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).cpu()  # the device is waited for once
         check_finite(loss, norm.item(), self.parameters, f"{where}, {self.role}")
         return norm
 

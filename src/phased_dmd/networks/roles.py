@@ -198,18 +198,22 @@ def _switch(layers: list[LoraLayer], adapter: str | None) -> None:
 
 
 def route(
-    networks: Sequence[int],
+    network_of: Callable[[float], int],
     call: Callable[[int, Tensor, Tensor, Condition], Tensor],
     x: Tensor,
     t: Tensor,
     condition: Condition,
     present: Sequence[int] | None = None,
 ) -> Tensor:
-    """Returns a prediction for a batch whose samples belong to different networks: networks[i] serves sample i.
+    """Returns a prediction for a batch whose samples belong to different networks, each to network_of(its time).
 
-    present: the networks that any process's samples belong to. Sharded networks are called by all processes or none:
-    where one has no sample of its own here, it is called on the first sample, to no effect.
+    present: the networks that any process's samples belong to; where it is one, no time is read from the device.
+    Sharded networks are called by all processes or none: where one has no sample of its own here, it is called on the
+    first sample, to no effect.
     """
+    if present is not None and len(present) == 1:
+        return call(present[0], x, t, condition)
+    networks = [network_of(time) for time in t.tolist()]
     present = sorted(set(networks)) if present is None else present
     if len(present) == 1:
         return call(present[0], x, t, condition)
@@ -279,12 +283,12 @@ class System:
             conditional = self.roles.predict(TEACHER, network, x, t, condition)
             return self.model.guide(conditional, self.roles.predict(TEACHER, network, x, t, negative), guidance)
 
-        return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition, present)
+        return route(self.plan.network, call, x, t, condition, present)
 
     def fake(self, x: Tensor, t: Tensor, condition: Condition, present: Sequence[int] | None = None) -> Tensor:
         """Returns the fake score network's prediction, without guidance. present: see `route`."""
         call = partial(self.roles.predict, FAKE)
-        return route([self.plan.network(time) for time in t.tolist()], call, x, t, condition, present)
+        return route(self.plan.network, call, x, t, condition, present)
 
     def sample_teacher(self, noise: Tensor, condition: Condition, steps: int) -> Tensor:
         """Runs the teacher's own deterministic sampler on `steps` steps of the plan's shifted grid: x_0 [b, ...]."""
