@@ -54,8 +54,11 @@ def make(recipe: str, weights: str, phase: int, gpus: int, **more: Any) -> Case:
 
 
 NAMES = [
-    ("wan22-t2v", "full", 2, 64), ("wan22-t2v", "lora", 1, 8), ("wan21-t2i", "full", 2, 1), ("qwen-image", "full", 1, 1),
-]  # fmt: skip
+    ("wan22-t2v", "full", 2, 64),
+    ("wan22-t2v", "lora", 1, 8),
+    ("wan21-t2i", "full", 2, 1),
+    ("qwen-image", "full", 1, 1),
+]
 if os.environ.get("FAKE_GPU") == "all":
     NAMES = list(itertools.product(BLOCKS, ("full", "lora"), (1, 2), (1, 8, 64)))
 CASES = {" ".join(map(str, name)): make(*name) for name in NAMES}

@@ -256,15 +256,22 @@ def _count_call(teacher: Teacher, network: nn.Module, shape: tuple[int, ...], ba
     )  # fmt: skip
 
 
+def _forget(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
 @cached
 def block_bytes(teacher: Teacher, shape: tuple[int, ...], batch: int, lora: Lora | None) -> int:
     """Returns the further bytes that a checkpointed block needs while its backward runs: its own activations, and the
-    gradients on their way through it.
+    gradients on their way through it, without those that its parameters keep.
     """
     model, (x, condition) = meta_model(teacher), fake_inputs(teacher, shape, batch)
-    network = fake_networks(teacher, lora, train=True)[0][1]  # of one block, where there are no others' gradients
+    network = fake_networks(teacher, lora, train=True)[-1][1]
     for block in model.blocks(network):
         recompute(block)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_forget)
     with FAKE_CPU:
         t = torch.zeros(batch, dtype=torch.float64)
     with PeakBytes(network) as peak:

@@ -69,9 +69,14 @@ def block_parameters(teacher: Teacher) -> tuple[int, int]:
 
 
 def networks(config: Config, phase: int) -> tuple[int, int]:
-    """Returns on how many networks a phase trains an expert, and on how many a fake."""
+    """Returns on how many networks a phase trains an expert, and on how many a fake.
+
+    A fake that is an adapter is one for all phases, on the networks of each.
+    """
     plan = plan_of(config)
-    return len(plan.experts(phase)), len(plan.fakes(phase, renoise_interval(config, plan, phase).support))
+    phases = [phase] if config.fake.weights == "full" else range(1, plan.num_phases + 1)
+    fakes = {network for k in phases for network in plan.fakes(k, renoise_interval(config, plan, k).support)}
+    return len(plan.experts(phase)), len(fakes)
 
 
 def parameters_by_role(config: Config) -> dict[str, int]:
@@ -137,11 +142,11 @@ def activations(config: Config, phase: int, gpus: int) -> int:
         """Returns the bytes of some calls' graph, and of that of as many `more` samples: each is a call of its own."""
         one, alone = (largest_call(config, batch, role) for batch in (micro_batch(config, gpus), 1))
         block = largest_block(config, micro_batch(config, gpus), role)
-        copied, sharded = autocast_copies(config.teacher, role), gpus > 1 or config.engine.offload
-        if config.engine.activation_checkpointing:  # the copies go with the call that made them
-            whole = calls * (one.checkpointed + more * alone.checkpointed) + max(block, 0 if sharded else copied)
+        copies = autocast_copies(config.teacher, role) if gpus == 1 and not config.engine.offload else 0
+        if config.engine.activation_checkpointing:  # copies go with the call that made them
+            whole = calls * (one.checkpointed + more * alone.checkpointed) + max(block, copies)
         else:
-            whole = calls * (one.saved + more * alone.saved - (copied * (1 + more) if sharded else 0))
+            whole = calls * (one.saved + more * alone.saved + copies)
         return whole // config.engine.sequence_parallel
 
     steps = config.plan.steps // config.plan.phases
@@ -156,9 +161,9 @@ def activations(config: Config, phase: int, gpus: int) -> int:
 
 
 def autocast_copies(teacher: Teacher, role: Generator | Fake) -> int:
-    """Returns the bytes of the copies that autocast makes of a copied network's weights, and keeps while it is called.
-
-    FSDP2 gathers blocks in the dtype that computes: there it makes none.
+    """Returns the bytes of the copies that autocast makes of all weights that train in float32, on one GPU: it keeps
+    them until the call ends, and the graph, if it is not checkpointed, until the backward. FSDP2 gathers blocks in the
+    dtype that computes.
     """
     item, trained = itemsizes(teacher)
     weights = sum(p.numel() for p in meta_model(teacher).students[0].parameters())
