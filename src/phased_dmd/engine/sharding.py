@@ -41,7 +41,7 @@ def parallelise(
     """
     if engine.activation_checkpointing:
         for block in blocks:
-            _recompute(block)
+            recompute(block)
     has_values = run_on_first_rank(lambda: not any(p.is_meta for p in network.parameters()))
     if sharded():
         values = dict(network.named_parameters())
@@ -78,7 +78,7 @@ def _allocate(network: nn.Module, where: torch.device, buffers: Mapping[str, Ten
         setattr(network.get_submodule(owner), leaf, buffer.to(device()))
 
 
-def _recompute(block: nn.Module) -> None:
+def recompute(block: nn.Module) -> None:
     """Has the block keep only its inputs for backward; without gradient it runs as it is."""
     forward = block.forward
 

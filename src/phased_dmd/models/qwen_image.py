@@ -42,10 +42,10 @@ class QwenImageModel(PipelineModel):
         return list(network.transformer_blocks)
 
     def batch(self, rows: Sequence[Condition]) -> Condition:
-        """Pads text to [b, tokens, d] with zeros; mask [b, tokens] is true where there is text."""
+        """Pads text to [b, tokens, d] with zeros; mask [b, tokens], on the CPU, is true where there is text."""
         texts = [row["text"].to(self.device, self.dtype) for row in rows]
-        lengths = torch.tensor([len(text) for text in texts], device=self.device)
-        mask = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
+        lengths = torch.tensor([len(text) for text in texts])  # on the CPU, where `predict` reads it without waiting
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
         return {"text": pad_sequence(texts, batch_first=True), "mask": mask}
 
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -53,7 +53,7 @@ class QwenImageModel(PipelineModel):
         mask = condition["mask"]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             velocity = network(
-                pack(x).to(self.dtype), condition["text"], None if mask.all() else mask, t.float(),
+                pack(x).to(self.dtype), condition["text"], None if mask.all() else mask.to(x.device), t.float(),
                 [[(1, height, width)]] * len(x), return_dict=False,
             )[0]  # fmt: skip
         return unpack(velocity, height, width).to(x.dtype)

@@ -8,7 +8,15 @@ from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.networks.roles import TEACHER
 from phased_dmd.plan import advice
-from phased_dmd.plan.measure import bucket_shapes, condition_shapes, largest, largest_call, meta_model, plan_of
+from phased_dmd.plan.measure import (
+    bucket_shapes,
+    condition_shapes,
+    largest,
+    largest_block,
+    largest_call,
+    meta_model,
+    plan_of,
+)
 from phased_dmd.plan.memory import (
     ITEMSIZE,
     RESERVE,
@@ -129,8 +137,9 @@ def _phase_cost(config: Config, phase: int, gpus: int, tflops: float, utilisatio
 
     plan, shown, iterations = plan_of(config), preview_cost(config, gpus), config.phase_iterations(phase)
     guided = max(meta_model(config.teacher).guidance) > 1
-    work = phase_work(config, plan, phase, guided, score_calls(config, phase, gpus))
-    flops = work.forwards * mean_flops(config.teacher) * config.batch_size
+    forward, attention = mean_flops(config.teacher)
+    work = phase_work(config, plan, phase, guided, score_calls(config, phase, gpus), attention)
+    flops = work.forwards * forward * config.batch_size
     each = hours(flops, gpus)
     return PhaseCost(
         phase, plan.end(phase), iterations, phase_memory(config, phase, gpus), work, flops,
@@ -163,7 +172,7 @@ def _bucket_names(config: Config) -> list[str]:
 def _length_warnings(config: Config, bucket: str, usable: float) -> list[str]:
     """Warns of a sample that no GPU holds, however many GPUs there are."""
     one = largest_call(config, 1, config.fake)
-    least = one.checkpointed + one.block
+    least = one.checkpointed + largest_block(config, 1, config.fake)
     if least <= usable:
         return []
     return [

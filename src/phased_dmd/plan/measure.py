@@ -8,6 +8,7 @@ import copy
 import functools
 import math
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,11 +18,13 @@ from peft.functional import inject_adapter_in_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from phased_dmd.config import Config, Fake, Generator, Lora, phase_plan
 from phased_dmd.config.teacher import OwnTeacher, PipelineTeacher, Teacher, WanTeacher
+from phased_dmd.engine.sharding import recompute
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.models.loader import bare_model
@@ -160,21 +163,46 @@ class SavedBytes(saved_tensors_hooks):
             sizes[storage._cdata] = storage.nbytes()
 
 
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors made inside, each storage once and without the network's own.
+
+    now, most: bytes that are there, and the most there were.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._sizes = {t.untyped_storage()._cdata: 0 for t in (*network.parameters(), *network.buffers())}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._sizes:
+                self._sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._freed, storage._cdata)
+        return made
+
+    def _freed(self, storage: int) -> None:
+        self.now -= self._sizes.pop(storage)
+
+
 class Call(NamedTuple):
     """The cost of one network call.
 
-    flops: of the forward, a multiply-add as two. saved: bytes that wait for the backward. checkpointed: those bytes if
-    each repeated block keeps its inputs only. trained: parameters that the call trains. learning: those that a gradient
-    reaches; the text's half of Qwen-Image's last block has none. block: further bytes that a checkpointed block needs
-    while its backward runs.
+    flops: of the forward, a multiply-add as two. attention: the part of it in attention's own products. saved: bytes
+    that wait for the backward. checkpointed: those bytes if each repeated block keeps its inputs only. trained:
+    parameters that the call trains. learning: those that a gradient reaches; the text's half of Qwen-Image's last block
+    has none.
     """
 
     flops: int
+    attention: int
     saved: int
     checkpointed: int
     trained: int
     learning: int
-    block: int
 
 
 def adapter(role: Generator | Fake) -> Lora | None:
@@ -188,6 +216,12 @@ def largest_call(config: Config, batch: int, role: Generator | Fake) -> Call:
     return call(config.teacher, shapes[largest(shapes)], batch, adapter(role))
 
 
+def largest_block(config: Config, batch: int, role: Generator | Fake) -> int:
+    """Returns the `block_bytes` of a call that trains a role, with a batch of samples of the largest bucket."""
+    shapes = bucket_shapes(config.teacher)
+    return block_bytes(config.teacher, shapes[largest(shapes)], batch, adapter(role))
+
+
 @cached
 def call(teacher: Teacher, shape: tuple[int, ...], batch: int, lora: Lora | None) -> Call:
     """Returns the cost of a call of a network with a batch of samples of a shape; a teacher's networks are alike.
@@ -197,7 +231,7 @@ def call(teacher: Teacher, shape: tuple[int, ...], batch: int, lora: Lora | None
     weights, networks = zip(*fake_networks(teacher, lora, train=True), strict=True)
     calls = [_count_call(teacher, network, shape, batch) for network in networks]
     totals = (sum(map(operator.mul, weights, numbers)) for numbers in zip(*calls, strict=True))
-    return Call(*totals)._replace(block=calls[-1].block)
+    return Call(*totals)
 
 
 def _count_call(teacher: Teacher, network: nn.Module, shape: tuple[int, ...], batch: int) -> Call:
@@ -213,13 +247,38 @@ def _count_call(teacher: Teacher, network: nn.Module, shape: tuple[int, ...], ba
     checkpointed, whole = saved.outside | saved.inputs, dict(saved.outside)
     for block in saved.blocks:
         whole |= block
-    inside = [sum(size for key, size in block.items() if key not in checkpointed) for block in saved.blocks]
     return Call(
-        flops=counter.get_total_flops(), saved=sum(whole.values()), checkpointed=sum(checkpointed.values()),
+        flops=counter.get_total_flops(),
+        attention=sum(counter.get_flop_counts()["Global"].get(kernel, 0) for kernel in attention),
+        saved=sum(whole.values()), checkpointed=sum(checkpointed.values()),
         trained=sum(p.numel() for p in network.parameters() if p.requires_grad),
         learning=learning(output),
-        block=max(inside, default=0),
     )  # fmt: skip
+
+
+def _forget(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+@cached
+def block_bytes(teacher: Teacher, shape: tuple[int, ...], batch: int, lora: Lora | None) -> int:
+    """Returns the further bytes that a checkpointed block needs while its backward runs: its own activations, and the
+    gradients on their way through it, without those that its parameters keep.
+    """
+    model, (x, condition) = meta_model(teacher), fake_inputs(teacher, shape, batch)
+    network = fake_networks(teacher, lora, train=True)[-1][1]
+    for block in model.blocks(network):
+        recompute(block)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_forget)
+    with FAKE_CPU:
+        t = torch.zeros(batch, dtype=torch.float64)
+    with PeakBytes(network) as peak:
+        output = model.predict(network, x, t, condition)
+        waiting = peak.most = peak.now
+        output.backward(torch.zeros_like(output))
+    return peak.most - waiting
 
 
 def learning(output: Tensor) -> int:

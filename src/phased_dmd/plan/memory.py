@@ -9,7 +9,7 @@ from torch import nn
 from phased_dmd.config import Config, Fake, Generator, renoise_interval
 from phased_dmd.config.teacher import PipelineTeacher, Teacher
 from phased_dmd.networks.roles import FAKE, TEACHER, expert_role
-from phased_dmd.plan.measure import cached, largest_call, meta_model, plan_of
+from phased_dmd.plan.measure import cached, largest_block, largest_call, meta_model, plan_of
 from phased_dmd.plan.preview import preview_cost
 
 RESERVE = 0.08  # of a GPU's memory: CUDA's context, NCCL's buffers, fragments; not measured
@@ -22,7 +22,7 @@ PACKED = {"int8": 1.0, "nf4": 0.5 + (1 + 4 / 256) / 64}  # bytes of a weight; nf
 class Memory:
     """Bytes on each GPU in a phase, and on the host for each GPU.
 
-    preview: bytes that a preview needs in the place of gradients and activations.
+    training: the most of gradients and activations at a time. preview: bytes that a preview needs in their place.
     """
 
     weights: int
@@ -30,14 +30,15 @@ class Memory:
     optimiser: int
     gathered: int
     activations: int
+    training: int
     preview: int
     host: int
 
     @property
     def gpu(self) -> int:
         """Returns the bytes on the GPU in all."""
-        states, gradients = (0, 0) if self.host else (self.weights + self.optimiser, self.gradients)
-        return self.gathered + states + max(self.activations + gradients, self.preview)
+        states = 0 if self.host else self.weights + self.optimiser
+        return self.gathered + states + max(self.training, self.preview)
 
 
 def itemsizes(teacher: Teacher) -> tuple[int, int]:
@@ -68,9 +69,14 @@ def block_parameters(teacher: Teacher) -> tuple[int, int]:
 
 
 def networks(config: Config, phase: int) -> tuple[int, int]:
-    """Returns on how many networks a phase trains an expert, and on how many a fake."""
+    """Returns on how many networks a phase trains an expert, and on how many a fake.
+
+    A fake that is an adapter is one for all phases, on the networks of each.
+    """
     plan = plan_of(config)
-    return len(plan.experts(phase)), len(plan.fakes(phase, renoise_interval(config, plan, phase).support))
+    phases = [phase] if config.fake.weights == "full" else range(1, plan.num_phases + 1)
+    fakes = {network for k in phases for network in plan.fakes(k, renoise_interval(config, plan, k).support)}
+    return len(plan.experts(phase)), len(fakes)
 
 
 def parameters_by_role(config: Config) -> dict[str, int]:
@@ -142,9 +148,14 @@ def activations(config: Config, phase: int, gpus: int) -> int:
     """
 
     def graph(role: Generator | Fake, calls: int = 1, more: int = 0) -> int:
-        one = largest_call(config, micro_batch(config, gpus) + more, role)
-        checkpointed = config.engine.activation_checkpointing
-        whole = calls * one.checkpointed + one.block if checkpointed else calls * one.saved
+        """Returns the bytes of some calls' graph, and of that of as many `more` samples: each is a call of its own."""
+        one, alone = (largest_call(config, batch, role) for batch in (micro_batch(config, gpus), 1))
+        block = largest_block(config, micro_batch(config, gpus), role)
+        copies = autocast_copies(config.teacher, role) if gpus == 1 and not config.engine.offload else 0
+        if config.engine.activation_checkpointing:  # copies go with the call that made them
+            whole = calls * (one.checkpointed + more * alone.checkpointed) + max(block, copies)
+        else:
+            whole = calls * (one.saved + more * alone.saved + copies)
         return whole // config.engine.sequence_parallel
 
     steps = config.plan.steps // config.plan.phases
@@ -158,17 +169,40 @@ def activations(config: Config, phase: int, gpus: int) -> int:
     return max(own, fake)
 
 
+def autocast_copies(teacher: Teacher, role: Generator | Fake) -> int:
+    """Returns the bytes of the copies that autocast makes of all weights that train in float32, on one GPU: it keeps
+    them until the call ends, and the graph, if it is not checkpointed, until the backward. FSDP2 gathers blocks in the
+    dtype that computes.
+    """
+    item, trained = itemsizes(teacher)
+    weights = sum(p.numel() for p in meta_model(teacher).students[0].parameters())
+    return weights * item if role.weights == "full" and item < trained else 0
+
+
+def training(config: Config, phase: int, gpus: int, gradients: int) -> int:
+    """Returns the most bytes of activations and gradients at a time.
+
+    While a backward goes from block to block, gradients come and activations go: all of the ones meet no more than a
+    block's of the others. Of several micro-batches, gradients of the first are there throughout the second.
+    """
+    own, waiting = micro_batch(config, gpus), activations(config, phase, gpus)
+    if own < math.ceil(config.batch_size * config.engine.sequence_parallel / gpus):
+        return waiting + gradients
+    block = max(largest_block(config, own, role) for role in (config.generator, config.fake))
+    return max(waiting, gradients + block // config.engine.sequence_parallel)
+
+
 def gathered(config: Config, gpus: int) -> int:
     """Returns the bytes of weights that FSDP2 holds whole at a time, with the gradients of the block that is computed.
 
     Blocks are gathered in the dtype that computes; what is outside of them is gathered as it is stored, and autocast
-    copies it. On one GPU nothing is sharded, and autocast copies all that is trained in float32 and computes in less.
+    copies it. On one GPU nothing is sharded.
     """
+    if gpus == 1 and not config.engine.offload:
+        return 0
     full, (item, trained) = "full" in (config.fake.weights, config.generator.weights), itemsizes(config.teacher)
     stored = trained if full else item
     copied = item if item < stored else 0
-    if gpus == 1 and not config.engine.offload:
-        return sum(p.numel() for p in meta_model(config.teacher).students[0].parameters()) * copied
     block, rest = block_parameters(config.teacher)
     gradients = block * (copied + stored) if full else 0
     return PREFETCHED * block * item + rest * (stored + copied) + gradients
@@ -183,5 +217,6 @@ def phase_memory(config: Config, phase: int, gpus: int) -> Memory:
         expert = networks(config, phase)[0] * largest_call(config, 1, config.generator).trained
         shown += math.ceil(expert * itemsizes(config.teacher)[1] / shards)
     host = weights + gradients + optimiser if config.engine.offload else 0
-    around = gathered(config, gpus), activations(config, phase, gpus)
+    most = training(config, phase, gpus, 0 if host else gradients)
+    around = gathered(config, gpus), activations(config, phase, gpus), most
     return Memory(weights, gradients, optimiser, *around, preview=shown, host=host)

@@ -6,14 +6,11 @@ Counted on tensors without data, as in `measure`: the most bytes that are there 
 import functools
 import json
 import math
-import weakref
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from phased_dmd.config import Config, Lora
@@ -23,6 +20,7 @@ from phased_dmd.maths.rollout import rollout
 from phased_dmd.models.source import BareSource, skeleton
 from phased_dmd.plan.measure import (
     FAKE_CPU,
+    PeakBytes,
     adapter,
     bucket_shapes,
     cached,
@@ -37,31 +35,6 @@ from phased_dmd.sampling.sampler import preview_batch, preview_size
 
 FRAMES = 3, 4  # of latents: by the third, a VAE that decodes one after the other costs the same for each
 COPIES = 3  # of the pixels, while a codec brings them to [0, 1]
-
-
-class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside, each storage once and without the network's own.
-
-    now, most: bytes that are there, and the most there were.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._sizes = {t.untyped_storage()._cdata: 0 for t in (*network.parameters(), *network.buffers())}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._sizes:
-                self._sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self._freed, storage._cdata)
-        return made
-
-    def _freed(self, storage: int) -> None:
-        self.now -= self._sizes.pop(storage)
 
 
 class PreviewCost(NamedTuple):

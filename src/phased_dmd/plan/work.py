@@ -6,9 +6,10 @@ from statistics import fmean
 from phased_dmd.config import Config
 from phased_dmd.config.teacher import PipelineTeacher, QwenImageTeacher, Teacher
 from phased_dmd.maths.phases import PhasePlan
-from phased_dmd.plan.measure import bucket_shapes, call
+from phased_dmd.plan.measure import Call, bucket_shapes, call
 
 TEXT_TOKENS = 192  # of a prompt, where it is not padded to the most tokens: about 140 words
+ATTENTION = 2.5  # forwards of attention in its backward: two products become five, as its matrix is made again
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,13 @@ class Work:
         return self.generator_forwards + self.fake_forwards
 
 
-def phase_work(config: Config, plan: PhasePlan, phase: int, guided: bool, score_calls: float = 1.0) -> Work:
+def phase_work(
+    config: Config, plan: PhasePlan, phase: int, guided: bool, score_calls: float = 1.0, attention: float = 0.0
+) -> Work:
     """Returns the work of an iteration of a phase. guided: whether the teacher is called twice.
 
-    score_calls: network calls that a sample's score takes, see `memory.score_calls`.
+    score_calls: network calls that a sample's score takes, see `memory.score_calls`. attention: its share of a
+    forward's FLOPs; without it a backward counts as the layers' alone.
     """
     updates, checkpointing = config.fake.updates, config.engine.activation_checkpointing
     before, steps = float(plan.steps(phase).start), len(plan.steps(phase))  # steps of earlier phases, and of this one
@@ -50,10 +54,11 @@ def phase_work(config: Config, plan: PhasePlan, phase: int, guided: bool, score_
         for_fake, for_generator = before + fakes, 0.0
     teacher = 2 if guided else 1
     differentiated = {"fisher": teacher + 1, "fisher-stop-gradient": 1}.get(config.objective, 0)
-    scores = teacher + 1 + differentiated * (1 + checkpointing)
-    # A forward and a backward, in forwards: the backward costs one for the gradients of activations, and one more for
-    # those of weights, unless they are an adapter's. Checkpointing repeats the forward.
-    update = {"lora": 2 + checkpointing, "full": 3 + checkpointing}
+    # A forward and a backward, in forwards. The backward costs one for the gradients of activations, more in attention,
+    # and one for those of the layers' weights, unless they are an adapter's. Checkpointing repeats the forward.
+    backward = 1 + (ATTENTION - 1) * attention
+    update = {"lora": 1 + checkpointing + backward, "full": 2 + checkpointing + backward - attention}
+    scores = teacher + 1 + differentiated * (checkpointing + backward)
     return Work(
         generator_calls=for_generator + recorded + (teacher + 1) * score_calls,
         generator_forwards=for_generator + recorded * update[config.generator.weights] + scores * score_calls,
@@ -64,13 +69,24 @@ def phase_work(config: Config, plan: PhasePlan, phase: int, guided: bool, score_
 
 def forward_flops(teacher: Teacher) -> list[int]:
     """Returns the FLOPs of one sample's forward in each resolution bucket."""
+    return [each.flops for each in _forwards(teacher)]
+
+
+def _forwards(teacher: Teacher) -> list[Call]:
     shapes = bucket_shapes(teacher)
     if isinstance(teacher, QwenImageTeacher):
         teacher = teacher.model_copy(update={"max_tokens": min(TEXT_TOKENS, teacher.max_tokens)})
-    return [call(teacher, shape, 1, None).flops for shape in shapes]
+    return [call(teacher, shape, 1, None) for shape in shapes]
 
 
-def mean_flops(teacher: Teacher) -> float:
-    """Returns the FLOPs of one sample's forward, averaged over the buckets, as often as each is drawn."""
+def mean_flops(teacher: Teacher) -> tuple[float, float]:
+    """Returns the FLOPs of one sample's forward, averaged over the buckets, as often as each is drawn; and attention's
+    share of them.
+    """
     weights = [size.weight for size in teacher.sizes] if isinstance(teacher, PipelineTeacher) else [1.0]
-    return sum(weight * cost for weight, cost in zip(weights, forward_flops(teacher), strict=True)) / sum(weights)
+    forwards = _forwards(teacher)
+    flops, attention = (
+        sum(weight * cost for weight, cost in zip(weights, costs, strict=True)) / sum(weights)
+        for costs in ([each.flops for each in forwards], [each.attention for each in forwards])
+    )
+    return flops, attention / flops if flops else 0.0
