@@ -31,8 +31,8 @@ FOLDER = Path(__file__).parent / "fake_gpu"
 # last block, half of which gets no gradient, must be none of these.
 BLOCKS = {"wan22-t2v": (3, 4), "wan21-t2i": (3, 4), "qwen-image": (4, 5)}
 TOLERANCE = 0.1  # between what is planned and what is simulated
-FITS = 77e9  # bytes of a GPU of 80 GB
-MOST_WAITS = 6  # of the host for the GPU in an update: for losses, norms and times
+FITS = 77e9  # bytes of a GPU of 80 GB; 76.6 were found
+MOST_WAITS = 6  # of the host for the GPU in an update of one micro-batch: for losses, norms and times
 SIZES = {
     "480p": {"teacher.sizes": [{"num_frames": 81, "height": 480, "width": 832}]},
     "720p": {"teacher.sizes": [{"num_frames": 81, "height": 720, "width": 1280}]},
@@ -156,9 +156,11 @@ def test_an_iteration_takes_the_flops_that_are_planned(name: str, counted: dict[
     config = resolve(case["recipe"], case["changes"])
     forward, attention = mean_flops(config.teacher)
     calls = score_calls(config, case["phase"], case["gpus"])
-    work = phase_work(config, plan_of(config), case["phase"], True, calls, attention)
+    plan = plan_of(config)
+    work, exits = phase_work(config, plan, case["phase"], True, calls, attention), len(plan.steps(case["phase"]))
+    longest = work.generator_forwards + (exits - 1) / 2  # the worker's exit is the last, and the plan's the mean
     assert work.fake_forwards * forward == pytest.approx(config.fake.updates * fake.flops, rel=TOLERANCE)
-    assert work.generator_forwards * forward == pytest.approx(expert.flops, rel=TOLERANCE)
+    assert longest * forward == pytest.approx(expert.flops, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", CASES)

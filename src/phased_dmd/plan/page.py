@@ -64,7 +64,7 @@ def _tables(plan: Needs) -> dict[str, list[list[str]]]:
 
 def _memory_columns(plan: Needs) -> Iterator[list[str]]:
     """Yields the names of the parts of the memory, then their sizes in each phase; those on the host in brackets."""
-    states, rest = ["weights", "gradients", "optimiser"], ["gathered", "activations", "preview"]
+    states, rest = ["weights", "gradients", "optimiser"], ["gathered", "activations", "training", "preview"]
     away = plan.phases[0].memory.host > 0
     yield ["", *states, *rest, "in all", *(["on the host"] if away else [])]
     for phase in plan.phases:
