@@ -325,3 +325,10 @@ def test_parts_of_r_lead_to_the_range_of_one_network_each(
     r = torch.tensor(parts[1:-1], dtype=torch.float64)
     times = renoise_times(r, interval.low, interval.high, shift, interval.floor)
     assert times.tolist() == pytest.approx(cuts, abs=1e-12)
+
+
+def test_a_last_phase_below_the_least_time_is_refused_without_a_word_of_switches() -> None:
+    """It ends at 0, where times begin at .02 only, and begins at .01."""
+    plan = PhasePlan((1.0, 0.01, 0.0), (0, 1))
+    with pytest.raises(ValueError, match=r"^renoise: no time of phase 2 is left below 0\.01$"):
+        RenoiseInterval.of(plan, 2, "disjoint", None)
