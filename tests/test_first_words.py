@@ -5,12 +5,15 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import rich
+import torch
+from commands import run as command
 from rich.console import Console
 
 from phased_dmd.config import Config
@@ -49,6 +52,44 @@ def test_initial_experts_of_other_times_are_said_to_be_the_nearest(tmp_path: Pat
     times = r"phases begin at 1, 0\.6667, 0\.3333, and its steps at 1, 0\.75, 0\.5, 0\.25"
     with pytest.warns(UserWarning, match=rf"^init_experts: {times}; each starts from the expert of the nearest$"):
         distill(three, tmp_path / "three", quiet=True)
+
+
+def test_every_extra_is_explained_and_how_trackers_are_turned_on() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "using.md").read_text()
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"eval", "trackers"} <= extras.keys()
+    assert all(f"| `{extra}` |" in page for extra in extras.keys() - {"dev"})
+    assert "--set 'trackers=[tensorboard]'" in page
+
+
+def test_a_page_is_not_written_to_a_folder_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was made, under whatever name it was mistyped."""
+    missing = tmp_path / "reprots"
+    assert command("report", str(tmp_path), "--output", str(missing / "page.html"), monkeypatch=monkeypatch) == 2
+    assert capsys.readouterr().err == f"phased-dmd: --output: {missing} is no folder\n"
+    assert not missing.exists()
+
+
+def test_memory_that_runs_out_is_one_line_with_what_the_plan_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a GPU of 20 kB, whose memory is gone at the first network call; the plan computes on the host."""
+    linear = torch.nn.functional.linear
+
+    def full(*_: Any) -> None:
+        monkeypatch.setattr(torch.nn.functional, "linear", linear)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (0, 20_000))
+    monkeypatch.setattr(torch.nn.functional, "linear", full)
+    tiny = ("--set", "teacher.fit_steps=1", "--set", "sample_every=null", "--set", "batch_size=8")
+    status = command("distill", "toy-1d", "--output", str(tmp_path / "run"), *tiny, monkeypatch=monkeypatch)
+    error = capsys.readouterr().err
+    assert status == 1 and error.count("\n") == 1
+    assert "CUDA out of memory; `phased-dmd plan` says: it does not fit: " in error
 
 
 def test_loading_from_python_says_nothing_of_torchvision() -> None:

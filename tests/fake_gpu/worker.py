@@ -109,7 +109,7 @@ class Watch(TorchDispatchMode):
             with unset_fake_temporarily():
                 return torch.ones(given[0].shape, dtype=kwargs.get("dtype")) if value is None else func(value, **kwargs)
         if func is aten.copy_.default and not given[0].is_cuda:
-            raise NotImplementedError("a copy into a tensor of the host")
+            raise RuntimeError("a tensor of the host would be given values that there are none of")
         self.uploads += func in (aten._to_copy.default, aten.copy_.default) and not given[-1].is_cuda
         value = follow(func, args, kwargs, given)
         if func is aten.nonzero.default:

@@ -86,23 +86,22 @@ def _run(config: Config, folder: Path, cache: Path | None, strict: bool) -> None
     try:
         distill(config, folder, cache=cache, strict=strict)
     except OutOfMemory as error:
-        raise OutOfMemory(f"out of memory: {error}; {_what_would_fit(config)}") from error
+        raise OutOfMemory(f"{error}; {_plan_of_this_machine(config)}") from error
     after = f"`phased-dmd sample {folder} --output FOLDER`, `phased-dmd evaluate {folder}`"
     tell(f"{folder}: done; experts in {folder / 'experts'}; next: {after}")
 
 
-def _what_would_fit(config: Config) -> str:
-    """Returns what the plan says would help a run that the GPU's memory does not hold."""
+def _plan_of_this_machine(config: Config) -> str:
+    """Returns what the plan says of a run on the GPUs that it was started on."""
     import torch
 
-    from phased_dmd.plan import needs
+    from phased_dmd.plan import needs, page
 
-    gpus, gb = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.get_device_properties(0).total_memory / 1e9
-    found = needs(config, gpus, gb)
-    if found.fits:
-        return "by `phased-dmd plan` it fits: set engine.micro_batch or a smaller batch_size, and report this, please"
-    more = f"{found.enough_gpus} GPUs" if found.enough_gpus else "a larger GPU"
-    return f"by `phased-dmd plan` it fits {f'with {found.options}' if found.options else f'on {more}'}"
+    gpus, memory = int(os.environ.get("WORLD_SIZE", "1")), torch.accelerator.get_memory_info()[1] / 1e9
+    try:
+        return f"`phased-dmd plan` says: {', '.join(page.verdict(needs(config, gpus, memory)))}"
+    except UserError as error:
+        return f"`phased-dmd plan` says: {error}"
 
 
 def _about(config: Config, folder: Path) -> str:

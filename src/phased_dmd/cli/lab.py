@@ -85,6 +85,8 @@ def report(
     """Write a self-contained page that compares evaluated runs."""
     if output is None and len(runs) > 1:
         raise UserError("--output: a page of several runs needs one, an HTML file")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UserError(f"--output: {output.parent} is no folder")
     from phased_dmd.lab.report import write_report
 
     print(write_report(runs, output or runs[0] / "report.html"))

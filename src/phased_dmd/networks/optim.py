@@ -68,9 +68,7 @@ class MomentumFreeAdamW(torch.optim.Optimizer):
                 lr=group["lr"], beta1=0.0, beta2=group["beta2"], eps=group["eps"], weight_decay=group["weight_decay"],
             )  # fmt: skip
             rounded = [i for i, (v, square) in enumerate(zip(stored, squares, strict=True)) if v is not square]
-            counts = (
-                torch.stack(steps).tolist() if rounded else []
-            )  # the device is waited for once, not for each tensor
+            counts = torch.stack(steps).tolist() if rounded else []  # one wait for the device, not one a tensor
             for i in rounded:
                 seed = seed_of(self.seed, i, int(counts[i]), rank())
                 stored[i].copy_(_round_at_random(squares[i].to(torch.float32), seed))

@@ -35,7 +35,7 @@ def show(plan: Needs, console: Console) -> None:
         f"prompt cache: {plan.prompts} prompts, at most {size(plan.prompt_cache)} on disk",
         *plan.remarks,
         *(f"warning: {warning}" for warning in plan.warnings),
-        *_verdict(plan),
+        *verdict(plan),
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -73,7 +73,7 @@ def _memory_columns(plan: Needs) -> Iterator[list[str]]:
         yield [f"phase {phase.phase}", *held, size(phase.memory.gpu), *([sizes["host"]] if away else [])]
 
 
-def _verdict(plan: Needs) -> list[str]:
+def verdict(plan: Needs) -> list[str]:
     """Says whether it fits, and if not, what would make it fit."""
     most = size(max(phase.memory.gpu for phase in plan.phases))
     if plan.fits:
