@@ -31,7 +31,7 @@ FOLDER = Path(__file__).parent / "fake_gpu"
 # last block, half of which gets no gradient, must be none of these.
 BLOCKS = {"wan22-t2v": (3, 4), "wan21-t2i": (3, 4), "qwen-image": (4, 5)}
 TOLERANCE = 0.1  # between what is planned and what is simulated
-FITS = 77e9  # bytes of a GPU of 80 GB; 76.6 were found
+FITS = 76e9  # bytes of a GPU of 80 GB
 MOST_WAITS = 2  # of the host for the GPU in an update of one micro-batch: for its loss and its norm
 SIZES = {
     "480p": {"teacher.sizes": [{"num_frames": 81, "height": 480, "width": 832}]},

@@ -194,6 +194,7 @@ def pretend() -> None:
     for name, value in fixed.items():
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     torch.cuda.Stream = torch.cuda.Event = Nothing  # type: ignore[misc]
+    torch.accelerator.current_stream = Nothing  # type: ignore[misc,assignment]
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment]
     FakeTensor.tolist = read_list  # type: ignore[method-assign]

@@ -1,8 +1,9 @@
 """Makes a network ready to run: shards it (FSDP2), and has its blocks recomputed in backward, or compiled.
 
 FSDP2 keeps a shard of each parameter in every process, a DTensor, and gathers the parameters of one group, a block or
-what stands around the blocks, while they are used. What is trained in a group has one dtype: adapters in float32
-stand in the group of their frozen bfloat16 block; a copy in float32 computes in the dtype of the network it copies.
+a module that stands around the blocks, while they are used. What is trained in a group has one dtype: adapters in
+float32 stand in the group of their frozen bfloat16 block; a copy in float32 computes in the dtype of the network it
+copies.
 """
 
 import copy
@@ -39,13 +40,14 @@ def parallelise(
     Sharded parameters have the first process's values; a meta copy's are left unset. compute: the dtype that the
     blocks' parameters are gathered in, their own if None.
     """
-    if engine.activation_checkpointing:
-        for block in blocks:
-            recompute(block)
+    around = _around(network, blocks)
+    if engine.activation_checkpointing:  # a graph of what stands around would keep autocast's copies of its weights
+        for module in (*blocks, *around):
+            recompute(module)
     has_values = run_on_first_rank(lambda: not any(p.is_meta for p in network.parameters()))
     if sharded():
         values = dict(network.named_parameters())
-        _shard(network, blocks, engine, compute)
+        _shard(network, blocks, around, engine, compute)
         if has_values:
             copy_full_tensors(dict(network.named_parameters()), values)
     elif not has_values:
@@ -56,7 +58,22 @@ def parallelise(
             block.compile()
 
 
-def _shard(network: nn.Module, blocks: Sequence[nn.Module], engine: Engine, compute: torch.dtype | None) -> None:
+def _around(network: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Returns the children of a network that have parameters and hold no block; each must be called as a module."""
+    inside = {id(block) for block in blocks}
+    return [
+        child
+        for child in network.children()
+        if type(child).forward is not nn.Module.forward  # a list of modules is none
+        and next(child.parameters(), None) is not None
+        and inside.isdisjoint(map(id, child.modules()))
+    ]
+
+
+def _shard(
+    network: nn.Module, blocks: Sequence[nn.Module], around: Sequence[nn.Module], engine: Engine,
+    compute: torch.dtype | None,
+) -> None:  # fmt: skip
     buffers = dict(network.named_buffers())
     network.to("meta")
     offload = CPUOffloadPolicy(pin_memory=device().type != "cpu") if engine.offload else OffloadPolicy()
@@ -65,7 +82,10 @@ def _shard(network: nn.Module, blocks: Sequence[nn.Module], engine: Engine, comp
             param_dtype=compute, reduce_dtype=torch.float32 if compute else None, cast_forward_inputs=False
         )
         fully_shard(block, mesh=mesh(engine.replicas), mp_policy=policy, offload_policy=offload)
-    # What stands around the blocks is let go after each call too: between calls every parameter is its shard.
+    # What stands around the blocks is let go like them, or 1.9 GB of Wan 14B would be whole all through a backward.
+    for module in around:
+        fully_shard(module, mesh=mesh(engine.replicas), offload_policy=offload)
+    # The network's own parameters are let go after each call too: between calls every parameter is its shard.
     fully_shard(network, mesh=mesh(engine.replicas), offload_policy=offload, reshard_after_forward=True)
     _allocate(network, torch.device("cpu") if engine.offload else device(), buffers)
 
