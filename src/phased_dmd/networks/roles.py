@@ -165,7 +165,9 @@ class Roles:
         return named
 
     def state(self, role: str) -> dict[str, Tensor]:
-        """Returns a copy of the role's parameters on the CPU, gathered from their shards."""
+        """Returns a copy of the role's parameters on the CPU, gathered from their shards one by one; of several
+        processes only the first gets values, see `full_tensor`.
+        """
         return {name: full_tensor(p) for name, p in self.parameters(role).items()}
 
     def load(self, role: str, tensors: dict[str, Tensor]) -> None:
