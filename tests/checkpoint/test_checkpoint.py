@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors, write_atomically
-from phased_dmd.checkpoint.folders import Manifest, Sum
+from phased_dmd.checkpoint.folders import Manifest, Sum, verify, write_folder
 from phased_dmd.engine.collectives import run_on_all_ranks, run_on_first_rank
 from phased_dmd.errors import UserError
 from phased_dmd.recipes import resolve
@@ -687,6 +687,51 @@ def test_two_processes_save_and_one_loads_and_the_other_way_round(tmp_path: Path
     run = RunFolder(tmp_path)
     assert names(run) == [folder(run, point(10)).name] and len(list(folder(run, point(10)).iterdir())) == 3
     assert_loads(tmp_path, 10)
+
+
+def test_a_checkpoint_of_many_files_is_read_by_another_number_of_processes(tmp_path: Path) -> None:
+    """Its five tensors are of 48, 120, 8, 56 and 4 bytes, its files of 64: of two processes each writes 32."""
+    saved = folder(RunFolder(tmp_path), point(10))
+    assert group(2, lambda _: write_folder(saved, point(10), sharded(10), file_bytes=32)) == [0, 0]
+    assert verify(saved) == point(10)
+    numbers = {path.name.partition("model-")[2][:14] for path in saved.glob("*.safetensors")}
+    assert numbers == {f"0000{i}-of-00004" for i in (1, 2, 3, 4)}
+    assert_loads(tmp_path, 10)
+
+
+# ---------------------------------------------------------------- the host's memory
+
+
+def own_bytes(field: str) -> int:
+    """What the system says of this process: VmRSS, what it has in memory; VmHWM, the most of that; RssAnon, its own."""
+    return 1024 * int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0])
+
+
+def test_a_checkpoint_takes_the_hosts_memory_for_a_file_of_it_alone(tmp_path: Path) -> None:
+    """Of 256 MB in files of 8: each is one piece of bytes before it is written. The libraries that it runs take 40."""
+    state = {str(i): torch.ones(2**20) for i in range(64)}
+    saved = folder(RunFolder(tmp_path), point(5))
+
+    def write() -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # which begins VmHWM anew
+        before = own_bytes("VmRSS")
+        write_folder(saved, point(5), state, file_bytes=2**23)
+        assert own_bytes("VmHWM") - before < 100e6
+
+    assert forked(write) == 0
+    assert len(list(saved.glob("*.safetensors"))) == 32
+
+
+def test_what_is_not_used_of_an_expert_that_is_read_takes_no_memory(tmp_path: Path) -> None:
+    """So every process may read a full expert, of which only the first one uses the values."""
+    save_tensors(tmp_path / "expert", {str(i): torch.ones(2**20) for i in range(16)}, {})
+
+    def read() -> None:
+        before = own_bytes("RssAnon")
+        loaded, _ = load_tensors(tmp_path / "expert")
+        assert own_bytes("RssAnon") - before < sum(tensor.nbytes for tensor in loaded.values()) / 10
+
+    assert forked(read) == 0
 
 
 def test_a_fault_of_one_process_is_one_of_all(tmp_path: Path) -> None:

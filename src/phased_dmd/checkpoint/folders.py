@@ -30,6 +30,7 @@ from phased_dmd.engine.world import rank, sharded, world_size
 from phased_dmd.errors import UserError
 
 MANIFEST = "manifest.json"
+FILE_BYTES = 2**28  # torch copies a file's tensors to the host, and has them there as one piece of bytes, too
 POINT = re.compile(r"phase-(\d+)-iteration-(\d+)-update-(\d+)", re.ASCII)
 
 
@@ -109,10 +110,13 @@ class Manifest(Section):
 # ---------------------------------------------------------------- writing
 
 
-def write_folder(folder: Path, at: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+def write_folder(
+    folder: Path, at: Mapping[str, Any], state: Mapping[str, Tensor], file_bytes: int = FILE_BYTES
+) -> None:  # fmt: skip
     """Commits a checkpoint to `folder`, whose parent's parent must exist; raises OSError on every rank alike.
 
     A whole checkpoint that is there already stands for the same point of the same run, and is left as it is.
+    file_bytes: the most that each process writes to a file, but for a larger tensor; it holds that much a few times.
     """
     if run_on_first_rank(lambda: os.path.lexists(folder)):
         try:
@@ -131,7 +135,8 @@ def write_folder(folder: Path, at: Mapping[str, Any], state: Mapping[str, Tensor
         run_on_first_rank(lambda: _stage(partial))
         with _plain_errors():
             contiguous = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            numbers = _file_numbers(contiguous, file_bytes * world_size())
+            writer = HuggingFaceStorageWriter(str(partial), numbers, save_distributed=True)
             dcp.save(contiguous, storage_writer=writer, no_dist=not sharded())
         names = sorted({name for found in run_on_all_ranks(lambda: os.listdir(partial)) for name in found})
         own = names[rank() :: world_size()]
@@ -142,6 +147,19 @@ def write_folder(folder: Path, at: Mapping[str, Any], state: Mapping[str, Tensor
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _file_numbers(state: Mapping[str, Tensor], most: int) -> dict[str, int]:
+    """Returns the number, from 1 on, of the file of each tensor: a file holds `most` bytes at most, or one tensor.
+
+    most: over all processes, each of which writes a file of its shards.
+    """
+    numbers, number, size = {}, 1, 0
+    for name, tensor in state.items():
+        if size and size + tensor.nbytes > most:
+            number, size = number + 1, 0
+        numbers[name], size = number, size + tensor.nbytes
+    return numbers
 
 
 def remove(folder: Path) -> None:
