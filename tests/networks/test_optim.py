@@ -1,10 +1,21 @@
 """MomentumFreeAdamW against torch's own AdamW and closed forms; the learning rate's decay; the guard before a step."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from phased_dmd.networks.optim import MomentumFreeAdamW, NonFiniteError, _round_at_random, check_finite, decayed
+from phased_dmd.config import Optimiser
+from phased_dmd.networks.optim import (
+    Learner,
+    MomentumFreeAdamW,
+    NonFiniteError,
+    _round_at_random,
+    check_finite,
+    decayed,
+)
 
 
 class Net(nn.Module):
@@ -52,6 +63,34 @@ def test_equals_adamw_without_momentum(dtype: torch.dtype, tolerance: float, wei
         torch.testing.assert_close(mine["exp_avg_sq"], other["exp_avg_sq"], rtol=1e-5, atol=0)
         assert mine["step"] == other["step"]  # late: 80, odd: 50, not 100
     assert {float(optimiser.state[p]["step"]) for p in ours.parameters()} == {100.0, 80.0, 50.0}
+
+
+class Launched(TorchDispatchMode):
+    """Counts the operations that launch a kernel, or one for a list of tensors, which those that only look do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view and "prim::" not in func._schema.name
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_launches_as_much_for_many_tensors_as_for_few() -> None:
+    """The norm, the clip, the step and the average: each is one pass over all tensors."""
+
+    def launched(tensors: int) -> int:
+        weights = {str(i): nn.Parameter(torch.ones(3)) for i in range(tensors)}
+        learner = Learner("fake", weights, Optimiser(clip=0.1), lr=1e-3, ema=0.9)
+        for p in weights.values():
+            p.grad = torch.ones(3)
+        with Launched() as found:
+            learner.clip(learner.checked_norm(0.0, "here"))
+            learner.step(0)
+        return found.count
+
+    assert launched(200) == launched(3) < 25
 
 
 def test_stores_no_first_moment() -> None:

@@ -151,8 +151,8 @@ class Learner:
             group["lr"] = decayed(self.lr, self.config.decay, iteration, self.iterations)
         self.optimiser.step()
         if self.ema is not None and self.ema_decay is not None:
-            for name, p in self.parameters.items():
-                self.ema[name].lerp_(p.detach(), 1 - self.ema_decay)
+            averages = [_own(self.ema[name]) for name in self.parameters]
+            torch._foreach_lerp_(averages, [_own(p.detach()) for p in self.parameters.values()], 1 - self.ema_decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
