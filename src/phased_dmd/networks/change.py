@@ -72,13 +72,16 @@ def check_change(change: Change, shapes: Mapping[str, tuple[int, ...]]) -> None:
 def start_from(fresh: Mapping[str, Tensor], changes: Mapping[int, Change], lora: Lora | None) -> dict[str, Tensor]:
     """Returns a role's tensors that compute what its networks do with their changes, as far as the role can hold them.
 
-    fresh: the role's tensors as it was added, by `<network>.<name>`; lora: the size of its adapters, None for copies.
+    fresh: the role's tensors as it was added, by `<network>.<name>`, of its own networks; lora: the size of its
+    adapters, None for copies.
     An adapter that is given less than its rank keeps the rest of its fresh A, beside zeros in B: it computes the same,
     and trains. One that is given more takes the nearest of its rank.
     """
     found = dict(fresh)
     for network, change in changes.items():
         own = f"{network}."
+        if not any(name.startswith(own) for name in fresh):
+            continue
         found |= {own + name: tensor for name, tensor in change.whole.items()}
         for name, tensor in change.differences.items() if lora is None else ():
             found[own + name] = found[own + name] + tensor
@@ -99,7 +102,7 @@ def _of_rank(pair: tuple[Tensor, Tensor], fresh_a: Tensor, fresh_b: Tensor) -> t
     (a, b), rank = pair, len(fresh_a)
     if len(a) > rank:
         a, b, _ = reduce_rank(a.flatten(1), b.flatten(1), rank)
-        return a.reshape(fresh_a.shape), b.reshape(fresh_b.shape)
+        a, b = a.reshape(-1, *fresh_a.shape[1:]), b.reshape(len(b), -1, *fresh_b.shape[2:])
     rest = torch.zeros_like(fresh_b[:, len(a) :])
     return torch.cat([a, fresh_a[len(a) :].to(a)]), torch.cat([b, rest.to(b)], dim=1)
 

@@ -12,6 +12,7 @@ from phased_dmd.engine.world import warn
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import NEAR, PhasePlan
 from phased_dmd.models.protocol import VelocityModel
+from phased_dmd.networks.build import lora_of
 from phased_dmd.networks.change import Change, check_change, describe_loss, expert_change, parameter_shapes, start_from
 from phased_dmd.sampling.loading import EXPORT, read
 from phased_dmd.sampling.lora_files import find_file, read_changes
@@ -19,27 +20,30 @@ from phased_dmd.sampling.lora_files import find_file, read_changes
 Changes = Callable[[int], dict[int, Change]]  # of the networks that a phase trains, by their numbers
 
 
-def initial_expert(config: Config, model: VelocityModel, phase: int, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors that a phase's expert starts from; fresh: those that it has as it was added.
+def initial_state(
+    config: Config, model: VelocityModel, phase: int, fresh: Mapping[str, Tensor], lora: Lora | None
+) -> dict[str, Tensor]:  # fmt: skip
+    """Returns the tensors that a phase's expert, or its fake, starts from. fresh, lora: see `start_from`.
 
     It computes what `init_experts` does there: a run's or an export's expert that serves the step nearest to the
-    phase's first one on that network, or what LoRA files make of the network; see `start_from` for other ranks.
+    phase's first one on that network, or what LoRA files make of the network.
     """
     with _naming_the_field():
-        return start_from(fresh, read_initial(config, model)[0](phase), expert_lora(config))
+        return start_from(fresh, read_initial(config, model)[0](phase), lora)
 
 
 def check_initial(config: Config, model: VelocityModel) -> None:
     """Reads what all experts start from. Raises UserError where it does not fit, and warns of what is lost of it."""
-    lora, said = expert_lora(config), []
+    lora, said = lora_of(config.generator), []
+    adapters = lora or (lora_of(config.fake) if config.fake.start == "experts" else None)
     with _naming_the_field():
         changes, times = read_initial(config, model)
         for phase in range(1, config.plan.phases + 1):
             for network, change in changes(phase).items():
-                if change.whole and lora:
-                    raise UserError("its experts are full weights, and generator.weights is lora")
+                if change.whole and adapters:
+                    raise UserError("its experts are full weights, from which no adapter can start")
                 if lost := describe_loss(change, lora, model.lora_targets):
-                    said.append(f"network {network}: of the norm of its change is lost {lost}")
+                    said.append(f"lost of the change of network {network}, by its norm: {lost}")
     plan = phase_plan(config, model.switches)
     begins = [plan.begin(phase) for phase in range(1, plan.num_phases + 1)]
     if times and any(min(abs(t - begin) for t in times) > NEAR for begin in begins):
@@ -47,11 +51,6 @@ def check_initial(config: Config, model: VelocityModel) -> None:
         said.append(f"phases begin at {at}, and its steps at {of}; each starts from the expert of the nearest")
     for line in dict.fromkeys(said):  # LoRA files say the same of every phase
         warn(f"init_experts: {line}")
-
-
-def expert_lora(config: Config) -> Lora | None:
-    """Returns the size of the experts' adapters, or None for full experts."""
-    return config.generator.lora if config.generator.weights == "lora" else None
 
 
 def read_initial(config: Config, model: VelocityModel) -> tuple[Changes, Sequence[float]]:
@@ -86,7 +85,7 @@ def _of_ours(
         try:
             if not tensors:
                 raise UserError(f"it holds nothing of network {network}")
-            change = expert_change(tensors, expert_lora(other))
+            change = expert_change(tensors, lora_of(other.generator))
             check_change(change, shapes[network])
         except ValueError as error:
             raise UserError(f"{place}: expert of phase {nearest.phase}: {error}") from error

@@ -74,6 +74,8 @@ def read_changes(paths: Sequence[Path], networks: Sequence[nn.Module]) -> list[C
 
 def find_file(path: Path) -> Path:
     """Returns the LoRA file that a path leads to: itself, or the only one in a folder."""
+    if not path.exists():
+        raise UserError(f"{path}: is not there")
     if not path.is_dir():
         return path
     found = sorted(path.glob("*.safetensors"))

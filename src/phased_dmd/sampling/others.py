@@ -10,10 +10,9 @@ from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import step_times
 from phased_dmd.models.loader import bare_model
-from phased_dmd.networks.build import load_expert
+from phased_dmd.networks.build import load_expert, lora_of
 from phased_dmd.networks.change import Change, start_from
 from phased_dmd.networks.roles import expert_role
-from phased_dmd.sampling.initial import expert_lora
 from phased_dmd.sampling.loading import untrained
 from phased_dmd.sampling.lora_files import read_changes
 from phased_dmd.sampling.sampler import Sampler
@@ -39,8 +38,8 @@ def load_loras(
     config = changed(config, of_changes(changes))
     sampler = untrained(config, bucket=bucket, times=(*times, 0.0))
     system, role = sampler.system, expert_role(1)
-    own = {expert.network: changes[expert.network] for expert in system.plan.experts(1)}
-    load_expert(system, 1, start_from(system.roles.state(role), own, expert_lora(config)), "--lora")
+    start = start_from(system.roles.state(role), dict(enumerate(changes)), lora_of(config.generator))
+    load_expert(system, 1, start, "--lora")
     return sampler
 
 
