@@ -1,5 +1,6 @@
 """What was trained into a network, as a change of its weights from which a role of another size can start."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -89,8 +90,8 @@ def start_from(fresh: Mapping[str, Tensor], changes: Mapping[int, Change], lora:
             stem = own + module
             if lora is None:
                 weight = found[f"{stem}.weight"]
-                product = (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
-                found[f"{stem}.weight"] = weight + change.scale * product
+                a, b = _flat((a, b))
+                found[f"{stem}.weight"] = weight + change.scale * (b @ a).reshape(weight.shape)
             elif stem + A in fresh:
                 pair = a, (change.scale / (lora.alpha / lora.rank)) * b
                 found[stem + A], found[stem + B] = _of_rank(pair, fresh[stem + A], fresh[stem + B])
@@ -101,7 +102,7 @@ def _of_rank(pair: tuple[Tensor, Tensor], fresh_a: Tensor, fresh_b: Tensor) -> t
     """Returns A and B of an adapter's own rank, see `start_from`."""
     (a, b), rank = pair, len(fresh_a)
     if len(a) > rank:
-        a, b, _ = reduce_rank(a.flatten(1), b.flatten(1), rank)
+        a, b, _ = reduce_rank(*_flat(pair), rank)
         a, b = a.reshape(-1, *fresh_a.shape[1:]), b.reshape(len(b), -1, *fresh_b.shape[2:])
     rest = torch.zeros_like(fresh_b[:, len(a) :])
     return torch.cat([a, fresh_a[len(a) :].to(a)]), torch.cat([b, rest.to(b)], dim=1)
@@ -109,37 +110,31 @@ def _of_rank(pair: tuple[Tensor, Tensor], fresh_a: Tensor, fresh_b: Tensor) -> t
 
 def describe_loss(change: Change, lora: Lora | None, targets: Sequence[str]) -> str:
     """Says which parts of a change are lost to adapters of this size on these targets, each with its share of the
-    whole change's norm; nothing if none is.
+    whole change's norm; nothing where that is less than .01 %.
     """
     if lora is None:
         return ""
-    held = {name: pair for name, pair in change.layers.items() if is_target(name, targets)}
-    left_out = [name for name in change.layers if name not in held]
-    rank = max((len(a) for a, _ in held.values()), default=0)
-    if rank <= lora.rank and not left_out and not change.differences:
-        return ""
-    norms = {name: change.scale * product_norm(a.flatten(1), b.flatten(1)) for name, (a, b) in change.layers.items()}
-    differences = torch.tensor([tensor.double().norm().item() for tensor in change.differences.values()])
-    cut = [
-        change.scale * reduce_rank(a.flatten(1), b.flatten(1), lora.rank)[2]
-        for a, b in held.values() if len(a) > lora.rank
-    ]  # fmt: skip
-    whole = torch.tensor([*norms.values(), *differences.tolist()], dtype=torch.float64).norm()
+    norms = {name: change.scale * product_norm(*_flat(pair)) for name, pair in change.layers.items()}
+    differences = {name: tensor.double().norm().item() for name, tensor in change.differences.items()}
+    left_out = [name for name in change.layers if not is_target(name, targets)]
+    larger = {name: pair for name, pair in change.layers.items() if len(pair[0]) > lora.rank and name not in left_out}
+    cut = [change.scale * reduce_rank(*_flat(pair), lora.rank)[2] for pair in larger.values()]
+    rank = max((len(a) for a, _ in larger.values()), default=0)
+    lost = {
+        f"as rank {rank} becomes {lora.rank}": cut,
+        f"in {len(left_out)} layers that teacher.lora_targets leave out, the first {min(left_out, default='')}":
+            [norms[name] for name in left_out],
+        f"in {len(differences)} biases, norms and tables, the first {min(differences, default='')}, which only full "
+        "experts have": [*differences.values()],
+    }  # fmt: skip
+    whole = math.hypot(*norms.values(), *differences.values())
+    shares = {what: math.hypot(*parts) / whole if parts else 0.0 for what, parts in lost.items()}
+    return "; ".join(f"{share:.2%} {what}" for what, share in shares.items() if share >= 1e-4)
 
-    def share(parts: Sequence[float]) -> str:
-        return f"{(torch.tensor(parts, dtype=torch.float64).norm() / whole.clamp(min=1e-300)).item():.2%}"
 
-    parts = [f"{share(cut)} as rank {rank} becomes {lora.rank}"] if cut else []
-    if left_out:
-        layers = f"in {len(left_out)} layers that teacher.lora_targets leave out, the first {left_out[0]}"
-        parts += [f"{share([norms[name] for name in left_out])} {layers}"]
-    if change.differences:
-        first = next(iter(change.differences))
-        about = (
-            f"in {len(change.differences)} biases, norms and tables, the first {first}, which only full experts have"
-        )
-        parts += [f"{share(differences.tolist())} {about}"]
-    return "; ".join(parts)
+def _flat(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns A [r, in] and B [out, r] of a layer's adapter, a convolution's kernel as part of `in`."""
+    return pair[0].flatten(1), pair[1].flatten(1)
 
 
 def is_target(module: str, targets: Sequence[str]) -> bool:
