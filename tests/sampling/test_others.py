@@ -16,9 +16,11 @@ from torch import Tensor
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.config import Config
 from phased_dmd.config.overrides import changed
+from phased_dmd.engine.randomness import normal
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import step_times
 from phased_dmd.networks.roles import expert_role
+from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
 from phased_dmd.sampling.loading import load, read_expert
 from phased_dmd.sampling.others import load_loras, parse_sigmas
@@ -69,10 +71,9 @@ def test_any_grid_that_falls_is_taken_as_it_is(run: Path, tmp_path: Path) -> Non
     sampler = load_loras(recipe(run), files_of(run, tmp_path), parse_sigmas("0.95, .9,.3, 0"))
     system, times = sampler.system, (0.95, 0.9, 0.3, 0.0)
     assert system.plan.times == times and system.config.plan.steps == 3
-    x, conditions = (
-        sampler._noise([0]) * 0.95,
-        system.model.batch([sampler.encode(asked(PROMPTS[:1]))[asked(PROMPTS)[0]]]),
-    )
+    prompt = Prompt(PROMPTS[0])
+    conditions = system.model.batch([sampler.encode([prompt])[prompt]])
+    x = normal(sampler.shape, [0], "sample") * 0.95
     with torch.no_grad():
         for i, network in enumerate((0, 0, 1)):
             t = torch.tensor([times[i]], dtype=torch.float64)
@@ -80,18 +81,10 @@ def test_any_grid_that_falls_is_taken_as_it_is(run: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(sampler(PROMPTS[:1], [0]), x, rtol=0, atol=1e-5)
 
 
-def asked(texts: list[str]) -> list[Any]:
-    from phased_dmd.prompts import Prompt
-
-    return [Prompt(text) for text in texts]
-
-
 def test_differences_of_biases_and_norms_are_sampled_too(run: Path, tmp_path: Path) -> None:
     """The experts are then copies, and the teacher stays what it is."""
-    more = {
-        "diffusion_model.blocks.0.norm3.diff_b": torch.ones(24),
-        "diffusion_model.head.diff_m": torch.ones(1, 2, 24),
-    }
+    p = "diffusion_model."
+    more = {f"{p}blocks.0.norm3.diff_b": torch.ones(24), f"{p}head.diff_m": torch.ones(1, 2, 24)}
     sampler, plain = (load_loras(recipe(run), files_of(run, tmp_path, each)) for each in (more, None))
     assert sampler.system.config.generator.weights == "full"
     expert = dict(sampler.system.roles.parameters(expert_role(1)))
@@ -126,9 +119,8 @@ def test_a_recipe_without_such_networks_takes_none(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of one phase of nano, whose expert is all that its network has."""
-    config = resolve(
-        "nano-t2i", {"plan.phases": 1, "plan.gradient": "last", "generator.lora": {"rank": 4, "alpha": 6.0}}
-    )
+    settings = {"plan.phases": 1, "plan.gradient": "last", "generator.lora": {"rank": 4, "alpha": 6.0}}
+    config = resolve("nano-t2i", settings)
     return finished_run(tmp_path_factory.mktemp("nano") / "run", config)
 
 
@@ -167,7 +159,8 @@ def test_evaluate_measures_a_file_under_its_own_name_as_it_measures_the_run(
     nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, out = one_file(nano, tmp_path), tmp_path / "results" / "file"
-    few = ("--samples", "64", "--cache", str(tmp_path / "base"))
+    (tmp_path / "prompts.txt").write_text("a handwritten two\na handwritten seven\n")
+    few = ("--prompts", str(tmp_path / "prompts.txt"), "--seeds", "0-3", "--cache", str(tmp_path / "base"))
     assert command("evaluate", str(nano), *few, "--output", str(tmp_path / "run"), monkeypatch=monkeypatch) == 0
     ask = ["evaluate", "nano-t2i", "--lora", str(file), *few, "--output", str(out)]
     assert command(*ask, monkeypatch=monkeypatch) == 0
@@ -179,7 +172,7 @@ def test_evaluate_measures_a_file_under_its_own_name_as_it_measures_the_run(
         rows, others = measured["rows"], of_run["sets"][name]["rows"]
         assert list(rows) == ["base, 40 steps", "base, 4 steps", "nano-lightning, 4 steps"]
         one, other = rows["nano-lightning, 4 steps"], others[f"{of_run['method']}, 4 steps"]
-        for measure in ("frechet_features", "contrast", "class_entropy"):
+        for measure in ("frechet_features_paired", "contrast", "pairwise_cosine"):
             assert one[measure]["value"] == pytest.approx(other[measure]["value"], rel=1e-3)
     written = (out / "evaluation.json").stat().st_mtime_ns
     assert command(*ask, monkeypatch=monkeypatch) == 0
