@@ -224,7 +224,7 @@ def test_first_frames_are_checked_against_the_sizes_of_a_base_that_is_not_here(t
             {"teacher.sizes": [{"num_frames": 81, "height": 480, "width": 16400}]},
             "table of positions, which ends at 4093x16384x16384",
         ),
-        ("nano-t2i", {"init_experts": "nowhere"}, "init_experts: nowhere: not a run folder"),
+        ("nano-t2i", {"init_experts": "nowhere"}, "init_experts: nowhere: is not there"),
     ],
 )
 def test_what_a_run_would_refuse_is_refused(recipe: str, overrides: dict[str, Any], message: str) -> None:
@@ -232,10 +232,21 @@ def test_what_a_run_would_refuse_is_refused(recipe: str, overrides: dict[str, An
         dry_run(resolve(recipe, overrides))
 
 
-@pytest.mark.parametrize("change", ["as they are", "rank", "a name", "full"])
-def test_initial_experts_must_fit_the_runs_own(change: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("as they are", ""),
+        ("rank", ""),
+        ("a name", "expert of phase 1: surplus is no half, or has no other half, of a layer's adapter"),
+        ("another model's layer", r"it changes elsewhere.weight \[4, 4\], which does not exist in this run's network"),
+        ("full", "its experts are full weights, from which no adapter can start"),
+        ("full, not whole", "expert of phase 1: it lacks "),
+    ],
+)
+def test_initial_experts_must_fit_the_runs_own(change: str, message: str, tmp_path: Path) -> None:
     overrides = {"plan.steps": 2, "plan.phases": 1, "generator.lora.rank": 2, "plan.gradient": "last"}
-    other = resolve("nano-t2i", overrides)
+    full = change.startswith("full")
+    other = resolve("nano-t2i", overrides | {"generator.weights": "full" if full else "lora"})
     teacher = load_model(other.teacher, 0)[0]
     tensors = {}
     for name, module in teacher.networks[0].named_modules():
@@ -246,16 +257,22 @@ def test_initial_experts_must_fit_the_runs_own(change: str, tmp_path: Path) -> N
     (tmp_path / "run" / "config.json").write_text(other.model_dump_json())
     if change == "a name":
         tensors["0.surplus"] = torch.zeros(1)
-    if change == "full":
+    if change == "another model's layer":
+        tensors |= {
+            f"0.elsewhere.lora_{half}.weight": torch.zeros(*shape) for half, shape in (("A", (2, 4)), ("B", (4, 2)))
+        }
+    if full:
         tensors = {f"0.{name}": p for name, p in teacher.networks[0].named_parameters()}
-    header = {"phase": 1, "weights": "full" if change == "full" else "lora", "rank": 2, "alpha": 2.0}
+    if change == "full, not whole":
+        tensors.popitem()
+    header = {"phase": 1, "weights": "full" if full else "lora", "rank": 2, "alpha": 2.0}
     save_tensors(tmp_path / "run" / "experts" / "phase-1.safetensors", tensors, header)
     more = {"generator.lora.rank": 3} if change == "rank" else {}
     config = resolve("nano-t2i", overrides | more | {"init_experts": str(tmp_path / "run")})
-    if change == "as they are":
+    if not message:
         dry_run(config)
         return
-    with pytest.raises(UserError, match=r"^init_experts: .* is (\[|missing).*, where this run has (\[|missing)"):
+    with pytest.raises(UserError, match=rf"^init_experts: .*{message}"):
         dry_run(config)
 
 

@@ -325,7 +325,7 @@ def test_a_runs_experts_that_were_swapped_by_name_are_named(take: str, run: Path
         "load": lambda: load(folder),
         "export": lambda: export(folder, "diffusers", tmp_path / "out"),
         "resume": lambda: distill(config, folder, quiet=True),
-        "init_experts": lambda: dry_run(config.model_copy(update={"init_experts": str(folder)})),
+        "init_experts": lambda: dry_run(config.model_copy(update={"init_experts": (str(folder),)})),
     }
     with pytest.raises(UserError, match=r"phase-1\.safetensors: its header says phase 2, not 1"):
         ways[take]()

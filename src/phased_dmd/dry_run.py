@@ -5,15 +5,15 @@ from phased_dmd.config import Config, phase_plan, renoise_interval
 from phased_dmd.config.teacher import OwnTeacher, PipelineTeacher
 from phased_dmd.engine.world import warn
 from phased_dmd.errors import UserError
-from phased_dmd.inputs import check_prompts, initial_expert
+from phased_dmd.inputs import check_prompts
 from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.maths.schedules import check_start
 from phased_dmd.models.loader import bare_codec, bare_model
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.models.source import META, BareSource
-from phased_dmd.networks.build import check_shapes, expert_shapes
-from phased_dmd.networks.roles import FAKE, Roles
+from phased_dmd.networks.roles import FAKE, Roles, expert_role
 from phased_dmd.prompts import read_prompts
+from phased_dmd.sampling.initial import check_initial
 from phased_dmd.trackers import check_trackers
 
 
@@ -34,7 +34,9 @@ def dry_run(config: Config, strict: bool = False) -> None:
         plan = phase_plan(config, model.switches)
     except ValueError as error:
         raise UserError(str(error)) from None
-    check_roles(config, model, plan)
+    add_roles(config, model, plan)
+    if config.init_experts:
+        check_initial(config, model)
     if source is None or source.on_disk:
         check_prompts(codec, prompts, strict)
         return
@@ -45,15 +47,14 @@ def dry_run(config: Config, strict: bool = False) -> None:
     )
 
 
-def check_roles(config: Config, model: VelocityModel, plan: PhasePlan) -> None:
-    """Adds the adapters of all experts and fakes. Raises UserError where an initial expert does not fit this run's."""
-    phases, shapes = range(1, plan.num_phases + 1), expert_shapes(config, model, plan)
-    fakes = sorted(
-        {network for phase in phases for network in plan.fakes(phase, renoise_interval(config, plan, phase).support)}
-    )
-    if config.fake.weights == "lora":
-        with META:
-            Roles(model).add(FAKE, fakes, config.fake.lora, seed=0)
-    for phase in phases if config.init_experts else ():
-        found = initial_expert(config, model, phase)
-        check_shapes(f"init_experts: {config.init_experts}", shapes[phase], found)
+def add_roles(config: Config, model: VelocityModel, plan: PhasePlan) -> None:
+    """Adds the adapters of all experts and fakes; those of the phases on one network are alike."""
+    phases, roles = range(1, plan.num_phases + 1), Roles(model)
+    renoised = {phase: renoise_interval(config, plan, phase).support for phase in phases}
+    experts = {expert.network for phase in phases for expert in plan.experts(phase)}
+    fakes = {network for phase in phases for network in plan.fakes(phase, renoised[phase])}
+    with META:
+        if config.generator.weights == "lora":
+            roles.add(expert_role(1), sorted(experts), config.generator.lora, seed=0)
+        if config.fake.weights == "lora":
+            roles.add(FAKE, sorted(fakes), config.fake.lora, seed=0)

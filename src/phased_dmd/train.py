@@ -18,7 +18,7 @@ from phased_dmd.engine.signals import Signals
 from phased_dmd.engine.timer import SaveTimer
 from phased_dmd.engine.world import check_groups, out_of_memory, processes, rank, split_batch, warn
 from phased_dmd.errors import Stopped, UserError
-from phased_dmd.inputs import compare_finished, contents, initial_expert, prepare
+from phased_dmd.inputs import compare_finished, contents, prepare
 from phased_dmd.media import save_preview
 from phased_dmd.models.protocol import Codec
 from phased_dmd.networks.build import (
@@ -29,11 +29,13 @@ from phased_dmd.networks.build import (
     add_fake,
     build_system,
     load_expert,
+    lora_of,
     remove_fake,
 )
 from phased_dmd.networks.optim import Learner, NonFiniteError
 from phased_dmd.networks.roles import FAKE, expert_role
 from phased_dmd.progress import progress_bar
+from phased_dmd.sampling.initial import initial_state
 from phased_dmd.sampling.loading import read_expert
 from phased_dmd.sampling.sampler import preview_samples
 from phased_dmd.step import EXPERT_UPDATE, Batch, States, bucket_odds, draw, expert_loss, fake_loss
@@ -133,7 +135,7 @@ def distill(
 def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
     """Begins a phase: a new expert and new fakes, which compute what the teacher does, are given new optimisers.
 
-    With `init_experts` the expert starts as that run's. Returns None if the phase is done: its expert is then frozen.
+    With `init_experts` the expert computes what is there. Returns None if the phase is done: its expert is then frozen.
     """
     run, roles, config, role = job.run, job.system.roles, job.system.config, expert_role(phase)
     add_expert(job.system, phase, trainable=True)
@@ -141,9 +143,11 @@ def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
         load_expert(job.system, phase, read_expert(run, phase)[0], str(run.expert_path(phase)))
         roles.freeze(role)
         return None
-    if config.init_experts:
-        load_expert(job.system, phase, initial_expert(config, job.system.model, phase), "init_experts")
     add_fake(job.system, phase, job.fresh_fakes.get(phase))
+    if config.init_experts:
+        warm = {role: config.generator} | ({FAKE: config.fake} if config.fake.start == "experts" else {})
+        for each, section in warm.items():
+            roles.load(each, initial_state(config, job.system.model, phase, roles.state(each), lora_of(section)))
     same = {"iterations": config.phase_iterations(phase), "seed": config.seed}
     expert = Learner(role, roles.parameters(role), config.optimiser, config.generator.lr, config.generator.ema, **same)
     return expert, Learner(FAKE, roles.parameters(FAKE), config.optimiser, config.fake.lr, **same)

@@ -5,6 +5,7 @@ truth is the gradient of the same network without peft: its weights W + (alpha /
 """
 
 import copy
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +22,11 @@ from torch.utils.checkpoint import CheckpointError
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.config import Lora
 from phased_dmd.errors import UserError
-from phased_dmd.inputs import initial_expert
 from phased_dmd.networks.build import build_system
 from phased_dmd.networks.optim import MomentumFreeAdamW
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles, expert_role, route
 from phased_dmd.recipes import resolve
+from phased_dmd.sampling.initial import initial_state
 from phased_dmd.train import expert_header
 
 LORA = Lora(rank=3, alpha=6)
@@ -568,7 +569,7 @@ def test_an_expert_starts_as_the_function_it_was_in_a_run_of_another_alpha(
     model.switches = (0.9,)
     roles = Roles(model)
     roles.add(ONE, [0, 1], config.generator.lora if lora else None, seed=5)
-    roles.load(ONE, initial_expert(config, model, 1))
+    roles.load(ONE, initial_state(config, model, 1, roles.state(ONE), config.generator.lora if lora else None))
     for network in (0, 1):
         torch.testing.assert_close(predict(roles, ONE, network), expected[network], rtol=0, atol=1e-9)
         assert (expected[network] - predict(roles, TEACHER, network)).abs().max() > 0.01
@@ -577,9 +578,9 @@ def test_an_expert_starts_as_the_function_it_was_in_a_run_of_another_alpha(
 def test_experts_that_were_swapped_by_name_are_not_started_from(tmp_path: Path) -> None:
     other, _ = finished(tmp_path / "other", LORA)
     experts = other / "experts"
-    (experts / "phase-1.safetensors").rename(experts / "phase-2.safetensors")
+    shutil.copy(experts / "phase-1.safetensors", experts / "phase-2.safetensors")
     settings = {"plan.phases": 2, "plan.gradient": "last"}
     (other / "config.json").write_text(resolve("nano-t2i", settings).model_dump_json())
     config, model = resolve("nano-t2i", settings | {"init_experts": str(other)}), TinyWan()
-    with pytest.raises(UserError, match="phase-2.safetensors: its header says phase 1, not 2"):
-        initial_expert(config, model, 2)
+    with pytest.raises(UserError, match="^init_experts: .*phase-2.safetensors: its header says phase 1, not 2"):
+        initial_state(config, model, 2, {}, LORA)

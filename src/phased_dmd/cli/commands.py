@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from phased_dmd.cli.flags import ChosenMethod, Prompts, Recipe, Run, Settings, flag, resolved
+from phased_dmd.cli.flags import ChosenMethod, Loras, Prompts, Recipe, Settings, Sigmas, check_subject, flag, resolved
 from phased_dmd.cli.messages import count, tell
 from phased_dmd.config import Config
 from phased_dmd.config.fields import as_markdown, as_text
+from phased_dmd.config.overrides import build
 from phased_dmd.errors import OutOfMemory, UserError, refuse_full
 from phased_dmd.recipes import read_recipe
 
@@ -41,7 +42,7 @@ def distill(
     log_every: Annotated[int | None, flag("log_every")] = None,
     checkpoint_every: Annotated[int | None, flag("checkpoint_every")] = None,
     set_: Settings = None,
-    init_experts: Annotated[str | None, flag("init_experts")] = None,
+    init_experts: Annotated[list[str] | None, flag("init_experts")] = None,
     cache: Cache = None,
     strict: Strict = False,
     dry_run: DryRun = False,
@@ -127,7 +128,8 @@ def config(
 
 
 def sample(
-    run: Run,
+    run: Annotated[Path, typer.Argument(help="The run's folder, or an export's; or a recipe, for --lora.",
+                                        show_default=False)],
     output: Annotated[Path, typer.Option(help="New folder for pictures or clips and a contact sheet.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     image: Annotated[Path | None, typer.Option(help="First frame of every --prompt, for image-to-video.")] = None,
@@ -138,15 +140,19 @@ def sample(
     base: Annotated[int | None, typer.Option(min=1, help="Sample the teacher in that many steps instead.")] = None,
     bucket: Annotated[int, typer.Option(min=0, help="Number of the run's teacher.sizes to sample at.")] = 0,
     teacher: Annotated[
-        str | None, typer.Option(help="Folder of the base, for an export whose teacher was a local folder.")
+        str | None,
+        typer.Option(help="Folder of the base, for --lora or an export whose teacher was a local folder."),
     ] = None,
-) -> None:
-    """Sample a finished run or an export.
+    lora: Loras = None,
+    sigmas: Sigmas = None,
+) -> None:  # fmt: skip
+    """Sample a finished run or an export, or LoRA files of others.
 
     Writes PNG pictures, or WebP clips, with a contact sheet.
     """
     from phased_dmd.prompts import Prompt, read_prompts
 
+    check_subject(run, lora, sigmas)
     refuse_full(output)
     if not seeds.isdecimal() or int(seeds) < 1:
         raise UserError(f"--seeds: {seeds!r} is no count of samples; 8 makes those of seeds 0 to 7")
@@ -155,11 +161,17 @@ def sample(
     asked = [Prompt(text, image) for text in prompt or []] + (read_prompts(prompts) if prompts is not None else [])
 
     from phased_dmd.sampling.loading import assemble, read
+    from phased_dmd.sampling.others import load_loras, parse_sigmas
     from phased_dmd.sampling.writing import prompts_for, write_samples
 
-    config, experts = read(run, teacher)
-    asked = prompts_for(config, asked)
-    sampler = assemble(config, experts, bucket=bucket)
+    if lora:
+        config, times = build(read_recipe(str(run))), parse_sigmas(sigmas) if sigmas else ()
+        asked = prompts_for(config, asked)
+        sampler = load_loras(config, lora, times, teacher, bucket)
+    else:
+        config, experts = read(run, teacher)
+        asked = prompts_for(config, asked)
+        sampler = assemble(config, experts, bucket=bucket)
     if image is not None and not sampler.codec.takes_images:
         raise UserError(f"--image: {config.recipe} takes no first frame")
     for path in write_samples(sampler, asked, int(seeds), output, base):

@@ -35,7 +35,19 @@ Settings = Annotated[
         "`phased-dmd config` lists all. May be given several times.",
     ),
 ]
-Run = Annotated[Path, typer.Argument(help="The run's folder, or an export's.", show_default=False, exists=True)]
+Loras = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--lora",
+        help="LoRA file of others, to sample on the base of a recipe; for two networks given twice, the noisier first.",
+        exists=True,
+    ),
+]
+Sigmas = Annotated[
+    str | None,
+    typer.Option(help="Times of the steps of --lora, as 1,.9375,.8333,.625 (default: the recipe's grid).",
+                 show_default=False),
+]  # fmt: skip
 
 
 def flag(field: str) -> Any:
@@ -75,6 +87,14 @@ def resolved(
     config = resolve(recipe, given | dict(map(assignment, settings or [])), method)
     check_prompts(config.prompts)
     return config
+
+
+def check_subject(subject: Path, loras: Sequence[Path] | None, sigmas: str | None) -> None:
+    """Refuses what is not there, where it is no recipe's name, and a grid that nothing takes."""
+    if not loras and not subject.exists():
+        raise UserError(f"{subject}: there is no such folder; with --lora FILE a recipe's name stands here")
+    if sigmas and not loras:
+        raise UserError("--sigmas: the grid of --lora; a run or an export has its own")
 
 
 def check_prompts(prompts: str | None) -> None:

@@ -5,12 +5,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from phased_dmd.cli.flags import check_prompts
+from phased_dmd.cli.flags import Loras, Sigmas, check_prompts, check_subject
+from phased_dmd.config.overrides import build
 from phased_dmd.errors import UserError, did_you_mean
 from phased_dmd.lab.reproduce.claims import NAMES
+from phased_dmd.recipes import read_recipe
 
 Subjects = Annotated[
-    list[Path], typer.Argument(help="Runs, exports, or folders of samples.", show_default=False, exists=True)
+    list[Path],
+    typer.Argument(help="Runs, exports, or folders of samples; or a recipe, for --lora.", show_default=False),
 ]
 
 
@@ -43,17 +46,24 @@ def evaluate(
     fps: Annotated[float | None, option("Frames a second of clips (default: the files', 16, nano 8).")] = None,
     bucket: Annotated[int, typer.Option(min=0, help="Number of the teacher's sizes to sample at.")] = 0,
     base: Annotated[
-        Path | None, option("Folder of samples to compare with, or the teacher of an export whose teacher was local.")
+        Path | None,
+        option("Folder of samples to compare with, or the teacher of --lora or of an export whose teacher was local."),
     ] = None,
     cache: Annotated[Path | None, option("Folder of the base's samples (default: base, beside the subject).")] = None,
     output: Annotated[Path | None, option("Folder for the results (default: the subject's own).")] = None,
     again: Annotated[bool, typer.Option("--again", help="Evaluate even what was evaluated before.")] = False,
+    lora: Loras = None,
+    sigmas: Sigmas = None,
 ) -> None:  # fmt: skip
-    """Measure runs, exports or folders of samples against a base.
+    """Measure runs, exports, folders of samples, or LoRA files of others against a base.
 
     Writes evaluation.json into each.
     """
+    for subject in subjects:
+        check_subject(subject, lora, sigmas)
     check_prompts(prompts)
+    if lora and (output is None or len(subjects) > 1):
+        raise UserError("--lora: is evaluated on one recipe, into the folder that --output names")
 
     from phased_dmd.lab.evaluate import Protocol, parse_seeds
 
@@ -62,7 +72,10 @@ def evaluate(
         perceptual=perceptual, alignment=alignment, real=None if real is None else str(real), flow=flow, fps=fps,
         floor=floor, bucket=bucket,
     )  # fmt: skip
-    _measure(list(dict.fromkeys(subjects)), protocol, again, base, cache, output)
+    if lora:
+        _measure_loras(subjects[0], lora, sigmas, protocol, again, base, cache, output or Path())
+    else:
+        _measure(list(dict.fromkeys(subjects)), protocol, again, base, cache, output)
 
 
 def _measure(
@@ -76,6 +89,20 @@ def _measure(
     found = evaluate(subjects, protocol, again, base=base, cache=cache, output=output)
     for file, stamp, (subject, result) in zip(files, before, found.items(), strict=True):
         print(f"{subject}{': already evaluated' if file.stat().st_mtime_ns == stamp else ''}\n{table(result)}")
+
+
+def _measure_loras(
+    recipe: Path, loras: list[Path], sigmas: str | None, protocol: Any, again: bool, base: Path | None,
+    cache: Path | None, output: Path,
+) -> None:  # fmt: skip
+    """Evaluates LoRA files of others on a recipe's base and prints the table."""
+    from phased_dmd.lab.evaluate import evaluate_loras, table
+    from phased_dmd.sampling.others import parse_sigmas
+
+    config, times = build(read_recipe(str(recipe))), parse_sigmas(sigmas) if sigmas else ()
+    place = str(base) if base else None
+    found = evaluate_loras(config, loras, output, times, protocol, again, base=place, cache=cache)
+    print(f"{', '.join(map(str, loras))}\n{table(found)}")
 
 
 def report(

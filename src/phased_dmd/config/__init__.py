@@ -6,13 +6,17 @@ The text below a field is its help: `phased-dmd config` and docs/configuration.m
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from phased_dmd.config.teacher import AnalyticTeacher, Count, Location, PipelineTeacher, Section, Teacher
 from phased_dmd.maths.phases import PhasePlan, RenoiseInterval
 
 FISHER = ("fisher", "fisher-stop-gradient")  # the objectives that are no KL divergence
 Method = Literal["dmd", "dmd-sgts", "phased", "phased-sgts"]
+
+
+def _one_or_more(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
 
 
 class Plan(Section):
@@ -107,6 +111,8 @@ class Fake(Section):
     weights: Literal["lora", "full"] = "full"
     """What the fake trains: a full copy of the base, or LoRA adapters on it, which save memory and lose quality."""
     lora: Lora = Lora()
+    start: Literal["base", "experts"] = "base"
+    """What the fake of a phase starts from: the base, or, on networks that the phase trains, what its experts do."""
     lr: float = Field(default=4e-7, gt=0)
     """Learning rate of the fake."""
     updates: Count = 5
@@ -147,8 +153,8 @@ class Config(Section):
     ablation: Ablation = Ablation()
     prompts: Location | None = None
     """Training prompts: a shipped set's name, a txt, jsonl, csv or parquet file, or OWNER/NAME, a hub's data set."""
-    init_experts: Location | None = None
-    """Run folder whose experts this run's start from, step by step; null starts them from the base."""
+    init_experts: Annotated[tuple[Location, ...], Field(min_length=1), BeforeValidator(_one_or_more)] | None = None
+    """What experts start from: a run or an export, or LoRA files, one a network, noisiest first; null: the base."""
     objective: Literal["normalised", "paper", "posterior", "public", "fisher", "fisher-stop-gradient"] = "normalised"
     """What the generator descends: KL by a weighting of its gradient (paper: Eq. 11), or a Fisher divergence."""
     iterations: Count = 400

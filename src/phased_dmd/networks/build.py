@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from phased_dmd.config import Config, phase_plan, renoise_interval
+from phased_dmd.config import Config, Fake, Generator, Lora, phase_plan, renoise_interval
 from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.engine.randomness import seed_of
 from phased_dmd.engine.world import device, sharded
@@ -63,13 +63,17 @@ def build_system(config: Config, model: VelocityModel, negative: Condition) -> S
     return System(config, model, Roles(model), phase_plan(config, model.switches), negative)
 
 
+def lora_of(section: Generator | Fake) -> Lora | None:
+    """Returns the size of the adapters that experts, or fakes, are; None for copies."""
+    return section.lora if section.weights == "lora" else None
+
+
 def add_expert(system: System, phase: int, trainable: bool) -> None:
     """Adds the phase's expert unless it is there; it computes what the teacher (or an analytic one's student) does."""
     config, role = system.config.generator, expert_role(phase)
     if not system.roles.has(role):
-        lora = config.lora if config.weights == "lora" else None
         networks = [expert.network for expert in system.plan.experts(phase)]
-        system.roles.add(role, networks, lora, seed=system.config.seed, trainable=trainable)
+        system.roles.add(role, networks, lora_of(config), seed=system.config.seed, trainable=trainable)
     if trainable:
         system.roles.train(role)
 

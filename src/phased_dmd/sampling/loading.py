@@ -1,7 +1,8 @@
 """Finished runs and exports are read back as a config, the expert of each phase, and a sampler."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from phased_dmd.config import Config
 from phased_dmd.config.overrides import build
 from phased_dmd.config.teacher import Section
 from phased_dmd.errors import UserError
+from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.networks.build import Own, add_expert, build_system, load_expert, load_teacher
 from phased_dmd.sampling.sampler import Sampler
 
@@ -43,13 +45,25 @@ def read(folder: Path, base: str | None = None) -> tuple[Config, Experts]:
 
 def assemble(config: Config, experts: Experts, own: Own | None = None, bucket: int = 0) -> Sampler:
     """Returns the sampler of a config and of the experts of its phases."""
+    sampler = untrained(config, own, bucket)
+    for phase in range(1, sampler.system.plan.num_phases + 1):
+        load_expert(sampler.system, phase, experts(phase), "experts")
+    return sampler
+
+
+def untrained(config: Config, own: Own | None = None, bucket: int = 0, times: Sequence[float] = ()) -> Sampler:
+    """Returns the sampler of a config whose experts compute what its teacher does.
+
+    times: of a generator of one phase, down to 0, in place of the plan's.
+    """
     model, codec = load_teacher(config, own, fit=False)
     if bucket >= len(model.sample_shapes):
         raise UserError(f"--bucket: {bucket}, but there are {len(model.sample_shapes)}, counted from 0")
     system = build_system(config, model, codec.encode_text([config.teacher.negative_prompt])[0])
+    if times:
+        system = replace(system, plan=PhasePlan(tuple(times), switches=tuple(model.switches)))
     for phase in range(1, system.plan.num_phases + 1):
         add_expert(system, phase, trainable=False)
-        load_expert(system, phase, experts(phase), "experts")
     return Sampler(system, codec, bucket)
 
 

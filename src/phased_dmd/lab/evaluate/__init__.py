@@ -8,12 +8,13 @@ come closer than that. In the paper's protocol, of few seeds, only the second is
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from phased_dmd.checkpoint import RunFolder, write_atomically
+from phased_dmd.config import Config
 from phased_dmd.config.teacher import AnalyticTeacher, PipelineTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate.compare import compare_media, compare_points, slug
@@ -23,11 +24,16 @@ from phased_dmd.lab.evaluate.sample_sets import Protocol, parse_seeds, sample_se
 from phased_dmd.lab.evaluate.samples import Base, SampleFolder, generate
 from phased_dmd.lab.evaluate.tables import HEADINGS, NET_OF, table, title
 from phased_dmd.models.analytic import ExactMixture
+from phased_dmd.models.hashes import file_hash
 from phased_dmd.networks.build import Own
 from phased_dmd.sampling.loading import EXPORT, load
+from phased_dmd.sampling.others import load_loras
 from phased_dmd.sampling.sampler import Sampler
 
-__all__ = ["HEADINGS", "NET_OF", "Measurement", "Protocol", "evaluate", "parse_seeds", "slug", "table", "title"]
+__all__ = [
+    "HEADINGS", "NET_OF", "Measurement", "Protocol", "evaluate", "evaluate_loras", "parse_seeds", "slug", "table",
+    "title",
+]  # fmt: skip
 FLOOR_SEEDS = 1_000_000  # added to a set's seeds for the base's other samples
 BASE_STEPS = 40  # of an analytic teacher
 
@@ -52,11 +58,10 @@ def evaluate(
         path = (output or subject) / "evaluation.json"
         about = {"subject": str(subject), "protocol": json.loads(json.dumps(asdict(protocol)))}
         is_folder = not (RunFolder(subject).config_path.exists() or (subject / EXPORT).exists())
-        if not (again or is_folder) and path.exists():
-            known = json.loads(path.read_text("utf-8"))
-            if known.get("protocol") == about["protocol"] and (output is None or known["subject"] == str(subject)):
-                done[str(subject)] = known
-                continue
+        sought = {"protocol": about["protocol"]} if output is None else about
+        if not (again or is_folder) and (known := _known(path, sought)):
+            done[str(subject)] = known
+            continue
         if is_folder:
             found = _of_folder(subject, base, protocol, path.parent)
         else:
@@ -66,6 +71,33 @@ def evaluate(
         done[str(subject)] = about | found
         write_atomically(path, (json.dumps(done[str(subject)], indent=1) + "\n").encode())
     return done
+
+
+def evaluate_loras(
+    config: Config, files: Sequence[Path], output: Path, sigmas: Sequence[float] = (),
+    protocol: Protocol | None = None, again: bool = False, *, base: str | None = None, cache: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Writes `evaluation.json` and pictures of others' LoRA files into a folder; returns the evaluation.
+
+    The rows of its tables have the files' names. config, files, sigmas, base: see `load_loras`; the rest: see
+    `evaluate`.
+    """
+    protocol, path = protocol or Protocol(), output / "evaluation.json"
+    about = {"subject": ", ".join(map(str, files)), "protocol": json.loads(json.dumps(asdict(protocol)))}
+    about |= {"sigmas": list(sigmas), "files": [file_hash(file) for file in files]}
+    if not again and (known := _known(path, about)):
+        return known
+    sampler = load_loras(config, files, sigmas, base, protocol.bucket)
+    name = " + ".join(file.stem for file in files)
+    found = about | _of_sampler(sampler, protocol, output, cache or output.absolute().parent / "base", {}, name)
+    write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
+    return found
+
+
+def _known(path: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the evaluation that a file holds, where it is of the same subject by the same protocol."""
+    found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return found if about.items() <= found.items() else None
 
 
 def _of_folder(subject: Path, base: Path | None, protocol: Protocol, folder: Path) -> dict[str, Any]:
@@ -85,9 +117,11 @@ def _of_folder(subject: Path, base: Path | None, protocol: Protocol, folder: Pat
 
 
 def _of_sampler(
-    sampler: Sampler, protocol: Protocol, folder: Path, cache: Path, seen: dict[str, Readings]
+    sampler: Sampler, protocol: Protocol, folder: Path, cache: Path, seen: dict[str, Readings], name: str | None = None
 ) -> dict[str, Any]:
-    """Compares a run or an export with its base; seen: readings of base samples, which runs of one teacher share."""
+    """Compares a sampler with its base. seen: readings of base samples, which runs of one teacher share. name: of what
+    is sampled, in place of the method's.
+    """
     config, base, tools = sampler.system.config, Base(sampler, cache), None
     few, many, clips = config.plan.steps, BASE_STEPS, False
     if isinstance(config.teacher, PipelineTeacher):
@@ -98,7 +132,7 @@ def _of_sampler(
     for sample_set in sample_sets(config, protocol, sampler.codec.takes_images):
         prompts, seeds = sample_set.prompts, sample_set.seeds
         sources = {f"base, {steps} steps": base.samples(prompts, seeds, steps) for steps in (many, few)}
-        sources[f"{config.method}, {few} steps"] = generate(sampler, sample_set)
+        sources[f"{name or config.method}, {few} steps"] = generate(sampler, sample_set)
         if tools is None:
             exact = sampler.system.model.networks[0]
             assert isinstance(exact, ExactMixture)
@@ -108,6 +142,6 @@ def _of_sampler(
         floor = base.samples(prompts, others, many) if sample_set.floor else None
         sets[sample_set.name] = compare_media(sources, sample_set, floor, tools, folder / "samples", seen)
     return {
-        "recipe": config.recipe, "method": config.method, "seed": config.seed,
+        "recipe": config.recipe, "method": name or config.method, "seed": config.seed,
         "weighting": config.objective, "nets": tools.nets(clips) if tools else {}, "sets": sets,
     }  # fmt: skip
