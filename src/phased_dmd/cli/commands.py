@@ -154,14 +154,16 @@ def sample(
         raise UserError("--image: the first frame of every --prompt, and there is none; --prompts FILE names its own")
     asked = [Prompt(text, image) for text in prompt or []] + (read_prompts(prompts) if prompts is not None else [])
 
+    from phased_dmd.networks.build import load_teacher
     from phased_dmd.sampling.loading import assemble, read
     from phased_dmd.sampling.writing import prompts_for, write_samples
 
     config, experts = read(run, teacher)
     asked = prompts_for(config, asked)
-    sampler = assemble(config, experts, bucket=bucket)
-    if image is not None and not sampler.codec.takes_images:
+    model, codec = load_teacher(config, fit=False)
+    if image is not None and not codec.takes_images:
         raise UserError(f"--image: {config.recipe} takes no first frame")
+    sampler = assemble(config, experts, (model, codec), bucket, asked)
     for path in write_samples(sampler, asked, int(seeds), output, base):
         print(path)
 

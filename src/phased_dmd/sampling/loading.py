@@ -1,7 +1,7 @@
 """Finished runs and exports are read back as a config, the expert of each phase, and a sampler."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,8 @@ from phased_dmd.config.overrides import build
 from phased_dmd.config.teacher import Section
 from phased_dmd.errors import UserError
 from phased_dmd.networks.build import Own, add_expert, build_system, load_expert, load_teacher
-from phased_dmd.sampling.sampler import Sampler
+from phased_dmd.prompts import Prompt
+from phased_dmd.sampling.sampler import Sampler, encode
 
 EXPORT = "export.json"  # in an export's folder: the run's config, and the file of each expert
 HEADER_FILE = f"{HEADER}.json"  # in the folder of an export's full transformer: what a LoRA file's header says
@@ -29,7 +30,8 @@ def load(run: Path | str, own: Own | None = None, base: str | None = None, bucke
     own: the model and codec of a run with a teacher of the user's own. base: the teacher's folder, for an export whose
     teacher was a local one. bucket: the resolution bucket to sample in.
     """
-    return assemble(*read(Path(run), base), own, bucket)
+    config, experts = read(Path(run), base)
+    return assemble(config, experts, load_teacher(config, own, fit=False), bucket)
 
 
 def read(folder: Path, base: str | None = None) -> tuple[Config, Experts]:
@@ -41,16 +43,23 @@ def read(folder: Path, base: str | None = None) -> tuple[Config, Experts]:
     return read_run(folder)
 
 
-def assemble(config: Config, experts: Experts, own: Own | None = None, bucket: int = 0) -> Sampler:
-    """Returns the sampler of a config and of the experts of its phases."""
-    model, codec = load_teacher(config, own, fit=False)
+def assemble(
+    config: Config, experts: Experts, teacher: Own, bucket: int = 0, prompts: Sequence[Prompt] = ()
+) -> Sampler:  # fmt: skip
+    """Returns the sampler of a config and of the experts of its phases, from the teacher's model and codec.
+
+    prompts: some that will be sampled. They are encoded before the networks are loaded, and others beside them, later.
+    """
+    model, codec = teacher
     if bucket >= len(model.sample_shapes):
         raise UserError(f"--bucket: {bucket}, but there are {len(model.sample_shapes)}, counted from 0")
-    system = build_system(config, model, codec.encode_text([config.teacher.negative_prompt])[0])
+    known, negative = encode(codec, prompts, bucket), codec.encode_text([config.teacher.negative_prompt])[0]
+    codec.free()
+    system = build_system(config, model, negative)
     for phase in range(1, system.plan.num_phases + 1):
         add_expert(system, phase, trainable=False)
         load_expert(system, phase, experts(phase), "experts")
-    return Sampler(system, codec, bucket)
+    return Sampler(system, codec, bucket, known)
 
 
 def read_run(folder: Path) -> tuple[Config, Experts]:
