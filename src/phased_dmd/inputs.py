@@ -19,7 +19,7 @@ from phased_dmd.trackers import check_trackers
 
 
 def prepare(config: Config, own: Own | None = None, strict: bool = False) -> tuple[VelocityModel, Codec, list[Prompt]]:
-    """Loads and checks networks, codec, prompts and their first frames, before a run writes anything.
+    """Checks networks, codec, prompts and their first frames, before a run writes anything; loads all but the networks.
 
     Prompts that the encoder must cut off are counted in a warning, or, if strict, refused.
     """

@@ -103,7 +103,7 @@ def distill(
             return run.path
         check_groups(config.engine)
         micro_batches = split_batch(config.batch_size, config.engine, pairs=config.rollouts.antithetic is not None)
-        with out_of_memory(lambda: "the teacher's networks"):
+        with out_of_memory(lambda: "the VAE"):
             model, codec, prompts = run_with_heartbeat(lambda _: prepare(config, own, strict))
         with (
             Signals() as signals, run.locked(),
@@ -117,7 +117,9 @@ def distill(
             negative = config.teacher.negative_prompt
             with out_of_memory(lambda: "the encoding of the prompts"):
                 conditions = Conditions(codec, prompts, negative, kept, between, pictures) if prompts else None
-            system = build_system(config, model, conditions.negative if conditions else {})
+            with out_of_memory(lambda: "the teacher's networks"):  # loaded here: the encoders are gone by now
+                guide = conditions.negative if conditions else {}
+                system = run_with_heartbeat(lambda _: build_system(config, model, guide))
             fresh_fakes = add_adapters(system)
             system.roles.shard(config.engine)
             odds = bucket_odds(config, conditions)

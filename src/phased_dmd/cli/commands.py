@@ -160,6 +160,7 @@ def sample(
         raise UserError("--image: the first frame of every --prompt, and there is none; --prompts FILE names its own")
     asked = [Prompt(text, image) for text in prompt or []] + (read_prompts(prompts) if prompts is not None else [])
 
+    from phased_dmd.networks.build import load_teacher
     from phased_dmd.sampling.loading import assemble, read
     from phased_dmd.sampling.others import load_loras, parse_sigmas
     from phased_dmd.sampling.writing import prompts_for, write_samples
@@ -167,11 +168,11 @@ def sample(
     if lora:
         config, times = build(read_recipe(str(run))), parse_sigmas(sigmas) if sigmas else ()
         asked = prompts_for(config, asked)
-        sampler = load_loras(config, lora, times, teacher, bucket)
+        sampler = load_loras(config, lora, times, teacher, bucket, asked)
     else:
         config, experts = read(run, teacher)
         asked = prompts_for(config, asked)
-        sampler = assemble(config, experts, bucket=bucket)
+        sampler = assemble(config, experts, load_teacher(config, fit=False), bucket, asked)
     if image is not None and not sampler.codec.takes_images:
         raise UserError(f"--image: {config.recipe} takes no first frame")
     for path in write_samples(sampler, asked, int(seeds), output, base):

@@ -23,8 +23,10 @@ from phased_dmd.export.exported_run import ExportedExpert, ExportedRun, format_t
 from phased_dmd.export.stock import lora_tensors
 from phased_dmd.maths.rollout import rollout
 from phased_dmd.media import read_picture
+from phased_dmd.models.quantise import quantise
 from phased_dmd.models.qwen_image import PATCH, pack, unpack
-from phased_dmd.models.source import quiet
+from phased_dmd.models.source import quiet, repeated
+from phased_dmd.networks.build import load_teacher
 from phased_dmd.networks.roles import TEACHER
 from phased_dmd.prompts import Prompt
 from phased_dmd.sampling.loading import assemble, read_lora, read_shards
@@ -47,7 +49,8 @@ def verify_diffusers(run: ExportedRun, folder: Path, dtype: torch.dtype | None =
     """Runs the export's own `sample.py` beside the run, one after the other, from the same noise.
 
     dtype: float32, or bfloat16 where the memory does not hold the base in float32; None looks at the memory. In
-    float32 both must agree, in bfloat16 by far more than the experts differ from the base.
+    float32 both must agree, in bfloat16 by far more than the experts differ from the base. The base of both is packed
+    as the run's was, unless the experts were merged into it.
     """
     dtype = dtype or precision(run.source.count_weights(), free_memory())
     size = STILL if run.task == "t2i" else CLIP
@@ -76,10 +79,10 @@ def verify_diffusers(run: ExportedRun, folder: Path, dtype: torch.dtype | None =
         found = f"samples at {times} differ from the run's by {figure:.2g} of what the experts change, in bfloat16"
     if not figure <= most:
         raise VerificationError(f"{FAILED}: {found}, more than {most:g}")
-    packed = (
-        [f"verified on the full base: the run's was packed in {run.teacher.quantise}"] if run.teacher.quantise else []
-    )
-    return [*counts, *packed, f"verified: {found}"]
+    if run.teacher.quantise:
+        where = "the full base: the run's was" if run.fused else "the run's own base,"
+        counts.append(f"verified on {where} packed in {run.teacher.quantise}")
+    return [*counts, f"verified: {found}"]
 
 
 def precision(weights: int, free: float) -> torch.dtype:
@@ -117,13 +120,11 @@ def verify_comfyui(run: ExportedRun, folder: Path) -> list[str]:
 def sample_run(
     run: ExportedRun, prompts: Sequence[Prompt], size: Size, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns noise, and what the package's own sampler makes of it with the experts, and on the same grid without.
-
-    The base is the full one, even if the run's was packed.
-    """
+    """Returns noise, and what the package's own sampler makes of it with the experts, and on the same grid without."""
     kind: Literal["float32", "bfloat16"] = "float32" if dtype == torch.float32 else "bfloat16"
-    teacher = run.teacher.model_copy(update={"dtype": kind, "sizes": (size,), "quantise": None})
-    sampler = assemble(run.config.model_copy(update={"teacher": teacher}), run.expert_tensors)
+    changes = {"dtype": kind, "sizes": (size,)} | ({"quantise": None} if run.fused else {})
+    config = run.config.model_copy(update={"teacher": run.teacher.model_copy(update=changes)})
+    sampler = assemble(config, run.expert_tensors, load_teacher(config, fit=False), prompts=prompts)
     system, known = sampler.system, sampler.encode(prompts)
     condition = system.model.batch([known[prompt] for prompt in prompts])
     noise = normal(system.model.sample_shapes[0], range(len(prompts)), "verify").to(device())
@@ -143,20 +144,24 @@ def sample_run(
 
 
 def load_script(run: ExportedRun, folder: Path, dtype: torch.dtype) -> tuple[Any, Callable[..., Any]]:
-    """Returns the pipeline as the export's `sample.py` loads it, and the script's `sample`."""
-    base = [run.teacher.path] if run.base is None else []
+    """Returns the pipeline as the export's `sample.py` loads it, but packed as the run's, and the script's `sample`."""
+    base, packed = [run.teacher.path] if run.base is None else [], None if run.fused else run.teacher.quantise
     try:
         with quiet(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
             warnings.filterwarnings("ignore", message="While injecting the PEFT adapters")  # keys are counted below
             diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # errors come as exceptions too
             script = runpy.run_path(str(folder / "sample.py"))
-            pipe = script["load"](*base, dtype=dtype, device=str(device()))
+            pipe = script["load"](*base, dtype=dtype, device="cpu" if packed else str(device()))
     except OSError as error:
         raise UserError(f"--verify: the base pipeline is not at hand ({error})") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise VerificationError(f"{FAILED}: sample.py cannot load the export ({reason})") from error
+    if packed:
+        for name in run.networks:
+            quantise(repeated(pipe.components[name]), packed, dtype, device())
+        pipe.to(device())
     pipe.set_progress_bar_config(disable=True)
     return pipe, script["sample"]
 

@@ -19,7 +19,8 @@ class PipelineModel:
     """Is the common part of the `VelocityModel`s whose transformers predict the velocity of a flow.
 
     kind, parts: the transformers' class and their names in the folder, noisiest first; experts and fakes start from
-    the very networks. shapes: of one sample's latents, one a resolution bucket. switches: see `PhasePlan`.
+    the very networks. Whether they can be loaded is checked at once. shapes: of one sample's latents, one a resolution
+    bucket. switches: see `PhasePlan`.
     """
 
     def __init__(
@@ -34,10 +35,23 @@ class PipelineModel:
         self.sample_shapes, self.switches = shapes, switches
         self.guidance: Sequence[float] = config.guidance * (len(parts) // len(config.guidance))
         self.lora_targets: Sequence[str] = config.lora_targets
-        self.networks: Sequence[nn.Module] = [source.network(kind, name, self.dtype, device) for name in parts]
-        self.students = self.networks
-        for network in self.networks:
-            check_targets(network, config.lora_targets)
+        self._source, self._outlines = source, {name: source.outline(kind, name, self.dtype) for name in parts}
+        self._networks: Sequence[nn.Module] = []
+        for name, outline in self._outlines.items():
+            source.check_loadable(outline, name)
+            check_targets(outline, config.lora_targets)
+
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """Returns the networks, loaded when they are first needed: by then the encoders may be gone."""
+        if not self._networks:
+            parts = self._outlines.items()
+            self._networks = [self._source.network(outline, name, self.dtype, self.device) for name, outline in parts]
+        return self._networks
+
+    @property
+    def students(self) -> Sequence[nn.Module]:
+        return self.networks
 
     def guide(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
         return unconditional + guidance * (conditional - unconditional)

@@ -1,6 +1,7 @@
 """Packs a frozen base into 8 or 4 bits with bitsandbytes, for runs on one GPU. Its adapters are not quantised."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -9,21 +10,26 @@ from torch import nn
 from phased_dmd.errors import UserError
 
 
+def check_installed() -> None:
+    """Raises a UserError without bitsandbytes."""
+    if find_spec("bitsandbytes") is None:
+        raise UserError("teacher.quantise: needs bitsandbytes: pip install bitsandbytes")
+
+
 def quantise(
     blocks: Sequence[nn.Module], kind: Literal["int8", "nf4"], compute: torch.dtype, where: torch.device
 ) -> None:
     """Replaces every linear layer of the blocks, one by one, by a quantised one of the same values on a device.
 
-    What stands around the blocks, embeddings and the last projection, is left as it is. compute: the dtype that nf4
-    weights are unpacked to. A UserError without bitsandbytes.
+    What stands around the blocks, embeddings and the last projection, is left as it is, and so are adapters. compute:
+    the dtype that nf4 weights are unpacked to. A UserError without bitsandbytes.
     """
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        raise UserError("teacher.quantise: needs bitsandbytes: pip install bitsandbytes") from error
+    check_installed()
+    import bitsandbytes as bnb
+
     for block in blocks:
         linears = [(name, layer) for name, layer in block.named_modules() if type(layer) is nn.Linear]
-        for name, layer in linears:
+        for name, layer in (each for each in linears if ".lora_" not in each[0]):
             shape, bias = (layer.in_features, layer.out_features), layer.bias is not None
             made = (
                 bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)

@@ -23,7 +23,7 @@ from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.engine.world import rank, sharded
 from phased_dmd.errors import UserError
 from phased_dmd.models.hashes import file_hash, tensors_hash, weight_files
-from phased_dmd.models.quantise import quantise
+from phased_dmd.models.quantise import check_installed, quantise
 from phased_dmd.models.trust import check_index, check_part, read_json
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -80,13 +80,20 @@ class Source:
         if not any(self.part_folder(name).glob("*.safetensors")):
             raise UserError(f"teacher.path: {self.part_folder(name)} holds no weights in safetensors")
 
+    def shapes(self, name: str) -> dict[str, list[int]]:
+        """Reads the shapes of a part's tensors, by name, from the heads of its files; a damaged one is a UserError."""
+        found, folder = {}, self.part_folder(name)
+        try:
+            for path in weight_files(folder):
+                with safe_open(path, "pt") as file:
+                    found |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 no dict
+        except Exception as error:  # safetensors raises its own, and OSError
+            raise UserError(f"teacher.path: {folder} cannot be loaded: {' '.join(str(error).split())}") from error
+        return found
+
     def count_weights(self) -> int:
         """Counts the numbers of all networks, encoders and the VAE, from the heads of their files."""
-        count = 0
-        for path in (path for name in WEIGHED if self.has(name) for path in weight_files(self.part_folder(name))):
-            with safe_open(path, "pt") as file:
-                count += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 no dict
-        return count
+        return sum(math.prod(shape) for name in WEIGHED if self.has(name) for shape in self.shapes(name).values())
 
     def load(self, kind: type, name: str, **options: Any) -> Any:
         """Loads one part by its class: weights only from safetensors, all of them, and no code but the libraries'."""
@@ -107,21 +114,41 @@ class Source:
         check_loaded(f"teacher.path: {folder}", part, report)
         return part.eval().requires_grad_(False)
 
-    def network(self, kind: type, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """Loads a teacher's network to the device; one that will be sharded to the first process's CPU alone.
+    def outline(self, kind: type, name: str, dtype: torch.dtype) -> nn.Module:
+        """Builds a teacher's network, its parameters on the meta device; what its weights lack is a UserError."""
+        self.check_weights(name)
+        config = self.config(kind, name)
+        try:
+            with quiet():
+                return skeleton(kind, config, dtype).requires_grad_(False)  # type: ignore[arg-type] of diffusers
+        except Exception as error:  # what a class makes of another's configuration
+            reason = " ".join(str(error).split())
+            raise UserError(f"teacher.path: {self.part_folder(name)} makes no {kind.__name__}: {reason}") from error
+
+    def check_loadable(self, outline: nn.Module, name: str) -> None:
+        """Raises a UserError where `network` would, by the heads of the files: it may be called an hour from now."""
+        if self.quantise and sharded():
+            raise UserError("teacher.quantise: a packed network cannot be sharded or offloaded")
+        if self.quantise:
+            check_installed()
+        needed, found = {key: list(t.shape) for key, t in outline.state_dict().items()}, self.shapes(name)
+        odd = [(key, found[key], shape) for key, shape in needed.items() if found.get(key, shape) != shape]
+        missing, surplus = needed.keys() - found.keys(), found.keys() - needed.keys()
+        check_tensors(f"teacher.path: {self.part_folder(name)}", type(outline), odd, missing, surplus)
+
+    def network(self, outline: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """Loads a teacher's network to the device; one that will be sharded to the first process's CPU alone, where the
+        others keep the outline.
 
         What its class keeps in float32 is so in bfloat16 alone: float64 is float64 throughout. With `quantise` the
         repeated blocks are packed on their way to the device.
         """
-        if self.quantise and sharded():
-            raise UserError("teacher.quantise: a packed network cannot be sharded or offloaded")
-        if sharded() and rank() > 0:
-            network = skeleton(kind, self.config(kind, name), dtype)
+        if device == META or (sharded() and rank() > 0):
+            network = outline
         else:
-            network = self.load(kind, name, dtype=dtype)
-            if self.quantise and device != META:
-                lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]  # repeated blocks
-                quantise([block for blocks in lists for block in blocks], self.quantise, dtype, device)
+            network = self.load(type(outline), name, dtype=dtype)
+            if self.quantise:
+                quantise(repeated(network), self.quantise, dtype, device)
             network.to("cpu" if sharded() else device)
         return network.double() if dtype == torch.float64 else network
 
@@ -178,16 +205,12 @@ class BareSource(Source):
 
     def load(self, kind: type, name: str, **options: Any) -> Any:
         """Returns a skeleton of a network; a tokenizer itself, or None where the folder is not on this machine."""
-        if not issubclass(kind, nn.Module):
-            return super().load(kind, name, **options) if self.on_disk else None
-        self.check_weights(name)
-        config = self.config(kind, name)
-        try:
-            with quiet():
-                return skeleton(kind, config, options["dtype"]).requires_grad_(False)  # type: ignore[arg-type] of diffusers
-        except Exception as error:  # what a class makes of another's configuration
-            reason = " ".join(str(error).split())
-            raise UserError(f"teacher.path: {self.part_folder(name)} makes no {kind.__name__}: {reason}") from error
+        if issubclass(kind, nn.Module):
+            return self.outline(kind, name, options["dtype"])
+        return super().load(kind, name, **options) if self.on_disk else None
+
+    def check_loadable(self, outline: nn.Module, name: str) -> None:
+        """Looks into no file."""
 
 
 def architecture(path: str) -> Path | None:
@@ -229,17 +252,33 @@ def quiet() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(before[1])
 
 
+def repeated(network: nn.Module) -> list[nn.Module]:
+    """Lists the repeated blocks of a network."""
+    return [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
 def check_loaded(where: str, part: nn.Module, report: Mapping[str, Iterable[Any]]) -> None:
     """Raises a UserError that names a tensor which a library's loader, asked by REPORTED, did not find or fit.
 
     diffusers believes an index of shards; what it does not find in them is left on the meta device.
     """
     unread = {name for name, tensor in part.state_dict().items() if tensor.is_meta}
-    if odd := min(report["mismatched_keys"], default=None):
-        name, found, needed = odd
-        raise UserError(f"{where}: {name} is {list(found)}, where its {type(part).__name__} has {list(needed)}")
-    if missing := unread | set(report["missing_keys"]):
-        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-        surplus = min(report["unexpected_keys"], default=None)
-        instead = f"; it holds {surplus} instead" if surplus else ""
-        raise UserError(f"{where} lacks {min(missing)}{more} of its {type(part).__name__}{instead}")
+    missing = unread | set(report["missing_keys"])
+    check_tensors(where, type(part), report["mismatched_keys"], missing, report["unexpected_keys"])
+
+
+def check_tensors(
+    where: str, kind: type, odd: Iterable[tuple[str, Any, Any]], missing: Iterable[str], surplus: Iterable[str]
+) -> None:
+    """Raises a UserError that names a tensor which a part of a pipeline lacks, or has in another shape.
+
+    odd: names, with the shapes that are there and those that are needed. surplus: names that are there instead.
+    """
+    if first := min(odd, default=None):
+        name, found, needed = first
+        raise UserError(f"{where}: {name} is {list(found)}, where its {kind.__name__} has {list(needed)}")
+    if names := sorted(missing):
+        more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+        other = min(surplus, default=None)
+        instead = f"; it holds {other} instead" if other else ""
+        raise UserError(f"{where} lacks {names[0]}{more} of its {kind.__name__}{instead}")

@@ -18,7 +18,8 @@ from phased_dmd.config.teacher import Section
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.networks.build import Own, add_expert, build_system, load_expert, load_teacher
-from phased_dmd.sampling.sampler import Sampler
+from phased_dmd.prompts import Prompt
+from phased_dmd.sampling.sampler import Sampler, encode
 
 EXPORT = "export.json"  # in an export's folder: the run's config, and the file of each expert
 HEADER_FILE = f"{HEADER}.json"  # in the folder of an export's full transformer: what a LoRA file's header says
@@ -31,7 +32,8 @@ def load(run: Path | str, own: Own | None = None, base: str | None = None, bucke
     own: the model and codec of a run with a teacher of the user's own. base: the teacher's folder, for an export whose
     teacher was a local one. bucket: the resolution bucket to sample in.
     """
-    return assemble(*read(Path(run), base), own, bucket)
+    config, experts = read(Path(run), base)
+    return assemble(config, experts, load_teacher(config, own, fit=False), bucket)
 
 
 def read(folder: Path, base: str | None = None) -> tuple[Config, Experts]:
@@ -43,28 +45,35 @@ def read(folder: Path, base: str | None = None) -> tuple[Config, Experts]:
     return read_run(folder)
 
 
-def assemble(config: Config, experts: Experts, own: Own | None = None, bucket: int = 0) -> Sampler:
-    """Returns the sampler of a config and of the experts of its phases."""
-    sampler = untrained(config, own, bucket)
+def assemble(
+    config: Config, experts: Experts, teacher: Own, bucket: int = 0, prompts: Sequence[Prompt] = ()
+) -> Sampler:  # fmt: skip
+    """Returns the sampler of a config and of the experts of its phases. teacher, prompts: see `untrained`."""
+    sampler = untrained(config, teacher, bucket, prompts)
     for phase in range(1, sampler.system.plan.num_phases + 1):
         load_expert(sampler.system, phase, experts(phase), "experts")
     return sampler
 
 
-def untrained(config: Config, own: Own | None = None, bucket: int = 0, times: Sequence[float] = ()) -> Sampler:
-    """Returns the sampler of a config whose experts compute what its teacher does.
+def untrained(
+    config: Config, teacher: Own, bucket: int = 0, prompts: Sequence[Prompt] = (), times: Sequence[float] = ()
+) -> Sampler:  # fmt: skip
+    """Returns the sampler of a config whose experts compute what its teacher does, from the teacher's model and codec.
 
+    prompts: some that will be sampled. They are encoded before the networks are loaded, and others beside them, later.
     times: of a generator of one phase, down to 0, in place of the plan's.
     """
-    model, codec = load_teacher(config, own, fit=False)
+    model, codec = teacher
     if bucket >= len(model.sample_shapes):
         raise UserError(f"--bucket: {bucket}, but there are {len(model.sample_shapes)}, counted from 0")
-    system = build_system(config, model, codec.encode_text([config.teacher.negative_prompt])[0])
+    known, negative = encode(codec, prompts, bucket), codec.encode_text([config.teacher.negative_prompt])[0]
+    codec.free()
+    system = build_system(config, model, negative)
     if times:
         system = replace(system, plan=PhasePlan(tuple(times), switches=tuple(model.switches)))
     for phase in range(1, system.plan.num_phases + 1):
         add_expert(system, phase, trainable=False)
-    return Sampler(system, codec, bucket)
+    return Sampler(system, codec, bucket, known)
 
 
 def read_run(folder: Path) -> tuple[Config, Experts]:

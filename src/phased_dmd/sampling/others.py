@@ -10,22 +10,24 @@ from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import step_times
 from phased_dmd.models.loader import bare_model
-from phased_dmd.networks.build import load_expert, lora_of
+from phased_dmd.networks.build import load_expert, load_teacher, lora_of
 from phased_dmd.networks.change import Change, start_from
 from phased_dmd.networks.roles import expert_role
+from phased_dmd.prompts import Prompt
 from phased_dmd.sampling.loading import untrained
 from phased_dmd.sampling.lora_files import read_changes
 from phased_dmd.sampling.sampler import Sampler
 
 
 def load_loras(
-    config: Config, files: Sequence[Path], sigmas: Sequence[float] = (), base: str | None = None, bucket: int = 0
-) -> Sampler:
+    config: Config, files: Sequence[Path], sigmas: Sequence[float] = (), base: str | None = None, bucket: int = 0,
+    prompts: Sequence[Prompt] = (),
+) -> Sampler:  # fmt: skip
     """Returns a sampler of a recipe's teacher with others' LoRA files, one a network, noisiest first.
 
     sigmas: the times of its steps, falling from 1 at most; those of the recipe's grid by default. base: the teacher's
-    folder or hub id, in place of the recipe's. Biases, norms and tables that a file changes, too, make its experts full
-    copies of the base, which need more memory. Raises UserError for what the user can mend.
+    folder or hub id, in place of the recipe's. prompts: see `untrained`. Biases, norms and tables that a file changes,
+    too, make its experts full copies of the base, which need more memory. Raises UserError for what the user can mend.
     """
     if not isinstance(config.teacher, PipelineTeacher):
         raise UserError(f"--lora: {config.recipe} has no networks of Wan or Qwen-Image")
@@ -36,7 +38,7 @@ def load_loras(
     config = changed(config, {"plan": one_phase, "teacher": teacher, "phase_shares": None, "init_experts": None})
     changes = read_changes(files, bare_model(config.teacher, config.seed).students)
     config = changed(config, of_changes(changes))
-    sampler = untrained(config, bucket=bucket, times=(*times, 0.0))
+    sampler = untrained(config, load_teacher(config, fit=False), bucket, prompts, (*times, 0.0))
     system, role = sampler.system, expert_role(1)
     start = start_from(system.roles.state(role), dict(enumerate(changes)), lora_of(config.generator))
     load_expert(system, 1, start, "--lora")

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -30,11 +30,16 @@ NANO_FPS, WAN_FPS = 8.0, 16.0
 
 
 class Sampler:
-    """A sampler runs the few-step generator of a run, or its teacher on the same grid, in one resolution bucket."""
+    """A sampler runs the few-step generator of a run, or its teacher on the same grid, in one resolution bucket.
 
-    def __init__(self, system: System, codec: Codec, bucket: int = 0) -> None:
+    known: conditions of prompts that were encoded before.
+    """
+
+    def __init__(
+        self, system: System, codec: Codec, bucket: int = 0, known: Mapping[Prompt, Condition] | None = None
+    ) -> None:  # fmt: skip
         self.system, self.codec, self.bucket = system, codec, bucket
-        self._known: dict[Prompt, Condition] = {}
+        self._known = dict(known or {})
 
     def __repr__(self) -> str:
         config, plan = self.system.config, self.system.plan
@@ -78,19 +83,10 @@ class Sampler:
                 yield self.system.sample_teacher(noise, condition, int(teacher_steps)).cpu()
 
     def encode(self, prompts: Sequence[Prompt]) -> dict[Prompt, Condition]:
-        """Returns the condition of each prompt, and of all before; then frees the encoders, whose memory networks need.
-
-        Raises UserError where a first frame is missing or does not fit the samples.
+        """Returns the condition of each prompt, see `encode`, and of all before; then frees the encoders, whose memory
+        networks need.
         """
-        for prompt, buckets in zip(prompts, fitting(self.codec, prompts), strict=False):
-            if self.bucket not in buckets:
-                raise UserError(f"{prompt.image}: not of the shape of the samples, see teacher.sizes")
-        new = [prompt for prompt in prompts if prompt not in self._known]
-        for i in range(0, len(new), BATCH):
-            part = new[i : i + BATCH]
-            for prompt, row in zip(part, self.codec.encode_text([prompt.text for prompt in part]), strict=True):
-                image = self.codec.encode_image(prompt.image, self.bucket) if self.codec.takes_images else {}  # type: ignore[arg-type] checked by fitting
-                self._known[prompt] = row | image
+        self._known |= encode(self.codec, [prompt for prompt in prompts if prompt not in self._known], self.bucket)
         self.codec.free()
         return self._known
 
@@ -140,6 +136,23 @@ class Sampler:
     def _noise(self, seeds: Sequence[int], *key: str | int) -> Tensor:
         """Draws standard normal noise [n, ...], each sample's from its own seed."""
         return normal(self.shape, seeds, *(key or ("sample",))).to(device())
+
+
+def encode(codec: Codec, prompts: Sequence[Prompt], bucket: int) -> dict[Prompt, Condition]:
+    """Returns the condition of each prompt in a resolution bucket.
+
+    Raises UserError where a first frame is missing or does not fit the samples.
+    """
+    for prompt, buckets in zip(prompts, fitting(codec, prompts), strict=False):
+        if bucket not in buckets:
+            raise UserError(f"{prompt.image}: not of the shape of the samples, see teacher.sizes")
+    known = {}
+    for i in range(0, len(prompts), BATCH):
+        part = prompts[i : i + BATCH]
+        for prompt, row in zip(part, codec.encode_text([prompt.text for prompt in part]), strict=True):
+            image = codec.encode_image(prompt.image, bucket) if codec.takes_images else {}  # type: ignore[arg-type] checked by fitting
+            known[prompt] = row | image
+    return known
 
 
 def _checked(prompts: Any, seeds: Any, teacher_steps: Any) -> tuple[list[Prompt], list[int]]:
