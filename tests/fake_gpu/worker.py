@@ -170,9 +170,11 @@ def pretend() -> None:
     flash = aten._scaled_dot_product_flash_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
-        assert attn_mask is None and torch.is_autocast_enabled("cuda"), "another kernel than flash attention"
-        dtype = torch.get_autocast_dtype("cuda")
-        return flash(query.to(dtype), key.to(dtype), value.to(dtype))[0]
+        if torch.is_autocast_enabled("cuda"):
+            query, key, value = (each.to(torch.get_autocast_dtype("cuda")) for each in (query, key, value))
+        dtypes = {each.dtype for each in (query, key, value)}
+        assert attn_mask is None and dtypes == {torch.bfloat16}, "another kernel than flash attention"
+        return flash(query, key, value)[0]
 
     torch.nn.functional.scaled_dot_product_attention = attention  # a build without CUDA chooses one that keeps matrices
 
@@ -184,13 +186,17 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """
     watch = Watch()
     with (
-        simulate.begun(build(case["config"]), case["phase"], case["gpus"], case["blocks"], watch) as (job, *learners),
+        simulate.begun(build(case["config"]), case["phase"], case["gpus"], case["blocks"], watch) as (
+            job,
+            expert,
+            fake,
+        ),
         mock.patch.object(step, "choice", lambda count, *key: count - 1),  # the exit of the longest rollout
-        FAULTS[case["fault"]](list(learners[1].optimiser.state.values())) if "fault" in case else nullcontext(),
+        FAULTS[case["fault"]](list(fake.optimiser.state.values())) if "fault" in case else nullcontext(),
     ):
         found: dict[str, Any] = {"held": watch.now}
         for name in simulate.UPDATES:
-            simulate.run_update(job, case["phase"], name, *learners, watch)
+            simulate.run_update(job, case["phase"], name, expert, fake, watch)
             found[name] = {key: getattr(watch, key) for key in COUNTS}
         return found
 

@@ -30,12 +30,12 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,
     _get_current_dispatch_mode_stack,
 )
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from phased_dmd import step, train
 from phased_dmd.config import Config
 from phased_dmd.config.overrides import build
-from phased_dmd.config.teacher import PipelineTeacher, QwenImageTeacher
+from phased_dmd.config.teacher import QwenImageTeacher, WanTeacher
 from phased_dmd.engine import collectives, world
 from phased_dmd.errors import UserError
 from phased_dmd.models.loader import bare_model
@@ -156,7 +156,7 @@ def choose_as_cuda() -> None:
     def in_float32(norm: Any) -> Any:
         def chosen(*args: Any, **more: Any) -> Any:
             if torch.is_autocast_enabled("cpu"):
-                args, more = torch.utils._pytree.tree_map_only(Tensor, Tensor.float, (args, more))
+                args, more = tree_map_only(Tensor, Tensor.float, (args, more))
             return norm(*args, **more)
 
         return chosen
@@ -246,10 +246,10 @@ def run_update(job: Any, phase: int, name: str, expert: Learner, fake: Learner, 
 def run_case(case: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the most bytes of every lap of both updates. case: config, phase, gpus, blocks."""
     watch, phase = Watch(), case["phase"]
-    with begun(build(case["config"]), phase, case["gpus"], case["blocks"], watch) as (job, *learners):
+    with begun(build(case["config"]), phase, case["gpus"], case["blocks"], watch) as (job, expert, fake):
         found = {}
         for name in UPDATES:
-            run_update(job, phase, name, *learners, watch)
+            run_update(job, phase, name, expert, fake, watch)
             found[name] = watch.laps
         return found
 
@@ -280,13 +280,14 @@ def simulated(config: Config, gpus: int, phases: Sequence[int]) -> list[Peaks]:
     """Simulates the updates of phases. Raises UserError for what a simulation does not know."""
     if config.engine.offload or getattr(config.teacher, "quantise", None):
         raise UserError("--simulate: neither engine.offload nor teacher.quantise can be simulated")
-    teacher: Any = config.teacher
-    changes: dict[str, Any] = {"engine": config.engine.model_copy(update={"compile": False}), "init_experts": None}
-    if isinstance(teacher, PipelineTeacher):
-        sizes = (teacher.sizes[largest(bucket_shapes(teacher))],)
-        changes["teacher"] = teacher.model_copy(update={"sizes": sizes})
+    teacher = config.teacher
+    if not isinstance(teacher, WanTeacher | QwenImageTeacher):
+        raise UserError(f"--simulate: knows the networks of pipelines alone, and teacher.kind is {teacher.kind}")
+    one_size = teacher.model_copy(update={"sizes": (teacher.sizes[largest(bucket_shapes(teacher))],)})
+    engine = config.engine.model_copy(update={"compile": False})
+    changes = {"teacher": one_size, "engine": engine, "init_experts": None}
     model, few = meta_model(teacher), BLOCKS_OF_QWEN if isinstance(teacher, QwenImageTeacher) else BLOCKS
-    count = len(model.blocks(model.networks[0])) if isinstance(teacher, PipelineTeacher) else 0
+    count = len(model.blocks(model.networks[0]))
     lengths = (few, few + 1) if count > few + 1 else (None, None)
     case = {"config": config.model_copy(update=changes).model_dump(mode="json"), "gpus": gpus}
     answers = _ask([case | {"phase": phase, "blocks": length} for phase in phases for length in lengths])
