@@ -593,6 +593,8 @@ def test_a_packed_network_is_advised_on_one_gpu_and_never_with_what_distill_refu
     packed = advice.cheapest(config, 1, lambda config, _: getattr(config.teacher, "quantise", None) == "nf4")
     assert packed is not None and advice.flags(packed) == "--set fake.weights=lora --set teacher.quantise=nf4"
     assert advice.cheapest(config, 8, lambda config, _: getattr(config.teacher, "quantise", None) == "nf4") is None
+    away = advice.cheapest(config, 1, lambda config, _: config.engine.offload)
+    assert away == (advice.OFFLOAD,), "offload is tried without it"
     small = changed(config, {"fake.weights": "lora", "teacher.quantise": "nf4"})
     assert advice.cheapest(small, 1, lambda config, _: config.engine.offload) is None
     assert advice.least_gpus(small, 1, lambda *_: True) is None
@@ -714,7 +716,7 @@ def test_what_is_proposed_fits_and_can_be_typed() -> None:
     assert "teacher.quantise=nf4" in (found[24, 1].options or "")
     assert found[141, 64].options == "--set engine.micro_batch=1"
     big = resolve("wan22-t2v", QUIET)
-    (cannot, *_) = proposals(big)
+    cannot = next(proposals(big))
     assert cannot.options is None and cannot.peak.name == "updates"
 
 

@@ -93,6 +93,8 @@ def cheapest(config: Config, gpus: int, fits: Fits) -> Options | None:
     """Returns the options that make it fit, no dearer one than needed, and none that is not needed; None if none do."""
     chosen, so_far = (), config
     for option in (*free(config), *OPTIONS, *smaller(config), OFFLOAD):
+        if option is OFFLOAD:  # a packed network stays on its GPU
+            chosen = tuple(other for other in chosen if other.key != "teacher.quantise")
         tried = _possible(config, (*chosen, option), gpus)
         if tried in (None, so_far):
             continue
