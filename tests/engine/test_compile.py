@@ -1,4 +1,4 @@
-"""`engine.compile` while roles take turns on shared networks: what dynamo compiles, and when, by the backend `eager`."""
+"""`engine.compile` while roles take turns on shared networks: what dynamo compiles, by the backend `eager`."""
 
 import copy
 from collections.abc import Iterator

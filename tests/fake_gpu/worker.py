@@ -10,9 +10,8 @@ import importlib.util
 import json
 import sys
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,32 +25,19 @@ if __name__ == "__main__":  # before torch is imported, which asks once whether 
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 
 import torch
-import torch.distributed as dist
-import torch.distributed._tools.fake_collectives  # what collectives do to tensors without data
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the group that does nothing, too
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _disable_current_modes,
-    _get_current_dispatch_mode_stack,
-)
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
-from phased_dmd import step, train
-from phased_dmd.engine import collectives, world
-from phased_dmd.models.loader import bare_model
+from phased_dmd import step
+from phased_dmd.config.overrides import build
 from phased_dmd.models.wan import WanModel
-from phased_dmd.networks import students
-from phased_dmd.networks.build import add_adapters, add_expert, build_system
 from phased_dmd.networks.roles import Roles
-from phased_dmd.recipes import resolve
+from phased_dmd.plan import simulate
 
 aten = torch.ops.aten
-COUNTS = ("peak", "flops", "waits", "uploads", "float64", "now")
+COUNTS = ("laps", "flops", "waits", "uploads", "float64", "now")
 SMALL = 4096  # numbers of a tensor that keeps its values
 
 
@@ -71,32 +57,29 @@ class Nothing:
         pass
 
 
-class Watch(TorchDispatchMode):
+class Watch(simulate.Watch):
     """Counts what the device holds and does, and refuses what a real one would, where FakeTensorMode does not.
 
-    now, peak: bytes. flops: a multiply-add as two. waits: how often the host reads from the device. uploads: copies
-    from the host. float64: the most numbers of a float64 tensor on the device.
+    flops: a multiply-add as two. waits: how often the host reads from the device. uploads: copies from the host.
+    float64: the most numbers of a float64 tensor on the device.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.flops = self.waits = self.uploads = self.float64 = 0
-        self._sizes: dict[int, int] = {}
+        self.begin()
 
     def begin(self) -> None:
-        """Counts anew, from what is there."""
-        self.peak, self.flops, self.waits, self.uploads, self.float64 = self.now, 0, 0, 0, 0
+        super().begin()
+        self.flops = self.waits = self.uploads = self.float64 = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it is asked again for the shards
-        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    def is_hosts(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> bool:
         target = kwargs.get("device")
         to_device = target is not None and torch.device(target).type == "cuda"
-        if not to_device and not any(value.is_cuda for value in given):
-            with unset_fake_temporarily():  # the host's own
-                return func(*args, **kwargs)
+        return not to_device and not any(value.is_cuda for value in given)
+
+    def run(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
+        target = kwargs.get("device")
+        to_device = target is not None and torch.device(target).type == "cuda"
         check_devices(func, kwargs, given, to_device)
         if func is aten._local_scalar_dense.default:
             self.waits += 1
@@ -116,35 +99,21 @@ class Watch(TorchDispatchMode):
             self.waits += 1  # its length is read
             assert value is not None, "the length of nonzero is not known"
             made = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+            self.hold(made)
         else:
-            made = func(*args, **kwargs)
+            made = super().run(func, args, kwargs, given)
         if isinstance(made, FakeTensor):
             made.known = value  # type: ignore[attr-defined]
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += formula(*args, **kwargs, out_val=made)
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, FakeTensor) and tensor.is_cuda:
-                self._hold(tensor)
         return made
 
-    def _hold(self, tensor: Tensor) -> None:
+    def hold(self, tensor: Tensor) -> None:
+        if not tensor.is_cuda:
+            return
         if tensor.dtype == torch.float64:
             self.float64 = max(self.float64, tensor.numel())
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._sizes:
-            self._sizes[storage._cdata] = 0
-            weakref.finalize(storage, self._freed, storage._cdata)
-            self.resized(storage)
-
-    def resized(self, storage: torch.UntypedStorage) -> None:
-        """Is told that a storage has another size; FSDP gives memory back by a size of 0."""
-        if storage._cdata in self._sizes:
-            self.now += storage.nbytes() - self._sizes[storage._cdata]
-            self._sizes[storage._cdata] = storage.nbytes()
-            self.peak = max(self.peak, self.now)
-
-    def _freed(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
+        super().hold(tensor)
 
 
 def known(tensor: Tensor) -> Tensor | None:
@@ -199,105 +168,36 @@ def pretend() -> None:
     FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment]
     FakeTensor.tolist = read_list  # type: ignore[method-assign]
 
-    resize = torch.UntypedStorage.resize_
-
-    def resized(storage: torch.UntypedStorage, size: int) -> None:
-        resize(storage, size)
-        for mode in _get_current_dispatch_mode_stack():
-            if isinstance(mode, Watch):
-                mode.resized(storage)
-
-    torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign]
-
     flash = aten._scaled_dot_product_flash_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
-        assert attn_mask is None and torch.is_autocast_enabled("cuda"), "another kernel than flash attention"
-        dtype = torch.get_autocast_dtype("cuda")
-        return flash(query.to(dtype), key.to(dtype), value.to(dtype))[0]
+        if torch.is_autocast_enabled("cuda"):
+            query, key, value = (each.to(torch.get_autocast_dtype("cuda")) for each in (query, key, value))
+        dtypes = {each.dtype for each in (query, key, value)}
+        assert attn_mask is None and dtypes == {torch.bfloat16}, "another kernel than flash attention"
+        return flash(query, key, value)[0]
 
     torch.nn.functional.scaled_dot_product_attention = attention  # a build without CUDA chooses one that keeps matrices
-
-    infer = ShardingPropagator._propagate_tensor_meta_non_cached
-
-    def infer_apart(*args: Any) -> Any:
-        with _disable_current_modes():  # FSDP asks for the shapes of whole tensors, which are never there
-            return infer(*args)
-
-    ShardingPropagator._propagate_tensor_meta_non_cached = infer_apart  # type: ignore[method-assign]
-
-    # Of several processes this is the first, and the others answer nothing.
-    collectives.run_on_all_ranks = lambda action: [action()]
-
-    copied = students.copy.deepcopy
-
-    def deepcopy(value: Any, *more: Any) -> Any:
-        with unset_fake_temporarily():  # an outline has parameters on the meta device, which cannot be copied inside
-            return copied(value, *more)
-
-    students.copy = SimpleNamespace(deepcopy=deepcopy)  # type: ignore[assignment]
-
-
-@contextmanager
-def group(gpus: int) -> Iterator[None]:
-    """Is the first of some processes, each with a GPU, whose collectives do nothing."""
-    if gpus == 1:
-        yield
-        return
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
-    try:
-        yield
-    finally:
-        world.mesh.cache_clear()
-        dist.destroy_process_group()
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """Makes an update of the fake, and one of the expert; returns what the device held before, and what each took.
 
-    recipe, changes: of the config. phase, gpus. blocks: how many each network has. tokens: of the prompt. fault: one of
-    `FAULTS`.
+    config: as JSON. phase, gpus. blocks: how many each network has. fault: one of `FAULTS`.
     """
-    config, watch = resolve(case["recipe"], case["changes"]), Watch()
-    model: Any = bare_model(config.teacher, 0)
-    for network in model.networks:
-        name = next(name for name, child in network.named_children() if isinstance(child, torch.nn.ModuleList))
-        setattr(network, name, getattr(network, name)[: case["blocks"]])
-    width = model.networks[0].config.get("text_dim") or model.networks[0].config["joint_attention_dim"]
-    text = {"text": torch.zeros(case["tokens"], width, dtype=torch.bfloat16)}
-    with ExitStack() as stack:
-        stack.enter_context(group(case["gpus"]))
-        if case["gpus"] > 1:
-            world.mesh(config.engine.replicas)  # it reads numbers, which is not possible inside
-        model.device = world.device()
-        system = build_system(config, model, text)
-        fresh = add_adapters(system)
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(watch)
-        system.roles.shard(config.engine)
-        fresh = {k: {n: torch.empty_like(t, device="cpu") for n, t in values.items()} for k, values in fresh.items()}
-        conditions = SimpleNamespace(eligible=lambda bucket: range(1), row=lambda index, bucket: text)
-        job: Any = SimpleNamespace(
-            system=system, fresh_fakes=fresh, conditions=conditions, odds=step.bucket_odds(config, conditions),  # type: ignore[arg-type]
-            micro_batches=world.split_batch(config.batch_size, config.engine), rank=0,
-            signals=SimpleNamespace(asked=lambda: 0), run=SimpleNamespace(expert_path=lambda _: Path("none/such")),
-        )  # fmt: skip
-        for earlier in range(1, case["phase"]):
-            add_expert(system, earlier, trainable=False)
-        weights = watch.now
-        learners = train.begin(job, case["phase"])
-        assert learners is not None
-        expert, fake = learners
-        if "fault" in case:
-            stack.enter_context(FAULTS[case["fault"]](list(fake.optimiser.state.values())))
-        state = expert.state() | fake.state()
-        found: dict[str, Any] = {"weights": weights, "held": watch.now}
-        last = mock.patch.object(step, "choice", lambda count, *key: count - 1)  # the exit of the longest rollout
-        for learner, update, loss in ((fake, 1, step.fake_loss), (expert, step.EXPERT_UPDATE, step.expert_loss)):
-            watch.begin()
-            with last:
-                train.train_step(job, train.Position(case["phase"]), update, learner, loss, {}, state)
-            name = "fake" if learner is fake else "expert"
+    watch = Watch()
+    with (
+        simulate.begun(build(case["config"]), case["phase"], case["gpus"], case["blocks"], watch) as (
+            job,
+            expert,
+            fake,
+        ),
+        mock.patch.object(step, "choice", lambda count, *key: count - 1),  # the exit of the longest rollout
+        FAULTS[case["fault"]](list(fake.optimiser.state.values())) if "fault" in case else nullcontext(),
+    ):
+        found: dict[str, Any] = {"held": watch.now}
+        for name in simulate.UPDATES:
+            simulate.run_update(job, case["phase"], name, expert, fake, watch)
             found[name] = {key: getattr(watch, key) for key in COUNTS}
         return found
 
@@ -375,6 +275,7 @@ FAULTS = {
 def main() -> None:
     """Runs the cases, one after the other: what one leaves behind is no part of the next."""
     warnings.simplefilter("ignore")
+    simulate.pretend()
     pretend()
     for line in sys.stdin:
         try:

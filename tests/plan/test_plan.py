@@ -47,7 +47,7 @@ from phased_dmd.models.source import META, BareSource, architecture, skeleton
 from phased_dmd.networks.build import add_expert, build_system
 from phased_dmd.networks.optim import Learner
 from phased_dmd.networks.roles import FAKE, Roles, expert_role
-from phased_dmd.plan import advice, needs
+from phased_dmd.plan import advice, needs, page, peak, proposals
 from phased_dmd.plan.measure import PeakBytes, block_bytes, call, plan_of
 from phased_dmd.plan.memory import (
     activations,
@@ -60,7 +60,9 @@ from phased_dmd.plan.memory import (
     score_calls,
 )
 from phased_dmd.plan.memory import states as state_bytes
-from phased_dmd.plan.preview import decode_cost, preview_cost
+from phased_dmd.plan.preview import decode_cost, encode_cost, preview_cost
+from phased_dmd.plan.simulate import extrapolated, simulated
+from phased_dmd.plan.stages import encoding, stages
 from phased_dmd.plan.work import forward_flops, mean_flops, phase_work
 from phased_dmd.recipes import RECIPES, resolve
 from phased_dmd.sampling.sampler import Sampler
@@ -178,14 +180,12 @@ def test_wan_14b_needs_the_bytes_and_flops_worked_out_by_hand() -> None:
 
 
 def test_checkpoints_weigh_what_was_worked_out_by_hand() -> None:
-    """Weights and second moments of fakes and experts in float32; of three at a time; twice a shard on the host."""
+    """Weights and second moments of fakes and experts in float32; of three at a time; a shard on each GPU's host."""
     plan = needs(resolve("wan22-t2v", QUIET), gpus=64, memory_gb=80)
     assert [phase.checkpoint for phase in plan.phases] == pytest.approx([117e9, 231e9], rel=0.01)
-    (line,) = (remark for remark in plan.remarks if "checkpoints" in remark)
-    assert line == (
-        "checkpoints: 231.1 GB the largest, 693.2 GB of disk with the kept ones; 7.2 GB of host memory for each GPU "
-        "while it is written"
-    )
+    saved = [stage for stage in plan.stages if stage.name == "checkpoint"]
+    assert [stage.disk for stage in saved] == [3 * phase.checkpoint for phase in plan.phases]
+    assert [stage.host for stage in saved] == pytest.approx([1.83e9, 3.61e9], rel=0.01)
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
@@ -593,6 +593,8 @@ def test_a_packed_network_is_advised_on_one_gpu_and_never_with_what_distill_refu
     packed = advice.cheapest(config, 1, lambda config, _: getattr(config.teacher, "quantise", None) == "nf4")
     assert packed is not None and advice.flags(packed) == "--set fake.weights=lora --set teacher.quantise=nf4"
     assert advice.cheapest(config, 8, lambda config, _: getattr(config.teacher, "quantise", None) == "nf4") is None
+    away = advice.cheapest(config, 1, lambda config, _: config.engine.offload)
+    assert away == (advice.OFFLOAD,), "offload is tried without it"
     small = changed(config, {"fake.weights": "lora", "teacher.quantise": "nf4"})
     assert advice.cheapest(small, 1, lambda config, _: config.engine.offload) is None
     assert advice.least_gpus(small, 1, lambda *_: True) is None
@@ -618,6 +620,132 @@ def test_smaller_sizes_are_advised_before_offload_and_can_be_typed() -> None:
     assert advice.smaller(resolve("toy-2d", {})) == ()
 
 
+def test_samples_are_shared_by_four_where_they_can_be() -> None:
+    """Of Wan, by a number of GPUs that four divides."""
+    config, ways = resolve("wan22-t2v", {}), advice.WAYS
+
+    def fits(config: Config, _: int) -> bool:
+        return config.engine.sequence_parallel == ways
+
+    found = advice.cheapest(config, 8, fits)
+    assert found is not None and advice.flags(found) == "--set engine.sequence_parallel=4"
+    odd = [{"num_frames": 81, "height": 496, "width": 848}]  # 21 x 31 x 53 tokens
+    for other, gpus in ((config, 2), (resolve("qwen-image", {}), 8), (changed(config, {"teacher.sizes": odd}), 8)):
+        assert advice.cheapest(other, gpus, fits) is None
+
+
+# Stages
+
+
+def test_stages_hold_what_was_worked_out_by_hand() -> None:
+    """umT5-XXL of 5.68e9 and Qwen2.5-VL of 8.29e9 parameters in bfloat16, and a VAE of .5 GB; a network of 28.6 GB."""
+    wan, qwen = resolve("wan22-t2v", QUIET), resolve("qwen-image", QUIET)
+    assert [encoding(config.teacher)[0] for config in (wan, qwen)] == pytest.approx([11.87e9, 17.09e9], rel=0.005)
+    many, one = (next(s for s in stages(wan, gpus) if s.name == "loading") for gpus in (64, 1))
+    assert (many.host, one.host) == pytest.approx((57.2e9, 28.6e9), rel=0.005)  # sharded ones are all there first
+    assert (many.gpu, one.gpu) == pytest.approx((57.2e9 / 64, 57.2e9), rel=0.005)
+    full = changed(wan, {"generator.weights": "full"})
+    expert = next(stage for stage in stages(full, 64) if stage.name == "expert")
+    assert expert.host == expert.disk == pytest.approx(57.2e9, rel=0.005)  # gathered by every process, in float32
+
+
+@pytest.mark.parametrize("name", ["wan21_t2v", "qwen_image"])
+def test_an_encoder_holds_what_a_real_one_does(folders: dict[str, Path], name: str) -> None:
+    """Sixty-four prompts of Wan's, as many as a file of the cache has, and eight of Qwen-Image's with its template."""
+    config = tiny(folders, name)
+    codec: Any = load_model(config.teacher, 0)[1]
+    shape, more = (64, TOKENS), {}
+    if name == "qwen_image":
+        codec.encode_text(["a boat"])
+        encoder, shape, more = codec.pipeline.text_encoder, (8, TOKENS + 34), {"output_hidden_states": True}
+    else:
+        encoder = codec.encoder.text_encoder
+    ids = torch.zeros(shape, dtype=torch.long)
+    with torch.no_grad(), PeakBytes(encoder) as peak_bytes:
+        encoder(input_ids=ids, attention_mask=ids + 1, **more)
+    weights, most = encoding(config.teacher)
+    assert most == pytest.approx(peak_bytes.most, rel=0.1)
+    assert weights == nbytes(list(encoder.parameters())) + nbytes(list(codec.vae.parameters()))
+
+
+def test_a_first_frame_is_encoded_with_what_a_real_one_takes() -> None:
+    """The clip of a first frame by nano's own VAE."""
+    config = resolve("nano-i2v", {})
+    codec: Any = load_model(config.teacher, 0)[1]
+    shape, vae = tuple(bare_model(config.teacher, 0).sample_shapes[0]), codec.vae
+    size = config.teacher.sizes[0]
+    with torch.no_grad(), PeakBytes(vae) as peak_bytes:
+        vae.encode(torch.zeros(1, 3, size.num_frames, size.height, size.width))
+    pixels = 12 * size.num_frames * size.height * size.width
+    assert encode_cost(config.teacher, shape, True)[1] == pytest.approx(peak_bytes.most + pixels, rel=0.1)
+
+
+def test_the_verdict_names_the_stage_that_holds_the_most() -> None:
+    small = resolve("wan21-t2i", QUIET | {"engine.micro_batch": 1, "engine.activation_checkpointing": True})
+    plan = needs(small, 64, 16)
+    assert peak(plan.stages).name == "encoding" and not plan.fits  # no option makes an encoder smaller
+    assert page.verdict(plan)[0] == "it does not fit: 17.8 GB on each GPU in encoding, and 14.7 GB can be used"
+    assert plan.options is None
+    assert "at most in updates of phase" in page.verdict(needs(small, 8, 80))[0]
+
+
+def test_gathers_between_nodes_are_remarked_on_where_they_bound_a_run() -> None:
+    """Pictures on 64 GPUs: a network's 28.6 GB 31.5 times for calls and 6 for backwards, and 5 times float32 gradients
+    of the fake, of which a 64th is its own.
+    """
+    config = resolve("wan21-t2i", QUIET | {"engine.activation_checkpointing": True})
+    plan = needs(config, 64, 80)
+    assert plan.phases[1].gathered == pytest.approx((37.5 * 28.58e9 + 5 * 57.15e9) * 63 / 64, rel=0.005)
+    (line,) = (remark for remark in plan.remarks if remark.startswith("gathers: "))
+    assert "33.4 s at 40 GB/s" in line and "--set engine.replicas=8 gathers within nodes of 8, and fits with" in line
+    within = needs(changed(config, {"engine.replicas": 8}), 64, 80)
+    assert within.fits and not any(
+        remark.startswith("gathers") for remark in (*within.remarks, *needs(config, 8, 80).remarks)
+    )
+
+
+def test_what_is_proposed_fits_and_can_be_typed() -> None:
+    """Wan's pictures on one GPU: packed on 24 GB, with a full fake from 80 GB on the host of many only."""
+    config = resolve("wan21-t2i", QUIET)
+    found = {(each.memory_gb, each.gpus): each for each in proposals(config)}
+    assert {gpus for _, gpus in found} >= {1, 8, 64} and {memory for memory, _ in found} == {24, 48, 80, 141}
+    for (memory, gpus), each in found.items():
+        assert each.options is not None
+        words = shlex.split(each.options)[1::2]
+        assert needs(changed(config, dict(map(assignment, words))), gpus, memory).fits
+    assert "teacher.quantise=nf4" in (found[24, 1].options or "")
+    assert found[141, 64].options == "--set engine.micro_batch=1"
+    big = resolve("wan22-t2v", QUIET)
+    cannot = next(proposals(big))
+    assert cannot.options is None and cannot.peak.name == "updates"
+
+
+# The updates themselves
+
+
+def test_of_more_blocks_each_lap_is_extrapolated_by_itself() -> None:
+    """The optimiser's step is the least of few blocks and the most of many."""
+    short, longer = {"loss": 10, "backward": 20, "step": 4}, {"loss": 11, "backward": 22, "step": 9}
+    assert extrapolated(short, longer, 0) == 20
+    assert extrapolated(short, longer, 10) == 54
+
+
+def test_what_cannot_be_simulated_is_a_user_error() -> None:
+    for recipe, changes in (("toy-1d", {}), ("nano-t2i", {"engine.offload": True})):
+        with pytest.raises(UserError, match="^--simulate: "):
+            simulated(resolve(recipe, changes), 2, [1])
+
+
+def test_simulated_updates_stand_in_the_place_of_planned_ones() -> None:
+    """By the command, of a small model with first frames on two GPUs; a bfloat16 moment is float32 for a moment."""
+    arguments = ["plan", "nano-i2v", "--gpus", "2", "--memory-gb", "80", "--simulate", "--json"]
+    plan = json.loads(CliRunner().invoke(app, [*arguments, "--set", "plan.phases=1"]).output)
+    found = {stage["name"]: stage["gpu"] for stage in plan["stages"]}
+    assert found.keys() >= {"fake updates", "generator updates"} and "updates" not in found
+    states = plan["phases"][0]["memory"]["weights"] + plan["phases"][0]["memory"]["optimiser"]
+    assert all(found[name] > states for name in ("fake updates", "generator updates"))
+
+
 # Warnings
 
 
@@ -636,9 +764,9 @@ def test_what_is_likely_a_mistake_is_warned_of() -> None:
 
 
 def test_a_sample_that_no_gpu_holds_is_warned_of() -> None:
-    sizes = [{"num_frames": 321, "height": 720, "width": 1280}]
+    sizes = [{"num_frames": 1281, "height": 720, "width": 1280}]
     plan = needs(resolve("wan21-t2v-1.3b", QUIET | {"teacher.sizes": sizes, "engine.micro_batch": 1}), 8, 24)
-    assert "teacher.sizes: one sample of 321x720x1280 keeps" in plan.warnings[-1]
+    assert "teacher.sizes: one sample of 1281x720x1280 keeps" in plan.warnings[-1]
     assert (plan.fits, plan.options, plan.enough_gpus) == (False, None, None)
 
 
@@ -650,6 +778,8 @@ def test_sizes_off_the_strides_and_own_teachers_are_user_errors() -> None:
         needs(Config(recipe="mine", teacher=OwnTeacher()), 8, 80)
     with pytest.raises(UserError, match="teacher.path: nobody/none is no folder and no shipped architecture"):
         needs(resolve("wan22-t2v", {"teacher.path": "nobody/none"}), 8, 80)
+    for words in (["--gpus", "8"], ["--memory-gb", "80"], ["--simulate"]):
+        assert CliRunner().invoke(app, ["plan", "toy-1d", *words]).exit_code != 0
     for changes in ({"memory_gb": 0.0}, {"utilisation": 1.5}, {"tflops": -1.0}, {"gpus": 0}):
         with pytest.raises(UserError, match="--"):
             needs(resolve("toy-1d", {}), **({"gpus": 1, "memory_gb": 80.0} | changes))

@@ -197,27 +197,36 @@ def export(
 
 def plan(
     recipe: Recipe,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all, over all machines.")],
-    memory_gb: Annotated[float, typer.Option(help="Memory of each GPU in GB.")],
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs in all, over all machines.")] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="Memory of each GPU in GB.")] = None,
     utilisation: Annotated[float, typer.Option(help="Share of --tflops that a run reaches.")] = 0.4,
     tflops: Annotated[float, typer.Option(help="Dense bfloat16 speed of a GPU in TFLOPS (H100: 989).")] = 989.0,
     prompts: Prompts = None,
     method: ChosenMethod = None,
     set_: Settings = None,
+    simulate: Annotated[bool, typer.Option(help="Run the updates themselves, on tensors without data.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON, sizes in bytes.")] = False,
 ) -> None:
     """Say what a run needs: parameters, memory, work and hours.
 
-    Needs no weights, no network and no GPU; warns of what is amiss.
+    Without --gpus and --memory-gb, say what would run on common ones. Needs no weights, no network and no GPU; warns of
+    what is amiss.
     """
     config = resolved(recipe, {"prompts": prompts}, set_, method)
+    if (gpus is None) != (memory_gb is None):
+        raise UserError(f"{'--gpus' if gpus is None else '--memory-gb'}: missing; give both, or neither for proposals")
+    if gpus is None and simulate:
+        raise UserError("--simulate: needs --gpus and --memory-gb")
 
     from rich.console import Console
 
-    from phased_dmd.plan import needs, page
+    from phased_dmd.plan import needs, page, proposals, simulated_needs
 
+    if gpus is None or memory_gb is None:
+        proposed = proposals(config, utilisation)
+        print(page.as_json(list(proposed))) if as_json else page.show_proposals(proposed, Console())
+        return
     found = needs(config, gpus, memory_gb, utilisation, tflops)
-    if as_json:
-        print(page.as_json(found))
-    else:
-        page.show(found, Console())
+    if simulate:
+        found = simulated_needs(found, config)
+    print(page.as_json(found)) if as_json else page.show(found, Console())

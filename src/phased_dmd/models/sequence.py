@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from diffusers import ContextParallelConfig, WanTransformer3DModel
-from torch import nn
+from torch import Tensor, nn
 
 from phased_dmd.engine.world import sequence_mesh
 from phased_dmd.errors import UserError
@@ -27,3 +27,15 @@ def split_sequences(network: nn.Module, shapes: Sequence[tuple[int, ...]], ways:
             raise UserError(f"teacher.sizes.{i}: {tokens} tokens cannot be shared by {ways} processes")
     with quiet():  # that the feature is experimental: test_distributed.py holds its gradients to one process's
         network.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ways, mesh=sequence_mesh(ways)))
+    for name, module in network.named_modules():
+        if name.rpartition(".")[2] in ("norm_q", "norm_k", "norm_added_k"):
+            module.register_forward_hook(_keep_dtype)
+
+
+def _keep_dtype(_: nn.Module, given: tuple[Tensor, ...], normed: Tensor) -> Tensor:
+    """Returns what a norm in front of attention made in the dtype that it was given.
+
+    On CUDA autocast makes it float32, and attention casts queries and keys to the values' dtype. In backward the hooks
+    call attention once more, where there is no autocast.
+    """
+    return normed.to(given[0].dtype)

@@ -1,7 +1,9 @@
 """`plan`: what a run will need, before anything is downloaded: parameters, memory, work, and what would make it fit."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from phased_dmd.config import Config
 from phased_dmd.config.teacher import PipelineTeacher
@@ -9,8 +11,10 @@ from phased_dmd.errors import UserError
 from phased_dmd.networks.roles import TEACHER
 from phased_dmd.plan import advice
 from phased_dmd.plan.measure import (
+    ITEMSIZE,
     bucket_shapes,
     condition_shapes,
+    itemsizes,
     largest,
     largest_block,
     largest_call,
@@ -18,11 +22,9 @@ from phased_dmd.plan.measure import (
     plan_of,
 )
 from phased_dmd.plan.memory import (
-    ITEMSIZE,
     RESERVE,
     Memory,
     checkpoint_bytes,
-    itemsizes,
     micro_batch,
     network_bytes,
     parameters_by_role,
@@ -30,18 +32,23 @@ from phased_dmd.plan.memory import (
     score_calls,
 )
 from phased_dmd.plan.preview import preview_cost
-from phased_dmd.plan.work import Work, forward_flops, mean_flops, phase_work
+from phased_dmd.plan.stages import Stage, stages
+from phased_dmd.plan.work import Work, forward_flops, gathered_bytes, mean_flops, phase_work
 from phased_dmd.prompts import read_prompts
 
 GB = 1e9
+CARDS = {24: 165.0, 48: 362.0, 80: 989.0, 141: 989.0}  # GB, and TFLOPS as specified: RTX 4090, L40S, H100, H200
+COUNTS = {1: True, 2: False, 4: False, 8: True, 16: False, 32: False, 64: True}  # of GPUs, and which always matter
+NODE, LINK = 8, 40e9  # GPUs that share a fast network, and bytes a second of each GPU between such nodes: a guess
 
 
 @dataclass(frozen=True)
 class PhaseCost:
     """The cost of one phase: memory on each GPU, work of an iteration for a sample, FLOPs and seconds of an iteration.
 
-    hours: of training, in all. previews, preview_seconds: how many previews are made, and the time of each. checkpoint:
-    bytes of one on disk.
+    gathered: bytes of weights that reach each GPU in an iteration, and of gradients that leave it. hours: of training,
+    in all. previews, preview_seconds: how many previews are made, and the time of each. checkpoint: bytes of one on
+    disk.
     """
 
     phase: int
@@ -51,6 +58,7 @@ class PhaseCost:
     work: Work
     iteration_flops: float
     iteration_seconds: float
+    gathered: int
     hours: float
     previews: int
     preview_seconds: float
@@ -71,6 +79,7 @@ class Needs:
     parameters: dict[str, int]
     forward_flops: dict[str, int]
     phases: tuple[PhaseCost, ...]
+    stages: tuple[Stage, ...]
     hours: float
     preview_hours: float
     prompts: int
@@ -92,8 +101,7 @@ def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4,
     usable, plan = memory_gb * GB * (1 - RESERVE), plan_of(config)
 
     def fits(config: Config, gpus: int) -> bool:
-        sizes = (phase_memory(config, phase, gpus).gpu for phase in range(1, plan.num_phases + 1))
-        return max(sizes) <= usable
+        return peak(stages(config, gpus)).gpu <= usable
 
     fit = fits(config, gpus)
     chosen = None if fit else advice.cheapest(config, gpus, fits)
@@ -106,15 +114,79 @@ def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4,
         recipe=config.recipe, method=config.method, gpus=gpus, gpu_memory=memory_gb * GB, usable=usable,
         micro_batch=micro_batch(config, gpus), largest_bucket=bucket, parameters=parameters_by_role(config),
         forward_flops=dict(zip(buckets, forward_flops(config.teacher), strict=True)),
-        phases=phases, hours=sum(phase.hours for phase in phases),
+        phases=phases, stages=tuple(stages(config, gpus)), hours=sum(phase.hours for phase in phases),
         preview_hours=sum(phase.previews * phase.preview_seconds for phase in phases) / 3600,
         prompts=prompts, prompt_cache=prompt_cache(config, prompts), fits=fit,
         options=advice.flags(chosen) if chosen is not None else None,
         option_notes=tuple(f"{option.key}: {option.note}" for option in chosen or ()),
         enough_gpus=advice.least_gpus(config, gpus, fits) if costly else None,
         warnings=(*advice.warnings(config, plan, gpus), *_length_warnings(config, bucket, usable)),
-        remarks=_remarks(config, gpus),
+        remarks=(*_remarks(config), *_gathers(config, phases, gpus, usable)),
     )  # fmt: skip
+
+
+def peak(stages: Iterable[Stage]) -> Stage:
+    """Returns the stage that holds the most on each GPU, the first of equals."""
+    return max(stages, key=lambda stage: stage.gpu)
+
+
+def simulated_needs(plan: Needs, config: Config) -> Needs:
+    """Returns a plan whose updates are simulated, and which fits or not by what these hold; see `simulate.py`."""
+    from phased_dmd.plan.simulate import simulated
+
+    numbers = [each.phase for each in plan.phases]
+    peaks = zip(numbers, simulated(config, plan.gpus, numbers), strict=True)
+    names = {phase: {"fake updates": most.fake, "generator updates": most.generator} for phase, most in peaks}
+    found = tuple(stages(config, plan.gpus, names))
+    return replace(plan, stages=found, fits=peak(found).gpu <= plan.usable)
+
+
+class Proposal(NamedTuple):
+    """The cheapest way to run a recipe on some GPUs of a size.
+
+    options: as flags; None if none are enough. hours: of training; peak: the stage that holds the most. host: bytes of
+    the host's memory for each GPU, the most of all stages.
+    """
+
+    memory_gb: float
+    gpus: int
+    options: str | None
+    hours: float
+    peak: Stage
+    host: int
+
+
+def proposals(config: Config, utilisation: float = 0.4) -> Iterator[Proposal]:
+    """Yields for common cards, and 1 to 64 of them, the cheapest changes with which a run fits.
+
+    Between 1, 8 and 64 GPUs there are those alone that change with the number. All are of single samples a call.
+    """
+    single = advice.free(config)[:1] if config.engine.micro_batch is None else ()
+    small = advice.changed(config, single)
+    for memory_gb, tflops in CARDS.items():
+        before: advice.Options | None = ()
+        for gpus in (count for count in COUNTS if advice.is_shared(small, count)):
+            chosen, tried = _propose(small, gpus, memory_gb * GB * (1 - RESERVE))
+            if chosen == before and not COUNTS[gpus]:
+                continue
+            before, found = chosen, list(stages(tried, gpus))
+            costs = [_phase_cost(tried, phase, gpus, tflops, utilisation) for phase in range(1, config.plan.phases + 1)]
+            flags = advice.flags((*single, *chosen)) if chosen is not None else None
+            host = max(stage.host for stage in found)
+            yield Proposal(memory_gb, gpus, flags, sum(cost.hours for cost in costs), peak(found), host)
+
+
+def _propose(config: Config, gpus: int, usable: float) -> tuple[advice.Options | None, Config]:
+    """Returns the cheapest changes with which a config fits, and the config with them; without any, all were tried."""
+    last = config
+
+    def fits(config: Config, gpus: int) -> bool:
+        nonlocal last
+        last = config
+        return peak(stages(config, gpus)).gpu <= usable
+
+    chosen = () if fits(config, gpus) else advice.cheapest(config, gpus, fits)
+    return chosen, last if chosen is None else advice.changed(config, chosen)
 
 
 def _check(config: Config, gpus: int, memory_gb: float, utilisation: float, tflops: float) -> None:
@@ -138,12 +210,13 @@ def _phase_cost(config: Config, phase: int, gpus: int, tflops: float, utilisatio
     plan, shown, iterations = plan_of(config), preview_cost(config, gpus), config.phase_iterations(phase)
     guided = max(meta_model(config.teacher).guidance) > 1
     forward, attention = mean_flops(config.teacher)
-    work = phase_work(config, plan, phase, guided, score_calls(config, phase, gpus), attention)
+    scored = score_calls(config, phase, gpus)
+    work = phase_work(config, plan, phase, guided, scored, attention)
     flops = work.forwards * forward * config.batch_size
     each = hours(flops, gpus)
     return PhaseCost(
         phase, plan.end(phase), iterations, phase_memory(config, phase, gpus), work, flops,
-        iteration_seconds=each * 3600, hours=each * iterations,
+        iteration_seconds=each * 3600, gathered=gathered_bytes(config, work, gpus, scored), hours=each * iterations,
         previews=math.ceil(iterations / config.sample_every) if config.sample_every is not None else 0,
         preview_seconds=hours(len(plan.path(phase)) * shown.step + shown.decode, 1) * 3600,  # all GPUs do so at once
         checkpoint=checkpoint_bytes(config, phase),
@@ -181,18 +254,34 @@ def _length_warnings(config: Config, bucket: str, usable: float) -> list[str]:
     ]
 
 
-def _remarks(config: Config, gpus: int) -> tuple[str, ...]:
-    """Says what networks and checkpoints weigh, and what the absence of a first moment saves."""
+def _remarks(config: Config) -> tuple[str, ...]:
+    """Says what networks weigh, and what the absence of a first moment saves."""
     parameters = sum(p.numel() for p in meta_model(config.teacher).students[0].parameters())
-    each = max(checkpoint_bytes(config, phase) for phase in range(1, config.plan.phases + 1))
     moments = 4 * itemsizes(config.teacher)[1] * parameters  # weights, gradients, and two moments
     return (
         f"{TEACHER}: {size(network_bytes(config.teacher))} a network, frozen",
         f"a full fake of one network, with its gradients and both moments of AdamW: {size(moments)}; without the "
         f"first, as here: {size(3 * moments // 4)}; in all shards together",
-        f"checkpoints: {size(each)} the largest, {size((config.keep_last + 1) * each)} of disk with the kept ones; "
-        f"{size(2 * each / gpus)} of host memory for each GPU while it is written",
     )
+
+
+def _replicated(config: Config, gpus: int, usable: float) -> str:
+    """Says whether a run that gathers its weights within nodes fits."""
+    replicas = advice.changed(config, (advice.Option("engine.replicas", gpus // NODE, ""),))
+    most = peak(stages(replicas, gpus)).gpu
+    fits = "fits" if most <= usable else "does not fit"
+    return f"--set engine.replicas={gpus // NODE} gathers within nodes of {NODE}, and {fits} with {size(most)}"
+
+
+def _gathers(config: Config, phases: tuple[PhaseCost, ...], gpus: int, usable: float) -> Iterator[str]:
+    """Says where the weights that are gathered from other nodes take longer than the computation."""
+    shards, slowest = gpus // config.engine.replicas, max(phases, key=lambda each: each.gathered)
+    if shards > NODE and gpus % NODE == 0 and (seconds := slowest.gathered / LINK) > slowest.iteration_seconds:
+        yield (
+            f"gathers: {size(slowest.gathered)} to and from each GPU in an iteration of phase {slowest.phase}, "
+            f"{seconds:.3g} s at {LINK / 1e9:g} GB/s between nodes, and {slowest.iteration_seconds:.3g} s of "
+            f"computation: {_replicated(config, gpus, usable)}"
+        )
 
 
 def size(count: float) -> str:

@@ -1,15 +1,17 @@
 """What a plan says in words: what is likely a mistake, and the cheapest change that makes a run fit."""
 
 import json
+import math
 import shlex
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from phased_dmd.config import Config
+from phased_dmd.config import FISHER, Config
 from phased_dmd.config.overrides import apply_overrides, build
-from phased_dmd.config.teacher import PipelineTeacher
+from phased_dmd.config.teacher import PipelineTeacher, WanTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import NEAR, PhasePlan
+from phased_dmd.plan.measure import meta_model
 
 Fits = Callable[[Config, int], bool]  # whether a config's run fits on a number of GPUs
 
@@ -23,8 +25,10 @@ class Option(NamedTuple):
 
 
 Options = tuple[Option, ...]
+WAYS = 4  # processes that share a sample
 OPTIONS: Options = (
     Option("renoise.network", "update", "all samples of an update are scored by one network"),
+    Option("engine.sequence_parallel", WAYS, f"every {WAYS} GPUs share a sample"),
     Option("sample_every", None, "no previews"),
     Option("optimiser.second_moment", "bfloat16", "rounded at random"),
     Option("fake.weights", "lora", "loses quality"),
@@ -43,6 +47,13 @@ def free(config: Config) -> Options:
     )
 
 
+def is_shared(config: Config, gpus: int) -> bool:
+    """Says whether GPUs can share the batch equally, and each sample as is asked, in whole pairs where there are."""
+    samples, rest = divmod(config.batch_size * config.engine.sequence_parallel, gpus)
+    grouped = gpus % config.engine.sequence_parallel == 0 and gpus % config.engine.replicas == 0
+    return grouped and not rest and samples % (1 if config.rollouts.antithetic is None else 2) == 0
+
+
 def smaller(config: Config) -> Options:
     """Returns the option that leaves out all but the smallest of a teacher's sizes; none if they are alike."""
     sizes = config.teacher.sizes if isinstance(config.teacher, PipelineTeacher) else ()
@@ -56,20 +67,36 @@ def changed(config: Config, options: Options) -> Config:
     return build(apply_overrides(config.model_dump(mode="json"), {key: value for key, value, _ in options}))
 
 
-def _possible(config: Config, options: Options) -> Config | None:
-    """Returns the config with some options set, or None where they contradict its other fields."""
+def _possible(config: Config, options: Options, gpus: int) -> Config | None:
+    """Returns the config with some options set, or None where they contradict its other fields or the GPUs."""
     try:
-        return changed(config, options)
+        tried = changed(config, options)
     except UserError:
         return None
+    packed, ways = getattr(tried.teacher, "quantise", None), tried.engine.sequence_parallel
+    if (gpus > 1 and packed) or (ways > config.engine.sequence_parallel and not can_split(tried, gpus)):
+        return None
+    return tried
+
+
+def can_split(config: Config, gpus: int) -> bool:
+    """Says whether samples can be split among processes: Wan's, of lengths that can be divided."""
+    ways, model = config.engine.sequence_parallel, meta_model(config.teacher)
+    if not isinstance(config.teacher, WanTeacher) or config.objective in FISHER or not is_shared(config, gpus):
+        return False
+    network: Any = model.networks[0].config
+    lengths = [math.prod(shape[1:]) // math.prod(network["patch_size"]) for shape in model.sample_shapes]
+    return not any(number % ways for number in (network["num_attention_heads"], *lengths))
 
 
 def cheapest(config: Config, gpus: int, fits: Fits) -> Options | None:
     """Returns the options that make it fit, no dearer one than needed, and none that is not needed; None if none do."""
     chosen, so_far = (), config
     for option in (*free(config), *OPTIONS, *smaller(config), OFFLOAD):
-        tried = _possible(config, (*chosen, option))
-        if tried in (None, so_far) or (gpus > 1 and option.key == "teacher.quantise"):
+        if option is OFFLOAD:  # a packed network stays on its GPU
+            chosen = tuple(other for other in chosen if other.key != "teacher.quantise")
+        tried = _possible(config, (*chosen, option), gpus)
+        if tried in (None, so_far):
             continue
         chosen, so_far = (*chosen, option), tried
         if fits(so_far, gpus):
@@ -78,7 +105,7 @@ def cheapest(config: Config, gpus: int, fits: Fits) -> Options | None:
         return None
     for option in reversed(chosen[:-1]):
         fewer = tuple(other for other in chosen if other is not option)
-        if (tried := _possible(config, fewer)) is not None and fits(tried, gpus):
+        if (tried := _possible(config, fewer, gpus)) is not None and fits(tried, gpus):
             chosen = fewer
     return chosen
 
@@ -90,10 +117,9 @@ def least_gpus(config: Config, gpus: int, fits: Fits) -> int | None:
     """
     if getattr(config.teacher, "quantise", None) is not None:
         return None
-    slower, batch = changed(config, free(config)), config.batch_size
-    least = 1 if config.rollouts.antithetic is None else 2
-    candidates = (n for n in range(gpus + 1, batch + 1) if batch % (n * least) == 0 and n % config.engine.replicas == 0)
-    return next((n for n in candidates if fits(slower, n)), None)
+    slower = changed(config, free(config))
+    more = range(gpus + 1, config.batch_size * config.engine.sequence_parallel + 1)
+    return next((n for n in more if is_shared(config, n) and fits(slower, n)), None)
 
 
 def flags(options: Options) -> str:

@@ -31,6 +31,7 @@ from phased_dmd.models.loader import bare_model
 from phased_dmd.models.protocol import Condition, VelocityModel
 from phased_dmd.models.source import META
 
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2}
 FAKE_CPU = FakeTensorMode(allow_non_fake_inputs=True)
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,6 +55,12 @@ def plan_of(config: Config) -> PhasePlan:
         return phase_plan(config, meta_model(config.teacher).switches)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def itemsizes(teacher: Teacher) -> tuple[int, int]:
+    """Returns the bytes of a number that computes, and of one that is trained: those of float32 at least."""
+    item = ITEMSIZE[teacher.dtype] if isinstance(teacher, PipelineTeacher) else ITEMSIZE["float32"]
+    return item, max(item, ITEMSIZE["float32"])
 
 
 def bucket_shapes(teacher: Teacher) -> list[tuple[int, ...]]:

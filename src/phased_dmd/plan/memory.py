@@ -9,12 +9,11 @@ from torch import nn
 from phased_dmd.config import Config, Fake, Generator, renoise_interval
 from phased_dmd.config.teacher import PipelineTeacher, Teacher
 from phased_dmd.networks.roles import FAKE, TEACHER, expert_role
-from phased_dmd.plan.measure import cached, largest_block, largest_call, meta_model, plan_of
+from phased_dmd.plan.measure import cached, itemsizes, largest_block, largest_call, meta_model, plan_of
 from phased_dmd.plan.preview import preview_cost
 
 RESERVE = 0.08  # of a GPU's memory: CUDA's context, NCCL's buffers, fragments; not measured
 PREFETCHED = 2  # blocks gathered at a time: the one that computes, and the next
-ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2}
 PACKED = {"int8": 1.0, "nf4": 0.5 + (1 + 4 / 256) / 64}  # bytes of a weight; nf4 has a scale for 64, itself packed
 
 
@@ -39,12 +38,6 @@ class Memory:
         """Returns the bytes on the GPU in all."""
         states = 0 if self.host else self.weights + self.optimiser
         return self.gathered + states + max(self.training, self.preview)
-
-
-def itemsizes(teacher: Teacher) -> tuple[int, int]:
-    """Returns the bytes of a number that computes, and of one that is trained: those of float32 at least."""
-    item = ITEMSIZE[teacher.dtype] if isinstance(teacher, PipelineTeacher) else ITEMSIZE["float32"]
-    return item, max(item, ITEMSIZE["float32"])
 
 
 @cached
@@ -101,7 +94,8 @@ def states(config: Config, phase: int) -> tuple[int, int, int]:
     copies = sum(networks(config, other)[0] for other in built) + (experts if config.generator.ema is not None else 0)
     frozen = len(meta_model(config.teacher).networks) * network_bytes(config.teacher)
     weights = frozen + item * (copies * expert.trained + fakes * fake.trained)
-    gradients = item * max(experts * expert.learning, fakes * fake.learning)
+    reached = 1 if config.renoise.network == "update" else fakes  # fakes that an update has gradients of
+    gradients = item * max(experts * expert.learning, reached * fake.learning)
     moment = 2 if config.optimiser.second_moment == "bfloat16" else item
     return weights, gradients, moment * (experts * expert.trained + fakes * fake.trained)
 

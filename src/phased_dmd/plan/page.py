@@ -1,18 +1,37 @@
-"""A plan as text and as JSON."""
+"""A plan, or the proposals for a recipe, as text and as JSON."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
 
-from phased_dmd.plan import Needs, size
+from phased_dmd.plan import Needs, Proposal, Stage, peak, size
 
 
-def as_json(plan: Needs) -> str:
-    """Returns all figures of a plan."""
-    return json.dumps(asdict(plan), indent=2)
+def as_json(plan: Needs | Sequence[Proposal]) -> str:
+    """Returns all figures of a plan, or of proposals."""
+    if isinstance(plan, Needs):
+        return json.dumps(asdict(plan) | {"stages": [stage._asdict() for stage in plan.stages]}, indent=2)
+    return json.dumps([each._asdict() | {"peak": each.peak._asdict()} for each in plan], indent=2)
+
+
+def show_proposals(proposals: Iterable[Proposal], console: Console) -> None:
+    """Prints a line for each proposal as it comes: what runs, for how long, with which flags, or what does not fit."""
+    for memory, gpus, options, hours, most, host in proposals:
+        held = f"{size(most.gpu)} in {_place(most)}"
+        line = f"{_gpus(gpus)} of {memory} GB: "
+        if options is None:
+            line += f"nothing runs: {held}, with all that saves memory"
+        else:
+            line += f"{hours:.3g} hours; {held}, {size(host)} on the host for each: {options or 'as it is'}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _place(stage: Stage) -> str:
+    """Returns where in a run a stage is."""
+    return stage.name if stage.phase is None else f"{stage.name} of phase {stage.phase}"
 
 
 def show(plan: Needs, console: Console) -> None:
@@ -53,9 +72,11 @@ def _tables(plan: Needs) -> dict[str, list[list[str]]]:
         ]
         for each in plan.phases
     ]  # fmt: skip
+    held = [[_place(each), size(each.gpu), size(each.host), size(each.disk)] for each in plan.stages]
     return {
         "Parameters": [["role", "parameters", ""], *counts],
         "Memory on each GPU": memory,
+        "What each stage holds": [["stage", "each GPU", "host, for each GPU", "disk"], *held],
         "Work of an iteration: calls and forwards a sample, PFLOP, seconds": [
             ["phase", "ends at", "iterations", "calls", "forwards", "PFLOP", "s", "hours"], *work,
         ],
@@ -75,10 +96,11 @@ def _memory_columns(plan: Needs) -> Iterator[list[str]]:
 
 def verdict(plan: Needs) -> list[str]:
     """Says whether it fits, and if not, what would make it fit."""
-    most = size(max(phase.memory.gpu for phase in plan.phases))
+    highest = peak(plan.stages)
+    most, where = size(highest.gpu), _place(highest)
     if plan.fits:
-        return [f"it fits: {most} of the {size(plan.usable)} that can be used on each GPU"]
-    lines = [f"it does not fit: {most} on each GPU, of which {size(plan.usable)} can be used"]
+        return [f"it fits: {most} of the {size(plan.usable)} that can be used on each GPU, at most in {where}"]
+    lines = [f"it does not fit: {most} on each GPU in {where}, and {size(plan.usable)} can be used"]
     if plan.options is not None:
         lines += [f"it would with {plan.options}", *(f"  {note}" for note in plan.option_notes)]
     if plan.enough_gpus is not None:

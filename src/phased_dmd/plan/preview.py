@@ -89,23 +89,44 @@ def decode_cost(teacher: Teacher, shape: tuple[int, ...], batch: int) -> tuple[i
     """
     if not isinstance(teacher, PipelineTeacher):
         return 0, 0, 0
-    kind = AutoencoderKLQwenImage if isinstance(teacher, QwenImageTeacher) else AutoencoderKLWan
-    vae = json.dumps(BareSource(teacher).config(kind, "vae"))
-    frames = [min(shape[1], most) for most in FRAMES]
-    few, more = (_count_decode(kind, vae, (batch, shape[0], length, *shape[2:])) for length in frames)
-    rest = shape[1] - frames[0]
-    weights, peak, pixels, flops = (a + rest * (b - a) for a, b in zip(few, more, strict=True))
+    weights, peak, pixels, flops = _over_frames(teacher, shape, batch)
     return weights, max(peak, COPIES * pixels), flops
 
 
+def encode_cost(teacher: PipelineTeacher, shape: tuple[int, ...], takes_images: bool) -> tuple[int, int]:
+    """Returns the bytes of the VAE's weights, and the most others while it encodes a clip that begins with a first
+    frame, if the teacher takes one. shape: of its latents.
+    """
+    if not takes_images:
+        return _over_frames(teacher, shape, 1)[0], 0
+    weights, peak, pixels, _ = _over_frames(teacher, shape, 1, encode=True)
+    return weights, peak + pixels  # the clip is put together from a frame and from zeros
+
+
+def _over_frames(teacher: PipelineTeacher, shape: tuple[int, ...], batch: int, encode: bool = False) -> list[int]:
+    """Returns what `_count_codec` counts of latents [batch, *shape]; further frames cost as much as the fourth."""
+    kind = AutoencoderKLQwenImage if isinstance(teacher, QwenImageTeacher) else AutoencoderKLWan
+    vae = json.dumps(BareSource(teacher).config(kind, "vae"))
+    frames = [min(shape[1], most) for most in FRAMES]
+    few, more = (_count_codec(kind, vae, (batch, shape[0], length, *shape[2:]), encode) for length in frames)
+    return [a + (shape[1] - frames[0]) * (b - a) for a, b in zip(few, more, strict=True)]
+
+
 @functools.cache
-def _count_decode(kind: Any, config: str, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """Returns bytes of weights, the most other bytes that a decode holds at a time, bytes of its pixels, and FLOPs."""
-    vae = skeleton(kind, json.loads(config), torch.float32)
+def _count_codec(kind: Any, config: str, shape: tuple[int, ...], encode: bool) -> tuple[int, int, int, int]:
+    """Returns bytes of weights, the most other bytes that coding latents of a shape holds, those of pixels, and FLOPs.
+
+    encode: code the pixels that they come from, not the latents.
+    """
+    vae: Any = skeleton(kind, json.loads(config), torch.float32)
+    batch, _, length, height, width = shape
+    space, time = vae.config.get("scale_factor_spatial", 8), vae.config.get("scale_factor_temporal", 4)
+    clip = batch, 3, (length - 1) * time + 1, height * space, width * space
     with FAKE_CPU:
         vae.to_empty(device="cpu")
     with torch.no_grad(), FlopCounterMode(display=False) as flops, PeakBytes(vae) as peak:
         with FAKE_CPU:
-            latents = torch.zeros(shape)
-        pixels = vae.decode(latents + 0)[0]  # type: ignore[operator] of diffusers; a codec scales latents first
+            given = torch.zeros(clip if encode else shape)
+        coded = vae.encode(given)[0] if encode else vae.decode(given + 0)[0]  # a codec scales latents first
+    pixels = given if encode else coded
     return sum(p.nbytes for p in vae.parameters()), peak.most, pixels.nbytes, flops.get_total_flops()

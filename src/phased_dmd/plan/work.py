@@ -6,7 +6,7 @@ from statistics import fmean
 from phased_dmd.config import Config
 from phased_dmd.config.teacher import PipelineTeacher, QwenImageTeacher, Teacher
 from phased_dmd.maths.phases import PhasePlan
-from phased_dmd.plan.measure import Call, bucket_shapes, call
+from phased_dmd.plan.measure import Call, bucket_shapes, call, itemsizes, meta_model
 
 TEXT_TOKENS = 192  # of a prompt, where it is not padded to the most tokens: about 140 words
 ATTENTION = 2.5  # forwards of attention in its backward: two products become five, as its matrix is made again
@@ -65,6 +65,25 @@ def phase_work(
         fake_calls=for_fake + updates * score_calls,
         fake_forwards=for_fake + updates * update[config.fake.weights] * score_calls,
     )
+
+
+def gathered_bytes(config: Config, work: Work, gpus: int, score_calls: float) -> int:
+    """Returns the bytes of weights that reach each GPU, and of gradients that leave it, in an iteration.
+
+    FSDP2 gathers all of a network for each call of a micro-batch, and again for its backward; all gradients of a full
+    fake or expert are reduced after each backward, in float32.
+    """
+    shards = gpus // config.engine.replicas
+    item, trained = itemsizes(config.teacher)
+    network = sum(p.numel() for p in meta_model(config.teacher).students[0].parameters())
+    own = config.batch_size * config.engine.sequence_parallel / gpus
+    calls = max(1.0, own / (config.engine.micro_batch or own))  # micro-batches
+    updates = config.fake.updates * score_calls
+    backwards = {"full": 0.0, "lora": 0.0}
+    backwards[config.fake.weights] += updates
+    backwards[config.generator.weights] += 1
+    moved = (work.calls + sum(backwards.values())) * item + backwards["full"] * trained
+    return round(calls * moved * network * (1 - 1 / shards))
 
 
 def forward_flops(teacher: Teacher) -> list[int]:
