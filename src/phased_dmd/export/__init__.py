@@ -113,7 +113,7 @@ def push(folder: Path, repo: str, public: bool = False, dry_run: bool = False) -
     The token is the hub library's own (`hf auth login` or HF_TOKEN). Raises UserError where the hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError
 
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     lines = [f"{path.relative_to(folder)}: {path.stat().st_size:,} bytes" for path in files]
@@ -127,6 +127,6 @@ def push(folder: Path, repo: str, public: bool = False, dry_run: bool = False) -
         api = HfApi()
         api.create_repo(repo, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HfHubHTTPError, ValueError, OSError) as error:
         raise UserError(f"--push: {repo}: {' '.join(str(error).split())}; the export is in {folder}") from error
     return [*lines, f"{repo}: {whole} sent"]
