@@ -1,20 +1,16 @@
 """Finished runs of every tiny pipeline, made once for all tests of exports."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pipelines
 import pytest
 from PIL import Image
-from runs import finished_run
+from runs import TINY, Make, finished_run
 
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.recipes import resolve
-
-TINY = {"plan.phases": 2, "plan.gradient": "last", "generator.lora.rank": 4, "generator.lora.alpha": 2}
-Make = Callable[..., Path]
 
 
 @pytest.fixture(scope="package")

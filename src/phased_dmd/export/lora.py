@@ -59,7 +59,7 @@ def original_name(run: ExportedRun, name: str) -> str:
 
 
 def model_spec(run: ExportedRun, expert: ExportedExpert) -> dict[str, str]:
-    """Returns what browsers of models show of a file, by modelspec's keys; without a date, which would change the bytes."""
+    """Returns what browsers of models show of a file, by modelspec's keys; a date would change the bytes."""
     size = run.teacher.sizes[0]
     steps = " and ".join(str(step + 1) for step in expert.steps)
     times = format_times(run.plan.times[:-1])
