@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phased_dmd.config import Config as Config
     from phased_dmd.errors import UserError as UserError
+    from phased_dmd.export.few_steps import load_pipeline as load_pipeline
     from phased_dmd.maths.losses import distribution_matching_loss as distribution_matching_loss
     from phased_dmd.maths.losses import score_matching_loss as score_matching_loss
     from phased_dmd.maths.losses import subinterval_target as subinterval_target
@@ -24,7 +25,7 @@ _HOMES = {
     "FlowSchedule": "maths.schedules", "VPSchedule": "maths.schedules", "VESchedule": "maths.schedules",
     "subinterval_target": "maths.losses", "score_matching_loss": "maths.losses",
     "distribution_matching_loss": "maths.losses", "rollout": "maths.rollout", "distill": "train",
-    "load": "sampling.loading",
+    "load": "sampling.loading", "load_pipeline": "export.few_steps",
 }  # fmt: skip
 
 

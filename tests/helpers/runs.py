@@ -1,5 +1,6 @@
 """Finished run folders without any training: a config, and experts of random numbers that differ from the teacher."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +11,9 @@ from phased_dmd.checkpoint import RunFolder, save_tensors
 from phased_dmd.config import Config, phase_plan
 from phased_dmd.models.loader import bare_model, load_model
 from phased_dmd.networks.build import expert_shapes
+
+TINY = {"plan.phases": 2, "plan.gradient": "last", "generator.lora.rank": 4, "generator.lora.alpha": 2}
+Make = Callable[..., Path]  # makes a finished run by its teacher, method and overrides
 
 
 def finished_run(folder: Path, config: Config) -> Path:

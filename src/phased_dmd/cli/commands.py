@@ -182,16 +182,35 @@ def sample(
 def export(
     run: Annotated[Path, typer.Argument(help="The run's folder.", show_default=False, exists=True)],
     output: Annotated[Path, typer.Option(help="New folder to write.")],
-    format: Annotated[Literal["diffusers", "comfyui"], typer.Option(help="Program that will load it.")] = "diffusers",
-    fused: Annotated[bool, typer.Option("--fused", help="Write whole transformers instead of LoRA files.")] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="Of the weights (default: the teacher's own).", show_default=False),
+    ] = None,
+    fused: Annotated[bool, typer.Option("--fused", help="Write a whole pipeline instead of LoRA files.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Load the export back, count its keys, and compare samples.")
     ] = False,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the base, where the teacher is a folder.", show_default=False)
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Send it to that repository of the hub, private if new.", show_default=False)
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository of --push for all to see.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what --push would send, and send nothing.")] = False,
 ) -> None:
-    """Write a finished run's experts for stock diffusers or ComfyUI."""
-    from phased_dmd.export import export as write
+    """Write a finished run's experts as a folder that diffusers, ComfyUI and other programs load.
 
-    for line in write(run, format, output, fused, verify):
+    The folder holds its own pipeline, workflow and card, and can be sent to the hub as it is.
+    """
+    from phased_dmd.export import export as write
+    from phased_dmd.export import push as send
+
+    if push is None and (public or dry_run):
+        raise UserError(f"--{'public' if public else 'dry-run'}: is of --push, which is not given")
+    for line in write(run, output, fused, verify, dtype, base_model, push):
+        print(line)
+    for line in send(output, push, public, dry_run) if push else []:
         print(line)
 
 

@@ -1,34 +1,38 @@
-"""`export` writes a finished run as files that stock diffusers and ComfyUI load."""
+"""`export` writes a finished run as a folder that diffusers, ComfyUI and others load; `push` sends it to the hub."""
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from phased_dmd.checkpoint import partial_of
 from phased_dmd.errors import UserError, refuse_full
-from phased_dmd.export.comfyui import write_comfyui
+from phased_dmd.export import comfyui, few_steps
+from phased_dmd.export.card import write_card
 from phased_dmd.export.exported_run import ExportedRun, format_times
-from phased_dmd.export.stock import render, write_diffusers
-from phased_dmd.export.verify import verify_comfyui, verify_diffusers
+from phased_dmd.export.fused import copy_parts, save_fused
+from phased_dmd.export.lora import save_lora
+from phased_dmd.export.verify import verify as compare_samples
 from phased_dmd.sampling.loading import EXPORT
 
-Format = Literal["diffusers", "comfyui"]
-WAN_TOKENS = 512  # that Wan's text is padded to, by stock pipelines and ComfyUI alike
+Written = Literal["float32", "bfloat16"]
 
 
-def export(run: Path, format: Format, output: Path, fused: bool = False, verify: bool = False) -> list[str]:
+def export(
+    run: Path, output: Path, fused: bool = False, verify: bool = False, dtype: Written | None = None,
+    base_model: str | None = None, repo: str | None = None,
+) -> list[str]:  # fmt: skip
     """Writes a finished run's experts into the folder `output`; returns what there is to say, line by line.
 
-    fused: full transformers, the experts merged into them, instead of LoRA files. verify: load the export back and
-    compare, which leaves nothing behind if it fails (VerificationError). Raises UserError for what the user can mend.
+    fused: a whole pipeline, the experts merged into its transformers, instead of LoRA files. verify: load the export
+    back and compare, which leaves nothing behind if it fails (VerificationError). dtype: of the weights; None takes the
+    teacher's. base_model: the hub id of a teacher in a folder. repo: the hub id that the card names as its own.
+    Raises UserError for what the user can mend.
     """
-    exported = ExportedRun.open(run, fused)
-    if format == "comfyui" and fused:
-        raise UserError("--fused: full experts are written for diffusers only")
+    exported = ExportedRun.open(run, fused, dtype, base_model)
     if not fused and exported.config.generator.weights == "full":
-        raise UserError(f"{run}: its experts are full weights, not LoRA; export them with --format diffusers --fused")
+        raise UserError(f"{run}: its experts are full weights, not LoRA; export them with --fused")
     refuse_full(output)
     exported.check_experts()
     partial = partial_of(output.absolute())
@@ -38,40 +42,58 @@ def export(run: Path, format: Format, output: Path, fused: bool = False, verify:
     except OSError as error:
         raise UserError(f"--output: {output} cannot be written: {error.strerror}") from error
     try:
-        write = write_diffusers if format == "diffusers" else write_comfyui
-        lines = describe(exported, partial, format, *write(exported, partial))
+        lines = list(write(exported, partial, repo))
         if verify:
-            lines += (verify_diffusers if format == "diffusers" else verify_comfyui)(exported, partial)
+            lines += compare_samples(exported, partial)
         partial.replace(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return lines
 
 
-def describe(
-    run: ExportedRun, folder: Path, format: Format, scheduler: str, times: Sequence[float], gap: float
-) -> list[str]:
-    """Writes the model card and `export.json`, which `load` reads; returns what there is to say, line by line.
+def write(run: ExportedRun, folder: Path, repo: str | None) -> Iterator[str]:
+    """Writes the weights, the pipeline, the workflow and the card; yields what there is to say of each."""
+    stock, gap = save_fused(run, folder) if run.fused else ([], 0.0)
+    for expert in run.experts:
+        if not run.fused:
+            save_lora(run, expert, folder / expert.file)
+        yield f"{expert.file}: {expert.part} from {format_times([run.plan.times[step] for step in expert.steps])}"
+    if not run.fused and run.base_is_shipped:
+        (folder / "base").mkdir()
+        shutil.copy(run.source.folder / "model_index.json", folder / "base")
+        copy_parts(run, folder / "base")
+    write_pipeline(run, folder)
+    obstacle = "whole transformers are for diffusers" if run.fused else comfyui.obstacle(run)
+    if obstacle:
+        yield f"no workflow for ComfyUI: {obstacle}"
+    else:
+        (folder / "workflow.json").write_text(json.dumps(comfyui.workflow(run), indent=2) + "\n", "utf-8")
+        yield "workflow.json: ComfyUI, at exactly the trained times"
+    write_card(run, folder, stock, gap, obstacle, repo)
+    if stock:
+        yield f"stock times: {format_times(stock)}; off the trained ones by at most {gap:.2g}"
 
-    times: the stock scheduler's, off the trained ones by at most gap.
-    """
-    shown, comfyui, length = format_times(times), format == "comfyui", run.teacher.max_tokens
-    padding = None
-    if run.is_wan and length != WAN_TOKENS:  # Wan attends to the padding: another length is another sample
-        padding = f"padded to {length} tokens in training, and the network attends to the padding; " + (
-            f"ComfyUI pads it to {WAN_TOKENS} at least, so its samples differ from the run's"
-            if comfyui
-            else f"`sample.py` says so by `max_sequence_length`; a pipeline that is not told pads it to {WAN_TOKENS}"
-        )
-    card = render(run, "README.md.j2", comfyui=comfyui, scheduler=scheduler, stock=shown, gap=gap, padding=padding)
-    (folder / "README.md").write_text(card, "utf-8")
-    files = [{"phase": expert.phase, "network": expert.network, "file": expert.file} for expert in run.experts]
-    about = {"format": format, "base": run.base, "experts": files, "config": portable_config(run)}
+
+def write_pipeline(run: ExportedRun, folder: Path) -> None:
+    """Writes `pipeline.py`, which diffusers runs where it is trusted, and `export.json`, which says what is here."""
+    own = Path(few_steps.__file__).read_text("utf-8")
+    named = (
+        f'\n\nPipeline = few_step_class("{run.pipeline}")  # what diffusers looks for: one class, of the base\'s kind\n'
+    )
+    (folder / "pipeline.py").write_text(own + named, "utf-8")
+    size = run.teacher.sizes[0]
+    about = {
+        "base": run.base, "revision": run.teacher.revision, "fused": run.fused, "pipeline": run.pipeline,
+        "times": list(run.plan.times[:-1]), "boundary_ratio": run.boundary_ratio, "solver": run.config.ablation.solver,
+        "max_sequence_length": run.teacher.max_tokens,
+        "size": {"height": size.height, "width": size.width} | ({"num_frames": size.num_frames} if run.is_wan else {}),
+        "experts": [
+            {key: getattr(expert, key) for key in ("phase", "network", "steps", "part", "name", "file")}
+            for expert in run.experts
+        ],
+        "config": portable_config(run),
+    }  # fmt: skip
     (folder / EXPORT).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-    begins = [format_times([run.plan.times[step] for step in expert.steps]) for expert in run.experts]
-    lines = [f"{each.file}: {each.part} from {times}" for each, times in zip(run.experts, begins, strict=True)]
-    lines += [f"warning: teacher.max_tokens: text was {padding}"] if padding else []
-    return [*lines, f"stock times ({scheduler}): {shown}; off the trained ones by at most {gap:.2g}"]
 
 
 def portable_config(run: ExportedRun) -> dict[str, Any]:
@@ -83,3 +105,28 @@ def portable_config(run: ExportedRun) -> dict[str, Any]:
     data["init_experts"] = None
     data["prompts"] = Path(data["prompts"]).name
     return data
+
+
+def push(folder: Path, repo: str, public: bool = False, dry_run: bool = False) -> Sequence[str]:
+    """Sends an export to a repository of the hub, made if it is not there; returns what went, or would, line by line.
+
+    The token is the hub library's own (`hf auth login` or HF_TOKEN). Raises UserError where the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{path.relative_to(folder)}: {path.stat().st_size:,} bytes" for path in files]
+    whole = f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes"
+    if dry_run:
+        return [
+            *lines,
+            f"{repo}: {whole} would go there, {'for all to see' if public else 'private'}; nothing was sent",
+        ]
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    except (HfHubHTTPError, ValueError, OSError) as error:
+        raise UserError(f"--push: {repo}: {' '.join(str(error).split())}; the export is in {folder}") from error
+    return [*lines, f"{repo}: {whole} sent"]

@@ -1,65 +1,28 @@
-"""An export for ComfyUI has LoRA files by its names, and a workflow with one sampler an expert."""
+"""A workflow for ComfyUI has one sampler an expert, each on its own times with its own LoRA."""
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from phased_dmd.export.exported_run import ExportedRun
+from phased_dmd.export.fused import TRANSFORMERS
 
-from phased_dmd.errors import UserError
-from phased_dmd.export.exported_run import NOISE, ExportedExpert, ExportedRun
-from phased_dmd.export.stock import A, lora_tensors, save_lora
-from phased_dmd.maths.phases import shift_time
-
-SCHEDULE = "simple"  # ComfyUI's schedule that keeps the model's shift and picks evenly
-TABLE = 1000  # noise levels it picks from
-WAN_NAMES = (  # of diffusers' modules, as the original checkpoints name them
-    (r"^blocks\.(\d+)\.attn1\.", r"blocks.\1.self_attn."),
-    (r"^blocks\.(\d+)\.attn2\.", r"blocks.\1.cross_attn."),
-    (r"_attn\.to_out\.0$", "_attn.o"),
-    (r"_attn\.to_([qkv])$", r"_attn.\1"),
-    (r"_attn\.add_([kv])_proj$", r"_attn.\1_img"),
-    (r"^blocks\.(\d+)\.ffn\.net\.0\.proj$", r"blocks.\1.ffn.0"),
-    (r"^blocks\.(\d+)\.ffn\.net\.2$", r"blocks.\1.ffn.2"),
-    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj$", "img_emb.proj.1"),
-    (r"^condition_embedder\.image_embedder\.ff\.net\.2$", "img_emb.proj.3"),
-)
-WAN_MODULE = r"(blocks\.\d+\.((self|cross)_attn\.[qkvo]|cross_attn\.[kv]_img|ffn\.[02])|img_emb\.proj\.[13])"
-QWEN_MODULE = r"transformer_blocks\.\d+\.\w+(\.\w+)*"
 Link = list[Any]  # [node, output], as ComfyUI writes a connection
 Start = tuple[Link, Link, Link]  # positive condition, negative condition, latents
-
-
-def write_comfyui(run: ExportedRun, folder: Path) -> tuple[str, list[float], float]:
-    """Writes the LoRA files and the workflow.
-
-    Returns the name of ComfyUI's schedule, the times that it picks, and their largest gap to the trained ones.
-    """
-    for expert in run.experts:
-        save_lora(folder / expert.file, comfyui_tensors(run, expert), run.header(expert))
-    (folder / "workflow.json").write_text(json.dumps(workflow(run), indent=2) + "\n", "utf-8")
-    steps, shift = run.plan.num_steps, run.config.plan.shift
-    times = [shift_time((TABLE - int(i * TABLE / steps)) / TABLE, shift) for i in range(steps)]
-    return SCHEDULE, times, max(abs(a - b) for a, b in zip(times, run.plan.times, strict=False))
-
-
-def comfyui_tensors(run: ExportedRun, expert: ExportedExpert) -> dict[str, Tensor]:
-    """Returns the adapter by ComfyUI's names, with alpha = rank; raises UserError for a module that has none there."""
-    renamed = {}
-    for name, tensor in lora_tensors(run, expert).items():
-        module, _, side = name.removeprefix("transformer.").partition(".lora_")
-        key = module
-        for pattern, original in WAN_NAMES if run.is_wan else ():
-            key = re.sub(pattern, original, key)
-        if not re.fullmatch(WAN_MODULE if run.is_wan else QWEN_MODULE, key):
-            raise UserError(f"teacher.lora_targets: ComfyUI has no name for {module}; export for diffusers")
-        prefix = "diffusion_model." if run.is_wan else ""
-        renamed[f"{prefix}{key}.lora_{'down' if side == A[6:] else 'up'}.weight"] = tensor
-        if "blocks." in key:  # elsewhere diffusers' converter takes none, and without one every reader's scale is 1
-            renamed[f"{prefix}{key}.alpha"] = torch.tensor(float(run.config.generator.lora.rank))
-    return renamed
+TOKENS = 512  # that ComfyUI pads Wan's text to, at least; the network attends to the padding
+BUILT_IN = {  # of the transformers in ComfyUI, which reads none of these off a file
+    "wan": {"patch_size": [1, 2, 2], "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256},
+    "qwen-image": {"patch_size": 2, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584},
+}
+NAMES = (  # of the bases' files that ComfyUI's own templates load; {} is the network's noise
+    (r"wan2\.2_t2v_a14b", "wan2.2_t2v_{}_14B_fp8_scaled"),
+    (r"wan2\.2_i2v_a14b", "wan2.2_i2v_{}_14B_fp8_scaled"),
+    (r"wan2\.2_ti2v_5b", "wan2.2_ti2v_5B_fp16"),
+    (r"wan2\.1_t2v_14b", "wan2.1_t2v_14B_fp8_scaled"),
+    (r"wan2\.1_t2v_1\.3b", "wan2.1_t2v_1.3B_fp16"),
+    (r"qwen_image", "qwen_image_fp8_e4m3fn"),
+)
+MODEL_LORA = "LoraLoaderModelOnly"
 
 
 class Graph(dict[str, dict[str, Any]]):
@@ -72,8 +35,25 @@ class Graph(dict[str, dict[str, Any]]):
         return [name, 0]
 
 
+def obstacle(run: ExportedRun) -> str | None:
+    """Returns why ComfyUI cannot run the experts, or None if it can."""
+    known, config = BUILT_IN[run.teacher.kind], run.source.config(TRANSFORMERS[run.teacher.kind], "transformer")
+    if odd := next((name for name in known if json.loads(json.dumps(config[name])) != known[name]), None):
+        return f"it cannot load this base, whose transformer has {odd} {config[odd]}, where it knows {known[odd]}"
+    if run.is_wan and run.teacher.max_tokens != TOKENS:
+        return f"it pads text to {TOKENS} tokens, and these experts were distilled for {run.teacher.max_tokens}"
+    return None
+
+
+def base_files(run: ExportedRun) -> list[str]:
+    """Returns the base's files, one a network: the official ones where the base is known, else its own name."""
+    stem = next((name for pattern, name in NAMES if re.fullmatch(pattern, run.model)), None)
+    stem = stem or run.model + ("_{}" if len(run.networks) == 2 else "")
+    return [f"{stem.format(noise)}.safetensors" for noise in run.noises]
+
+
 def workflow(run: ExportedRun) -> Graph:
-    """Returns a chain of samplers, one an expert, each on its own steps with its own LoRA."""
+    """Returns the nodes from the base's files to the picture or clip."""
     graph = Graph()
     files = ("umt5_xxl_fp8_e4m3fn_scaled", "wan") if run.is_wan else ("qwen_2.5_vl_7b_fp8_scaled", "qwen_image")
     clip = graph.add("CLIPLoader", clip_name=f"{files[0]}.safetensors", type=files[1])
@@ -82,11 +62,12 @@ def workflow(run: ExportedRun) -> Graph:
     positive = graph.add("CLIPTextEncode", clip=clip, text="what to show")
     negative = graph.add("CLIPTextEncode", clip=clip, text="")  # not run at cfg 1
     latent = add_samplers(run, graph, add_start(run, graph, vae, positive, negative))
-    saved = {"images": graph.add("VAEDecode", samples=latent, vae=vae), "filename_prefix": run.model}
+    images = graph.add("VAEDecode", samples=latent, vae=vae)
     if run.teacher.sizes[0].num_frames > 1:
-        graph.add("SaveAnimatedWEBP", **saved, fps=16.0, lossless=False, quality=90, method="default")
+        video = graph.add("CreateVideo", images=images, fps=16.0)
+        graph.add("SaveVideo", video=video, filename_prefix=run.name, format="auto", codec="auto")
     else:
-        graph.add("SaveImage", **saved)
+        graph.add("SaveImage", images=images, filename_prefix=run.name)
     return graph
 
 
@@ -116,23 +97,29 @@ def add_start(run: ExportedRun, graph: Graph, vae: Link, positive: Link, negativ
 
 
 def add_samplers(run: ExportedRun, graph: Graph, start: Start) -> Link:
-    """Adds the samplers; each but the last leaves the noise of its last time in the latents for the next one."""
+    """Adds the samplers; each but the last leaves the noise of its last time in the latents for the next one.
+
+    The latents between two samplers are divided by 1 - sigma, a clean first frame among them too, where it is a part of
+    the latents: it is put back before the next one takes it for clean.
+    """
     positive, negative, latent = start
+    frame = graph.add("LatentCut", samples=latent, dim="t", index=0, amount=1) if keeps_frame(run) else None
     sampling = "ModelSamplingSD3" if run.is_wan else "ModelSamplingAuraFlow"
-    models = [
-        graph.add("UNETLoader", unet_name=f"{run.model}{noise}.safetensors", weight_dtype="default")
-        for noise in ([f"-{name}" for name in NOISE] if len(run.networks) == 2 else [""])
-    ]
+    models = [graph.add("UNETLoader", unet_name=name, weight_dtype="default") for name in base_files(run)]
+    sampler = graph.add("KSamplerSelect", sampler_name="lcm" if run.stochastic else "euler")
     for i, expert in enumerate(run.experts):
-        lora = graph.add(
-            "LoraLoaderModelOnly", model=models[expert.network], lora_name=expert.file, strength_model=1.0
-        )  # fmt: skip
+        model = graph.add(MODEL_LORA, model=models[expert.network], lora_name=expert.file, strength_model=1.0)
+        times = run.plan.times[expert.steps[0] : expert.steps[-1] + 2]
+        if i and frame:
+            latent = graph.add("ReplaceVideoLatentFrames", destination=latent, source=frame, index=0)
         latent = graph.add(
-            "KSamplerAdvanced", model=graph.add(sampling, model=lora, shift=run.config.plan.shift),
-            positive=positive, negative=negative, latent_image=latent,
-            add_noise="disable" if i else "enable", noise_seed=i, steps=run.plan.num_steps, cfg=1.0,
-            sampler_name="lcm" if run.config.ablation.solver == "renoise" else "euler", scheduler=SCHEDULE,
-            start_at_step=expert.steps[0], end_at_step=expert.steps[-1] + 1,
-            return_with_leftover_noise="disable" if expert is run.experts[-1] else "enable",
+            "SamplerCustom", model=graph.add(sampling, model=model, shift=run.config.plan.shift), add_noise=not i,
+            noise_seed=i, cfg=1.0, positive=positive, negative=negative, sampler=sampler,
+            sigmas=graph.add("ManualSigmas", sigmas=", ".join(f"{time:.9f}" for time in times)), latent_image=latent,
         )  # fmt: skip
     return latent
+
+
+def keeps_frame(run: ExportedRun) -> bool:
+    """Says whether a first frame is a part of the latents, and there is more than one sampler for it to pass."""
+    return is_ti2v_5b(run) and run.task == "i2v" and len(run.experts) > 1

@@ -7,10 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from phased_dmd.config import Config, phase_plan
-from phased_dmd.config.teacher import PipelineTeacher, QwenImageTeacher, WanTeacher
+from phased_dmd.config.teacher import PipelineTeacher, QwenImageTeacher, Size, WanTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import Expert, PhasePlan
 from phased_dmd.models.loader import bare_model
@@ -23,7 +24,8 @@ from phased_dmd.networks.build import check_shapes, expert_shapes
 from phased_dmd.sampling.loading import Experts, read_run
 
 PARTS = ("transformer", "transformer_2")  # of a diffusers pipeline
-NOISE = ("high-noise", "low-noise")  # how vendors name the two networks
+NOISE = ("high_noise", "low_noise")  # how vendors name the two networks
+APACHE = re.compile(r"Wan-AI/Wan2\.[12]-[\w.-]+|Qwen/Qwen-Image")  # hub ids of bases under this licence
 
 
 class ExportedExpert(NamedTuple):
@@ -44,19 +46,25 @@ class ExportedExpert(NamedTuple):
 class ExportedRun:
     """A finished run has a teacher's pipeline, and experts that are exported to files.
 
-    fused: the experts are exported as full transformers instead of LoRA files.
+    fused: the experts are exported as full transformers instead of LoRA files. dtype: of the exported weights.
+    base_model: the hub id of a teacher that is a local folder.
     """
 
     folder: Path
     fused: bool
+    dtype: torch.dtype
+    base_model: str | None
     config: Config
     expert_tensors: Experts
     teacher: WanTeacher | QwenImageTeacher
     source: Source
 
     @classmethod
-    def open(cls, folder: Path, fused: bool) -> Self:
-        """Opens a finished run folder; raises UserError where no stock pipeline can run its teacher."""
+    def open(cls, folder: Path, fused: bool = False, dtype: str | None = None, base_model: str | None = None) -> Self:
+        """Opens a finished run folder; raises UserError where no stock pipeline can run its teacher.
+
+        dtype: float32 or bfloat16; None takes the teacher's own.
+        """
         config, expert_tensors = read_run(folder)
         teacher = config.teacher
         if config.plan.start != 1:
@@ -69,7 +77,10 @@ class ExportedRun:
             check_pipeline(source, WAN_PIPELINES if isinstance(teacher, WanTeacher) else QWEN_PIPELINES)
         except OSError as error:
             raise UserError(f"teacher.path: {teacher.path} is not at hand ({error})") from error
-        return cls(folder, fused, config, expert_tensors, teacher, source)
+        if base_model and not Path(teacher.path).is_dir():
+            raise UserError(f"--base-model: names the hub id of a teacher in a folder; {teacher.path} is its own name")
+        written = torch.bfloat16 if (dtype or teacher.dtype) == "bfloat16" else torch.float32
+        return cls(folder, fused, written, base_model, config, expert_tensors, teacher, source)
 
     @property
     def is_wan(self) -> bool:
@@ -91,6 +102,16 @@ class ExportedRun:
         return PARTS[: 1 if self.source.index.get("boundary_ratio") is None else 2]
 
     @property
+    def noises(self) -> Sequence[str]:
+        """Returns for each network how vendors name it: by the noise, where there are two."""
+        return NOISE if len(self.networks) == 2 else [""]
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether fresh noise is added after each step."""
+        return self.config.ablation.solver == "renoise"
+
+    @property
     def base_is_shipped(self) -> bool:
         return self.teacher.path in SHIPPED
 
@@ -98,36 +119,58 @@ class ExportedRun:
     def base(self) -> str | None:
         """Returns the teacher's hub id or shipped name; None for a local folder, whose path no export holds."""
         local = not self.base_is_shipped and Path(self.teacher.path).exists()
-        return None if local else self.teacher.path
+        return self.base_model if local else self.teacher.path
+
+    @property
+    def licence(self) -> str:
+        """Returns the licence of the base, which holds for the experts too, by its name on the hub."""
+        return "apache-2.0" if self.base_is_shipped or APACHE.fullmatch(self.base or "") else "other"
 
     @property
     def model(self) -> str:
-        """The teacher's name in the form that file names have: lower case, and dashes between words."""
+        """The teacher's name in the form that file names have: lower case, and underscores between words."""
         last = (self.base or str(Path(self.teacher.path).absolute())).rstrip("/").split("/")[-1]
-        return re.sub(r"[^a-z0-9.]+", "-", last.lower()).removesuffix("-diffusers").strip("-.")
+        return re.sub(r"[^a-z0-9.]+", "_", last.lower()).removesuffix("_diffusers").strip("_.")
+
+    @property
+    def name(self) -> str:
+        """What files are named after: model, task, unless the model's name says it, and steps."""
+        task = "" if self.task in self.model.split("_") else f"_{self.task}"
+        return f"{self.model}{task}_{self.plan.num_steps}step"
+
+    @cached_property
+    def pipeline(self) -> str:
+        """Returns the name of the stock pipeline's class."""
+        if not self.is_wan:
+            return QWEN_PIPELINES[0]
+        return WAN_PIPELINES[1 if self.task == "i2v" else 0]
 
     @cached_property
     def experts(self) -> tuple[ExportedExpert, ...]:
-        """Lists the experts in the order of their steps.
+        """Lists the experts in the order of their steps; full ones take the places of the pipeline's transformers.
 
-        Up to two full experts of Wan take the places of its pipeline's own two transformers.
+        Raises UserError for more full experts than places.
         """
         plan, steps_of = self.plan, dict[Expert, tuple[int, ...]]()
         for step in range(plan.num_steps):
             steps_of[plan.expert(step)] = (*steps_of.get(plan.expert(step), ()), step)
-        rank = "" if self.fused else f"-rank{self.config.generator.lora.rank}"
+        places = PARTS if self.is_wan else PARTS[:1]
+        if self.fused and len(steps_of) > len(places):
+            raise UserError(
+                f"--fused: {len(steps_of)} experts, where a {self.pipeline} has {len(places)} transformer(s) at most"
+            )
         experts = []
         for i, (expert, steps) in enumerate(steps_of.items()):
-            name = f"phase{expert.phase}" + (f"-{NOISE[expert.network]}" if len(self.networks) == 2 else "")
-            stem = f"{self.model}-{self.task}-{plan.num_steps}step{rank}-{name}"
-            if not self.fused:
-                part, file = self.networks[expert.network], f"{stem}.safetensors"
-            elif self.is_wan and len(steps_of) <= 2:
-                part = file = PARTS[i]
-            else:
-                part, file = PARTS[0], stem
-            experts.append(ExportedExpert(*expert, steps, part, name, file))
+            name = f"{self.noises[expert.network]}_phase{expert.phase}".strip("_")
+            part = places[i] if self.fused else self.networks[expert.network]
+            size = "x".join(map(str, self.lengths(self.teacher.sizes[0])))
+            lora = f"{self.name}_{name}_rank{self.config.generator.lora.rank}_{size}.safetensors"
+            experts.append(ExportedExpert(*expert, steps, part, name, part if self.fused else lora))
         return tuple(experts)
+
+    def lengths(self, size: Size) -> tuple[int, ...]:
+        """Returns the frames, if the model makes clips, height and width of a size."""
+        return (size.num_frames, size.height, size.width)[self.task == "t2i" :]
 
     @property
     def two_parts(self) -> bool:
@@ -142,15 +185,19 @@ class ExportedRun:
         last = max(step for expert in self.experts if expert.part == PARTS[0] for step in expert.steps)
         return (self.plan.times[last] + self.plan.times[last + 1]) / 2
 
-    @property
-    def switches(self) -> bool:
-        """Whether a transformer has several experts, which the sampling script must switch between steps."""
-        return len({expert.part for expert in self.experts}) < len(self.experts)
-
-    def tensors(self, expert: ExportedExpert) -> dict[str, Tensor]:
-        """Returns one expert's own tensors, by their names in the transformer."""
-        prefix, found = f"{expert.network}.", self.expert_tensors(expert.phase)
+    def tensors(self, expert: ExportedExpert, written: bool = False) -> dict[str, Tensor]:
+        """Returns one expert's own tensors by their names in the transformer, as trained or as its file holds them."""
+        prefix, found = f"{expert.network}.", (self.written if written else self.expert_tensors)(expert.phase)
         return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+
+    def written(self, phase: int) -> dict[str, Tensor]:
+        """Returns a phase's adapters as their files hold them: rounded to the dtype, alpha / rank in lora_B."""
+        lora = self.config.generator.lora
+        scaled = {
+            name: tensor * lora.alpha / lora.rank if name.endswith(".lora_B.weight") else tensor
+            for name, tensor in self.expert_tensors(phase).items()
+        }
+        return {name: tensor.to(self.dtype) for name, tensor in scaled.items()}
 
     def check_experts(self) -> None:
         """Raises UserError where an expert's file lacks a tensor, or has one too many or of another shape."""

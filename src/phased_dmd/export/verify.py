@@ -1,7 +1,6 @@
 """Verification of an export: it is loaded back, every key must be used, and its samples must be the run's."""
 
 import os
-import runpy
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +9,9 @@ from typing import Any, Literal
 
 import diffusers
 import torch
+from diffusers import DiffusionPipeline
 from peft import get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from phased_dmd.config.teacher import Size
@@ -20,7 +19,7 @@ from phased_dmd.engine.randomness import normal
 from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.export.exported_run import ExportedExpert, ExportedRun, format_times
-from phased_dmd.export.stock import lora_tensors
+from phased_dmd.export.few_steps import load_pipeline
 from phased_dmd.maths.rollout import rollout
 from phased_dmd.media import read_picture
 from phased_dmd.models.quantise import quantise
@@ -29,7 +28,7 @@ from phased_dmd.models.source import quiet, repeated
 from phased_dmd.networks.build import load_teacher
 from phased_dmd.networks.roles import TEACHER
 from phased_dmd.prompts import Prompt
-from phased_dmd.sampling.loading import assemble, read_lora, read_shards
+from phased_dmd.sampling.loading import assemble, read_lora, read_shards, without_prefix
 
 TOLERANCE = 1e-4  # of latents, in full precision
 SHARE = 0.25  # of what the experts change, root mean square, in bfloat16: half of their scale would be twice that
@@ -38,15 +37,17 @@ ROOM = 0.9  # of the free memory, which the base may take
 STILL, CLIP = Size(height=64, width=96), Size(num_frames=5, height=64, width=96)  # small, of any model's strides
 PROMPTS = ("a handwritten seven moving right", "two cats")
 FAILED = "verification failed"
-UNTOLD = "the experts change too little to be told from rounding in bfloat16, and the memory does not hold float32"
+UNTOLD = (
+    "the experts change too little to be told from rounding in bfloat16; more memory, or --dtype float32, would tell"
+)
 
 
 class VerificationError(ArithmeticError):
     """An export that stock software does not read as the run it was made from."""
 
 
-def verify_diffusers(run: ExportedRun, folder: Path, dtype: torch.dtype | None = None) -> list[str]:
-    """Runs the export's own `sample.py` beside the run, one after the other, from the same noise.
+def verify(run: ExportedRun, folder: Path, dtype: torch.dtype | None = None) -> list[str]:
+    """Runs the export's pipeline beside the run, one after the other, from the same noise.
 
     dtype: float32, or bfloat16 where the memory does not hold the base in float32; None looks at the memory. In
     float32 both must agree, in bfloat16 by far more than the experts differ from the base. The base of both is packed
@@ -59,16 +60,30 @@ def verify_diffusers(run: ExportedRun, folder: Path, dtype: torch.dtype | None =
         Image.effect_noise((size.width, size.height), 80).convert("RGB").save(picture)
         prompts = [Prompt(text, picture if run.task == "i2v" else None) for text in PROMPTS]
         noise, expected, bare = sample_run(run, prompts, size, dtype)
-        pipe, sample = load_script(run, folder, dtype)
-        counts = [check_loaded(run, folder, expert, pipe) for expert in run.experts]
         options: dict[str, Any] = {"height": size.height, "width": size.width, "latents": to_pipeline(run, noise)}
         options |= {"num_frames": size.num_frames} if run.is_wan else {}
         options |= {"image": read_picture(picture)} if run.task == "i2v" else {}
-        with quiet():
-            made = sample(pipe, list(PROMPTS), generator=renoise_generator(), output_type="latent", **options)
-    difference = (from_pipeline(run, made, size) - expected).double()
-    times = format_times([time / 1000 for time in pipe.scheduler.timesteps.tolist()])
-    if dtype == torch.float32:
+        for load in (load_package, load_custom):
+            pipe = load_quietly(load, run, folder, dtype)
+            counts = [check_loaded(run, folder, expert, pipe) for expert in run.experts]
+            times = format_times(pipe.scheduler.times)
+            with quiet():
+                made = pipe(prompt=list(PROMPTS), generator=renoise_generator(), output_type="latent", **options)[0]
+            del pipe  # before the next, which may fill the memory
+            found = compare(run, from_pipeline(run, made, size), expected, bare, times, dtype)
+    if run.teacher.quantise:
+        where = "the full base: the run's was" if run.fused else "the run's own base,"
+        counts.append(f"verified on {where} packed in {run.teacher.quantise}")
+    return [*counts, f"verified, by load_pipeline and as a custom pipeline: {found}"]
+
+
+def compare(run: ExportedRun, made: Tensor, expected: Tensor, bare: Tensor, times: str, dtype: torch.dtype) -> str:
+    """Says how far a pipeline's samples are from the run's; raises VerificationError if that is too far.
+
+    bare: the run's without experts. Transformers that were merged in bfloat16 are rounded as all computation in it is.
+    """
+    difference = (made - expected).double()
+    if dtype == torch.float32 and not (run.fused and run.dtype == torch.bfloat16):
         figure, most = difference.abs().max().item(), TOLERANCE
         found = f"samples at {times} differ from the run's by up to {figure:.2g}"
     else:
@@ -79,10 +94,7 @@ def verify_diffusers(run: ExportedRun, folder: Path, dtype: torch.dtype | None =
         found = f"samples at {times} differ from the run's by {figure:.2g} of what the experts change, in bfloat16"
     if not figure <= most:
         raise VerificationError(f"{FAILED}: {found}, more than {most:g}")
-    if run.teacher.quantise:
-        where = "the full base: the run's was" if run.fused else "the run's own base,"
-        counts.append(f"verified on {where} packed in {run.teacher.quantise}")
-    return [*counts, f"verified: {found}"]
+    return found
 
 
 def precision(weights: int, free: float) -> torch.dtype:
@@ -102,29 +114,22 @@ def free_memory() -> float:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def verify_comfyui(run: ExportedRun, folder: Path) -> list[str]:
-    """Reads the files by diffusers' converter, which must use every key and give back the adapters."""
-    lines = []
-    for expert in run.experts:
-        try:
-            found = read_lora(folder / expert.file, run.teacher.kind)
-        except (KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise VerificationError(f"{FAILED}: {expert.file} cannot be read ({reason})") from error
-        check_keys(expert.file, lora_tensors(run, expert), found)
-        check_keys(expert.file, found, lora_tensors(run, expert))
-        lines.append(f"{expert.file}: all {len(load_file(folder / expert.file))} keys read")
-    return lines
-
-
 def sample_run(
     run: ExportedRun, prompts: Sequence[Prompt], size: Size, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns noise, and what the package's own sampler makes of it with the experts, and on the same grid without."""
+    """Returns noise, and what the package's own sampler makes of it with the experts, and on the same grid without.
+
+    Adapters are rounded as their files are.
+    """
     kind: Literal["float32", "bfloat16"] = "float32" if dtype == torch.float32 else "bfloat16"
     changes = {"dtype": kind, "sizes": (size,)} | ({"quantise": None} if run.fused else {})
     config = run.config.model_copy(update={"teacher": run.teacher.model_copy(update=changes)})
-    sampler = assemble(config, run.expert_tensors, load_teacher(config, fit=False), prompts=prompts)
+    experts = run.expert_tensors
+    if run.config.generator.weights == "lora" and not run.fused:  # the files hold the scale
+        lora = config.generator.lora.model_copy(update={"alpha": config.generator.lora.rank})
+        generator = config.generator.model_copy(update={"lora": lora})
+        config, experts = config.model_copy(update={"generator": generator}), run.written
+    sampler = assemble(config, experts, load_teacher(config, fit=False), prompts=prompts)
     system, known = sampler.system, sampler.encode(prompts)
     condition = system.model.batch([known[prompt] for prompt in prompts])
     noise = normal(system.model.sample_shapes[0], range(len(prompts)), "verify").to(device())
@@ -143,36 +148,51 @@ def sample_run(
         return noise, made, rollout(bare, start, path, model.schedule, model.prediction).x
 
 
-def load_script(run: ExportedRun, folder: Path, dtype: torch.dtype) -> tuple[Any, Callable[..., Any]]:
-    """Returns the pipeline as the export's `sample.py` loads it, but packed as the run's, and the script's `sample`."""
-    base, packed = [run.teacher.path] if run.base is None else [], None if run.fused else run.teacher.quantise
+def load_package(run: ExportedRun, folder: Path, dtype: torch.dtype, where: torch.device) -> Any:
+    """Loads the export as `phased_dmd.load_pipeline` does."""
+    base = run.teacher.path if run.source.on_disk and not run.base_is_shipped and not run.fused else None
+    return load_pipeline(folder, base=base, dtype=dtype, device=where)
+
+
+def load_custom(run: ExportedRun, folder: Path, dtype: torch.dtype, where: torch.device) -> Any:
+    """Loads the export as a custom pipeline of diffusers, which runs the copy of our own file that was just written."""
+    base = folder if run.fused else folder / "base" if run.base_is_shipped else run.source.folder
+    options: dict[str, Any] = {"dtype": {"default": dtype, "vae": torch.float32}, "use_safetensors": True}
+    pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=str(folder), trust_remote_code=True, **options)
+    return pipe.load_few_steps(folder).to(where)
+
+
+def load_quietly(
+    load: Callable[[ExportedRun, Path, torch.dtype, torch.device], Any], run: ExportedRun, folder: Path,
+    dtype: torch.dtype,
+) -> Any:  # fmt: skip
+    """Loads a pipeline, its base packed as the run's; a VerificationError says why if it cannot be loaded."""
+    packed = None if run.fused else run.teacher.quantise
     try:
         with quiet(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
             warnings.filterwarnings("ignore", message="While injecting the PEFT adapters")  # keys are counted below
             diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # errors come as exceptions too
-            script = runpy.run_path(str(folder / "sample.py"))
-            pipe = script["load"](*base, dtype=dtype, device="cpu" if packed else str(device()))
+            pipe = load(run, folder, dtype, torch.device("cpu") if packed else device())
     except OSError as error:
         raise UserError(f"--verify: the base pipeline is not at hand ({error})") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise VerificationError(f"{FAILED}: sample.py cannot load the export ({reason})") from error
+        raise VerificationError(f"{FAILED}: the pipeline cannot load the export ({reason})") from error
     if packed:
         for name in run.networks:
             quantise(repeated(pipe.components[name]), packed, dtype, device())
         pipe.to(device())
     pipe.set_progress_bar_config(disable=True)
-    return pipe, script["sample"]
+    return pipe
 
 
 def check_loaded(run: ExportedRun, folder: Path, expert: ExportedExpert, pipe: Any) -> str:
     """Checks that all of an expert's keys are in the pipeline; returns a line with their number."""
-    network = pipe.experts[expert.name] if run.fused and run.switches else pipe.components[expert.part]
+    network = pipe.components[expert.part]
     if run.fused:
         keys, loaded = read_shards(folder / expert.file), network.state_dict()
     else:
-        keys = {name.removeprefix("transformer."): t for name, t in load_file(folder / expert.file).items()}
+        keys = without_prefix(read_lora(folder / expert.file, run.teacher.kind))
         there = expert.name in pipe.get_list_adapters().get(expert.part, ())
         loaded = get_peft_model_state_dict(network, adapter_name=expert.name) if there else {}
     check_keys(expert.file, keys, loaded)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 from safetensors import safe_open
@@ -102,20 +102,33 @@ class ExportEntry(Section):
 
     phase: Annotated[int, Field(gt=0)]
     network: Annotated[int, Field(ge=0)]
+    steps: tuple[int, ...]
+    part: str
+    name: str
     file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]  # beside export.json, nowhere else
 
 
 class ExportIndex(Section):
-    """What `export.json` holds. base: a hub id or a shipped teacher, never a path."""
+    """What `export.json` holds. base: a hub id or a shipped teacher, never a path.
 
-    format: Literal["diffusers", "comfyui"]
+    The few-step pipeline reads all but the config, and `load` the experts' files and the config.
+    """
+
     base: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")] | None
+    revision: str | None
+    fused: bool
+    pipeline: str
+    times: tuple[float, ...]
+    boundary_ratio: float | None
+    solver: str
+    max_sequence_length: int
+    size: dict[str, int]
     experts: tuple[ExportEntry, ...]
     config: dict[str, Any]
 
 
 def read_export(folder: Path, base: str | None) -> tuple[Config, Experts]:
-    """Returns the config and the experts of an export in either format."""
+    """Returns the config and the experts of an export."""
     try:
         index = ExportIndex.model_validate_json(resolve_inside(folder, folder / EXPORT).read_text("utf-8"))
         teacher = dict(index.config["teacher"]) | {"path": base or index.base}
@@ -158,11 +171,16 @@ def read_entry(folder: Path, entry: ExportEntry, teacher: str) -> dict[str, Tens
         raise UserError(f"{path}: not a file of an export, or damaged ({error})") from error
     if found != (named := f"phase {entry.phase}, network {entry.network}"):
         raise UserError(f"{path}: its header says {found}, but {EXPORT} that it is {named}; was it renamed?")
+    return without_prefix(tensors)
+
+
+def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors by their names in the transformer, without the pipeline's name of it."""
     return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
 
 
 def read_lora(path: Path, teacher: str) -> dict[str, Tensor]:
-    """Returns an exported LoRA file's tensors by diffusers' names; its loader converts ComfyUI's. teacher: its kind."""
+    """Returns an exported LoRA file's tensors by diffusers' names, which its loader converts to. teacher: its kind."""
     from diffusers.loaders import QwenImageLoraLoaderMixin, WanLoraLoaderMixin  # here, because it takes seconds
 
     loader = WanLoraLoaderMixin if teacher == "wan" else QwenImageLoraLoaderMixin
