@@ -19,6 +19,7 @@
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/util/Exception.h>
+#include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/library.h>
 
@@ -449,6 +450,11 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_cpu>());
 }
 
+// After a fork: a child has none of the threads that differentiate on the devices, and torch would not start them again.
+struct Engine : torch::autograd::Engine {
+  static void restart() { static_cast<Engine&>(get_default_engine()).start_device_threads(); }
+};
+
 // torch has these already, for a backend of the device's own, and would warn of the change.
 struct Silent final : c10::WarningHandler {
   void process(const c10::Warning&) override {}
@@ -467,6 +473,7 @@ const bool loud = (delete quiet, true);
 TORCH_LIBRARY(pretend, library) {
   library.def("host_view(Tensor tensor) -> Tensor");
   library.def("resize_storage(Tensor over_it, int bytes) -> ()");
+  library.def("restart() -> ()", &Engine::restart);
   library.def("counts() -> (int, int)", []() { return std::tuple<int64_t, int64_t>(waits.load(), uploads.load()); });
 }
 

@@ -1,5 +1,7 @@
 """Tells torch's Python side of the pretended GPU: `torch.cuda`, storages, and a group of processes for its tensors."""
 
+import ctypes
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +58,17 @@ def install() -> None:
     cuda.synchronize = torch.accelerator.synchronize
     cuda.amp.common.amp_definitely_not_available = lambda: False
     _replace_storages()
+    _start_threads()
     dist.Backend.default_device_backend_map["cuda"] = "gloo"  # device.cpp hands it the memory behind tensors
+
+
+def _start_threads() -> None:
+    """Starts the threads that differentiate on the devices, here and in every child of this process; see forks.cpp."""
+    starting = ctypes.c_int.in_dll(ctypes.CDLL(None), "torch_starts_threads")
+    starting.value = 1
+    torch.ones((), requires_grad=True).backward()
+    starting.value = 0
+    os.register_at_fork(after_in_child=torch.ops.pretend.restart)
 
 
 def _replace_storages() -> None:
