@@ -11,10 +11,10 @@ space := $(subst ,, )
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants bench chaos check check-report reproduce clean
+.PHONY: help demo test test-gpu-path mutants bench chaos check check-report reproduce clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.stamp-run ## Distil the embedded teacher in runs/demo, evaluate it, write runs/demo/report.html
 	$(BIN)/phased-dmd distill nano-t2i --output runs/demo
@@ -24,6 +24,9 @@ demo: .venv/.stamp-run ## Distil the embedded teacher in runs/demo, evaluate it,
 test: .venv/.stamp-dev ## Run the tests; the pure mathematics must be covered to 95 %
 	$(BIN)/pytest -n 2 --dist loadfile --jaxtyping-packages=$(subst $(space),$(comma),$(PURE:%=phased_dmd.%)),beartype.beartype \
 		$(PURE:%=--cov=phased_dmd.%) --cov-report=term-missing --cov-fail-under=95
+
+test-gpu-path: .venv/.stamp-dev ## Run the tests on a pretended GPU (g++, and a torch without CUDA)
+	$(BIN)/python tests/pretend/run.py $(BIN)/pytest -n 2 --dist loadfile
 
 mutants: .venv/.stamp-dev ## Change the mathematics in a thousand places; the tests must notice 95 % (docs/mutants.md)
 	rm -rf mutants

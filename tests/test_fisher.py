@@ -21,6 +21,7 @@ from torch import Tensor
 
 from phased_dmd import step
 from phased_dmd.config import Config
+from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.maths.losses import score_matching_loss, subinterval_target
 from phased_dmd.maths.schedules import add_noise
@@ -198,7 +199,7 @@ def test_only_the_generator_has_gradients_after_its_update(divergence: str, kind
     else:
         add_fake(asked, 1, None)
     for i, p in enumerate(asked.roles.parameters(FAKE).values()):
-        p.data += 0.1 * draw(*p.shape, seed=i)
+        p.data += 0.1 * draw(*p.shape, seed=i).to(p.device)
     rows = TinyCodec().encode_text(["one", "seven", "digit", "a one"])
     table: Any = SimpleNamespace(eligible=lambda bucket: range(4), row=lambda index, bucket: rows[index])
     batch = step.draw(asked, 1, 0, 0, range(4), [1.0], table)
@@ -223,8 +224,8 @@ def test_teacher_and_fake_are_differentiated_with_guidance_and_route(wan: Wan) -
     asked = build_system(config, model, TinyCodec().encode_text([""])[0])
     asked.roles.add(FAKE, [0, 1], config.fake.lora, seed=1)
     for i, p in enumerate(asked.roles.parameters(FAKE).values()):
-        p.data = 0.1 * draw(*p.shape, seed=i, dtype=torch.float64)
-    x = draw(4, 16, 1, 4, 4, seed=1, dtype=torch.float64).requires_grad_()
+        p.data = 0.1 * draw(*p.shape, seed=i, dtype=torch.float64).to(p.device)
+    x = draw(4, 16, 1, 4, 4, seed=1, dtype=torch.float64).to(device()).requires_grad_()
     texts, empty = (
         model.batch(TinyCodec().encode_text(prompts))["text"].double()
         for prompts in (["one", "seven", "digit", "a one"], [""])
@@ -315,8 +316,8 @@ def test_guided_samples_do_not_depend_on_those_beside_them(
     if codec.takes_images:
         texts = [text | codec.encode_image(tmp_path / "frame.png", 0) for text in texts]
     negatives = codec.encode_text(["", CAPTIONS[3], "a boat at night asleep in the snow, low quality, grey"])
-    x = draw(len(texts), *model.sample_shapes[0], seed=1, dtype=torch.float64)
-    t = torch.tensor([0.95, 0.9, 0.88, 0.3, 0.7, 0.99], dtype=torch.float64)
+    x = draw(len(texts), *model.sample_shapes[0], seed=1, dtype=torch.float64).to(device())
+    t = torch.tensor([0.95, 0.9, 0.88, 0.3, 0.7, 0.99], dtype=torch.float64, device=device())
     lengths = {len(row["text"]) for row in (*texts, *negatives)}
     assert len(lengths) > 4
     guided = []
@@ -353,7 +354,7 @@ def pulls(config: Config, run: Path, bare: VelocityModel) -> Iterator[tuple[Weig
         if config.generator.weights == "full":
             return weights(experts[role])
         return {
-            f"{number}.{name}.weight": module.get_delta_weight(role).detach().clone()
+            f"{number}.{name}.weight": module.get_delta_weight(role).detach().to("cpu", copy=True)
             for number, student in enumerate(bare.students)
             for name, module in student.named_modules()
             if role in getattr(module, "lora_A", {})
@@ -365,7 +366,7 @@ def pulls(config: Config, run: Path, bare: VelocityModel) -> Iterator[tuple[Weig
 
     def after(role: str, group: dict[str, Any]) -> None:
         if role == FAKE:
-            fakes[:] = [p.detach().clone() for p in group["params"]]
+            fakes[:] = [p.detach().to("cpu", copy=True) for p in group["params"]]
         else:
             *_, change = steps[-1]
             change |= {name: p - change[name] for name, p in merged(role).items()}

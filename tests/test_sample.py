@@ -65,7 +65,7 @@ def tiny() -> Sampler:
     for phase in (1, 2):
         add_expert(system, phase, trainable=True)
         for name, p in system.roles.parameters(f"phase_{phase}").items():
-            p.data = 0.3 * draw(*p.shape, seed=len(name) + phase)
+            p.data = 0.3 * draw(*p.shape, seed=len(name) + phase).to(p.device)
     return Sampler(system, CountingCodec())
 
 

@@ -38,6 +38,7 @@ from phased_dmd import step
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.config import Ablation, Config, Optimiser, phase_plan
 from phased_dmd.config.overrides import build
+from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import unshift_time
 from phased_dmd.models.analytic import PlainCodec
@@ -83,7 +84,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def initial_student(config: Config) -> dict[str, Tensor]:
     model, _ = load_model(config.teacher, config.seed)
-    return {f"0.{name}": p.detach() for name, p in model.students[0].named_parameters()}
+    return {f"0.{name}": p.detach().cpu() for name, p in model.students[0].named_parameters()}
 
 
 # ---------------------------------------------------------------- what may not change
@@ -330,7 +331,7 @@ def test_a_model_of_ones_own_on_another_device_is_refused(tmp_path: Path) -> Non
     config = build({"recipe": "mine", "teacher": {"kind": "own"}, "prompts": str(tmp_path / "prompts.txt")})
     model = TinyWan()
     model.networks[0].to("meta")
-    with pytest.raises(UserError, match=r"^networks\[0\] is on meta, and this process computes on cpu: "):
+    with pytest.raises(UserError, match=r"^networks\[0\] is on meta, and this process computes on (cpu|cuda:0): "):
         distill(config, tmp_path / "run", quiet=True, own=(model, TinyCodec()))
 
 
@@ -513,7 +514,7 @@ def test_the_expert_file_holds_the_ema(tmp_path: Path) -> None:
     def step(role: str, group: dict[str, Any]) -> None:
         if role != FAKE:
             average = averages[role]
-            last[role] = {name: p.detach().clone() for name, p in zip(average, group["params"], strict=True)}
+            last[role] = {name: p.detach().to("cpu", copy=True) for name, p in zip(average, group["params"], strict=True)}
             averages[role] = {k: 0.7 * v + 0.3 * last[role][k].double() for k, v in average.items()}
 
     with watched_steps(after=step):
@@ -761,8 +762,8 @@ def test_lora_phases_leave_teacher_and_earlier_expert_alone(fake: str, wan: Wan,
         assert all(not t.any() for state in fakes.values() for name, t in state.items() if "lora_B" in name)
         assert not same(*fakes.values())
 
-    x, text = draw(2, *model.sample_shapes[0], seed=1), draw(2, 5, 32, seed=2)
-    t = torch.tensor([0.3, 0.9])
+    x, text = (draw(2, *shape, seed=seed).to(device()) for seed, shape in ((1, model.sample_shapes[0]), (2, (5, 32))))
+    t = torch.tensor([0.3, 0.9], device=device())
     assert torch.equal(bare.predict(network, x, t, {"text": text}), untouched(x, t * 1000, text, return_dict=False)[0])
     kept = [p for name, p in network.named_parameters() if "lora_" not in name]
     assert all(torch.equal(a, b) for a, b in zip(kept, untouched.parameters(), strict=True))
@@ -810,6 +811,7 @@ def test_the_teacher_is_guided_and_routed_sample_by_sample(wan: Wan) -> None:
     codec = TinyCodec()
     system = build_system(config, model, codec.encode_text([""])[0])
     x, t = draw(4, *model.sample_shapes[0], seed=1), torch.tensor([0.95, 0.2, 0.9, 0.899], dtype=torch.float64)
+    x, t = x.to(device()), t.to(device())
     condition, empty = (model.batch(codec.encode_text(texts)) for texts in (["one", "seven", "digit", "a one"], [""]))
     found = system.teacher(x, t, condition)
     for i, network in enumerate([0, 1, 0, 1]):

@@ -102,10 +102,10 @@ def adapters(network: nn.Module) -> set[str]:
 
 
 def weights(network: nn.Module, number: int = 0, adapter: str | None = None) -> dict[str, Tensor]:
-    """A copy of a network's weights, or of an adapter's on it, by the names that a run gives them."""
+    """A copy of a network's weights on the CPU, or of an adapter's on it, by the names that a run gives them."""
     own = f".{adapter}."
     return {
-        f"{number}.{name.replace(own, '.')}": p.detach().clone()
+        f"{number}.{name.replace(own, '.')}": p.detach().to("cpu", copy=True)
         for name, p in network.named_parameters()
         if adapter is None or own in name
     }

@@ -33,6 +33,6 @@ def finished_run(folder: Path, config: Config) -> Path:
             if ".lora_" in name:
                 tensors[name] = noise * (0.1 if ".lora_B" in name else 0.5 * shape[1] ** -0.5)
             else:
-                tensors[name] = base[name].detach().to(torch.float32) * (1 + 0.1 * noise)
+                tensors[name] = base[name].detach().to("cpu", torch.float32) * (1 + 0.1 * noise)
         save_tensors(RunFolder(folder).expert_path(phase), tensors, {"phase": phase})
     return folder

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from phased_dmd.config import Config
+from phased_dmd.engine.world import device
 from phased_dmd.maths.schedules import FlowSchedule
 from phased_dmd.models.analytic import PlainCodec
 from phased_dmd.networks.build import build_system, load_teacher
@@ -28,7 +29,7 @@ class TinyWan:
     sample_shapes = ((16, 1, 4, 4),)
 
     def __init__(self, networks: int = 1, switches: tuple[float, ...] = (), guidance: float = 1.0) -> None:
-        self.networks = [wan_transformer(seed) for seed in range(networks)]
+        self.networks = [wan_transformer(seed).to(device()) for seed in range(networks)]
         self.students, self.switches, self.guidance = self.networks, switches, (guidance,) * networks
 
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
@@ -41,7 +42,7 @@ class TinyWan:
         return list(network.blocks)
 
     def batch(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {"text": torch.stack([row["text"] for row in rows])}
+        return {"text": torch.stack([row["text"] for row in rows]).to(device())}
 
 
 class TinyCodec(PlainCodec):

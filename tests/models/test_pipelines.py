@@ -28,6 +28,7 @@ from phased_dmd.cli import main
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config, Fake, Generator, Lora, Plan
 from phased_dmd.config.teacher import PipelineTeacher, Size
+from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.export import export
 from phased_dmd.maths.schedules import predicted_x0
@@ -135,7 +136,7 @@ def tinies(folders: Callable[[str], Path], picture: Callable[..., Path]) -> Call
         rows = [row | (codec.encode_image(path, 0) if codec.takes_images else {}) for row in codec.encode_text(PROMPTS)]
         kind = WanImageToVideoPipeline if case == "ti2v_5b from a frame" else DiffusionPipeline
         with quiet():
-            stock = kind.from_pretrained(section.path)
+            stock = kind.from_pretrained(section.path).to(device())
         stock.set_progress_bar_config(disable=True)
         return Tiny(stock, system, codec, rows, path)
 
@@ -156,7 +157,7 @@ def told() -> Callable[[Tiny], Told]:
 
 def run_stock(tiny: Tiny) -> Told:
     stock, section, size = tiny.stock, tiny.teacher, tiny.teacher.sizes[0]
-    noise = draw(2, *tiny.model.sample_shapes[0], seed=1)
+    noise = draw(2, *tiny.model.sample_shapes[0], seed=1).to(device())
     options: dict[str, Any] = {
         "prompt": PROMPTS, "negative_prompt": [section.negative_prompt] * 2, "num_inference_steps": 4,
         "height": size.height, "width": size.width, "max_sequence_length": section.max_tokens, "latents": noise,
@@ -191,6 +192,10 @@ def run_stock(tiny: Tiny) -> Told:
     return Told(inputs, steps, latents_of(tiny, last[0]), pixels.movedim(2, 4))
 
 
+def times(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device())
+
+
 def latents_of(tiny: Tiny, x: Tensor) -> Tensor:
     """Qwen-Image's are packed; a copy, since diffusers' networks may return views."""
     if tiny.teacher.kind != "qwen-image":
@@ -222,7 +227,7 @@ def test_conditions_are_what_the_stock_pipeline_tells_its_network(tiny: Tiny, to
 
 def test_the_prediction_is_the_networks_own(tiny: Tiny) -> None:
     """At t of .9 and .3, with the network called as its own documentation says, each of a pair."""
-    x, t = draw(2, *tiny.model.sample_shapes[0], seed=2), torch.tensor([0.9, 0.3], dtype=torch.float64)
+    x, t = draw(2, *tiny.model.sample_shapes[0], seed=2).to(device()), times(0.9, 0.3)
     outputs = []
     for network, theirs in zip(tiny.model.networks, tiny.networks, strict=True):
         with torch.no_grad():
@@ -241,22 +246,22 @@ def direct_call(tiny: Tiny, network: Any, x: Tensor) -> Tensor:
     if tiny.teacher.kind == "qwen-image":
         b, c, _, h, w = x.shape
         packed = network(
-            stock._pack_latents(x, b, c, h, w), text, mask, torch.tensor([0.9, 0.3]), [[(1, h // 2, w // 2)]] * 2
+            stock._pack_latents(x, b, c, h, w), text, mask, times(0.9, 0.3).float(), [[(1, h // 2, w // 2)]] * 2
         )
         return latents_of(tiny, packed.sample)
-    timestep = torch.tensor([900.0, 300.0])
+    timestep = times(900, 300).float()
     if tiny.codec.takes_images:
         picture = Image.open(tiny.picture)
-        pixels = stock.video_processor.preprocess(picture, size.height, size.width)
+        pixels = stock.video_processor.preprocess(picture, size.height, size.width).to(device())
         frames = {"height": size.height, "width": size.width, "num_frames": size.num_frames}
-        prepared = stock.prepare_latents(pixels, 2, tiny.model.sample_shapes[0][0], **frames, dtype=torch.float32)
+        prepared = stock.prepare_latents(pixels, 2, tiny.model.sample_shapes[0][0], **frames, dtype=torch.float32, device=device())
         x = torch.where(prepared[2] == 1, x, prepared[1]) if len(prepared) == 3 else torch.cat([x, prepared[1]], 1)
         if stock.image_encoder is not None:
-            options["encoder_hidden_states_image"] = stock.encode_image(picture).repeat(2, 1, 1)
+            options["encoder_hidden_states_image"] = stock.encode_image(picture, device()).repeat(2, 1, 1)
     if stock.config.expand_timesteps:
         tokens = x.shape[3] // 2 * x.shape[4] // 2
         first = torch.full((tokens,), 0.0 if tiny.codec.takes_images else 1.0)
-        timestep = timestep[:, None] * torch.cat([first, torch.ones(tokens * (x.shape[2] - 1))])
+        timestep = timestep[:, None] * torch.cat([first, torch.ones(tokens * (x.shape[2] - 1))]).to(device())
     return network(x, timestep, text, **options).sample
 
 
@@ -265,7 +270,7 @@ def test_the_guided_teacher_is_what_the_stock_pipeline_steps_with(tiny: Tiny, to
     used = set()
     for i, (expected, timestep, x) in enumerate(told(tiny).steps):
         assert i > 0 or timestep == 1000
-        t = torch.full((2,), timestep, dtype=torch.float64) / 1000
+        t = times(timestep, timestep) / 1000
         with torch.no_grad():
             ours = tiny.system.teacher(x, t, tiny.condition)
         known = int("first_frame" in tiny.condition)
@@ -277,7 +282,7 @@ def test_the_guided_teacher_is_what_the_stock_pipeline_steps_with(tiny: Tiny, to
 def test_a_guided_token_of_zeros_is_zero(tinies: Callable[[str], Tiny]) -> None:
     """Where both predictions are, and where guidance cancels them; Qwen-Image divides by its norm."""
     model = tinies("qwen_image").model
-    x = draw(1, *model.sample_shapes[0], seed=4)
+    x = draw(1, *model.sample_shapes[0], seed=4).to(device())
     x[..., :2, :2] = 0  # a token
     guided = model.guide(x, x / 3, 4.0)
     assert torch.equal(guided[..., :2, :2], torch.zeros_like(x[..., :2, :2]))
@@ -301,7 +306,7 @@ def test_a_given_first_latent_frame_is_known_exactly(
     model, _ = load_model(teacher_of("ti2v_5b from a frame", folders, dtype=dtype), 0)
     system = build_system(tiny.system.config, model, tiny.system.negative)
     first, condition = tiny.condition["first_frame"], model.batch(tiny.rows)
-    x, t = draw(2, *model.sample_shapes[0], seed=3), torch.tensor([1.0, 0.02], dtype=torch.float64)
+    x, t = draw(2, *model.sample_shapes[0], seed=3).to(device()), times(1.0, 0.02)
     with torch.no_grad():
         x_0 = predicted_x0(system.teacher(x, t, condition), x, t, model.schedule, model.prediction)
     torch.testing.assert_close(x_0[:, :, :1], first, **EXACT)
@@ -418,7 +423,7 @@ def test_a_bfloat16_teacher_trains_float32_weights(
         stock = type(theirs).from_pretrained(Path(tiny.teacher.path) / "transformer", torch_dtype=torch.bfloat16)
         assert [p.dtype for p in kept] == [p.dtype for p in stock.parameters()]  # a few of Wan's stay float32
         assert sum(p.dtype == torch.bfloat16 for p in kept) > len(kept) / 2
-    x, t = draw(2, *tiny.model.sample_shapes[0], seed=2), torch.tensor([0.9, 0.3], dtype=torch.float64)
+    x, t = draw(2, *tiny.model.sample_shapes[0], seed=2).to(device()), times(0.9, 0.3)
     with torch.no_grad():
         ours, precise = (
             system.teacher(x, t, system.model.batch(tiny.rows)) for system in (sampler.system, tiny.system)

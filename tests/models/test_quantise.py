@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from phased_dmd import distill, load
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.config import Lora
+from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.models.quantise import quantise
 from phased_dmd.networks.roles import TEACHER, Roles, expert_role
 from phased_dmd.recipes import resolve
 
 ONE = expert_role(1)
-X, T = draw(3, *TinyWan.sample_shapes[0], seed=1), torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64)
-PROBE, CONDITION = draw(3, *TinyWan.sample_shapes[0], seed=2), {"text": draw(3, 5, TEXT_DIM, seed=3)}
+X, PROBE = (draw(3, *TinyWan.sample_shapes[0], seed=seed).to(device()) for seed in (1, 2))
+T = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64, device=device())
+CONDITION = {"text": draw(3, 5, TEXT_DIM, seed=3).to(device())}
 
 
 def unpacked(layer: nn.Module) -> Tensor:
@@ -34,7 +36,7 @@ def pair(kind: str) -> tuple[TinyWan, TinyWan]:
     """A quantised network, and a plain one of the same values."""
     packed = TinyWan()
     plain = copy.deepcopy(packed)
-    quantise(packed.blocks(packed.networks[0]), kind, torch.float32, torch.device("cpu"))
+    quantise(packed.blocks(packed.networks[0]), kind, torch.float32, device())
     changed = {
         name: m for name, m in packed.networks[0].named_modules() if isinstance(m, nn.Linear) and "blocks" in name
     }

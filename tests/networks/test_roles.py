@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.config import Lora
+from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.networks.build import build_system
 from phased_dmd.networks.optim import MomentumFreeAdamW
@@ -31,9 +32,9 @@ from phased_dmd.train import expert_header
 
 LORA = Lora(rank=3, alpha=6)
 ONE, TWO = expert_role(1), expert_role(2)
-T = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64)
-X, PROBE = (draw(3, *TinyWan.sample_shapes[0], seed=seed, dtype=torch.float64) for seed in (1, 2))
-CONDITION = {"text": draw(3, 5, TEXT_DIM, seed=3, dtype=torch.float64)}
+T = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64, device=device())
+X, PROBE = (draw(3, *TinyWan.sample_shapes[0], seed=seed, dtype=torch.float64).to(device()) for seed in (1, 2))
+CONDITION = {"text": draw(3, 5, TEXT_DIM, seed=3, dtype=torch.float64).to(device())}
 OFF_ON = pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 FAKES = pytest.mark.parametrize("fake_lora", [None, LORA], ids=["full fake", "lora fake"])
 
@@ -87,7 +88,7 @@ def reference_gradients(base: nn.Module, expert: dict[str, nn.Parameter]) -> dic
 
 def relative_error(parameters: dict[str, nn.Parameter], truth: dict[str, Tensor]) -> float:
     assert parameters.keys() == truth.keys()
-    found = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in parameters.values()])
+    found = torch.cat([p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in parameters.values()])
     expected = torch.cat([truth[name].flatten() for name in parameters])
     return float((found - expected).norm() / expected.norm())
 

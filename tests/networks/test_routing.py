@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from phased_dmd.config import Ablation, Config, Fake, Generator, Lora, Plan, Renoise
 from phased_dmd.config.teacher import OwnTeacher
+from phased_dmd.engine.world import device
 from phased_dmd.maths.phases import NEAR, PhasePlan
 from phased_dmd.maths.schedules import FlowSchedule
 from phased_dmd.networks.build import add_expert
@@ -47,7 +48,7 @@ class Two:
     def __init__(self) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.networks = self.students = [Numbered(0), Numbered(1)]
+            self.networks = self.students = [Numbered(number).to(device()) for number in (0, 1)]
         self.guided: list[tuple[int, float]] = []
         self.called = -1
 
@@ -133,8 +134,8 @@ def test_just_under_at_and_just_over_the_switch(starts: tuple[int, ...]) -> None
     plan = PhasePlan((1.0, ABOVE, SWITCH, BELOW, 0.0), starts, (SWITCH,))
     recorder: Any = Recorded(Two())  # type: ignore[arg-type]
     system = System(config_of(Plan(phases=len(starts))), recorder, Roles(recorder), plan, {})
-    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([BELOW, SWITCH, ABOVE], dtype=torch.float64)
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).to(device())
+    t = torch.tensor([BELOW, SWITCH, ABOVE], dtype=torch.float64, device=device())
     for phase in range(1, plan.num_phases + 1):
         recorder.phase = phase
         add_expert(system, phase, trainable=False)

@@ -12,6 +12,7 @@ from tiny import TinyCodec, TinyWan, draw
 from torch import Tensor, nn
 
 from phased_dmd.config.teacher import AnalyticTeacher, WanTeacher
+from phased_dmd.engine.world import device
 from phased_dmd.lab.teach.mnist import image_batch, load_digits
 from phased_dmd.maths.schedules import Schedule, VPSchedule
 from phased_dmd.models.analytic import AnalyticModel, ExactMixture, PlainCodec
@@ -46,7 +47,7 @@ class Model:
 
     def __init__(self, schedule: str = "flow", prediction: Any = "flow", scale: float = 1.0) -> None:
         self.schedule, self.prediction, self.scale = SCHEDULES[schedule], prediction, scale
-        self.networks: list[nn.Module] = [Network(self.schedule, prediction, scale).requires_grad_(False)]
+        self.networks: list[nn.Module] = [Network(self.schedule, prediction, scale).requires_grad_(False).to(device())]
         self.students, self.guidance = self.networks, [3.0]
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
@@ -117,7 +118,7 @@ def test_what_is_only_unusual_passes(change: str) -> None:
     elif change == "half precision":
         model.predict = lambda network, x, t, condition: network(x, t).bfloat16()
     else:
-        model.networks[0].add_module("block", nn.Sequential(nn.Linear(2, 2).requires_grad_(False)))
+        model.networks[0].add_module("block", nn.Sequential(nn.Linear(2, 2).requires_grad_(False)).to(device()))
         model.lora_targets, forward = ("out", "block.0"), model.predict
         model.predict = lambda network, x, t, c: forward(network, x, t, c) + 1e-3 * network.get_submodule("block")(x)
     check_model(model, samples=samples())
@@ -127,8 +128,8 @@ def test_nano_passes_on_digits_through_its_own_vae() -> None:
     model, codec = load_model(WanTeacher(path="nano", guidance=(1.5,), max_tokens=16), seed=0)
     digits, _ = load_digits(DATA)
     pixels, captions, _ = image_batch(digits, 8, torch.Generator().manual_seed(0))
-    latents = codec.vae.encode(pixels, return_dict=False)[0].mode()
-    check_model(model, codec, (latents - codec.mean) / codec.std, codec.encode_text(captions))
+    latents = codec.vae.encode(pixels.to(device()), return_dict=False)[0].mode()
+    check_model(model, codec, (latents.cpu() - codec.mean) / codec.std, codec.encode_text(captions))
 
 
 def test_several_networks_pass_each_on_its_own_times() -> None:
@@ -144,7 +145,7 @@ def test_several_networks_pass_each_on_its_own_times() -> None:
             return torch.where(mine, super().forward(x, t), 100 * x)
 
     model = Model()
-    model.networks = model.students = [Half(0.6, 1).requires_grad_(False), Half(0, 0.6).requires_grad_(False)]
+    model.networks = model.students = [Half(*part).requires_grad_(False).to(device()) for part in ((0.6, 1), (0, 0.6))]
     model.switches, model.guidance = [0.6], [3.0, 2.0]
     check_model(model, samples=samples())
     model.switches = [0.3]
@@ -288,7 +289,7 @@ def test_what_is_wrong_is_said(name: str) -> None:
     changes, message = WRONG[name]
     torch.manual_seed(0)  # dropout's
     model = Model()
-    model.networks[0].add_module("spare", nn.Linear(2, 2).requires_grad_(False))
+    model.networks[0].add_module("spare", nn.Linear(2, 2).requires_grad_(False).to(device()))
     for attribute, value in changes.items():
         setattr(model, attribute, value)
     with pytest.raises(ModelError, match=message):
@@ -306,7 +307,8 @@ class Told(Model):
     def batch(self, rows: Sequence[Condition]) -> Condition:
         text = nn.utils.rnn.pad_sequence([row["text"] for row in rows], batch_first=True)
         lengths = torch.tensor([len(row["text"]) for row in rows])
-        return {"text": text, "mask": (torch.arange(text.shape[1]) < lengths[:, None]).to(text)}
+        mask = (torch.arange(text.shape[1]) < lengths[:, None]).to(text)
+        return {"text": text.to(device()), "mask": mask.to(device())}
 
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         weight = condition["mask"] if self.masked else torch.ones_like(condition["mask"])
