@@ -19,7 +19,7 @@ BATCH = 16
 def sampling(folder: Path, pairs: int = 7) -> dict[str, float]:
     """Medians of the seconds a loop takes, and of their ratio, on nano; what the experts learnt does not matter."""
     few = {"iterations": 1, "batch_size": 2, "fake.updates": 1}
-    export(distill(resolve("nano-t2i", few), folder / "run", quiet=True), "diffusers", folder / "fused", fused=True)
+    export(distill(resolve("nano-t2i", few), folder / "run", quiet=True), folder / "fused", fused=True)
     system = load(folder / "fused").system
     noise = normal(system.model.sample_shapes[0], range(BATCH), 0)
     condition = system.model.batch([system.negative] * BATCH)

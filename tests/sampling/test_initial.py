@@ -113,14 +113,14 @@ WARM: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("size", WARM)
-@pytest.mark.parametrize("source", ["run", "diffusers", "comfyui"])
-def test_a_run_starts_from_a_run_and_from_its_exports_alike(
+@pytest.mark.parametrize("source", ["run", "export"])
+def test_a_run_starts_from_a_run_and_from_its_export_alike(
     source: str, size: str, run: Trained, tmp_path: Path
 ) -> None:  # fmt: skip
     place = run.folder
     if source != "run":
         place = tmp_path / "export"
-        export(run.folder, source, place)  # type: ignore[arg-type] one of its formats
+        export(run.folder, place)
     config = changed(run.config, WARM[size] | {"init_experts": str(place)})
     check(starts(config), run)
 
@@ -206,7 +206,7 @@ def test_files_are_one_a_network_and_no_run_stands_beside_them(run: Trained, tmp
 
 def test_what_a_run_starts_from_is_known_again_by_its_bytes_wherever_it_lies(run: Trained, tmp_path: Path) -> None:
     (files := tmp_path / "files").mkdir()
-    export(run.folder, "comfyui", tmp_path / "export")
+    export(run.folder, tmp_path / "export")
     shutil.copytree(run.folder, tmp_path / "run")
     places = [[str(tmp_path / "run")], [str(tmp_path / "export")], public_files(run, "ours", files)]
     known = [initial_hash(run, each) for each in places]
