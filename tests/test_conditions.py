@@ -551,11 +551,16 @@ def test_a_base_is_the_same_however_it_is_cut_and_reached_and_another_once_a_ten
 
     copy = resharded(NANO, tmp_path / "copy")
     assert held("nano") == held(NANO) == held(copy) != held("nano-moe")
-    file = copy / "transformer" / "part-1.safetensors"
+    assert held(nudged(copy)) != held("nano")
+
+
+def nudged(folder: Path) -> Path:
+    """The resharded base itself, a number of it changed."""
+    file = folder / "transformer" / "part-1.safetensors"
     tensors = load_file(file)
     next(iter(tensors.values())).view(-1)[0] += 1
     save_file(tensors, file, {"format": "pt"})
-    assert held(copy) != held("nano")
+    return folder
 
 
 def test_a_run_goes_on_where_prompts_base_and_initial_experts_have_moved_to(tmp_path: Path) -> None:
@@ -583,7 +588,8 @@ def test_a_run_goes_on_where_prompts_base_and_initial_experts_have_moved_to(tmp_
 
     refused(f"prompts: {data}/others.txt", prompts=data / "others.txt")
     refused(f"init_experts: {whole}", init_experts=whole)
-    refused("teacher.path: nano-moe", **{"teacher.path": "nano-moe"})
+    other = nudged(resharded(NANO, data / "other"))
+    refused(f"teacher.path: {other}", **{"teacher.path": other})
     assert distill(config(**moved), run, quiet=True) == run
     for phase in (1, 2):
         assert RunFolder(run).expert_path(phase).read_bytes() == RunFolder(whole).expert_path(phase).read_bytes()

@@ -29,13 +29,12 @@ from phased_dmd.networks.build import (
     add_fake,
     build_system,
     load_expert,
-    lora_of,
     remove_fake,
 )
 from phased_dmd.networks.optim import Learner, NonFiniteError
 from phased_dmd.networks.roles import FAKE, expert_role
 from phased_dmd.progress import progress_bar
-from phased_dmd.sampling.initial import initial_state
+from phased_dmd.sampling.initial import initial_expert
 from phased_dmd.sampling.loading import read_expert
 from phased_dmd.sampling.sampler import preview_samples
 from phased_dmd.step import EXPERT_UPDATE, Batch, States, bucket_odds, draw, expert_loss, fake_loss
@@ -145,11 +144,10 @@ def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
         load_expert(job.system, phase, read_expert(run, phase)[0], str(run.expert_path(phase)))
         roles.freeze(role)
         return None
-    add_fake(job.system, phase, job.fresh_fakes.get(phase))
     if config.init_experts:
-        warm = {role: config.generator} | ({FAKE: config.fake} if config.fake.start == "experts" else {})
-        for each, section in warm.items():
-            roles.load(each, initial_state(config, job.system.model, phase, roles.state(each), lora_of(section)))
+        start = initial_expert(config, job.system.model, phase, roles.state(role))
+        load_expert(job.system, phase, start, "init_experts")
+    add_fake(job.system, phase, job.fresh_fakes.get(phase))
     same = {"iterations": config.phase_iterations(phase), "seed": config.seed}
     expert = Learner(role, roles.parameters(role), config.optimiser, config.generator.lr, config.generator.ema, **same)
     return expert, Learner(FAKE, roles.parameters(FAKE), config.optimiser, config.fake.lr, **same)

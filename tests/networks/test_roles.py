@@ -27,7 +27,7 @@ from phased_dmd.networks.build import build_system
 from phased_dmd.networks.optim import MomentumFreeAdamW
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles, expert_role, route
 from phased_dmd.recipes import resolve
-from phased_dmd.sampling.initial import initial_state
+from phased_dmd.sampling.initial import initial_expert
 from phased_dmd.train import expert_header
 
 LORA = Lora(rank=3, alpha=6)
@@ -570,7 +570,7 @@ def test_an_expert_starts_as_the_function_it_was_in_a_run_of_another_alpha(
     model.switches = (0.9,)
     roles = Roles(model)
     roles.add(ONE, [0, 1], config.generator.lora if lora else None, seed=5)
-    roles.load(ONE, initial_state(config, model, 1, roles.state(ONE), config.generator.lora if lora else None))
+    roles.load(ONE, initial_expert(config, model, 1, roles.state(ONE)))
     for network in (0, 1):
         torch.testing.assert_close(predict(roles, ONE, network), expected[network], rtol=0, atol=1e-9)
         assert (expected[network] - predict(roles, TEACHER, network)).abs().max() > 0.01
@@ -584,4 +584,4 @@ def test_experts_that_were_swapped_by_name_are_not_started_from(tmp_path: Path) 
     (other / "config.json").write_text(resolve("nano-t2i", settings).model_dump_json())
     config, model = resolve("nano-t2i", settings | {"init_experts": str(other)}), TinyWan()
     with pytest.raises(UserError, match="^init_experts: .*phase-2.safetensors: its header says phase 1, not 2"):
-        initial_state(config, model, 2, {}, LORA)
+        initial_expert(config, model, 2, {})

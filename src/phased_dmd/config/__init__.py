@@ -111,8 +111,6 @@ class Fake(Section):
     weights: Literal["lora", "full"] = "full"
     """What the fake trains: a full copy of the base, or LoRA adapters on it, which save memory and lose quality."""
     lora: Lora = Lora()
-    start: Literal["base", "experts"] = "base"
-    """What the fake of a phase starts from: the base, or, on networks that the phase trains, what its experts do."""
     lr: float = Field(default=4e-7, gt=0)
     """Learning rate of the fake."""
     updates: Count = 5

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder
-from phased_dmd.config import Config, Lora, phase_plan
+from phased_dmd.config import Config, phase_plan
 from phased_dmd.engine.world import warn
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import NEAR, PhasePlan
@@ -20,27 +20,24 @@ from phased_dmd.sampling.lora_files import find_file, read_changes
 Changes = Callable[[int], dict[int, Change]]  # of the networks that a phase trains, by their numbers
 
 
-def initial_state(
-    config: Config, model: VelocityModel, phase: int, fresh: Mapping[str, Tensor], lora: Lora | None
-) -> dict[str, Tensor]:  # fmt: skip
-    """Returns the tensors that a phase's expert, or its fake, starts from. fresh, lora: see `start_from`.
+def initial_expert(config: Config, model: VelocityModel, phase: int, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors that a phase's expert starts from; fresh: those that it has as it was added.
 
     It computes what `init_experts` does there: a run's or an export's expert that serves the step nearest to the
-    phase's first one on that network, or what LoRA files make of the network.
+    phase's first one on that network, or what LoRA files make of the network; see `start_from` for other ranks.
     """
     with _naming_the_field():
-        return start_from(fresh, read_initial(config, model)[0](phase), lora)
+        return start_from(fresh, read_initial(config, model)[0](phase), lora_of(config.generator))
 
 
 def check_initial(config: Config, model: VelocityModel) -> None:
     """Reads what all experts start from. Raises UserError where it does not fit, and warns of what is lost of it."""
     lora, said = lora_of(config.generator), []
-    adapters = lora or (lora_of(config.fake) if config.fake.start == "experts" else None)
     with _naming_the_field():
         changes, times = read_initial(config, model)
         for phase in range(1, config.plan.phases + 1):
             for network, change in changes(phase).items():
-                if change.whole and adapters:
+                if change.whole and lora:
                     raise UserError("its experts are full weights, from which no adapter can start")
                 if lost := describe_loss(change, lora, model.lora_targets):
                     said.append(f"lost of the change of network {network}, by its norm: {lost}")
