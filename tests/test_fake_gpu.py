@@ -12,6 +12,7 @@ switched late where nothing but the result depends on it, as in a full fake, or 
 import itertools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from phased_dmd.cli.flags import assignment
 from phased_dmd.plan.measure import meta_model, plan_of
-from phased_dmd.plan.memory import phase_memory, score_calls
+from phased_dmd.plan.memory import RESERVE, network_bytes, phase_memory, score_calls
 from phased_dmd.plan.work import mean_flops, phase_work
 from phased_dmd.recipes import resolve
 
@@ -192,3 +194,44 @@ def test_a_seeded_fault_is_seen(fault: str, found: dict[str, list[dict[str, Any]
         assert seen["fake"]["float64"] > 1e5
     else:
         assert FAULTS[fault] in seen["error"]
+
+
+# ---------------------------------------------------------------- one card, as the scripts of `examples` use it
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CARDS = [("one_card.sh", 24e9), ("one_large_card.sh", 80e9)]
+
+
+def of_script(script: str, phase: int = 2) -> Case:
+    """Makes the case of a script's command, with two of its micro-batches: more hold no more. Phase 2 has all roles."""
+    words = shlex.split((EXAMPLES / script).read_text(), comments=True)
+    changes = dict(assignment(value) for flag, value in itertools.pairwise(words) if flag == "--set")
+    recipe = words[words.index("distill") + 1]
+    return {"recipe": recipe, "changes": changes | {"batch_size": 2}, "phase": phase, "gpus": 1, "tokens": 512}
+
+
+@pytest.fixture(scope="session")
+def on_cards(hooks: Path) -> dict[str, list[Any]]:
+    """Returns what the worker makes of each card's case with three blocks and with four."""
+    lines = [json.dumps(of_script(script) | {"blocks": blocks}) for script, _ in CARDS for blocks in (3, 4)]
+    command = [sys.executable, FOLDER / "worker.py", hooks]
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answers = map(json.loads, done.stdout.splitlines())
+    return {script: list(itertools.islice(answers, 2)) for script, _ in CARDS}
+
+
+@pytest.mark.parametrize(("script", "memory"), CARDS)
+def test_the_updates_of_one_card_fit_on_it(script: str, memory: float, on_cards: dict[str, list[Any]]) -> None:
+    """The worker's networks are not packed: their bytes are replaced by those that are planned of packed ones. What a
+    kernel unpacks, one layer at a time, is not in it.
+    """
+    case, (few, more) = of_script(script), on_cards[script]
+    config = resolve(case["recipe"], case["changes"])
+    model, whole = meta_model(config.teacher), config.teacher.model_copy(update={"quantise": None})
+    rest = len(model.blocks(model.networks[0])) - 3
+    simulated = max(few[role]["peak"] + rest * (more[role]["peak"] - few[role]["peak"]) for role in ("fake", "expert"))
+    simulated -= len(model.networks) * (network_bytes(whole) - network_bytes(config.teacher))
+    planned = phase_memory(config, 2, 1)
+    assert planned.weights + planned.optimiser + planned.training == pytest.approx(simulated, rel=TOLERANCE)
+    assert simulated < (1 - RESERVE) * memory and planned.gpu < (1 - RESERVE) * memory
