@@ -397,7 +397,7 @@ def test_a_run_on_a_packed_base_is_exported_for_the_full_one(
     packed = reconfigured(full, tmp_path / "run", quantise="nf4")
     lines = export(packed, "diffusers", tmp_path / "out", fused=fused, verify=True)
     assert verified(lines) == "verified: samples at 1, 0.9375, 0.833333, 0.625"
-    assert lines[-2].startswith(f"verified on {'the full base' if fused else 'the run' + chr(39) + 's own base'}")
+    assert lines[-2].startswith("verified on the full base" if fused else "verified on the run's own base")
     assert "trained on one packed to `nf4`" in (tmp_path / "out" / "README.md").read_text()
     expected = load(full)(["a boat"], [0])
     torch.testing.assert_close(load(tmp_path / "out", base=teacher)(["a boat"], [0]), expected, rtol=0, atol=1e-5)
