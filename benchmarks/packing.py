@@ -7,8 +7,8 @@ Weights are rounded as bitsandbytes stores them; on a GPU its int8 kernel rounds
 
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 
 from phased_dmd.engine.randomness import normal
@@ -40,7 +40,7 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def nf4(x: Tensor) -> Tensor:
-    return bnb.functional.dequantize_4bit(*bnb.functional.quantize_4bit(x, quant_type="nf4", compress_statistics=True))
+    return dequantize_4bit(*quantize_4bit(x, quant_type="nf4", compress_statistics=True))
 
 
 def velocities(system: System, codec: Codec) -> Tensor:
