@@ -386,9 +386,13 @@ def test_configuration_that_a_page_shows_is_of_fields_that_there_are(page: Path)
             Config.model_validate(whole | {section: whole[section] | fields})
 
 
-@pytest.mark.parametrize(("script", "memory"), [("one_card.sh", "24"), ("one_node.sh", "80")])
-def test_the_scripts_run_commands_that_are_valid_and_fit(script: str, memory: str, tmp_path: Path) -> None:
-    """With a launcher that writes down its arguments; the checkpoint of one card is small."""
+@pytest.mark.parametrize(
+    ("script", "memory", "tflops"), [("one_card.sh", 24, 165), ("one_large_card.sh", 80, 989), ("one_node.sh", 80, 989)]
+)
+def test_the_scripts_run_commands_that_are_valid_and_fit(
+    script: str, memory: int, tflops: int, tmp_path: Path
+) -> None:  # fmt: skip
+    """With a launcher that writes down its arguments; one card has a small checkpoint, and fakes learn like experts."""
     for name in ("phased-dmd", "torchrun"):
         (tmp_path / name).write_text(f'#!/bin/bash\nprintf "%s\\n" {name} "$@" > {tmp_path}/arguments\n')
         (tmp_path / name).chmod(0o755)
@@ -406,7 +410,8 @@ def test_the_scripts_run_commands_that_are_valid_and_fit(script: str, memory: st
     settings = dict(assignment(value) for flag, value in itertools.pairwise(arguments) if flag == "--set")
     config = resolve(arguments[1], settings)
     dry_run(config)
-    needed = needs(config, int(gpus), float(memory), tflops=165)
+    needed = needs(config, int(gpus), memory, tflops=tflops)
     assert needed.fits and not needed.warnings
     if gpus == "1":
+        assert config.fake.lr == config.generator.lr
         assert max(phase.checkpoint for phase in needed.phases) < 1e9 and 36 < needed.hours < 60

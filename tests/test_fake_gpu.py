@@ -13,18 +13,21 @@ switched late where nothing but the result depends on it, as in a full fake, or 
 import itertools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from phased_dmd.cli.flags import assignment
 from phased_dmd.config import Config
 from phased_dmd.plan.measure import meta_model, plan_of
-from phased_dmd.plan.memory import phase_memory, score_calls
+from phased_dmd.plan.memory import RESERVE, network_bytes, phase_memory, score_calls
 from phased_dmd.plan.simulate import BLOCKS, BLOCKS_OF_QWEN, extrapolated, simulated
 from phased_dmd.plan.work import mean_flops, phase_work
 from phased_dmd.recipes import resolve
@@ -124,19 +127,23 @@ def found(hooks: Path) -> dict[str, list[dict[str, Any]]]:
     """Returns what the worker makes of each case with fewer blocks and with more, of the faults and of none, and of
     one network an update and of both.
     """
-    seeded = make("wan21-t2i", "lora", 1, 1) | {"blocks": 1}
+    seeded: Case = make("wan21-t2i", "lora", 1, 1) | {"blocks": 1}
     paper = make("wan22-t2v", "full", 2, 64) | {"blocks": 1}
     both = paper | {"changes": paper["changes"] | {"renoise.network": "sample"}}
     groups = {name: [case | {"blocks": n} for n in lengths(case)] for name, case in CASES.items()}
     groups["faults"] = [seeded, *(seeded | {"fault": fault} for fault in FAULTS)]
     groups["networks"] = [paper, both]
-    every: list[Case] = [case for cases in groups.values() for case in cases]
-    asked = [case | {"config": config_of(case).model_dump(mode="json")} for case in every]
-    command = [sys.executable, FOLDER / "worker.py", hooks]  # one process for all: torch takes long to import
-    done = subprocess.run(command, input="\n".join(map(json.dumps, asked)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    answers = map(json.loads, done.stdout.splitlines())
+    answers = iter(answered(hooks, [case for cases in groups.values() for case in cases]))
     return {name: list(itertools.islice(answers, len(cases))) for name, cases in groups.items()}
+
+
+def answered(hooks: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Returns what the worker makes of cases, in one process: torch takes long to import."""
+    asked = [json.dumps(case | {"config": config_of(case).model_dump(mode="json")}) for case in cases]
+    command = [sys.executable, FOLDER / "worker.py", hooks]
+    done = subprocess.run(command, input="\n".join(asked), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -214,3 +221,42 @@ def test_a_seeded_fault_is_seen(fault: str, found: dict[str, list[dict[str, Any]
         assert seen["fake"]["float64"] > 1e5
     else:
         assert FAULTS[fault] in seen["error"]
+
+
+# ---------------------------------------------------------------- one card, as the scripts of `examples` use it
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CARDS = [("one_card.sh", 24e9), ("one_large_card.sh", 80e9)]
+
+
+def of_script(script: str, phase: int = 2) -> Case:
+    """Makes the case of a script's command, with two of its micro-batches: more hold no more. Phase 2 has all roles."""
+    words = shlex.split((EXAMPLES / script).read_text(), comments=True)
+    changes = dict(assignment(value) for flag, value in itertools.pairwise(words) if flag == "--set")
+    recipe = words[words.index("distill") + 1]
+    return {"recipe": recipe, "changes": changes | {"batch_size": 2}, "phase": phase, "gpus": 1, "tokens": 512}
+
+
+@pytest.fixture(scope="session")
+def on_cards(hooks: Path) -> dict[str, list[Any]]:
+    """Returns what the worker makes of each card's case with fewer blocks and with more."""
+    cases = [
+        case | {"blocks": blocks} for script, _ in CARDS for case in [of_script(script)] for blocks in lengths(case)
+    ]
+    answers = iter(answered(hooks, cases))
+    return {script: list(itertools.islice(answers, 2)) for script, _ in CARDS}
+
+
+@pytest.mark.parametrize(("script", "memory"), CARDS)
+def test_the_updates_of_one_card_fit_on_it(script: str, memory: float, on_cards: dict[str, list[Any]]) -> None:
+    """The worker's networks are not packed: their bytes are replaced by those that are planned of packed ones. What a
+    kernel unpacks, one layer at a time, is not in it.
+    """
+    case, (few, more) = of_script(script), on_cards[script]
+    config = config_of(case)
+    full = config.teacher.model_copy(update={"quantise": None})
+    simulated = max(whole(case, few, more, role).peak for role in ("fake", "expert"))
+    simulated -= len(meta_model(full).networks) * (network_bytes(full) - network_bytes(config.teacher))
+    planned = phase_memory(config, 2, 1)
+    assert planned.weights + planned.optimiser + planned.training == pytest.approx(simulated, rel=TOLERANCE)
+    assert simulated < (1 - RESERVE) * memory and planned.gpu < (1 - RESERVE) * memory

@@ -514,7 +514,9 @@ def test_the_expert_file_holds_the_ema(tmp_path: Path) -> None:
     def step(role: str, group: dict[str, Any]) -> None:
         if role != FAKE:
             average = averages[role]
-            last[role] = {name: p.detach().to("cpu", copy=True) for name, p in zip(average, group["params"], strict=True)}
+            last[role] = {
+                name: p.detach().to("cpu", copy=True) for name, p in zip(average, group["params"], strict=True)
+            }
             averages[role] = {k: 0.7 * v + 0.3 * last[role][k].double() for k, v in average.items()}
 
     with watched_steps(after=step):

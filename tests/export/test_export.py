@@ -282,13 +282,15 @@ def reconfigured(run: Path, to: Path, **teacher: Any) -> Path:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_run_on_a_packed_base_is_exported_and_verified_on_the_full_one(
+def test_a_run_on_a_packed_base_is_exported_for_the_full_one(
     fused: bool, make: Make, workshop: Path, tmp_path: Path
 ) -> None:
+    """It is verified on the packed one, unless its experts are merged."""
     full, teacher = make("wan21_t2v"), str(workshop / "teachers" / "wan21_t2v")
     packed = reconfigured(full, tmp_path / "run", quantise="nf4")
     lines = export(packed, tmp_path / "out", fused=fused, verify=True)
     assert verified(lines) == f"{SAME} 1, 0.9375, 0.833333, 0.625"
+    assert lines[-2].startswith("verified on the full base" if fused else "verified on the run's own base")
     assert "trained on one packed to `nf4`" in (tmp_path / "out" / "README.md").read_text()
     expected = load(full)(["a boat"], [0])
     torch.testing.assert_close(load(tmp_path / "out", base=teacher)(["a boat"], [0]), expected, rtol=0, atol=1e-5)

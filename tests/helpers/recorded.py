@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook, register_module_module_registration_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from phased_dmd.checkpoint import RunFolder
@@ -227,3 +228,28 @@ def _end(batch: Batch, calls: Sequence[Call]) -> Tensor:
     model, solver = batch.system.model, batch.system.config.ablation.solver
     start = batch.system.start(batch.first_noise())
     return rollout(predict, start, batch.path, model.schedule, model.prediction, (), solver, batch.step_noise).x
+
+
+# ---------------------------------------------------------------- what is loaded when
+
+
+@contextmanager
+def loaded_together(*kinds: type[nn.Module]) -> Iterator[list[set[str]]]:
+    """Around a run from its start: at each forward of a module of these classes, the names of those with weights."""
+    made: WeakSet[nn.Module] = WeakSet()
+    seen: list[set[str]] = []
+
+    def built(module: nn.Module, _name: str, _child: nn.Module | None) -> None:
+        if isinstance(module, kinds):
+            made.add(module)
+
+    def called(module: nn.Module, _inputs: Any) -> None:
+        if isinstance(module, kinds):
+            seen.append({type(each).__name__ for each in made if not next(each.parameters()).is_meta})
+
+    handles = register_module_module_registration_hook(built), register_module_forward_pre_hook(called)
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
