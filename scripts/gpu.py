@@ -62,7 +62,7 @@ class Setting:
 
 def command(words: Sequence[object], environment: dict[str, str]) -> None:
     """Runs a command in the repository; raises a RuntimeError with its last line if it fails."""
-    done = subprocess.run([*map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*map(str, words)], cwd=ROOT, env=environment, capture_output=True, encoding="utf-8")
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise RuntimeError(f"exit status {done.returncode}: {lines[-1] if lines else 'without a word'}")
@@ -116,7 +116,7 @@ def tests(setting: Setting) -> list[Check]:
     """Runs a part of the suite, whose tensors are on the device."""
     chosen = TINY_TESTS if setting.tiny else TESTS
     words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "--tb=no", *chosen]
-    done = subprocess.run(words, cwd=ROOT, env=setting.environment(), capture_output=True, text=True)
+    done = subprocess.run(words, cwd=ROOT, env=setting.environment(), capture_output=True, encoding="utf-8")
     last = done.stdout.strip().splitlines()[-1].strip("= ") if done.stdout else "without a word"
     return [Check(f"`pytest {' '.join(chosen)}`: {last}", done.returncode, 0)]
 
@@ -211,7 +211,7 @@ def attempt(name: str, setting: Setting, limit: float) -> dict[str, Any]:
     words += ["--tflops", str(setting.tflops), *["--tiny"] * setting.tiny]
     environment, started = setting.environment(), time.perf_counter()
     process = subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True
     )  # fmt: skip
     try:
         said, complained = process.communicate(timeout=limit)
@@ -258,7 +258,7 @@ def page(found: dict[str, Any]) -> str:
 
 def git(*words: str) -> str:
     """Returns what git says of the repository, or nothing where there is none."""
-    done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
+    done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, encoding="utf-8")
     return done.stdout.strip()
 
 
