@@ -11,7 +11,7 @@ space := $(subst ,, )
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu-path mutants bench chaos check check-report reproduce clean
+.PHONY: help demo test test-gpu-path mutants bench chaos gpu check check-report reproduce clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ chaos: .venv/.stamp-dev ## Kill runs at random moments, resume and compare them;
 
 bench: .venv/.stamp-dev ## Measure overhead, memory, sampling and what a quality costs; writes docs/results/performance
 	$(BIN)/python benchmarks/performance.py
+
+gpu: .venv/.stamp-dev ## Check on a real GPU, in ten minutes, what the tests only pretend; writes docs/results/gpu
+	$(BIN)/python scripts/gpu.py
 
 check: .venv/.stamp-dev ## Lint, formatting, types, the order of the layers, and docstrings that are sentences
 	$(BIN)/ruff check

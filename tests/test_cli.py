@@ -45,6 +45,27 @@ def test_help_is_fast() -> None:
     assert min(seconds) < 1.0
 
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, ["expandable_segments:True", None]),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, ["backend:native", None]),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, [None, "max_split_size_mb:64"]),
+    ],
+)  # fmt: skip
+def test_the_gpus_allocator_grows_its_segments_unless_the_user_says_otherwise(
+    given: dict[str, str], found: list[str | None]
+) -> None:
+    """It is told before torch, which looks once, is imported. Of both names torch obeys the first."""
+    code = f"import os, sys, phased_dmd.cli; print([os.environ.get(n) for n in {ALLOCATOR}], 'torch' in sys.modules)"
+    clean = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
+    done = subprocess.run([sys.executable, "-c", code], env=clean | given, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{found} False\n"
+
+
 COMMANDS = {  # the least that each one takes
     "distill": ["toy-1d"], "sample": [".", "--output", "out"], "export": [".", "--output", "out"], "evaluate": ["."],
     "report": ["."], "plan": ["toy-1d", "--gpus", "1", "--memory-gb", "80"], "reproduce": ["all"],

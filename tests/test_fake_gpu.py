@@ -128,8 +128,8 @@ def found(hooks: Path) -> dict[str, list[dict[str, Any]]]:
     one network an update and of both.
     """
     seeded: Case = make("wan21-t2i", "lora", 1, 1) | {"blocks": 1}
-    paper = make("wan22-t2v", "full", 2, 64) | {"blocks": 1}
-    both = paper | {"changes": paper["changes"] | {"renoise.network": "sample"}}
+    paper: Case = make("wan22-t2v", "full", 2, 64) | {"blocks": 1}
+    both: Case = paper | {"changes": paper["changes"] | {"renoise.network": "sample"}}
     groups = {name: [case | {"blocks": n} for n in lengths(case)] for name, case in CASES.items()}
     groups["faults"] = [seeded, *(seeded | {"fault": fault} for fault in FAULTS)]
     groups["networks"] = [paper, both]
@@ -151,7 +151,8 @@ def counted(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Updat
     """Returns for each case what an update of the fake and of the expert takes with all blocks."""
     assert not [error for name in CASES for each in found[name] if (error := each.get("error"))]
     return {
-        name: {role: whole(case, *found[name], role) for role in ("fake", "expert")} for name, case in CASES.items()
+        name: {role: whole(case, found[name][0], found[name][1], role) for role in ("fake", "expert")}
+        for name, case in CASES.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""`engine.compile` while roles take turns on shared networks: what dynamo compiles, by the backend `eager`."""
+"""Compiled blocks while roles take turns on shared networks: what dynamo compiles, and when; its backend is `eager`."""
 
 import copy
 from collections.abc import Iterator

@@ -8,7 +8,8 @@ import warnings
 from typing import Annotated
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small models on spinning threads are far slower
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # or large blocks leave holes on a GPU
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # torch's older name, which the other would overrule
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # or large blocks leave holes on a GPU
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends torchvision, which nothing here needs
 
 import typer
