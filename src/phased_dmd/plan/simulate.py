@@ -206,7 +206,8 @@ def begun(config: Config, phase: int, gpus: int, blocks: int | None, watch: Watc
     model = short_model(config, blocks)
     with group(gpus):
         if gpus > 1:  # they read numbers, which is not possible inside
-            world.mesh(config.engine.replicas), world.sequence_mesh(config.engine.sequence_parallel)
+            world.mesh(config.engine.replicas)
+            world.sequence_mesh(config.engine.sequence_parallel)
         model.device = world.device()
         system = build_system(config, model, {"text": row["text"]})
         fresh = add_adapters(system)
@@ -309,7 +310,7 @@ def _ask(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     )  # fmt: skip
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     if len(answers) < len(cases):
-        raise UserError(f"--simulate: its process ended: {done.stderr.strip().splitlines()[-1:]}")
+        raise UserError(f"--simulate: its process ended with {done.returncode}: {done.stderr.strip()[-200:]}")
     if error := next((answer["error"] for answer in answers if "error" in answer), None):
         raise UserError(f"--simulate: {error}")
     return answers
