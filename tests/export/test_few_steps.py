@@ -209,6 +209,19 @@ def test_a_folder_for_another_pipeline_or_none_is_refused(make: Make, pipe: Any,
             load_pipeline(tmp_path / "bad", base=tmp_path)
 
 
+def test_a_fused_export_is_its_own_base_and_no_others(make: Make, nano: Path, tmp_path: Path) -> None:
+    """Whose pipeline, called plainly, is at the trained times, where the stock one comes near."""
+    run = make("nano-moe")
+    export(run, tmp_path / "out", fused=True)
+    pipe = quiet(load_pipeline(tmp_path / "out"))
+    same(latents(pipe), of_run(run, noise()))
+    with pytest.raises(ValueError, match=r"^base: .* is a whole pipeline, and needs no other"):
+        load_pipeline(tmp_path / "out", base=nano / "base")
+    kind = {"custom_pipeline": str(tmp_path / "out"), "trust_remote_code": True}
+    with pytest.raises(ValueError, match="its experts are whole transformers; load the pipeline itself from there"):
+        DiffusionPipeline.from_pretrained(nano / "base", **kind).load_few_steps(tmp_path / "out")
+
+
 def test_fresh_noise_is_drawn_from_the_generator_that_is_given(make: Make, workshop: Path, tmp_path: Path) -> None:
     """Of the re-noising solver, whose first noise is the same here; diffusers' pipelines pass their scheduler none."""
     export(make("wan21_t2v", None, ablation__solver="renoise"), tmp_path / "out")

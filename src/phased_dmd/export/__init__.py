@@ -63,6 +63,8 @@ def write(run: ExportedRun, folder: Path) -> Iterator[str]:
         (folder / "base").mkdir()
         shutil.copy(run.source.folder / "model_index.json", folder / "base")
         copy_parts(run, folder / "base")
+    elif not run.fused and run.base is None:
+        yield "warning: the base is a folder of this machine; --base-model OWNER/NAME says what it is on the hub"
     write_pipeline(run, folder)
     if obstacle := comfyui.obstacle(run):
         yield f"no workflow for ComfyUI: {obstacle}"
