@@ -55,6 +55,7 @@ def test_every_model_is_exported_and_verified(name: str, make: Make, tmp_path: P
     for file in files:
         assert f"{file}: all {len(load_file(tmp_path / 'out' / file))} keys loaded" in lines
     assert verified(lines) == f"{SAME} 1, 0.9375, 0.833333, 0.625"
+    assert any(line.startswith("warning: the base is a folder of this machine; --base-model") for line in lines)
 
 
 def test_a_first_frame_given_to_ti2v_5b_is_exported_as_image_to_video(

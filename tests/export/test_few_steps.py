@@ -165,6 +165,15 @@ def test_a_lora_of_the_users_own_is_active_in_every_step_beside_the_experts(
     assert torch.equal(latents(pipe), bare)
 
 
+@pytest.mark.parametrize("kind", ["model", "sequential"])
+def test_networks_that_are_offloaded_switch_their_experts_too(kind: str, pipe: Any) -> None:
+    """By accelerate's hooks, with this machine's CPU in the place of a GPU."""
+    expected = latents(pipe)
+    getattr(pipe, f"enable_{kind}_cpu_offload")(device="cpu")
+    assert hasattr(pipe.transformer, "_hf_hook")
+    same(latents(pipe), expected)
+
+
 def test_each_of_two_networks_has_its_own_expert(make: Make, tmp_path: Path) -> None:
     """What two stock calls of `load_lora_weights` would both put into the first."""
     run = make("nano-moe")
@@ -198,6 +207,19 @@ def test_a_folder_for_another_pipeline_or_none_is_refused(make: Make, pipe: Any,
         (tmp_path / "bad" / "export.json").write_text(json.dumps(json.loads(index.read_text()) | change))
         with pytest.raises(ValueError, match="names another pipeline than WanPipeline, .*, or files elsewhere"):
             load_pipeline(tmp_path / "bad", base=tmp_path)
+
+
+def test_a_fused_export_is_its_own_base_and_no_others(make: Make, nano: Path, tmp_path: Path) -> None:
+    """Whose pipeline, called plainly, is at the trained times, where the stock one comes near."""
+    run = make("nano-moe")
+    export(run, tmp_path / "out", fused=True)
+    pipe = quiet(load_pipeline(tmp_path / "out"))
+    same(latents(pipe), of_run(run, noise()))
+    with pytest.raises(ValueError, match=r"^base: .* is a whole pipeline, and needs no other"):
+        load_pipeline(tmp_path / "out", base=nano / "base")
+    kind = {"custom_pipeline": str(tmp_path / "out"), "trust_remote_code": True}
+    with pytest.raises(ValueError, match="its experts are whole transformers; load the pipeline itself from there"):
+        DiffusionPipeline.from_pretrained(nano / "base", **kind).load_few_steps(tmp_path / "out")
 
 
 def test_fresh_noise_is_drawn_from_the_generator_that_is_given(make: Make, workshop: Path, tmp_path: Path) -> None:

@@ -502,7 +502,7 @@ def test_runs_and_exports_of_real_classes_are_evaluated_with_a_dino_folder(name:
     assert own["contrast"]["value"] == pytest.approx(float(pixels.mean(4).flatten(2).std(2).mean()), rel=1e-5)
     assert own["contrast"]["gap"] == pytest.approx(own["contrast"]["value"] - base["contrast"]["value"], rel=1e-9)
 
-    export(run, "diffusers", tmp_path / "export", fused=False, verify=False)
+    export(run, tmp_path / "export")
     again = evaluate([tmp_path / "export"], protocol, cache=tmp_path / "base", base=tmp_path / "pipeline")
     rows = again[str(tmp_path / "export")]["sets"]["prompts"]["rows"]
     for measure in expected:

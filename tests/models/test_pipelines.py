@@ -374,10 +374,12 @@ def test_it_is_distilled_resumed_to_the_byte_sampled_exported_and_verified(
         first = np.asarray(picture.convert("RGB"))[::factor, ::factor] / 255
         assert np.abs(first - pixels[0].numpy()).max() < 0.51 / 255
 
-    lines = export(run, "diffusers", tmp_path / "export", verify=True)
+    lines = export(run, tmp_path / "export", verify=True)
     files = [path.name for path in (tmp_path / "export").glob("*.safetensors")]
     assert len(files) == 2 and all(any(line.startswith(f"{file}: all ") for line in lines) for file in files)
-    assert lines[-1].startswith("verified: samples at 1, 0.9375, 0.833333, 0.625 ")
+    assert lines[-1].startswith(
+        "verified, by load_pipeline and as a custom pipeline: samples at 1, 0.9375, 0.833333, 0.625 "
+    )
 
 
 def assert_trained(case: str, expert: dict[str, Tensor], networks: int, phase: int) -> None:

@@ -11,7 +11,7 @@ from phased_dmd.errors import UserError, refuse_full
 from phased_dmd.export import comfyui, few_steps
 from phased_dmd.export.card import write_card
 from phased_dmd.export.exported_run import ExportedRun, format_times
-from phased_dmd.export.fused import copy_parts, save_fused
+from phased_dmd.export.fused import copy_parts, save_fused, stock_times
 from phased_dmd.export.lora import save_lora
 from phased_dmd.export.verify import verify as compare_samples
 from phased_dmd.sampling.loading import EXPORT
@@ -42,18 +42,19 @@ def export(
     except OSError as error:
         raise UserError(f"--output: {output} cannot be written: {error.strerror}") from error
     try:
-        lines = list(write(exported, partial, repo))
-        if verify:
-            lines += compare_samples(exported, partial)
+        lines = list(write(exported, partial))
+        checked = compare_samples(exported, partial) if verify else []
+        write_card(exported, partial, repo, checked[-1] if checked else None)
         partial.replace(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return lines
+    return [*lines, *checked]
 
 
-def write(run: ExportedRun, folder: Path, repo: str | None) -> Iterator[str]:
-    """Writes the weights, the pipeline, the workflow and the card; yields what there is to say of each."""
-    stock, gap = save_fused(run, folder) if run.fused else ([], 0.0)
+def write(run: ExportedRun, folder: Path) -> Iterator[str]:
+    """Writes the weights, the pipeline and the workflow; yields what there is to say of each."""
+    if run.fused:
+        save_fused(run, folder)
     for expert in run.experts:
         if not run.fused:
             save_lora(run, expert, folder / expert.file)
@@ -62,16 +63,17 @@ def write(run: ExportedRun, folder: Path, repo: str | None) -> Iterator[str]:
         (folder / "base").mkdir()
         shutil.copy(run.source.folder / "model_index.json", folder / "base")
         copy_parts(run, folder / "base")
+    elif not run.fused and run.base is None:
+        yield "warning: the base is a folder of this machine; --base-model OWNER/NAME says what it is on the hub"
     write_pipeline(run, folder)
-    obstacle = "whole transformers are for diffusers" if run.fused else comfyui.obstacle(run)
-    if obstacle:
+    if obstacle := comfyui.obstacle(run):
         yield f"no workflow for ComfyUI: {obstacle}"
     else:
         (folder / "workflow.json").write_text(json.dumps(comfyui.workflow(run), indent=2) + "\n", "utf-8")
         yield "workflow.json: ComfyUI, at exactly the trained times"
-    write_card(run, folder, stock, gap, obstacle, repo)
-    if stock:
-        yield f"stock times: {format_times(stock)}; off the trained ones by at most {gap:.2g}"
+    if run.fused:
+        times, gap = stock_times(run)
+        yield f"stock times: {format_times(times)}; off the trained ones by at most {gap:.2g}"
 
 
 def write_pipeline(run: ExportedRun, folder: Path) -> None:

@@ -1,14 +1,15 @@
 """The card says what an export is, how it is run, by code that the tests run, and what goes wrong."""
 
+import itertools
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from phased_dmd.export.comfyui import base_files
+from phased_dmd.export.comfyui import base_files, obstacle
 from phased_dmd.export.exported_run import ExportedRun, format_times
+from phased_dmd.export.fused import stock_times
 from phased_dmd.models.loader import bare_model
 from phased_dmd.sampling.sampler import preview_size
 
@@ -16,15 +17,12 @@ TEMPLATES = Path(__file__).parents[1] / "assets" / "export"
 WRONG_CALLS = "wrong-calls.png"
 
 
-def write_card(
-    run: ExportedRun, folder: Path, stock: Sequence[float], gap: float, obstacle: str | None, repo: str | None
-) -> None:
+def write_card(run: ExportedRun, folder: Path, repo: str | None = None, checked: str | None = None) -> None:
     """Writes README.md and its pictures: the run's last preview, and what wrong calls look like.
 
-    stock: the times that a fused export's stock pipeline runs at, off the trained ones by at most gap. obstacle: why
-    there is no workflow. repo: the hub id of the export.
+    repo: the hub id of the export. checked: what its verification found.
     """
-    preview = last_preview(run)
+    preview, (stock, gap) = last_preview(run), stock_times(run)
     if preview:
         shutil.copy(preview, folder / "samples.png")
     shutil.copy(TEMPLATES / WRONG_CALLS, folder)
@@ -38,8 +36,9 @@ def write_card(
         run=run, config=run.config, plan=run.plan, teacher=run.teacher,
         sizes=[run.lengths(size) for size in run.teacher.sizes],
         steps=sorted((step, expert) for expert in run.experts for step in expert.steps), image=run.task == "i2v",
-        moves=run.teacher.sizes[0].num_frames > 1, stock=stock, gap=gap, obstacle=obstacle, here=repo or ".",
-        bases=base_files(run), preview=preview, prompts=preview_prompts(run) if preview else [],
+        moves=run.teacher.sizes[0].num_frames > 1, stock=stock, gap=gap, obstacle=obstacle(run), here=repo or ".",
+        bases=base_files(run), preview=preview, checked=checked,
+        prompts=preview_prompts(run) if preview else [],
     )  # fmt: skip
     (folder / "README.md").write_text(text, "utf-8")
 
@@ -49,11 +48,16 @@ def last_preview(run: ExportedRun) -> Path | None:
     return max((run.folder / "samples").glob(f"phase-{run.plan.num_phases}-*.png"), default=None)
 
 
-def preview_prompts(run: ExportedRun) -> list[str]:
-    """Returns the prompts that `preview_samples` spreads over all; none where they have first frames."""
+def preview_prompts(run: ExportedRun) -> list[tuple[str, str]]:
+    """Returns the prompts of a preview, each with its seeds, as `preview_samples` chooses them of all.
+
+    There are none where the run's prompts have first frames, which say which are chosen.
+    """
     path = run.folder / "prompts.jsonl"
     if run.task == "i2v" or not path.exists():
         return []
     prompts = [json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()]
     count = preview_size(bare_model(run.teacher, run.config.seed).sample_shapes[0])
-    return [prompts[i * len(prompts) // count] for i in range(count)]
+    alike = itertools.groupby(range(count), lambda i: prompts[i * len(prompts) // count])
+    groups = [(list(seeds), prompt) for prompt, seeds in alike]
+    return [(f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0]), prompt) for seeds, prompt in groups]

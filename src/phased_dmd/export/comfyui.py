@@ -37,6 +37,8 @@ class Graph(dict[str, dict[str, Any]]):
 
 def obstacle(run: ExportedRun) -> str | None:
     """Returns why ComfyUI cannot run the experts, or None if it can."""
+    if run.fused:
+        return "whole transformers are for diffusers"
     known, config = BUILT_IN[run.teacher.kind], run.source.config(TRANSFORMERS[run.teacher.kind], "transformer")
     if odd := next((name for name in known if json.loads(json.dumps(config[name])) != known[name]), None):
         return f"it cannot load this base, whose transformer has {odd} {config[odd]}, where it knows {known[odd]}"

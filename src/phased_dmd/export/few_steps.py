@@ -64,6 +64,8 @@ class FewSteps(Base):
         index = read_index(place)
         if not isinstance(self, PIPELINES[index["pipeline"]]):
             refuse(f"{folder}: its experts are for a {index['pipeline']}, and this is a {type(self).__name__}")
+        if index["fused"] and Path(self.name_or_path) not in (Path(folder), place):
+            refuse(f"{folder}: its experts are whole transformers; load the pipeline itself from there")
         if index["pipeline"] != "QwenImagePipeline":
             import ftfy  # noqa: F401  Wan's pipelines clean prompts with it, as in training
         with warnings.catch_warnings():
@@ -237,8 +239,10 @@ def load_pipeline(
     """
     place = find(folder, revision)
     index, options = read_index(place), dict[str, Any]()
-    if index["fused"] or (place / "base").is_dir():
-        base = base or (place if index["fused"] else place / "base")
+    if index["fused"]:
+        base = place if base is None else refuse(f"base: {folder} is a whole pipeline, and needs no other")
+    elif base is None and (place / "base").is_dir():
+        base = place / "base"
     elif base is None:
         base, options["revision"] = index["base"], index["revision"]
     if base is None:

@@ -24,11 +24,8 @@ TRANSFORMERS = {"wan": WanTransformer3DModel, "qwen-image": QwenImageTransformer
 Scheduler = UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler
 
 
-def save_fused(run: ExportedRun, folder: Path) -> tuple[list[float], float]:
-    """Writes a folder that `DiffusionPipeline.from_pretrained` takes.
-
-    Returns the times that the stock pipeline runs at, and their largest gap to the trained ones.
-    """
+def save_fused(run: ExportedRun, folder: Path) -> None:
+    """Writes a folder that `DiffusionPipeline.from_pretrained` takes."""
     save_transformers(run, folder)
     copy_parts(run, folder, without=(*PARTS, "scheduler"))
     scheduler = nearest_scheduler(run)
@@ -45,7 +42,6 @@ def save_fused(run: ExportedRun, folder: Path) -> tuple[list[float], float]:
         "solver": "sde" if run.stochastic else "ode", "guidance_scale": 1.0,
     }  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-    return stock_times(run, scheduler)
 
 
 def copy_parts(run: ExportedRun, folder: Path, without: tuple[str, ...] = ()) -> None:
@@ -95,11 +91,12 @@ def nearest_scheduler(run: ExportedRun) -> Scheduler:
     )  # fmt: skip
 
 
-def stock_times(run: ExportedRun, scheduler: Scheduler) -> tuple[list[float], float]:
-    """Returns the times that a stock pipeline runs at with this scheduler, and their largest gap to the trained ones.
+def stock_times(run: ExportedRun) -> tuple[list[float], float]:
+    """Returns the times that a stock pipeline runs at with that scheduler, and their largest gap to the trained ones.
 
     The noise levels and the times that the network is told need not agree; the gap is that of the farther ones.
     """
+    scheduler = nearest_scheduler(run)
     steps, trained = run.plan.num_steps, torch.tensor(run.plan.times[:-1], dtype=torch.float64)
     options: dict[str, Any] = {}
     if not run.is_wan:
