@@ -179,7 +179,7 @@ def test_scripts_that_know_only_torch_and_diffusers_make_the_runs_samples(make: 
 import runpy, sys, torch
 for name in {list(runs)}:
     script = runpy.run_path(f"{tmp_path}/{{name}}/sample.py")
-    pipe = script["load"]()
+    pipe = script["load"](dtype=torch.float32)
     noise = torch.load("{tmp_path}/noise.pt", weights_only=True)
     for again in "ab":
         made = script["sample"](pipe, {prompts}, latents=noise, output_type="latent")
