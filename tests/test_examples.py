@@ -30,6 +30,7 @@ from phased_dmd.config import Config, Fake, Generator, Lora, Optimiser, Plan, ph
 from phased_dmd.config.teacher import OwnTeacher
 from phased_dmd.dry_run import dry_run
 from phased_dmd.engine.randomness import normal
+from phased_dmd.engine.world import device
 from phased_dmd.lab.metrics.distances import frechet, moments
 from phased_dmd.maths.schedules import VPSchedule, renoise_times
 from phased_dmd.models.analytic import ExactMixture, PlainCodec, TimeMLP
@@ -109,7 +110,7 @@ def ddpm() -> Any:
         return (unet(scheduler.add_noise(x_0, eps, t), t).sample - eps).square().mean()  # type: ignore[arg-type]
 
     fit(unet, loss, steps=200, lr=4e-3)
-    pipeline = DDPMPipeline(unet, scheduler)
+    pipeline = DDPMPipeline(unet, scheduler).to(device())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -130,8 +131,9 @@ def test_the_unet_wrapper_is_the_direct_call_at_the_trained_timesteps(ddpm: Any)
     unet, scheduler = ddpm.unet, ddpm.scheduler
     model = example("own_unet").EpsUNet(unet, scheduler.alphas_cumprod, (1, 8, 8))
     i = torch.tensor([0, 1, 321, 999])
-    t, x = (i + 1).double() / 1000, draw(4, 1, 8, 8, seed=0)
-    torch.testing.assert_close(model.predict(unet, x, t, {}), unet(x, i).sample, rtol=0, atol=1e-5)
+    t, x = (i + 1).double() / 1000, draw(4, 1, 8, 8, seed=0).to(device())
+    found, expected = model.predict(unet, x, t.to(device()), {}), unet(x, i.to(device())).sample
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
     torch.testing.assert_close(alpha**2, scheduler.alphas_cumprod[i].double(), rtol=1e-6, atol=0)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha))
@@ -193,7 +195,7 @@ def flux() -> Any:
         return (velocity - (eps - x_0)).square().mean()
 
     fit(transformer, loss, steps=200, lr=5e-3)
-    return pipeline
+    return pipeline.to(device())
 
 
 def test_the_flux_example_distils_what_the_stock_pipeline_then_samples(flux: Any, tmp_path: Path) -> None:
@@ -208,7 +210,7 @@ def test_the_flux_example_distils_what_the_stock_pipeline_then_samples(flux: Any
     pictures = example("own_flux").main(flux, (16, 24), config, tmp_path / "run", max_tokens=TOKENS)
     assert pictures.shape == (2, 1, 16, 24, 3)
     trained(tmp_path / "run")
-    latents = stock._pack_latents(normal((4, 8, 12), range(2), "sample"), 2, 4, 8, 12)
+    latents = stock._pack_latents(normal((4, 8, 12), range(2), "sample").to(device()), 2, 4, 8, 12)
     options = {"latents": latents, "height": 16, "width": 24, "max_sequence_length": TOKENS, "output_type": "np"}
     known = {"pipeline": stock, "run": tmp_path / "run", "folder": tmp_path, "options": options}
     known["prompts"] = list(FLUX_PROMPTS[:2])
@@ -224,7 +226,7 @@ def test_the_flux_wrapper_is_the_stock_pipeline(flux: Any) -> None:
     """Four Euler steps on its own sigmas from the same noise, then the same pixels."""
     module = example("own_flux")
     model, codec = module.FluxModel(flux, [(16, 24)]), module.FluxCodec(flux, TOKENS)
-    noise, sigmas = draw(2, 4, 8, 12, seed=0), []
+    noise, sigmas = draw(2, 4, 8, 12, seed=0).to(device()), []
 
     def note(pipeline: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         sigmas[:] = pipeline.scheduler.sigmas.tolist()
@@ -237,9 +239,10 @@ def test_the_flux_wrapper_is_the_stock_pipeline(flux: Any) -> None:
     ).images  # fmt: skip
     x, condition = noise, model.batch(codec.encode_text(FLUX_PROMPTS[:2]))
     for t, r in itertools.pairwise(sigmas):
-        x = x + (r - t) * model.predict(flux.transformer, x, torch.full((2,), t, dtype=torch.float64), condition)
+        time = torch.full((2,), t, dtype=torch.float64, device=device())
+        x = x + (r - t) * model.predict(flux.transformer, x, time, condition)
     assert len(sigmas) == 5
-    torch.testing.assert_close(codec.decode(x).clamp(0, 1)[:, 0], torch.from_numpy(theirs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(codec.decode(x).clamp(0, 1)[:, 0].cpu(), torch.from_numpy(theirs), rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------- an exact mixture behind the same call
@@ -276,7 +279,7 @@ def exact_teacher(seed: int) -> tuple[Any, ExactMixture]:
 
     fit(student, loss, steps=1500, lr=2e-3, seed=seed)
     model = unet.EpsUNet(UNetCall(exact), levels, (2,))
-    model.students, model.lora_targets = [UNetCall(student)], ()
+    model.students, model.lora_targets = [UNetCall(student).to(device())], ()
     return model, exact
 
 

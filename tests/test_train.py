@@ -637,7 +637,7 @@ def test_renoise_times_are_uniform_in_raw_time(
     model = distill_recorded(config, tmp_path / "run")
     for phase, (low, high) in ((1, first), (2, second)):
         for role, count in ((TEACHER, 20), (FAKE, 60)):  # the fake's own 40 batches and the generator's 20
-            t = torch.cat([call.t for call in model.of(role, phase)])
+            t = torch.cat([call.t for call in model.of(role, phase)]).cpu()
             assert t.dtype == torch.float64 and len(t) == 16 * count and t.min() > low and t.max() <= high
             u_low, u_high = unshift_time(low, 3.0), unshift_time(high, 3.0)
             u = ((unshift_time(t, 3.0) - u_low) / (u_high - u_low)).sort().values
@@ -859,7 +859,7 @@ def test_sampling_draws_fresh_noise_at_every_step(tmp_path: Path) -> None:
     loading.load(run, own=(model, PlainCodec()))([""] * 1000, range(1000))
     times = phase_plan(config).times[:4]
     x, v = (
-        [torch.cat([getattr(call, name) for call in model.calls if call.t[0] == t]).squeeze() for t in times]
+        [torch.cat([getattr(call, name) for call in model.calls if call.t[0] == t]).squeeze().cpu() for t in times]
         for name in ("x", "out")
     )
     noises = [x[0]]

@@ -45,7 +45,7 @@ TEXT_DIM, VISION_DIM, QWEN_TEXT_DIM = 16, 8, 24
 
 def build(name: str, folder: Path) -> Path:
     """One of NAMES, saved into the folder; the same bytes every time."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         pipeline = BUILDERS[name]()
     with quiet():

@@ -92,7 +92,7 @@ def newest_checkpoint(run: Path, phase: int) -> tuple[dict[str, Any], dict[str, 
 def wan_transformer(seed: int) -> nn.Module:
     from diffusers import WanTransformer3DModel  # here, because it takes seconds and most tests need none
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         network = WanTransformer3DModel(
             patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,

@@ -15,6 +15,7 @@ from tiny import teacher_alone
 
 from phased_dmd.cli import main
 from phased_dmd.engine.randomness import normal
+from phased_dmd.engine.world import device
 from phased_dmd.lab.evaluate import Protocol, evaluate
 from phased_dmd.lab.metrics.digit_classifier import WORDS, classify, load_classifier
 from phased_dmd.lab.report import write_report
@@ -34,7 +35,7 @@ PROMPTS = ["a handwritten seven", "a handwritten digit"]
 
 @pytest.fixture(scope="module")
 def stock() -> WanPipeline:
-    pipeline = WanPipeline.from_pretrained(NANO, dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(NANO, dtype=torch.float32).to(device())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -61,14 +62,12 @@ def test_conditions_and_pixels_are_the_stock_pipelines(stock: WanPipeline, sampl
     rows = sampler.codec.encode_text(PROMPTS)
     assert [len(row["text"]) for row in rows] == [4, 4], "three words and the end, nothing of the padding"
     assert torch.equal(sampler.system.model.batch(rows)["text"], theirs)
-    latents = normal((16, 3, 4, 4), range(2), "latents")
-    config = stock.vae.config
-    raw = latents * torch.tensor(config.latents_std).reshape(1, 16, 1, 1, 1) + torch.tensor(
-        config.latents_mean
-    ).reshape(1, 16, 1, 1, 1)
+    latents, config = normal((16, 3, 4, 4), range(2), "latents"), stock.vae.config
+    mean, std = (torch.tensor(each).reshape(1, 16, 1, 1, 1) for each in (config.latents_mean, config.latents_std))
     with torch.no_grad():
-        pixels = stock.video_processor.postprocess_video(stock.vae.decode(raw).sample, output_type="np")
-    assert torch.allclose(sampler.codec.decode(latents), torch.tensor(pixels), atol=1e-6)
+        raw = stock.vae.decode((latents * std + mean).to(device())).sample
+    pixels = torch.tensor(stock.video_processor.postprocess_video(raw, output_type="np"))
+    assert torch.allclose(sampler.codec.decode(latents).cpu(), pixels, atol=1e-6)
 
 
 def test_the_teacher_writes_the_digit_it_is_asked_for(sampler: Sampler) -> None:
@@ -175,11 +174,11 @@ def test_each_network_of_nano_moe_knows_its_own_side_of_the_switch() -> None:
     sampler = teacher_alone(resolve("nano-moe", {}))
     model = sampler.system.model
     prompts = [f"a handwritten {word}" for word in WORDS] * 6
-    x_0 = sampler(prompts, range(60), teacher_steps=10)
+    x_0 = sampler(prompts, range(60), teacher_steps=10).to(device())
     condition = model.batch(sampler.codec.encode_text(prompts))
-    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1))
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1)).to(device())
     for t, own in ((0.98, 0), (0.9, 0), (0.85, 1), (0.5, 1)):
-        x_t, times = (1 - t) * x_0 + t * eps, torch.full((60,), t, dtype=torch.float64)
+        x_t, times = (1 - t) * x_0 + t * eps, torch.full((60,), t, dtype=torch.float64, device=device())
         with torch.no_grad():
             errors = [(model.predict(n, x_t, times, condition) - (eps - x_0)).square().mean() for n in model.networks]
         assert sampler.system.plan.network(t) == own and errors[own] < errors[1 - own], (t, errors)

@@ -46,7 +46,7 @@ class Two:
     switches, guidance, lora_targets, sample_shapes = (SWITCH,), GUIDANCE, ("to_q",), ((2,),)
 
     def __init__(self) -> None:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
             self.networks = self.students = [Numbered(number).to(device()) for number in (0, 1)]
         self.guided: list[tuple[int, float]] = []

@@ -353,7 +353,8 @@ void on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stac
   Call(op, stack).run();
 }
 
-// A collective of the CPU's group on the memory behind the device's tensors. NCCL knows means, gloo does not.
+// A collective of the CPU's group on the memory behind the device's tensors. NCCL knows means, gloo does not: they are sums
+// of shares.
 void collective(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   auto& schema = op.schema();
   const size_t begin = stack->size() - schema.arguments().size();
@@ -362,15 +363,22 @@ void collective(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::
     return index ? &(*stack)[begin + *index] : nullptr;
   };
   auto* reduced = argument("reduce_op");
-  const bool mean = reduced && reduced->toCustomClass<c10d::ReduceOp>()->op_ == c10d::ReduceOp::AVG;
-  if (!mean) return on_cpu(op, keys, stack);
-  *reduced = c10::make_intrusive<c10d::ReduceOp>(c10d::ReduceOp::SUM);
-  const c10::IValue out = (*stack)[begin];
-  const int size = argument("process_group")->toCustomClass<c10d::ProcessGroup>()->getSize();
+  if (reduced && reduced->toCustomClass<c10d::ReduceOp>()->op_ == c10d::ReduceOp::AVG) {
+    *reduced = c10::make_intrusive<c10d::ReduceOp>(c10d::ReduceOp::SUM);
+    const int size = argument("process_group")->toCustomClass<c10d::ProcessGroup>()->getSize();
+    if (auto* own = argument("tensors")) {
+      for (Tensor tensor : own->toTensorVector()) tensor.div_(size);
+    } else if (auto* input = argument("input_tensor")) {
+      *input = input->toTensor().div(size);
+    } else {
+      auto* inputs = argument("inputs");
+      TORCH_CHECK(inputs, "no mean by ", schema.name());
+      c10::List<Tensor> shares;
+      for (const Tensor& tensor : inputs->toTensorVector()) shares.push_back(tensor.div(size));
+      *inputs = shares;
+    }
+  }
   on_cpu(op, keys, stack);
-  stack->back().toCustomClass<c10d::Work>()->wait();
-  if (out.isTensor()) out.toTensor().div_(size);
-  if (out.isTensorList()) for (Tensor tensor : out.toTensorList().vec()) tensor.div_(size);
 }
 
 // ---------------------------------------------------------------- what is no kernel of the CPU's

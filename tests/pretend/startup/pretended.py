@@ -59,7 +59,22 @@ def install() -> None:
     cuda.amp.common.amp_definitely_not_available = lambda: False
     _replace_storages()
     _start_threads()
-    dist.Backend.default_device_backend_map["cuda"] = "gloo"  # device.cpp hands it the memory behind tensors
+    _make_groups_of_gloo()
+
+
+def _make_groups_of_gloo() -> None:
+    """Gives groups of processes gloo for the device too, which device.cpp hands the memory behind tensors."""
+    dist.Backend.default_device_backend_map["cuda"] = "gloo"
+    groups: Any = dist.distributed_c10d
+    make = groups._new_process_group_helper
+
+    def made(*args: Any, **more: Any) -> Any:
+        group, store = make(*args, **more)
+        if isinstance(group, dist.ProcessGroup):
+            group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)  # as it would be NCCL
+        return group, store
+
+    groups._new_process_group_helper = made
 
 
 def _start_threads() -> None:
