@@ -145,8 +145,7 @@ class Proposal(NamedTuple):
     """The cheapest way to run a recipe on some GPUs of a size.
 
     options: as flags; None if none are enough. hours: of training; peak: the stage that holds the most. host: bytes of
-    the host's memory for each GPU, the most of all stages
-    but loading.
+    the host's memory for each GPU, the most of all stages but loading.
     """
 
     memory_gb: float
