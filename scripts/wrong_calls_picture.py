@@ -8,7 +8,7 @@ The committed picture, which every export's card shows, is of the recipe's own r
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,74 +21,67 @@ from phased_dmd import load_pipeline
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = [f"a handwritten {word}" for word in WORDS]
 SCALE, GAP, LABEL = 2, 4, 330  # how often a pixel is repeated, and pixels of the picture
-Switch = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
 
 class Stock:
-    """A stock pipeline of the base, and the calls that its users would try."""
+    """A stock pipeline of an export's base, and what its users would try."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.index = folder, json.loads((folder / "export.json").read_text("utf-8"))
-        self.files = {expert["name"]: expert["file"] for expert in self.index["experts"]}
+        self.folder, self.experts = folder, json.loads((folder / "export.json").read_text("utf-8"))["experts"]
+        self.names = [expert["name"] for expert in self.experts]
 
-    def pipe(self, *names: str) -> Any:
-        """Returns the base with these experts loaded, the last one active, at its own times made those of Euler."""
+    def pipe(self, names: Sequence[str] = (), scheduler: Any = None) -> Any:
+        """Returns the base with these experts loaded, the last one active, at exactly the trained times unless told."""
         pipe = WanPipeline.from_pretrained(self.folder / "base")
         pipe.set_progress_bar_config(disable=True)
-        pipe.scheduler = load_pipeline(self.folder).scheduler
-        pipe.scheduler.switch = lambda step: None
-        for name in names:
-            pipe.load_lora_weights(str(self.folder), weight_name=self.files[name], adapter_name=name)
+        pipe.scheduler = scheduler or load_pipeline(self.folder).scheduler
+        if scheduler is None:
+            pipe.scheduler.switch = lambda step: None
+        for expert in self.experts:
+            if expert["name"] in names:
+                pipe.load_lora_weights(str(self.folder), weight_name=expert["file"], adapter_name=expert["name"])
         return pipe
 
-    def switch(self, pipe: Any) -> Any:
-        """Has the experts switched between steps, as by hand."""
-        names = [next(e["name"] for e in self.index["experts"] if step in e["steps"]) for step in range(4)]
-        pipe.scheduler.switch = lambda step: pipe.set_adapters(names[step])
-        return pipe
+    def switch(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Puts the next step's expert to work by hand, at the end of a step."""
+        for expert in self.experts:
+            if step + 1 in expert["steps"]:
+                pipe.set_adapters(expert["name"])
+        return tensors
 
-    def sample(self, pipe: Any, steps: int = 4, guidance: float = 1.0, tokens: int = 16) -> torch.Tensor:
+    def sample(
+        self, pipe: Any, steps: int = 4, guidance: float = 1.0, tokens: int = 16, by_hand: bool = False
+    ) -> torch.Tensor:
         """Returns pictures [10, 32, 32, 3] of the prompts, with seeds 0 to 9."""
-        generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
+        options: dict[str, Any] = {"callback_on_step_end": self.switch} if by_hand else {}
+        if by_hand:
+            self.switch(pipe, -1, None, {})
         made = pipe(
             PROMPTS, height=32, width=32, num_frames=1, num_inference_steps=steps, guidance_scale=guidance,
-            max_sequence_length=tokens, generator=generators, output_type="pt",
+            max_sequence_length=tokens, output_type="pt",
+            generator=[torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))], **options,
         ).frames  # fmt: skip
         return made[:, 0].permute(0, 2, 3, 1)
 
 
 def rows(folder: Path) -> dict[str, torch.Tensor]:
-    """Returns the pictures of the right call, and of each wrong one by what was done."""
+    """Returns the pictures of the right call, of the base, and of each wrong call by what was done."""
     stock = Stock(folder)
-    base, names = stock.pipe(), list(stock.files)
-    base.scheduler = WanPipeline.from_pretrained(folder / "base").scheduler
-    whole = stock.pipe()
-    whole.load_lora_weights(str(folder))
-    every = stock.pipe(*names)
-    every.set_adapters(names)
-    shifted = stock.switch(stock.pipe(*names))
-    callback = shifted.scheduler.switch
-    shifted.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
-
-    def switch(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        callback(min(step + 1, 3))
-        return tensors
-
-    callback(0)
-    once = shifted.__call__
-    shifted_call = lambda *given, **options: once(*given, callback_on_step_end=switch, **options)  # noqa: E731
-    hand = stock.switch(stock.pipe(*names))
-    right = load_pipeline(folder)
+    right, own = load_pipeline(folder), WanPipeline.from_pretrained(folder / "base").scheduler
     right.set_progress_bar_config(disable=True)
+    whole, every, hand = stock.pipe(), stock.pipe(stock.names), stock.pipe(stock.names)
+    whole.load_lora_weights(str(folder))
+    every.set_adapters(stock.names)
+    shifted = stock.pipe(stock.names, FlowMatchEulerDiscreteScheduler(shift=5.0))
     return {
         "load_pipeline": stock.sample(right),
-        "the base, 40 guided steps": stock.sample(base, 40, 1.5),
+        "the base, 40 guided steps": stock.sample(stock.pipe(scheduler=own), 40, 1.5),
         "no experts, 4 steps": stock.sample(stock.pipe()),
         "load_lora_weights(folder)": stock.sample(whole),
         "all experts at once": stock.sample(every),
-        "guidance_scale left at 5": stock.sample(hand, guidance=5.0),
-        "FlowMatchEuler(shift=5)": stock.sample(shifted_call),
-        "max_sequence_length left at 512": stock.sample(hand, tokens=512),
+        "guidance_scale left at 5": stock.sample(hand, guidance=5.0, by_hand=True),
+        "FlowMatchEuler(shift=5)": stock.sample(shifted, by_hand=True),
+        "max_sequence_length left at 512": stock.sample(hand, tokens=512, by_hand=True),
     }
 
 

@@ -145,7 +145,7 @@ class Proposal(NamedTuple):
     """The cheapest way to run a recipe on some GPUs of a size.
 
     options: as flags; None if none are enough. hours: of training; peak: the stage that holds the most. host: bytes of
-    the host's memory for each GPU, the most of all stages.
+    the host's memory for each GPU, the most of all stages but loading.
     """
 
     memory_gb: float
@@ -172,7 +172,7 @@ def proposals(config: Config, utilisation: float = 0.4) -> Iterator[Proposal]:
             before, found = chosen, list(stages(tried, gpus))
             costs = [_phase_cost(tried, phase, gpus, tflops, utilisation) for phase in range(1, config.plan.phases + 1)]
             flags = advice.flags((*single, *chosen)) if chosen is not None else None
-            host = max(stage.host for stage in found)
+            host = max(stage.host for stage in found if stage.name != "loading")  # that is the first process's alone
             yield Proposal(memory_gb, gpus, flags, sum(cost.hours for cost in costs), peak(found), host)
 
 
