@@ -54,11 +54,10 @@ def network_bytes(teacher: Teacher) -> int:
 
 
 @cached
-def block_parameters(teacher: Teacher) -> tuple[int, int]:
-    """Returns numbers of parameters of a network: of its largest block, and of all that is outside of blocks."""
+def block_parameters(teacher: Teacher) -> int:
+    """Returns the number of parameters of a network's largest block."""
     model = meta_model(teacher)
-    sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks(model.students[0])]
-    return max(sizes, default=0), sum(p.numel() for p in model.students[0].parameters()) - sum(sizes)
+    return max((sum(p.numel() for p in block.parameters()) for block in model.blocks(model.students[0])), default=0)
 
 
 def networks(config: Config, phase: int) -> tuple[int, int]:
@@ -189,17 +188,15 @@ def training(config: Config, phase: int, gpus: int, gradients: int) -> int:
 def gathered(config: Config, gpus: int) -> int:
     """Returns the bytes of weights that FSDP2 holds whole at a time, with the gradients of the block that is computed.
 
-    Blocks are gathered in the dtype that computes; what is outside of them is gathered as it is stored, and autocast
-    copies it. On one GPU nothing is sharded.
+    Blocks are gathered in the dtype that computes; what stands around them is gathered when they are not. On one GPU
+    nothing is sharded.
     """
     if gpus == 1 and not config.engine.offload:
         return 0
-    full, (item, trained) = "full" in (config.fake.weights, config.generator.weights), itemsizes(config.teacher)
-    stored = trained if full else item
-    copied = item if item < stored else 0
-    block, rest = block_parameters(config.teacher)
-    gradients = block * (copied + stored) if full else 0
-    return PREFETCHED * block * item + rest * (stored + copied) + gradients
+    item, trained = itemsizes(config.teacher)
+    full, block = "full" in (config.fake.weights, config.generator.weights), block_parameters(config.teacher)
+    gradients = block * ((item if item < trained else 0) + trained) if full else 0
+    return PREFETCHED * block * item + gradients
 
 
 def phase_memory(config: Config, phase: int, gpus: int) -> Memory:
