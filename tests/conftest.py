@@ -33,6 +33,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                     item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(autouse=True)
+def plan_on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan counts what a CPU computes, and so does what it is compared with, even where there is a GPU."""
+    if request.path.parent.name == "plan":
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+
+
 @pytest.fixture
 def tiny_wan() -> Callable[..., TinyWan]:
     return TinyWan

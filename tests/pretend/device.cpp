@@ -20,15 +20,15 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/engine.h>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/library.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
 #include <map>
+#include <mutex>
 #include <set>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <unordered_map>
 
 using at::IntArrayRef;
@@ -80,7 +80,8 @@ struct PinnedMemory final : c10::Allocator {
   static bool holds(const void* pointer) {
     std::lock_guard<std::mutex> held(lock);
     auto after = blocks.upper_bound(reinterpret_cast<uintptr_t>(pointer));
-    return after != blocks.begin() && reinterpret_cast<uintptr_t>(pointer) < std::prev(after)->first + std::prev(after)->second;
+    return after != blocks.begin() &&
+           reinterpret_cast<uintptr_t>(pointer) < std::prev(after)->first + std::prev(after)->second;
   }
   DataPtr allocate(size_t bytes) override {
     void* memory = take(bytes);
@@ -102,7 +103,8 @@ const bool allocator_set = (c10::SetAllocator(DeviceType::CUDA, &device_memory, 
 struct Generator final : c10::GeneratorImpl {
   at::Generator inner;
   explicit Generator(DeviceIndex index, at::Generator inner = at::detail::createCPUGenerator())
-      : GeneratorImpl(Device(DeviceType::CUDA, index), c10::DispatchKeySet(c10::DispatchKey::CUDA)), inner(std::move(inner)) {}
+      : GeneratorImpl(Device(DeviceType::CUDA, index), c10::DispatchKeySet(c10::DispatchKey::CUDA)),
+        inner(std::move(inner)) {}
   void set_current_seed(uint64_t seed) override { inner.set_current_seed(seed); }
   void set_offset(uint64_t) override {}
   uint64_t get_offset() const override { return 0; }
@@ -166,7 +168,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   Device getDevice() const override { return on(current); }
   void setDevice(Device device) const override { uncheckedSetDevice(device); }
-  void uncheckedSetDevice(Device device) const noexcept override { current = device.index() < 0 ? current : device.index(); }
+  void uncheckedSetDevice(Device device) const noexcept override {
+    current = device.index() < 0 ? current : device.index();
+  }
   Stream getStream(Device device) const override { return only(device); }
   Stream getDefaultStream(Device device) const override { return only(device); }
   Stream getStreamFromGlobalPool(Device device, bool) const override { return only(device); }
@@ -227,21 +231,25 @@ class Call {
     op_.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack_);
     for (auto& [original, pair] : storages_) keep_memory(pair.first, pair.second);
     for (auto& [host, original] : tensors_) keep_shape(host, original);
-    for (size_t i = stack_->size() - schema.returns().size(); i < stack_->size(); ++i) (*stack_)[i] = returned((*stack_)[i]);
+    for (size_t i = stack_->size() - schema.returns().size(); i < stack_->size(); ++i)
+      (*stack_)[i] = returned((*stack_)[i]);
   }
 
  private:
   void find_device(const c10::IValue& value) {
     auto see = [&](const Tensor& tensor) {
       if (!on_device(tensor)) return;
-      TORCH_CHECK(!seen_ || device_ == tensor.device() || tensor.dim() == 0, "Expected all tensors to be on the same device, but ",
-                  name_, " was given ", device_, " and ", tensor.device());
+      TORCH_CHECK(!seen_ || device_ == tensor.device() || tensor.dim() == 0,
+                  "Expected all tensors to be on the same device, but ", name_, " was given ", device_, " and ",
+                  tensor.device());
       device_ = tensor.device();
       seen_ = true;
     };
     if (value.isTensor()) see(value.toTensor());
-    if (value.isTensorList()) for (const Tensor& tensor : value.toTensorList()) see(tensor);
-    if (is_nested(value)) for (const c10::IValue& list : value.toListRef()) find_device(list);
+    if (value.isTensorList())
+      for (const Tensor& tensor : value.toTensorList()) see(tensor);
+    if (is_nested(value))
+      for (const c10::IValue& list : value.toListRef()) find_device(list);
     if (value.isDevice() && value.toDevice().is_cuda()) device_ = Guard::on(value.toDevice().index()), seen_ = true;
   }
 
@@ -250,14 +258,15 @@ class Call {
   }
 
   void refuse(const Tensor& tensor, bool refused) const {
-    TORCH_CHECK(!refused || !tensor.defined(), "Expected all tensors to be on the same device, but ", name_, " was given a tensor of ",
-                tensor.device(), " beside those of ", device_);
+    TORCH_CHECK(!refused || !tensor.defined(), "Expected all tensors to be on the same device, but ", name_,
+                " was given a tensor of ", tensor.device(), " beside those of ", device_);
   }
 
   Tensor host(const Tensor& tensor) {
     auto* key = tensor.storage().unsafeGetStorageImpl();
     auto found = storages_.find(key);
-    if (found == storages_.end()) found = storages_.emplace(key, std::pair(cpu_storage(tensor.storage()), tensor.storage())).first;
+    if (found == storages_.end())
+      found = storages_.emplace(key, std::pair(cpu_storage(tensor.storage()), tensor.storage())).first;
     Tensor made = over(found->second.first, tensor, c10::DispatchKey::CPU);
     tensors_.emplace_back(made, tensor);
     return made;
@@ -299,12 +308,14 @@ class Call {
     if (host.data() == original.data()) return;
     auto* impl = original.unsafeGetStorageImpl();
     auto* from = host.unsafeGetStorageImpl();
-    impl->set_data_ptr_noswap(as_device(from->set_data_ptr(DataPtr(from->mutable_data(), Device(DeviceType::CPU))), original.device()));
+    impl->set_data_ptr_noswap(
+        as_device(from->set_data_ptr(DataPtr(from->mutable_data(), Device(DeviceType::CPU))), original.device()));
     impl->set_nbytes(from->nbytes());
   }
 
   void keep_shape(const Tensor& host, const Tensor& original) {
-    if (host.sizes() != original.sizes() || host.strides() != original.strides() || host.storage_offset() != original.storage_offset())
+    if (host.sizes() != original.sizes() || host.strides() != original.strides() ||
+        host.storage_offset() != original.storage_offset())
       original.unsafeGetTensorImpl()->set_sizes_and_strides(host.sizes(), host.strides(), host.storage_offset());
   }
 
@@ -348,13 +359,14 @@ class Call {
 };
 
 void on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
-  static const std::set<std::string> reads = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"};
+  static const std::set<std::string> reads = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal",
+                                              "aten::masked_select"};
   waits += reads.count(op.schema().name());
   Call(op, stack).run();
 }
 
-// A collective of the CPU's group on the memory behind the device's tensors. NCCL knows means, gloo does not: they are sums
-// of shares.
+// A collective of the CPU's group on the memory behind the device's tensors. NCCL knows means, gloo does not: they are
+// sums of shares.
 void collective(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   auto& schema = op.schema();
   const size_t begin = stack->size() - schema.arguments().size();
@@ -387,15 +399,15 @@ c10::DispatchKeySet keys() { return c10::DispatchKeySet(c10::DispatchKey::CUDA);
 
 Device target(std::optional<Device> device) { return Guard::on(device ? device->index() : -1); }
 
-Tensor empty(IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>, std::optional<Device> device,
-             std::optional<bool> pin, std::optional<at::MemoryFormat> format) {
+Tensor empty(IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+             std::optional<Device> device, std::optional<bool> pin, std::optional<at::MemoryFormat> format) {
   TORCH_CHECK(!pin.value_or(false), "Only dense CPU tensors can be pinned");
   c10::DeviceGuard there(target(device));
   return at::detail::empty_generic(size, &device_memory, keys(), c10::dtype_or_default(dtype), format);
 }
 
-Tensor empty_strided(IntArrayRef size, IntArrayRef stride, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-                     std::optional<Device> device, std::optional<bool>) {
+Tensor empty_strided(IntArrayRef size, IntArrayRef stride, std::optional<at::ScalarType> dtype,
+                     std::optional<at::Layout>, std::optional<Device> device, std::optional<bool>) {
   c10::DeviceGuard there(target(device));
   return at::detail::empty_strided_generic(size, stride, &device_memory, keys(), c10::dtype_or_default(dtype));
 }
@@ -406,7 +418,8 @@ Tensor host_view(const Tensor& tensor) {
 
 Tensor& copy(Tensor& self, const Tensor& from, bool non_blocking) {
   const bool upload = self.is_cuda() && from.is_cpu(), download = self.is_cpu() && from.is_cuda();
-  TORCH_CHECK(upload || download || (self.is_cuda() && from.is_cuda()), "no copy from ", from.device(), " to ", self.device());
+  TORCH_CHECK(upload || download || (self.is_cuda() && from.is_cuda()), "no copy from ", from.device(), " to ",
+              self.device());
   uploads += upload;
   waits += download && !(non_blocking && PinnedMemory::holds(self.const_data_ptr()));
   host_view(self).copy_(host_view(from));
@@ -458,7 +471,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_cpu>());
 }
 
-// After a fork: a child has none of the threads that differentiate on the devices, and torch would not start them again.
+// After a fork: a child has none of the threads that differentiate on the devices, and torch would not start them
+// again.
 struct Engine : torch::autograd::Engine {
   static void restart() { static_cast<Engine&>(get_default_engine()).start_device_threads(); }
 };
@@ -470,9 +484,10 @@ struct Silent final : c10::WarningHandler {
 auto* const quiet = new c10::WarningUtils::WarningHandlerGuard(&silent);
 
 TORCH_LIBRARY_IMPL(c10d, CUDA, library) {
-  for (auto name : {"send", "recv_", "recv_any_source_", "reduce_", "broadcast_", "allreduce_", "allreduce_coalesced_", "allgather_",
-                    "_allgather_base_", "allgather_coalesced_", "allgather_into_tensor_coalesced_", "reduce_scatter_",
-                    "_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_", "gather_", "scatter_", "alltoall_", "alltoall_base_", "barrier"})
+  for (auto name : {"send", "recv_", "recv_any_source_", "reduce_", "broadcast_", "allreduce_", "allreduce_coalesced_",
+                    "allgather_", "_allgather_base_", "allgather_coalesced_", "allgather_into_tensor_coalesced_",
+                    "reduce_scatter_", "_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_", "gather_",
+                    "scatter_", "alltoall_", "alltoall_base_", "barrier"})
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&collective>());
 }
 

@@ -2,7 +2,7 @@
 
 A build of torch without CUDA is given two CUDA devices in the host's memory (device.cpp), which compute by the CPU's
 kernels. What is tested by it: where each tensor is, what a GPU refuses, pinned memory, and FSDP2's way on a GPU. Not:
-a GPU's kernels, its speed and its memory, NCCL, and the order of streams.
+a GPU's kernels, its speed and its memory, NCCL, the order of streams, and forks, which a real GPU does not survive.
 """
 
 import hashlib

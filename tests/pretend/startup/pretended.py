@@ -52,7 +52,7 @@ def install() -> None:
         setattr(cuda, name, lambda *_, **__: Nothing())
     cuda.Stream = cuda.Event = cuda.StreamContext = Nothing
     cuda.current_device = torch.accelerator.current_device_index
-    cuda.set_device = lambda device: torch.accelerator.set_device_index(torch.device("cuda", device).index)
+    cuda.set_device = torch.accelerator.set_device_index
     torch._C._cuda_getCurrentRawStream = lambda index: 0  # type: ignore[attr-defined]
     cuda._exchange_device = cuda._maybe_exchange_device = torch._C._accelerator_exchangeDevice
     cuda.synchronize = torch.accelerator.synchronize
