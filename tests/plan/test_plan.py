@@ -180,12 +180,14 @@ def test_wan_14b_needs_the_bytes_and_flops_worked_out_by_hand() -> None:
 
 
 def test_checkpoints_weigh_what_was_worked_out_by_hand() -> None:
-    """Weights and second moments of fakes and experts in float32; of three at a time; a shard on each GPU's host."""
+    """Weights and second moments of fakes and experts in float32; of three at a time. A shard, of 1.8 GB and more,
+    goes through each GPU's host in files of 256 MiB, four of which it may hold.
+    """
     plan = needs(resolve("wan22-t2v", QUIET), gpus=64, memory_gb=80)
     assert [phase.checkpoint for phase in plan.phases] == pytest.approx([117e9, 231e9], rel=0.01)
     saved = [stage for stage in plan.stages if stage.name == "checkpoint"]
     assert [stage.disk for stage in saved] == [3 * phase.checkpoint for phase in plan.phases]
-    assert [stage.host for stage in saved] == pytest.approx([1.83e9, 3.61e9], rel=0.01)
+    assert [stage.host for stage in saved] == [4 * 2**28] * 2
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
@@ -646,7 +648,7 @@ def test_stages_hold_what_was_worked_out_by_hand() -> None:
     assert (many.gpu, one.gpu) == pytest.approx((57.2e9 / 64, 57.2e9), rel=0.005)
     full = changed(wan, {"generator.weights": "full"})
     expert = next(stage for stage in stages(full, 64) if stage.name == "expert")
-    assert expert.host == expert.disk == pytest.approx(57.2e9, rel=0.005)  # gathered by every process, in float32
+    assert expert.host == expert.disk == pytest.approx(57.2e9, rel=0.005)  # gathered in float32
 
 
 @pytest.mark.parametrize("name", ["wan21_t2v", "qwen_image"])

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import CLIPVisionModel, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
 
+from phased_dmd.checkpoint.folders import FILE_BYTES
 from phased_dmd.conditions import CHUNK
 from phased_dmd.config import Config
 from phased_dmd.config.teacher import QwenImageTeacher, WanTeacher
@@ -21,6 +22,7 @@ from phased_dmd.plan.measure import FAKE_CPU, PeakBytes, bucket_shapes, cached, 
 from phased_dmd.plan.memory import checkpoint_bytes, itemsizes, network_bytes, parameters_by_role, phase_memory
 from phased_dmd.plan.preview import encode_cost
 
+FILES_AT_ONCE = 4  # of a checkpoint, that the host of a process holds: their tensors, and their bytes
 TEMPLATE = 34  # tokens that Qwen-Image's pipeline puts before each prompt
 Simulated = Mapping[int, Mapping[str, int]]  # bytes on each GPU of the updates that were simulated, by phase and name
 
@@ -28,7 +30,7 @@ Simulated = Mapping[int, Mapping[str, int]]  # bytes on each GPU of the updates 
 class Stage(NamedTuple):
     """Says what a part of a run holds at most: bytes on each GPU, and of the host's memory for each; bytes on disk.
 
-    phase: None for all. What is loaded is on the host of the first process alone.
+    phase: None for all. What is loaded, and an expert, are on the host of the first process alone.
     """
 
     name: str
@@ -57,9 +59,10 @@ def stages(config: Config, gpus: int, simulated: Simulated | None = None) -> Ite
         if memory.preview:
             yield Stage("preview", phase, held + memory.gathered + memory.preview, memory.host, 0)
         saved, expert = checkpoint_bytes(config, phase), parameters_by_role(config)[expert_role(phase)]
-        # A process writes its shards, through a copy on the host; disk is needed for the kept ones and the new one.
-        yield Stage("checkpoint", phase, held, memory.host + math.ceil(saved / gpus), (config.keep_last + 1) * saved)
-        written = expert * itemsizes(teacher)[1]  # whole in every process, and written by the first
+        # A process writes its shards file by file; disk is needed for the kept checkpoints and the new one.
+        copied = min(math.ceil(saved / gpus), FILES_AT_ONCE * FILE_BYTES)
+        yield Stage("checkpoint", phase, held, memory.host + copied, (config.keep_last + 1) * saved)
+        written = expert * itemsizes(teacher)[1]  # gathered, and written, by the first process alone
         yield Stage("expert", phase, held, memory.host + written, written)
 
 
