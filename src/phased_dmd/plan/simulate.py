@@ -183,7 +183,7 @@ def group(gpus: int) -> Iterator[None]:
 def short_model(config: Config, blocks: int | None) -> Any:
     """Builds the teacher without weights, its networks with so many blocks, or all."""
     model: Any = bare_model(config.teacher, config.seed)
-    for network in model.networks if blocks else ():
+    for network in model.networks:  # made here, on the meta device: later the model is told to be elsewhere
         name = next(name for name, child in network.named_children() if isinstance(child, nn.ModuleList))
         setattr(network, name, getattr(network, name)[:blocks])
     return model
@@ -305,8 +305,8 @@ def _ask(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Has another process run the cases: it sees no GPU, is none of torchrun's, and is patched for good."""
     environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     done = subprocess.run(
-        [sys.executable, "-c", "from phased_dmd.plan.simulate import main; main()"], text=True, capture_output=True,
-        input="\n".join(map(json.dumps, cases)), env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        [sys.executable, "-c", "from phased_dmd.plan.simulate import main; main()"], encoding="utf-8",
+        capture_output=True, input="\n".join(map(json.dumps, cases)), env=environment | {"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     if len(answers) < len(cases):
