@@ -284,7 +284,8 @@ OURS = """
 import torch
 from phased_dmd import load_pipeline
 noise = torch.load("{folder}/noise.pt", weights_only=True)
-torch.save(load_pipeline("me/few")({prompts}, latents=noise, output_type="latent").frames, "{folder}/ours.pt")
+pipe = load_pipeline("me/few", dtype=torch.float32)
+torch.save(pipe({prompts}, latents=noise, output_type="latent").frames.cpu(), "{folder}/ours.pt")
 """
 
 
