@@ -21,7 +21,8 @@ NOT_ON_A_PRETENDED_GPU = {
     "tests/models/test_quantise.py::test_a_quantised_base_computes_and_differentiates": PACKED,  # 2
     "tests/models/test_quantise.py::test_a_run_on_a_quantised_base_trains_its_adapters": PACKED,  # 2
     "tests/test_first_words.py::test_offload_without_a_gpu_says_that_it_changes_nothing": "there is a GPU",
-    "tests/export/test_export.py::test_a_run_on_a_packed_base_is_exported_and_verified": PACKED,  # 2
+    "tests/export/test_export.py::test_a_run_on_a_packed_base_is_exported_for_the_full_one": PACKED,  # 2
+    "tests/test_one_card.py::test_a_run_on_a_packed_base_is_exported_and_verified_on_it": PACKED,  # 3
 }
 
 

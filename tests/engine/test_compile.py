@@ -9,12 +9,14 @@ from tiny import TEXT_DIM, TinyWan, draw
 from torch._dynamo.utils import counters
 
 from phased_dmd.config import Engine, Lora
+from phased_dmd.engine.world import device
 from phased_dmd.networks.roles import FAKE, TEACHER, Roles, expert_role
 
 LORA = Lora(rank=2, alpha=2)
 ONE, TWO = expert_role(1), expert_role(2)
-X, T = draw(2, *TinyWan.sample_shapes[0], seed=1), torch.tensor([0.9, 0.5])
-CONDITION = {"text": draw(2, 5, TEXT_DIM, seed=3)}
+X = draw(2, *TinyWan.sample_shapes[0], seed=1).to(device())
+T = torch.tensor([0.9, 0.5], device=device())
+CONDITION = {"text": draw(2, 5, TEXT_DIM, seed=3).to(device())}
 MODES = 3  # of a role: without gradient; with it, in the first block, whose input takes none, and in all others
 
 

@@ -22,6 +22,7 @@ from tiny import draw
 from torch import Tensor
 
 from phased_dmd import load_pipeline
+from phased_dmd.engine.world import device
 from phased_dmd.export import export, push
 from phased_dmd.export.exported_run import ExportedRun
 from phased_dmd.export.few_steps import FewSteps
@@ -40,7 +41,7 @@ def nano(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pipe(nano: Path) -> Any:
-    return quiet(load_pipeline(nano))
+    return quiet(load_pipeline(nano, dtype=torch.float32))
 
 
 def quiet(pipe: Any) -> Any:
@@ -53,7 +54,7 @@ def noise() -> Tensor:
 
 
 def latents(pipe: Any, **options: Any) -> Tensor:
-    return pipe(PROMPTS, latents=noise(), output_type="latent", **options).frames
+    return pipe(PROMPTS, latents=noise(), output_type="latent", **options).frames.cpu()
 
 
 def of_run(run: Path, start: Tensor) -> Tensor:
@@ -61,7 +62,8 @@ def of_run(run: Path, start: Tensor) -> Tensor:
     system = (sampler := load(run)).system
     condition = system.model.batch(list(sampler.encode([Prompt(text) for text in PROMPTS]).values()))
     with torch.no_grad():
-        return system.roll(system.plan.path(system.plan.num_phases), system.start(start), condition).x
+        noise = system.start(start.to(device()))
+        return system.roll(system.plan.path(system.plan.num_phases), noise, condition).x.cpu()
 
 
 def same(found: Tensor, expected: Tensor) -> None:
@@ -177,7 +179,7 @@ def test_each_of_two_networks_has_its_own_expert(make: Make, tmp_path: Path) -> 
     """What two stock calls of `load_lora_weights` would both put into the first."""
     run = make("nano-moe")
     export(run, tmp_path / "out")
-    pipe = quiet(load_pipeline(tmp_path / "out"))
+    pipe = quiet(load_pipeline(tmp_path / "out", dtype=torch.float32))
     adapters = pipe.get_list_adapters()
     assert adapters == {"transformer": ["high_noise_phase1"], "transformer_2": ["low_noise_phase2"]}
     same(latents(pipe), of_run(run, noise()))
@@ -212,7 +214,7 @@ def test_a_fused_export_is_its_own_base_and_no_others(make: Make, nano: Path, tm
     """Whose pipeline, called plainly, is at the trained times, where the stock one comes near."""
     run = make("nano-moe")
     export(run, tmp_path / "out", fused=True)
-    pipe = quiet(load_pipeline(tmp_path / "out"))
+    pipe = quiet(load_pipeline(tmp_path / "out", dtype=torch.float32))
     same(latents(pipe), of_run(run, noise()))
     with pytest.raises(ValueError, match=r"^base: .* is a whole pipeline, and needs no other"):
         load_pipeline(tmp_path / "out", base=nano / "base")
@@ -282,7 +284,8 @@ OURS = """
 import torch
 from phased_dmd import load_pipeline
 noise = torch.load("{folder}/noise.pt", weights_only=True)
-torch.save(load_pipeline("me/few")({prompts}, latents=noise, output_type="latent").frames, "{folder}/ours.pt")
+pipe = load_pipeline("me/few", dtype=torch.float32)
+torch.save(pipe({prompts}, latents=noise, output_type="latent").frames.cpu(), "{folder}/ours.pt")
 """
 
 

@@ -19,6 +19,7 @@ from runs import TINY, Make, finished_run
 from tiny import draw
 from torch import Tensor
 
+from phased_dmd.engine.world import device
 from phased_dmd.export import export
 from phased_dmd.export.comfyui import Graph, obstacle, workflow
 from phased_dmd.export.exported_run import ExportedRun
@@ -112,14 +113,14 @@ def gap(run: Path, graph: Graph, start: Latent | None = None) -> float:
 
     def network(file: str, x: Tensor, sigma: Tensor) -> Tensor:
         step = min(range(plan.num_steps), key=lambda i: abs(plan.times[i] - sigma))
-        expert, told = plan.expert(step), torch.tensor([sigma], dtype=torch.float64)
+        expert, told = plan.expert(step), torch.tensor([sigma], dtype=torch.float64, device=device())
         assert expert.phase == phases[file], "each time has its own expert's file"
-        seen = condition | ({"first_frame": x[:, :, :1]} if frame else {})  # ComfyUI knows no other
-        return system.roles.predict(expert_role(expert.phase), expert.network, x, told, seen)
+        seen = condition | ({"first_frame": x[:, :, :1].to(device())} if frame else {})  # ComfyUI knows no other
+        return system.roles.predict(expert_role(expert.phase), expert.network, x.to(device()), told, seen).cpu()
 
     with torch.no_grad():
-        path, first = plan.path(plan.num_phases), system.start(noises[0])
-        own = system.roll(path, first, condition, noise=lambda step: noises[step + 1]).x
+        path, first = plan.path(plan.num_phases), system.start(noises[0].to(device()))
+        own = system.roll(path, first, condition, noise=lambda step: noises[step + 1].to(device())).x.cpu()
         decode = next(node for node in graph.values() if node["class_type"] == "VAEDecode")
         found = Comfy(graph, start, noises, network).run(decode["inputs"]["samples"])["samples"]
     return (found - own).abs().max().item()

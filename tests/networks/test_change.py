@@ -6,6 +6,7 @@ from tiny import TinyWan, draw, wan_transformer
 from torch import Tensor
 
 from phased_dmd.config import Lora
+from phased_dmd.engine.world import device
 from phased_dmd.networks.change import Change, check_change, describe_loss, expert_change, parameter_shapes, start_from
 from phased_dmd.networks.roles import Roles
 
@@ -25,7 +26,9 @@ def change_of(rank: int, *layers: str, scale: float = 1.0) -> Change:
 
 
 def predict(roles: Roles, role: str) -> Tensor:
-    x, t, text = draw(2, 16, 1, 4, 4, seed=0), torch.tensor([0.9, 0.4]), draw(2, 5, 32, seed=1)
+    x, t, text = (
+        each.to(device()) for each in (draw(2, 16, 1, 4, 4, seed=0), torch.tensor([0.9, 0.4]), draw(2, 5, 32, seed=1))
+    )
     return roles.predict(role, 0, x, t, {"text": text})
 
 
@@ -34,9 +37,9 @@ def expected(change: Change) -> Tensor:
     model = TinyWan()
     parameters = dict(model.networks[0].named_parameters())
     for name, (a, b) in change.layers.items():
-        parameters[f"{name}.weight"].data += change.scale * b @ a
+        parameters[f"{name}.weight"].data += (change.scale * b @ a).to(device())
     for name, tensor in change.differences.items():
-        parameters[name].data += tensor
+        parameters[name].data += tensor.to(device())
     return predict(Roles(model), "teacher")
 
 
@@ -120,7 +123,7 @@ def test_an_experts_tensors_are_the_change_that_they_make() -> None:
     lora, roles = Lora(rank=2, alpha=3), Roles(TinyWan())
     roles.add("role", [0], lora, seed=3)
     for i, p in enumerate(roles.parameters("role").values()):
-        p.data = draw(*p.shape, seed=i) / 10
+        p.data = draw(*p.shape, seed=i).to(device()) / 10
     tensors = {name.removeprefix("0."): tensor for name, tensor in roles.state("role").items()}
     change = expert_change(tensors, lora)
     assert change.scale == 1.5

@@ -17,6 +17,7 @@ from torch import Tensor
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.config import Config
 from phased_dmd.config.overrides import changed
+from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.export import export
 from phased_dmd.inputs import contents
@@ -64,9 +65,10 @@ def system_of(config: Config) -> System:
 def predictions(system: System, role: str, phase: int) -> Tensor:
     """What a role predicts at the phase's begin, on its network."""
     model, t, network = system.model, system.plan.begin(phase), system.plan.experts(phase)[0].network
-    x = torch.randn(1, *model.sample_shapes[0], generator=torch.Generator().manual_seed(phase))
+    x = torch.randn(1, *model.sample_shapes[0], generator=torch.Generator().manual_seed(phase)).to(device())
     with torch.no_grad():
-        return system.roles.predict(role, network, x, torch.tensor([t]), model.batch([system.negative]))
+        t = torch.tensor([t], device=device())
+        return system.roles.predict(role, network, x, t, model.batch([system.negative]))
 
 
 def starts(config: Config) -> dict[int, Tensor]:

@@ -17,6 +17,7 @@ from phased_dmd.checkpoint import RunFolder
 from phased_dmd.config import Config
 from phased_dmd.config.overrides import changed
 from phased_dmd.engine.randomness import normal
+from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import step_times
 from phased_dmd.networks.roles import expert_role
@@ -73,12 +74,12 @@ def test_any_grid_that_falls_is_taken_as_it_is(run: Path, tmp_path: Path) -> Non
     assert system.plan.times == times and system.config.plan.steps == 3
     prompt = Prompt(PROMPTS[0])
     conditions = system.model.batch([sampler.encode([prompt])[prompt]])
-    x = normal(sampler.shape, [0], "sample") * 0.95
+    x = (normal(sampler.shape, [0], "sample") * 0.95).to(device())
     with torch.no_grad():
         for i, network in enumerate((0, 0, 1)):
-            t = torch.tensor([times[i]], dtype=torch.float64)
+            t = torch.tensor([times[i]], dtype=torch.float64, device=device())
             x = x + (times[i + 1] - times[i]) * system.roles.predict(expert_role(1), network, x, t, conditions)
-    torch.testing.assert_close(sampler(PROMPTS[:1], [0]), x, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sampler(PROMPTS[:1], [0]), x.cpu(), rtol=0, atol=1e-5)
 
 
 def test_differences_of_biases_and_norms_are_sampled_too(run: Path, tmp_path: Path) -> None:

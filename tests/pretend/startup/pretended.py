@@ -33,6 +33,9 @@ class Nothing:
     def query(self) -> bool:
         return True
 
+    def record_event(self, *_: Any) -> torch.Event:
+        return torch.Event("cuda")  # what torch's own stream, which FSDP2 has wait for it, takes
+
 
 def install() -> None:
     """Makes `torch.cuda` and storages believe in the device, and gives its tensors a backend for collectives."""
@@ -51,11 +54,14 @@ def install() -> None:
     for name in ("current_stream", "default_stream", "stream"):
         setattr(cuda, name, lambda *_, **__: Nothing())
     cuda.Stream = cuda.Event = cuda.StreamContext = Nothing
-    cuda.current_device = torch.accelerator.current_device_index
-    cuda.set_device = torch.accelerator.set_device_index
     torch._C._cuda_getCurrentRawStream = lambda index: 0  # type: ignore[attr-defined]
-    cuda._exchange_device = cuda._maybe_exchange_device = torch._C._accelerator_exchangeDevice
-    cuda.synchronize = torch.accelerator.synchronize
+    exchange: Any = torch._C._accelerator_exchangeDevice  # type: ignore[attr-defined]
+    same = {
+        "current_device": torch.accelerator.current_device_index, "set_device": torch.accelerator.set_device_index,
+        "_exchange_device": exchange, "_maybe_exchange_device": exchange, "synchronize": torch.accelerator.synchronize,
+    }  # fmt: skip
+    for name, function in same.items():  # wrapped, since dynamo wants a function of its own under each name
+        setattr(cuda, name, lambda *args, function=function: function(*args))
     cuda.amp.common.amp_definitely_not_available = lambda: False
     _replace_storages()
     _start_threads()
