@@ -43,5 +43,7 @@ class TorchFinder(MetaPathFinder):
         return spec
 
 
-if not any(argument.endswith("fake_gpu/worker.py") for argument in sys.orig_argv):  # it has a device of its own
+hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # as a real one would be
+has_its_own = any(argument.endswith("fake_gpu/worker.py") for argument in sys.orig_argv)
+if not hidden and not has_its_own:
     sys.meta_path.insert(0, TorchFinder())
