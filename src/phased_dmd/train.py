@@ -179,6 +179,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
                     at.fake_losses.append(loss)
                 at.update = update
                 save_if_due(job, at, state)
+                leave_if_asked(job, at, state)
             with job.system.roles.following(expert.role, config.fake.pull):
                 loss, norm = train_step(job, at, EXPERT_UPDATE, expert, expert_loss, rollouts, state)
             at.clipped += norm is not None and norm > config.optimiser.clip
@@ -186,7 +187,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
             at.iteration, at.update, at.fake_losses, at.counted = at.iteration + 1, 0, [], at.counted + 1
             cpu_seconds += time.process_time() - cpu_started
 
-            # What is seen of it: the bar, a line of metrics, a preview, a checkpoint.
+            # What is seen of it: the bar, a line of metrics, a checkpoint, then a preview, which may need more memory.
             last = at.iteration == iterations
             show(at.iteration, f"fake {fake_losses or 0:.3g} generator {loss:.3g}")
             if at.iteration % config.log_every == 0 or last:
@@ -199,9 +200,10 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
                 run_on_first_rank(partial(log, run, row, time.perf_counter() - started, cpu_seconds))
                 at.clipped, at.counted, cpu_seconds = 0, 0, 0.0
                 job.trackers.track(done + at.iteration, row)
+            save_if_due(job, at, state, always=at.iteration % config.checkpoint_every == 0)
             if config.sample_every is not None and (at.iteration % config.sample_every == 0 or last):
                 save_samples(job, at, expert)
-            save_if_due(job, at, state, always=at.iteration % config.checkpoint_every == 0)
+            leave_if_asked(job, at, state)
 
 
 def train_step(
@@ -267,11 +269,10 @@ def on_non_finite(job: Job, error: NonFiniteError, at: Position, state: Mapping[
 
 
 def save_if_due(job: Job, at: Position, state: Mapping[str, Tensor], always: bool = False) -> None:
-    """Saves where `always`, or where `checkpoint_minutes` ask for it; then see `leave_if_asked`."""
+    """Saves where `always`, or where `checkpoint_minutes` ask for it."""
     if job.timer.due() or always:
         job.run.save_checkpoint(asdict(at), state, job.system.config.keep_last)
         job.timer.saved()
-    leave_if_asked(job, at, state)
 
 
 def leave_if_asked(job: Job, at: Position, state: Mapping[str, Tensor]) -> None:

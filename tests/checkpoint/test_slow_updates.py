@@ -191,3 +191,10 @@ class FullModel(AnalyticModel):
 def test_memory_that_runs_out_names_the_part_that_it_ran_out_in(fails: int, part: str, tmp_path: Path) -> None:
     with pytest.raises(OutOfMemory, match=f"^phase 1, {part}: CUDA out of memory$"):
         run(tmp_path / "run", FullModel(fails), sample_every=1)
+
+
+def test_a_preview_that_does_not_fit_comes_after_its_iterations_checkpoint(tmp_path: Path) -> None:
+    """So the run goes on behind it, with `sample_every=null`."""
+    with pytest.raises(OutOfMemory, match="the preview"):
+        run(tmp_path / "run", FullModel(10), sample_every=1, checkpoint_every=1)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["phase-1-iteration-000001-update-0"]
