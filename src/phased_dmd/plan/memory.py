@@ -186,17 +186,17 @@ def training(config: Config, phase: int, gpus: int, gradients: int) -> int:
 
 
 def gathered(config: Config, gpus: int) -> int:
-    """Returns the bytes of weights that FSDP2 holds whole at a time, with the gradients of the block that is computed.
+    """Returns the bytes of weights that FSDP2 holds whole at a time, with the gradients of the block before.
 
-    Blocks are gathered in the dtype that computes; what stands around them is gathered when they are not. On one GPU
-    nothing is sharded.
+    Blocks are gathered in the dtype that computes; what stands around them is gathered when they are not. Gradients of
+    a block come in that dtype as its activations go; in the one that is trained they are on their way to the shards
+    while the next block computes. On one GPU nothing is sharded.
     """
     if gpus == 1 and not config.engine.offload:
         return 0
     item, trained = itemsizes(config.teacher)
     full, block = "full" in (config.fake.weights, config.generator.weights), block_parameters(config.teacher)
-    gradients = block * ((item if item < trained else 0) + trained) if full else 0
-    return PREFETCHED * block * item + gradients
+    return block * (PREFETCHED * item + (trained if full else 0))
 
 
 def phase_memory(config: Config, phase: int, gpus: int) -> Memory:
