@@ -35,6 +35,7 @@ EXPERT_UPDATE = 0  # the number of the expert's update in an iteration; the fake
 TARGETS = {"unbiased": subinterval_target, "biased": biased_target, "printed": printed_target}
 Key = tuple[int | str, ...]
 States = dict[tuple[range, tuple[Hop, ...]], Tensor]  # x behind these hops of these samples' rollout
+Loss = tuple[Tensor, dict[str, Tensor]]  # what an update descends, with its graph; and figures to log, without
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class Batch:
     def step_noise(self, step: int) -> Tensor:
         """Draws the standard normal noise [b, ...] that the `renoise` solver adds in a step."""
         return normal(self.shape, self.samples, *self.rollout_key, "renoise", step).to(self.system.device)
+
+    def mean(self, of_each: Tensor) -> Tensor:
+        """Returns the mean of a number for each sample [b], times the samples' share."""
+        return of_each.mean() * self.share
 
 
 def draw(
@@ -168,7 +173,7 @@ def roll_out(batch: Batch, hops: int, states: States) -> Tensor:
     return x
 
 
-def fake_loss(batch: Batch, states: States) -> Tensor:
+def fake_loss(batch: Batch, states: States) -> Loss:
     """Returns the loss by which the fake learns the score of what the generator makes (Eq. 13; Eq. 4 at s = 0).
 
     It is the mean over the samples, times their share of the process's batch. Call it and its backward inside
@@ -181,12 +186,12 @@ def fake_loss(batch: Batch, states: States) -> Tensor:
         x_s, batch.eps, batch.s, batch.t, system.model.schedule, system.model.prediction,
         TARGETS[system.config.ablation.target],
     )  # fmt: skip
-    return loss.mean() * batch.share
+    return batch.mean(loss), {}
 
 
-def expert_loss(batch: Batch, states: States) -> Tensor:
+def expert_loss(batch: Batch, states: States) -> Loss:
     """Returns the loss by which the phase's expert descends its divergence from the teacher at the phase's end s
-    (Eq. 11; Eq. 9 at s = 0).
+    (Eq. 11; Eq. 9 at s = 0), and the figures that the objective has.
 
     Gradient flows through all calls of the phase, or with SGTS through the last one alone. The mean over the samples,
     times their share of the process's batch. Call it and its backward inside `roles.active(expert_role(phase))`.
@@ -199,12 +204,12 @@ def expert_loss(batch: Batch, states: States) -> Tensor:
         partial(predict, condition=batch.condition, present=batch.networks) for predict in (system.teacher, system.fake)
     )
     if config.objective in FISHER:
-        return fisher_loss(batch, end.x, teacher, fake).mean() * batch.share
-    loss = distribution_matching_loss(
+        return batch.mean(fisher_loss(batch, end.x, teacher, fake)), {}
+    loss, figures = distribution_matching_loss(
         end.x, batch.eps, batch.s, batch.t, model.schedule, model.prediction,
         teacher, fake, config.objective, end.x0.detach(),
     )  # fmt: skip
-    return loss.mean() * batch.share
+    return batch.mean(loss), {name: batch.mean(of_each) for name, of_each in figures.items()}
 
 
 def fisher_loss(batch: Batch, x_s: Tensor, teacher: Predict, fake: Predict) -> Tensor:

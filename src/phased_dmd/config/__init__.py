@@ -153,8 +153,11 @@ class Config(Section):
     """Training prompts: a shipped set's name, a txt, jsonl, csv or parquet file, or OWNER/NAME, a hub's data set."""
     init_experts: Annotated[tuple[Location, ...], Field(min_length=1), BeforeValidator(_one_or_more)] | None = None
     """What experts start from: a run or an export, or LoRA files, one a network, noisiest first; null: the base."""
-    objective: Literal["normalised", "paper", "posterior", "public", "fisher", "fisher-stop-gradient"] = "normalised"
-    """What the generator descends: KL by a weighting of its gradient (paper: Eq. 11), or a Fisher divergence."""
+    objective: Literal[
+        "normalised", "projected", "paper", "posterior", "public", "fisher", "fisher-stop-gradient"
+    ] = "normalised"
+    """What the generator descends: KL by a weighting of its gradient (paper: Eq. 11; projected: without what lies along
+    the fake's own error), or a Fisher divergence."""
     iterations: Count = 400
     """Generator updates in a phase."""
     phase_shares: tuple[Annotated[float, Field(gt=0, le=1000)], ...] | None = None
@@ -189,6 +192,8 @@ class Config(Section):
             raise ValueError(f"phase_shares: {given}; null makes all phases alike")
         if analytic and "lora" in weights:
             raise ValueError("generator.weights, fake.weights: an analytic teacher has only 'full' students")
+        if analytic and self.objective == "projected" and len(self.teacher.means[0]) == 1:
+            raise ValueError("objective: projected leaves nothing of a gradient in one dimension")
         if analytic and self.prompts is not None:
             raise ValueError("prompts: an analytic teacher takes none")
         if getattr(self.teacher, "quantise", None) is not None:
