@@ -30,7 +30,7 @@ from phased_dmd.networks.build import add_expert, add_fake, build_system, remove
 from phased_dmd.networks.roles import FAKE, TEACHER, expert_role
 from phased_dmd.plan.work import phase_work
 from phased_dmd.recipes import resolve
-from phased_dmd.step import EXPERT_UPDATE, Batch, States, draw, expert_loss, fake_loss, roll_out
+from phased_dmd.step import EXPERT_UPDATE, Batch, States, draw, expert_loss, fake_loss, last_x0, roll_out
 from phased_dmd.train import distill
 
 QUICK = {
@@ -127,10 +127,27 @@ def test_a_state_that_is_kept_is_the_one_computed_afresh(fake_rollout: str) -> N
     assert compared == {1: 6 * 3 * 3, 2: 6 * 3 * 3}
 
 
+@pytest.mark.parametrize("gradient", ["all", "last"])
+def test_the_x0_of_a_rollout_is_read_off_its_last_step(gradient: str) -> None:
+    """In phases of two steps, on the rollout of the fake's update; TDM's target asks for it, and no network."""
+    config = toy(plan__steps=4, plan__gradient=gradient)
+    system = build_system(config, load_model(config.teacher, 0)[0], {})
+    for phase in (1, 2):
+        add_expert(system, phase, trainable=True)
+        batch, states = draw(system, phase, 0, 1, range(8), [1.0], None), {}
+        x_s = roll_out(batch, len(batch.path), states)
+        kept = len(states)
+        found = last_x0(batch, x_s, states)
+        assert len(states) == kept
+        expected = system.roll(batch.path, system.start(batch.first_noise()), batch.condition).x0
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
 LEVERS: dict[str, dict[str, Any]] = {
     "none": {},
     "all": {"plan__gradient": "all"},
     "same": {"ablation__fake_rollout": "same"},
+    "its x0": {"ablation__target": "rollout"},
     "reuse, same": {"rollouts__reuse": True, "ablation__fake_rollout": "same"},
     "reuse, all": {"rollouts__reuse": True, "plan__gradient": "all"},
     "reuse, full": {"rollouts__reuse": True, "plan__steps": 6, "iterations": 3},
@@ -372,6 +389,7 @@ def test_an_update_of_one_network_calls_one(wan: Wan, tmp_path: Path) -> None:
 def test_levers_that_do_not_go_together_are_refused() -> None:
     for levers, message in (
         ({"objective": "fisher", "engine__sequence_parallel": 2}, "objective: a Fisher divergence does not go with"),
+        ({"ablation__target": "rollout", "ablation__solver": "renoise"}, "ablation.target: rollout goes with"),
         ({"objective": "projected"}, "objective: projected leaves nothing of a gradient in one dimension"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -23,11 +23,12 @@ from phased_dmd.maths.losses import (
     distribution_matching_loss,
     fisher_stop_gradient_loss,
     printed_target,
+    rollout_target,
     score_matching_loss,
     subinterval_target,
 )
 from phased_dmd.maths.phases import Hop
-from phased_dmd.maths.schedules import renoise_times, times_like
+from phased_dmd.maths.schedules import renoise_times, times_like, x0_through
 from phased_dmd.models.protocol import Condition
 from phased_dmd.networks.roles import FAKE, TEACHER, System
 
@@ -179,14 +180,20 @@ def fake_loss(batch: Batch, states: States) -> Loss:
     It is the mean over the samples, times their share of the process's batch. Call it and its backward inside
     `roles.active(FAKE)`.
     """
-    system = batch.system
+    system, asked = batch.system, batch.system.config.ablation.target
     x_s = roll_out(batch, len(batch.path), states)
+    target = TARGETS[asked] if asked != "rollout" else partial(rollout_target, x0=last_x0(batch, x_s, states))
     loss = score_matching_loss(
         partial(system.fake, condition=batch.condition, present=batch.networks),
-        x_s, batch.eps, batch.s, batch.t, system.model.schedule, system.model.prediction,
-        TARGETS[system.config.ablation.target],
+        x_s, batch.eps, batch.s, batch.t, system.model.schedule, system.model.prediction, target,
     )  # fmt: skip
     return batch.mean(loss), {}
+
+
+def last_x0(batch: Batch, x_s: Tensor, states: States) -> Tensor:
+    """Returns the x_0 [b, ...] that the last call of the batch's path predicted; its state before that is in states."""
+    hop, x = batch.path[-1], roll_out(batch, len(batch.path) - 1, states)
+    return x0_through(x, x_s, times_like(hop.t, x), times_like(hop.r, x), batch.system.model.schedule)
 
 
 def expert_loss(batch: Batch, states: States) -> Loss:

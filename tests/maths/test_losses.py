@@ -27,6 +27,7 @@ from phased_dmd.maths.losses import (
     fisher_stop_gradient_loss,
     matching_gradient,
     printed_target,
+    rollout_target,
     score_matching_loss,
     score_matching_weight,
     subinterval_target,
@@ -97,6 +98,31 @@ def test_regression_of_the_target_is_the_marginal_prediction(name, prediction, s
 def test_regression_of_the_biased_target_is_not(name, prediction, s, part):
     """Sec. 2.3.2: x_s in the place of x_0 is off by more than 10 % at s of .75 and .8333, by percents at .3."""
     assert error(biased_target, name, prediction, s, s + part * (1 - s)) > (0.1 if s > 0.5 else 0.01)
+
+
+@schedules
+@predictions
+@pytest.mark.parametrize("s", S)
+@pytest.mark.parametrize("part", [0.1, 0.4])
+def test_regression_of_the_rollouts_target_is_right_with_new_noise_alone(name, prediction, s, part):
+    """TDM's target: p x_0 + q (mixed noise), where x_s = alpha_s x_0 + sigma_s e with e drawn; of the exact flow, by
+    which x_s is a function of the x_0 that is read off it, it is off by percents, but at a clean s.
+    """
+    t = s + part * (1 - s)
+    (a, sigma), exact, (nodes, weight) = alpha_sigma(name, s), exact_prediction(name, prediction, t), hermite(3, 3)
+    mean, variance = law(name, s)
+    x0 = 0.7 + 0.8 * nodes[0]
+    drawn, flowed = a * x0 + sigma * nodes[1], mean + math.sqrt(variance) * nodes[0]
+
+    def off(x_s: Tensor) -> float:
+        given = x_s[:, None], nodes[2][:, None], *times(s, t, x_s), SCHEDULES[name]
+        y, x_t = rollout_target(*given, prediction, x0[:, None])[:, 0], add_noise(*given)[:, 0]
+        rest = y - exact(x_t)
+        moments = [(weight * rest * by).sum().item() for by in (torch.ones_like(x_t), x_t)]
+        return max(abs(moment) for moment in moments)
+
+    assert off(drawn) < 1e-12
+    assert (off(flowed) < 1e-12) if sigma == 0 else (off(flowed) > 1e-3)
 
 
 @schedules

@@ -41,8 +41,9 @@ class Ablation(Section):
     """Step from a predicted sample to the next time: along the predicted noise (ddim), or with new noise (renoise)."""
     fake_rollout: Literal["full", "same"] = "full"
     """Samples that the fake learns from under SGTS: what the finished sampler makes, or exits as the generator's."""
-    target: Literal["unbiased", "biased", "printed"] = "unbiased"
-    """Target of the fake's score matching within a subinterval: Eq. 13, with x_s for x_0, or Eq. 13 as printed."""
+    target: Literal["unbiased", "biased", "rollout", "printed"] = "unbiased"
+    """Target of the fake's score matching within a subinterval: Eq. 13, with x_s for x_0, with the x_0 that the rollout
+    predicted (TDM), or Eq. 13 as printed."""
     renoise: Literal["nested", "disjoint"] | float = "nested"
     """Re-noise times of a phase: from its end to the start t_0 (nested) or to its begin (disjoint), or one number."""
 
@@ -203,6 +204,8 @@ class Config(Section):
                 raise ValueError("teacher.quantise: a packed network stays whole on one GPU, without engine.offload")
         if self.rollouts.antithetic and (self.batch_size % 2 or (self.engine.micro_batch or 0) % 2):
             raise ValueError("rollouts.antithetic: needs an even batch_size, and engine.micro_batch if there is one")
+        if self.ablation.target == "rollout" and self.ablation.solver == "renoise":
+            raise ValueError("ablation.target: rollout goes with ablation.solver=ddim, whose steps it reads x_0 off")
         if self.fake.pull and self.fake.weights == "lora":
             raise ValueError("fake.pull: needs fake.weights=full")
         if self.objective in FISHER and self.engine.sequence_parallel > 1:

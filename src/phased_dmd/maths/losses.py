@@ -77,6 +77,20 @@ def biased_target(
     return expand_like(p, x_s) * x_s + expand_like(q, x_s) * eps
 
 
+def rollout_target(
+    x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction, x0: Samples
+) -> Samples:
+    """Returns p x0 + q (x_t - alpha_t x0)/sigma_t [b, ...] for the x0 that the rollout's last call predicted.
+
+    It is TDM's target (arXiv 2503.06674), an ablation: at s > 0 biased, unless the noise in x_s is a standard normal
+    that is independent of x0, which that of a `ddim` rollout is not.
+    """
+    alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
+    p, q = coefficients(prediction, alpha_t, sigma_t)
+    mixed = (add_noise(x_s, eps, s, t, schedule) - expand_like(alpha_t, x_s) * x0) / expand_like(sigma_t, x_s)
+    return expand_like(p, x_s) * x0 + expand_like(q, x_s) * mixed
+
+
 def printed_target(
     x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction
 ) -> Samples:
