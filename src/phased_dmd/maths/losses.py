@@ -46,7 +46,7 @@ def _is_clean(s: Tensor, schedule: Schedule) -> Tensor:
     return (schedule.sigma(s) == 0) & (schedule.alpha(s) == 1)
 
 
-def _expected_x_s(x0: Samples, x_t: Samples, s: Times, t: Times, schedule: Schedule) -> Samples:
+def posterior_mean(x0: Samples, x_t: Samples, s: Times, t: Times, schedule: Schedule) -> Samples:
     """Returns E[x_s | x_t] [b, ...] for a prediction x0 of E[x_0 | x_t]: the mean of p(x_s | x_t, x_0) at x_0 = x0."""
     alpha_s, sigma_s, sigma_t = schedule.alpha(s), schedule.sigma(s), schedule.sigma(t)
     alpha_ts, sigma_ts = schedule.transition(s, t)
@@ -200,7 +200,7 @@ def matching_gradient(
                 raise ValueError("the public weighting needs the generator's own x_0 prediction, x0_generator")
             gradient, error = x0_difference, x0_generator - x0_teacher
         elif weighting in ("normalised", "projected"):
-            gradient, error = kappa * x0_difference, x_s - _expected_x_s(x0_teacher, x_t, s, t, schedule)
+            gradient, error = kappa * x0_difference, x_s - posterior_mean(x0_teacher, x_t, s, t, schedule)
         else:
             raise ValueError(f"weighting: {weighting!r} is none of {', '.join(get_args(Weighting))}")
         return gradient / expand_like(_mean_per_sample(error.abs()).clamp(min=MIN_NORMALISER), x_s), figures
@@ -234,7 +234,7 @@ def fisher_stop_gradient_loss(
     x_t = add_noise(x_s, eps, s, t, schedule)
 
     def expected_x_s(predict: Predict) -> Samples:
-        return _expected_x_s(predicted_x0(predict(x_t, t), x_t, t, schedule, prediction), x_t, s, t, schedule)
+        return posterior_mean(predicted_x0(predict(x_t, t), x_t, t, schedule, prediction), x_t, s, t, schedule)
 
     with torch.no_grad():
         wanted = expected_x_s(teacher)
