@@ -7,7 +7,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from phased_dmd import train
 from phased_dmd.networks.roles import FAKE, expert_role

@@ -178,8 +178,8 @@ def test_the_stop_gradient_form_at_a_clean_s_is_on_x0() -> None:
 @pytest.mark.parametrize(("s", "t"), POINTS)
 def test_sgmds_second_term_moves_a_generator_that_is_right(name: str, s: float, t: float) -> None:
     """Why there is no objective of SGMD's: the gradient of E |E_T - E_F|^2 - lambda |sg(x_s) - E_F|^2 in the spread c,
-    of a fake that is right, is 2 lambda k alpha_ts c Var / v_t where the generator has the teacher's law, k the slope of
-    E_F; and it vanishes at c^2 = (1 - lambda) c_T^2 - lambda sigma_ts^2 / alpha_ts^2, if that is above 0.
+    of a fake that is right, is 2 lambda k alpha_ts c sigma_ts^2 / v_t where the generator has the teacher's law, k the
+    slope of E_F; and it vanishes at c^2 = (1 - lambda) c_T^2 - lambda sigma_ts^2 / alpha_ts^2, if that is above 0.
     """
     (mean, variance), (alpha_ts, variance_ts), weight = law(name, s), transition(name, s, t), 0.1
     teacher, ((z, eps), odds) = exact_x_s(name, s, t), hermite(4, 2)

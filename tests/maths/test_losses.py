@@ -667,7 +667,7 @@ def test_the_mean_of_the_residual_is_the_fakes_error(name, prediction, s, t, own
     (m, v), (z, eps), weight = law(name, s, 0.35, 1.1), *hermite(3, 2)
     x_s, s_, t_ = m + math.sqrt(v) * z[:, None], full(s, z), full(t, z)
     x_t = add_noise(x_s, eps[:, None], s_, t_, SCHEDULES[name])
-    psi, (alpha_ts, variance_ts) = exact_prediction(name, prediction, t, *own)(x_t), transition(name, s, t)
+    psi, variance_ts = exact_prediction(name, prediction, t, *own)(x_t), transition(name, s, t)[1]
     kappa = alpha_sigma(name, s)[0] * variance_ts / alpha_sigma(name, t)[1] ** 2
     r = kappa * x0_residual(psi, x_s, eps[:, None], s_, t_, SCHEDULES[name], prediction)
     torch.testing.assert_close(r, exact_x_s(name, s, t, *own)(x_t) - x_s, rtol=1e-7, atol=1e-9)

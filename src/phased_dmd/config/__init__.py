@@ -154,9 +154,9 @@ class Config(Section):
     """Training prompts: a shipped set's name, a txt, jsonl, csv or parquet file, or OWNER/NAME, a hub's data set."""
     init_experts: Annotated[tuple[Location, ...], Field(min_length=1), BeforeValidator(_one_or_more)] | None = None
     """What experts start from: a run or an export, or LoRA files, one a network, noisiest first; null: the base."""
-    objective: Literal[
-        "normalised", "projected", "paper", "posterior", "public", "fisher", "fisher-stop-gradient"
-    ] = "normalised"
+    objective: Literal["normalised", "projected", "paper", "posterior", "public", "fisher", "fisher-stop-gradient"] = (
+        "normalised"
+    )
     """What the generator descends: KL by a weighting of its gradient (paper: Eq. 11; projected: without what lies along
     the fake's own error), or a Fisher divergence."""
     iterations: Count = 400

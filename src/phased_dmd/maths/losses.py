@@ -215,9 +215,7 @@ def distribution_matching_loss(
     Its gradient in x_s is `matching_gradient` / elements. x_s is the rollout's end, with its graph. The teacher is
     called with guidance, the fake without; neither is differentiated.
     """
-    gradient, figures = matching_gradient(
-        x_s, eps, s, t, schedule, prediction, teacher, fake, weighting, x0_generator
-    )
+    gradient, figures = matching_gradient(x_s, eps, s, t, schedule, prediction, teacher, fake, weighting, x0_generator)
     return 0.5 * _mean_per_sample((x_s - (x_s - gradient).detach()) ** 2), figures
 
 

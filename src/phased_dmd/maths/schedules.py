@@ -172,7 +172,7 @@ def ddim_step(psi: Samples, x_t: Samples, t: Times, r: Times, schedule: Schedule
 
 
 def x0_through(x_t: Samples, x_r: Samples, t: Times, r: Times, schedule: Schedule) -> Samples:
-    """Returns the x0_hat [b, ...] by which `ddim_step` led from x_t to x_r: of the one pair (x_0, eps) that makes both."""
+    """Returns the x0_hat [b, ...] by which `ddim_step` led from x_t to x_r: the x_0 of the one pair that makes both."""
     alpha, sigma, alpha_r, sigma_r = schedule.alpha(t), schedule.sigma(t), schedule.alpha(r), schedule.sigma(r)
     d = sigma * alpha_r - sigma_r * alpha
     return expand_like(sigma / d, x_t) * x_r - expand_like(sigma_r / d, x_t) * x_t

@@ -26,7 +26,7 @@ ARMS = {
     "DMD+SGTS": Arm(DMD_SGTS, "the paper's baseline"),
     "TDM, disjoint": Arm(
         phased(**TDM, ablation__renoise="disjoint"),
-        "the fake's target of TDM's own code (x_0 and noise as the rollout has them), its normaliser, t within the phase",
+        "TDM's own target (x_0 and noise as the rollout has them) and normaliser, t within the phase",
     ),
     "TDM, nested": Arm(phased(**TDM), "the same with t up to 1, TDM's option"),
     "TDM, as told": Arm(

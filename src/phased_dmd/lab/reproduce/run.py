@@ -127,8 +127,9 @@ def weigh(
     verdicts = row_verdicts(comparisons) if full else {}
     told = "; ".join(f"{row}: {verdict}" for row, verdict in verdicts.items() if verdict)
     body = {
-        "claim": name, "says": table.says, "source": table.source, **about, "verdict": "a verdict a row" if full else None,
-        "decides": told, "verdicts": verdicts, "comparisons": comparisons, "tdm": tdm,
+        "claim": name, "says": table.says, "source": table.source, **about,
+        "verdict": "a verdict a row" if full else None, "decides": told or "-",
+        "verdicts": verdicts, "comparisons": comparisons, "tdm": tdm,
         "recipes": {recipe: study.as_json() for recipe, study in studies.items()},
     }  # fmt: skip
     return write_page(results, name, methods_page(studies, comparisons, verdicts, about, tdm), body)

@@ -5,7 +5,6 @@ error are means given x_t, over its samples by their exact weights p(x_t | x_s).
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,9 +15,8 @@ from phased_dmd.config import phase_plan
 from phased_dmd.config.teacher import AnalyticTeacher
 from phased_dmd.engine.randomness import generator
 from phased_dmd.lab.metrics.distances import mode_histogram_kl
-from phased_dmd.lab.metrics.formats import markdown_table, number
 from phased_dmd.maths.losses import biased_target, posterior_mean
-from phased_dmd.maths.phases import Hop, PhasePlan, RenoiseInterval
+from phased_dmd.maths.phases import Hop, RenoiseInterval
 from phased_dmd.maths.rollout import rollout
 from phased_dmd.maths.schedules import add_noise, predicted_x0, renoise_times, times_like, x0_through
 from phased_dmd.models.analytic import ExactMixture, build_mixture
