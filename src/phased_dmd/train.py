@@ -209,7 +209,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
 def train_step(
     job: Job, at: Position, update: int, learner: Learner, loss_of: Callable[[Batch, States], Loss], rollouts: States,
     state: Mapping[str, Tensor],
-) -> tuple[float, float | None, dict[str, float]]:  # fmt: skip
+) -> tuple[float, float | None, Mapping[str, float | None]]:  # fmt: skip
     """Makes one update of a network: forward and backward of every micro-batch, then clip and optimiser step.
 
     Returns the loss over all processes, the gradient's norm before it was clipped, or None for an update that was left

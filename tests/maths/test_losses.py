@@ -122,7 +122,7 @@ def test_regression_of_the_rollouts_target_is_right_with_new_noise_alone(name, p
         return max(abs(moment) for moment in moments)
 
     assert off(drawn) < 1e-12
-    assert (off(flowed) < 1e-12) if sigma == 0 else (off(flowed) > 1e-3)
+    assert off(flowed) > 1e-3 if s > 0 else off(flowed) < 0.02  # of VE, x_s is never clean
 
 
 @schedules

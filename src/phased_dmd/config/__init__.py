@@ -42,8 +42,7 @@ class Ablation(Section):
     fake_rollout: Literal["full", "same"] = "full"
     """Samples that the fake learns from under SGTS: what the finished sampler makes, or exits as the generator's."""
     target: Literal["unbiased", "biased", "rollout", "printed"] = "unbiased"
-    """Target of the fake's score matching within a subinterval: Eq. 13, with x_s for x_0, with the x_0 that the rollout
-    predicted (TDM), or Eq. 13 as printed."""
+    """Target of the fake's score matching: Eq. 13, with x_s for x_0, with the rollout's x_0 (TDM), or as printed."""
     renoise: Literal["nested", "disjoint"] | float = "nested"
     """Re-noise times of a phase: from its end to the start t_0 (nested) or to its begin (disjoint), or one number."""
 
@@ -157,8 +156,7 @@ class Config(Section):
     objective: Literal["normalised", "projected", "paper", "posterior", "public", "fisher", "fisher-stop-gradient"] = (
         "normalised"
     )
-    """What the generator descends: KL by a weighting of its gradient (paper: Eq. 11; projected: without what lies along
-    the fake's own error), or a Fisher divergence."""
+    """What the generator descends: KL by a weighting of its gradient (Eq. 11 is paper, PDMD projected), or Fisher's."""
     iterations: Count = 400
     """Generator updates in a phase."""
     phase_shares: tuple[Annotated[float, Field(gt=0, le=1000)], ...] | None = None
@@ -193,7 +191,8 @@ class Config(Section):
             raise ValueError(f"phase_shares: {given}; null makes all phases alike")
         if analytic and "lora" in weights:
             raise ValueError("generator.weights, fake.weights: an analytic teacher has only 'full' students")
-        if analytic and self.objective == "projected" and len(self.teacher.means[0]) == 1:
+        one_dimension = isinstance(self.teacher, AnalyticTeacher) and len(self.teacher.means[0]) == 1
+        if one_dimension and self.objective == "projected":
             raise ValueError("objective: projected leaves nothing of a gradient in one dimension")
         if analytic and self.prompts is not None:
             raise ValueError("prompts: an analytic teacher takes none")

@@ -29,7 +29,10 @@ WHY_TDM = (
 )
 PARTICLES = (
     "Where the biases lead, phase by phase, if an expert could make any x_s: particles that are moved along the "
-    "gradient. *Stretch*: the root mean square of x_s at a phase's end, over that of the teacher's law."
+    "gradient. *Stretch*: the root mean square of x_s at a phase's end, over that of the teacher's law. The last "
+    "columns are of samples: as the last phase's expert makes them, whose fake has no bias, and as the teacher's own "
+    "flow makes them of what the last phase begins from, where nothing is undone. The biases do their harm before the "
+    "last phase, and an expert that can make any sample of any x_s undoes it there."
 )
 
 
@@ -108,8 +111,9 @@ def end_table(tdm: Mapping[str, Any]) -> str:
     lines = [
         [
             row["target"], row["interval"], ", ".join(f"{stretch:.3f}" for stretch in row["stretch"]),
-            number(row["kl"]), number(row["distance"]),
+            *(number(of[name]) for of in (row, row["flowed"]) for name in ("kl", "distance")),
         ]
         for row in tdm["ends"]
     ]  # fmt: skip
-    return markdown_table(["target", "t", "stretch by phase", "KL of the modes", "distance to a mode"], lines)
+    last = [f"{name}, {by}" for by in ("by an expert", "by the teacher") for name in ("KL of the modes", "distance")]
+    return markdown_table(["target", "t", "stretch by phase", *last], lines)

@@ -118,26 +118,29 @@ def biases(stage: Stage, samples: int, seed: int = 0) -> dict[str, float]:
 def descend(target: Target, interval: str, particles: int, iterations: int, seed: int = 0) -> dict[str, Any]:
     """Distils toy-2d into particles, phase by phase: each is moved along E_T - E_F as an expert's output would be.
 
-    Returns by phase the `stretch`, the root mean square of x_s over that of the teacher's law; and of the last phase's
-    end the `kl` of the modes and the mean `distance` to the nearest mode.
+    Returns by phase the `stretch`, the root mean square of x_s over that of the teacher's law; of the last phase's end
+    the `kl` of the modes and the mean `distance` to the nearest mode; and both of where the teacher's own flow, which
+    undoes nothing, takes what the last phase began from.
     """
     rng = generator(seed, "descend", target, interval)
-    x, stretch = torch.randn(particles, 2, generator=rng, dtype=torch.float64), []
-    for stage in stages(interval):
-        x_s = stage.flow(x, 1)
+    x, stretch, phases = torch.randn(particles, 2, generator=rng, dtype=torch.float64), [], stages(interval)
+    exact = phases[0].exact
+    clean = exact.means.square().sum(1).mean() + 2 * exact.std**2  # the mean of |x_0|^2
+    flowed = x
+    for stage in phases:
+        x_s, flowed = stage.flow(x, 1), stage.flow(x, FINE)
         for i in range(iterations):
             x_t, t = stage.noised(x_s, rng)
             x_s = x_s + (1 - i / iterations) * (stage.teacher(x_t, t) - stage.fake(target, x, x_s, x_t, t))
-        exact = stage.exact
-        clean = exact.means.square().sum(1).mean() + 2 * exact.std**2
         wanted = (1 - stage.s) ** 2 * clean + 2 * stage.s**2
         stretch.append((x_s.square().sum(1).mean() / wanted).sqrt().item())
         x = x_s
-    return {
-        "target": target, "interval": interval, "stretch": stretch,
-        "kl": mode_histogram_kl(x, exact.means, exact.weights),
-        "distance": torch.cdist(x, exact.means).min(1).values.mean().item(),
-    }  # fmt: skip
+
+    def quality(x: Tensor) -> dict[str, float]:
+        distance = torch.cdist(x, exact.means).min(1).values.mean().item()
+        return {"kl": mode_histogram_kl(x, exact.means, exact.weights), "distance": distance}
+
+    return {"target": target, "interval": interval, "stretch": stretch, **quality(x), "flowed": quality(flowed)}
 
 
 def tdm_study(samples: int = 4000, particles: int = 1000, iterations: int = 300) -> dict[str, Any]:
