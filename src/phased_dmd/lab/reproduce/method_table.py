@@ -99,7 +99,7 @@ def bias_table(tdm: Mapping[str, Any]) -> str:
     lines = [
         [
             str(row["phase"]), f"{row['s']:.3g} to {row['high']:.3g}", number(row["signal"]),
-            *(number(row[target] / row["signal"]) for target in ("biased", "rollout")),
+            *(number(row[target] / row["signal"]) if row["signal"] else "-" for target in ("biased", "rollout")),
         ]
         for row in tdm["biases"]
     ]  # fmt: skip
