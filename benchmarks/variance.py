@@ -7,12 +7,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from phased_dmd import train
 from phased_dmd.networks.roles import FAKE, expert_role
 from phased_dmd.recipes import resolve
-from phased_dmd.step import EXPERT_UPDATE, Batch, States, draw, expert_loss, fake_loss
+from phased_dmd.step import EXPERT_UPDATE, Batch, Loss, States, draw, expert_loss, fake_loss
 from phased_dmd.train import Job
 
 AFTER = 10**6  # iterations: draws that training has not had
@@ -45,7 +44,7 @@ def variances(folder: Path, iterations: int = 30, batches: int = 48) -> list[dic
 
 
 def variance(
-    job: Job, phase: int, role: str, update: int, loss_of: Callable[[Batch, States], Tensor],
+    job: Job, phase: int, role: str, update: int, loss_of: Callable[[Batch, States], Loss],
     kind: str | None, batches: int,
 ) -> float:  # fmt: skip
     """The trace of the covariance of a role's gradient over batches drawn with one kind of pairs."""
@@ -58,7 +57,7 @@ def variance(
         with system.roles.active(role):
             for samples in job.micro_batches:
                 drawn = draw(system, phase, AFTER + batch, update, samples[0], job.odds, job.conditions)
-                loss_of(drawn, {}).backward()
+                loss_of(drawn, {})[0].backward()
         for name, p in parameters.items():
             assert p.grad is not None
             gradient = p.grad.double()

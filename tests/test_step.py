@@ -16,12 +16,13 @@ from gaussians import MEAN, exact_prediction, hermite
 from recorded import Call, Recorded, distill_own, distill_recorded, updates
 from tiny import TinyCodec, TinyWan
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.config import Config, phase_plan, renoise_interval
 from phased_dmd.engine.world import split_batch
 from phased_dmd.errors import Stopped, UserError
-from phased_dmd.maths.losses import score_matching_loss
+from phased_dmd.maths.losses import score_matching_loss, subinterval_target
 from phased_dmd.maths.rollout import Rollout, rollout
 from phased_dmd.maths.schedules import FlowSchedule
 from phased_dmd.models.loader import load_model
@@ -29,7 +30,8 @@ from phased_dmd.networks.build import add_expert, add_fake, build_system, remove
 from phased_dmd.networks.roles import FAKE, TEACHER, expert_role
 from phased_dmd.plan.work import phase_work
 from phased_dmd.recipes import resolve
-from phased_dmd.step import EXPERT_UPDATE, Batch, States, draw, expert_loss, fake_loss, roll_out
+from phased_dmd.step import EXPERT_UPDATE, Batch, States, draw, expert_loss, fake_loss, last_x0, roll_out
+from phased_dmd.train import distill
 
 QUICK = {
     "teacher.fit_steps": 20, "fake.updates": 2,
@@ -111,7 +113,7 @@ def test_a_state_that_is_kept_is_the_one_computed_afresh(fake_rollout: str) -> N
                 role, loss = (FAKE, fake_loss) if update else (expert_role(phase), expert_loss)
                 batch = draw(system, phase, iteration, update, range(8), [1.0], None)
                 with system.roles.active(role):
-                    loss(batch, states).backward()
+                    loss(batch, states)[0].backward()
                 for hops in (system.plan.steps(phase).start, len(batch.path) - 1, len(batch.path)):
                     kept = len(states)
                     assert torch.equal(roll_out(batch, hops, dict(states)), roll_out(batch, hops, {}))
@@ -125,10 +127,27 @@ def test_a_state_that_is_kept_is_the_one_computed_afresh(fake_rollout: str) -> N
     assert compared == {1: 6 * 3 * 3, 2: 6 * 3 * 3}
 
 
+@pytest.mark.parametrize("gradient", ["all", "last"])
+def test_the_x0_of_a_rollout_is_read_off_its_last_step(gradient: str) -> None:
+    """In phases of two steps, on the rollout of the fake's update; TDM's target asks for it, and no network."""
+    config = toy(plan__steps=4, plan__gradient=gradient)
+    system = build_system(config, load_model(config.teacher, 0)[0], {})
+    for phase in (1, 2):
+        add_expert(system, phase, trainable=True)
+        batch, states = draw(system, phase, 0, 1, range(8), [1.0], None), {}
+        x_s = roll_out(batch, len(batch.path), states)
+        kept = len(states)
+        found = last_x0(batch, x_s, states)
+        assert len(states) == kept
+        expected = system.roll(batch.path, system.start(batch.first_noise()), batch.condition).x0
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
 LEVERS: dict[str, dict[str, Any]] = {
     "none": {},
     "all": {"plan__gradient": "all"},
     "same": {"ablation__fake_rollout": "same"},
+    "its x0": {"ablation__target": "rollout"},
     "reuse, same": {"rollouts__reuse": True, "ablation__fake_rollout": "same"},
     "reuse, all": {"rollouts__reuse": True, "plan__gradient": "all"},
     "reuse, full": {"rollouts__reuse": True, "plan__steps": 6, "iterations": 3},
@@ -174,6 +193,31 @@ def test_the_plan_foresees_the_calls(levers: dict[str, Any], tmp_path: Path) -> 
         found = {role: count / (config.iterations * 8) for role, count in samples_called(model, phase).items()}
         assert (found.pop(TEACHER), found.pop(FAKE)) == (1, 2 + 1)
         assert sum(found.values()) == pytest.approx(work.calls - (1 + 2 + 1), abs=1e-12)
+
+
+def test_projected_logs_its_figures_and_asks_no_network_more(tmp_path: Path) -> None:
+    """The means over the batch of |r| / |d| and of cos^2 between r and d, from what the networks said in each update of
+    an expert; micro-batches add up to the same. No other objective has figures.
+    """
+    small = {**QUICK, "iterations": 2, "objective": "projected"}
+    config, parts = resolve("toy-2d", small), resolve("toy-2d", {**small, "engine.micro_batch": 2})
+    model = distill_recorded(config, tmp_path / "run")
+    rows, expected = RunFolder(tmp_path / "run").metrics(), []
+    for update in updates(config, model):
+        if len(update.scores) == 2:
+            teacher, fake = (call.out for call in sorted(update.scores, key=lambda call: call.role, reverse=True))
+            given = update.x_s, update.batch.eps, update.batch.s, update.batch.t
+            d, r = fake - teacher, fake - subinterval_target(*given, FlowSchedule(), "flow")
+            cosine = cosine_similarity(d, r)
+            expected.append(((r.norm(dim=1) / d.norm(dim=1)).mean().item(), cosine.square().mean().item()))
+    found = [(row["residual_ratio"], row["removed_share"]) for row in rows]
+    assert [pytest.approx(pair, rel=1e-4) for pair in expected] == found and len(found) == 2 * 4
+    distill(parts, tmp_path / "parts", quiet=True)
+    first = RunFolder(tmp_path / "parts").metrics()[0]
+    assert (first["residual_ratio"], first["removed_share"]) == pytest.approx(found[0], rel=1e-4)
+    plain = resolve("toy-2d", {**small, "objective": "normalised"})
+    assert len(distill_recorded(plain, tmp_path / "plain").calls) == len(model.calls)
+    assert set(RunFolder(tmp_path / "plain").metrics()[0]) == set(rows[0]) - {"residual_ratio", "removed_share"}
 
 
 def samples_called(model: Recorded, phase: int) -> Counter[str]:
@@ -345,6 +389,8 @@ def test_an_update_of_one_network_calls_one(wan: Wan, tmp_path: Path) -> None:
 def test_levers_that_do_not_go_together_are_refused() -> None:
     for levers, message in (
         ({"objective": "fisher", "engine__sequence_parallel": 2}, "objective: a Fisher divergence does not go with"),
+        ({"ablation__target": "rollout", "ablation__solver": "renoise"}, "ablation.target: rollout goes with"),
+        ({"objective": "projected"}, "objective: projected leaves nothing of a gradient in one dimension"),
     ):
         with pytest.raises(ValueError, match=message):
             toy(**levers)

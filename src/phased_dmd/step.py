@@ -23,11 +23,12 @@ from phased_dmd.maths.losses import (
     distribution_matching_loss,
     fisher_stop_gradient_loss,
     printed_target,
+    rollout_target,
     score_matching_loss,
     subinterval_target,
 )
 from phased_dmd.maths.phases import Hop
-from phased_dmd.maths.schedules import renoise_times, times_like
+from phased_dmd.maths.schedules import renoise_times, times_like, x0_through
 from phased_dmd.models.protocol import Condition
 from phased_dmd.networks.roles import FAKE, TEACHER, System
 
@@ -35,6 +36,7 @@ EXPERT_UPDATE = 0  # the number of the expert's update in an iteration; the fake
 TARGETS = {"unbiased": subinterval_target, "biased": biased_target, "printed": printed_target}
 Key = tuple[int | str, ...]
 States = dict[tuple[range, tuple[Hop, ...]], Tensor]  # x behind these hops of these samples' rollout
+Loss = tuple[Tensor, dict[str, Tensor]]  # what an update descends, with its graph; and figures to log, without
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,10 @@ class Batch:
     def step_noise(self, step: int) -> Tensor:
         """Draws the standard normal noise [b, ...] that the `renoise` solver adds in a step."""
         return normal(self.shape, self.samples, *self.rollout_key, "renoise", step).to(self.system.device)
+
+    def mean(self, of_each: Tensor) -> Tensor:
+        """Returns the mean of a number for each sample [b], times the samples' share."""
+        return of_each.mean() * self.share
 
 
 def draw(
@@ -168,25 +174,31 @@ def roll_out(batch: Batch, hops: int, states: States) -> Tensor:
     return x
 
 
-def fake_loss(batch: Batch, states: States) -> Tensor:
+def fake_loss(batch: Batch, states: States) -> Loss:
     """Returns the loss by which the fake learns the score of what the generator makes (Eq. 13; Eq. 4 at s = 0).
 
     It is the mean over the samples, times their share of the process's batch. Call it and its backward inside
     `roles.active(FAKE)`.
     """
-    system = batch.system
+    system, asked = batch.system, batch.system.config.ablation.target
     x_s = roll_out(batch, len(batch.path), states)
+    target = TARGETS[asked] if asked != "rollout" else partial(rollout_target, x0=last_x0(batch, x_s, states))
     loss = score_matching_loss(
         partial(system.fake, condition=batch.condition, present=batch.networks),
-        x_s, batch.eps, batch.s, batch.t, system.model.schedule, system.model.prediction,
-        TARGETS[system.config.ablation.target],
+        x_s, batch.eps, batch.s, batch.t, system.model.schedule, system.model.prediction, target,
     )  # fmt: skip
-    return loss.mean() * batch.share
+    return batch.mean(loss), {}
 
 
-def expert_loss(batch: Batch, states: States) -> Tensor:
+def last_x0(batch: Batch, x_s: Tensor, states: States) -> Tensor:
+    """Returns the x_0 [b, ...] that the last call of the batch's path predicted; its state before that is in states."""
+    hop, x = batch.path[-1], roll_out(batch, len(batch.path) - 1, states)
+    return x0_through(x, x_s, times_like(hop.t, x), times_like(hop.r, x), batch.system.model.schedule)
+
+
+def expert_loss(batch: Batch, states: States) -> Loss:
     """Returns the loss by which the phase's expert descends its divergence from the teacher at the phase's end s
-    (Eq. 11; Eq. 9 at s = 0).
+    (Eq. 11; Eq. 9 at s = 0), and the figures that the objective has.
 
     Gradient flows through all calls of the phase, or with SGTS through the last one alone. The mean over the samples,
     times their share of the process's batch. Call it and its backward inside `roles.active(expert_role(phase))`.
@@ -199,12 +211,12 @@ def expert_loss(batch: Batch, states: States) -> Tensor:
         partial(predict, condition=batch.condition, present=batch.networks) for predict in (system.teacher, system.fake)
     )
     if config.objective in FISHER:
-        return fisher_loss(batch, end.x, teacher, fake).mean() * batch.share
-    loss = distribution_matching_loss(
+        return batch.mean(fisher_loss(batch, end.x, teacher, fake)), {}
+    loss, figures = distribution_matching_loss(
         end.x, batch.eps, batch.s, batch.t, model.schedule, model.prediction,
         teacher, fake, config.objective, end.x0.detach(),
     )  # fmt: skip
-    return loss.mean() * batch.share
+    return batch.mean(loss), {name: batch.mean(of_each) for name, of_each in figures.items()}
 
 
 def fisher_loss(batch: Batch, x_s: Tensor, teacher: Predict, fake: Predict) -> Tensor:

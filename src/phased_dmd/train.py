@@ -13,7 +13,7 @@ from torch import Tensor
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.conditions import Conditions, picture_hashes
 from phased_dmd.config import Config
-from phased_dmd.engine.collectives import all_reduce_mean, run_on_first_rank, run_with_heartbeat
+from phased_dmd.engine.collectives import all_reduce_means, run_on_first_rank, run_with_heartbeat
 from phased_dmd.engine.signals import Signals
 from phased_dmd.engine.timer import SaveTimer
 from phased_dmd.engine.world import check_groups, out_of_memory, processes, rank, split_batch, warn
@@ -37,7 +37,7 @@ from phased_dmd.progress import progress_bar
 from phased_dmd.sampling.initial import initial_expert
 from phased_dmd.sampling.loading import read_expert
 from phased_dmd.sampling.sampler import preview_samples
-from phased_dmd.step import EXPERT_UPDATE, Batch, States, bucket_odds, draw, expert_loss, fake_loss
+from phased_dmd.step import EXPERT_UPDATE, Batch, Loss, States, bucket_odds, draw, expert_loss, fake_loss
 from phased_dmd.trackers import Trackers
 
 
@@ -173,7 +173,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
 
             # The fake follows the generator, then the expert is updated against it.
             for update in range(at.update + 1, config.fake.updates + 1):
-                loss, norm = train_step(job, at, update, fake, fake_loss, rollouts, state)
+                loss, norm, _ = train_step(job, at, update, fake, fake_loss, rollouts, state)
                 if norm is not None:
                     at.fake_norm = norm
                     at.fake_losses.append(loss)
@@ -181,7 +181,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
                 save_if_due(job, at, state)
                 leave_if_asked(job, at, state)
             with job.system.roles.following(expert.role, config.fake.pull):
-                loss, norm = train_step(job, at, EXPERT_UPDATE, expert, expert_loss, rollouts, state)
+                loss, norm, figures = train_step(job, at, EXPERT_UPDATE, expert, expert_loss, rollouts, state)
             at.clipped += norm is not None and norm > config.optimiser.clip
             fake_losses = sum(at.fake_losses) / len(at.fake_losses) if at.fake_losses else None
             at.iteration, at.update, at.fake_losses, at.counted = at.iteration + 1, 0, [], at.counted + 1
@@ -194,7 +194,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
                 row = {
                     "phase": phase, "iteration": at.iteration, "fake_loss": fake_losses,
                     "generator_loss": None if norm is None else loss, "fake_gradient_norm": at.fake_norm,
-                    "generator_gradient_norm": norm, "clipped": at.clipped / at.counted,
+                    "generator_gradient_norm": norm, "clipped": at.clipped / at.counted, **figures,
                 }  # fmt: skip
                 row |= {"skipped": at.skipped} if config.skips else {}
                 run_on_first_rank(partial(log, run, row, time.perf_counter() - started, cpu_seconds))
@@ -207,36 +207,36 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
 
 
 def train_step(
-    job: Job, at: Position, update: int, learner: Learner, loss_of: Callable[[Batch, States], Tensor], rollouts: States,
+    job: Job, at: Position, update: int, learner: Learner, loss_of: Callable[[Batch, States], Loss], rollouts: States,
     state: Mapping[str, Tensor],
-) -> tuple[float, float | None]:  # fmt: skip
+) -> tuple[float, float | None, Mapping[str, float | None]]:  # fmt: skip
     """Makes one update of a network: forward and backward of every micro-batch, then clip and optimiser step.
 
-    Returns the loss over all processes, and the gradient's norm before it was clipped, or None for an update that was
-    left out, see `on_non_finite`.
+    Returns the loss over all processes, the gradient's norm before it was clipped, or None for an update that was left
+    out, see `on_non_finite`, and the loss's figures over all processes.
     """
-    system, config, losses = job.system, job.system.config, []
+    system, config, seen, figures = job.system, job.system.config, [], {}
     with system.roles.active(learner.role):  # which adapter is on is a state of the network: backward needs it, too
         for samples in job.micro_batches:
-            if losses:  # what was gathered of the update is given up: it is made again
+            if seen:  # what was gathered of the update is given up: it is made again
                 leave_if_asked(job, at, state)
             batch = draw(
                 system, at.phase, at.iteration, update, samples[job.rank], job.odds, job.conditions,
                 everywhere=samples,
             )  # fmt: skip
-            loss = loss_of(batch, rollouts if config.rollouts.reuse else {})
+            loss, figures = loss_of(batch, rollouts if config.rollouts.reuse else {})
             # Of the processes that share a sample each has a part of its gradient, which `Batch.share` has divided.
             (loss * config.engine.sequence_parallel).backward()
-            losses.append(loss.detach())
-    mean_loss = all_reduce_mean(torch.stack(losses).sum())
+            seen.append(torch.stack([loss.detach(), *figures.values()]))
+    mean_loss, *means = all_reduce_means(torch.stack(seen, 1).sum(1))
     try:
         norm = learner.checked_norm(mean_loss, f"phase {at.phase}, iteration {at.iteration}")
         learner.clip(norm)
         learner.step(at.iteration)
-        return mean_loss, norm.item()
+        return mean_loss, norm.item(), dict(zip(figures, means, strict=True))
     except NonFiniteError as error:
         on_non_finite(job, error, at, state)
-        return mean_loss, None
+        return mean_loss, None, dict.fromkeys(figures)
     finally:
         learner.optimiser.zero_grad()
 

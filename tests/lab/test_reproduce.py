@@ -20,10 +20,12 @@ from phased_dmd import cli
 from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.config import Config, Fake, Generator, Plan
 from phased_dmd.config.teacher import AnalyticTeacher
+from phased_dmd.engine.randomness import generator
 from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate import HEADINGS
 from phased_dmd.lab.metrics.formats import number
 from phased_dmd.lab.metrics.intervals import difference, interval, ratio
+from phased_dmd.lab.reproduce.arms import ARMS, BUDGETS, REFERENCE, WORLDS
 from phased_dmd.lab.reproduce.claim import (
     DMD,
     DMD_SGTS,
@@ -41,7 +43,7 @@ from phased_dmd.lab.reproduce.claim import (
     Variant,
 )
 from phased_dmd.lab.reproduce.claim_page import beside_paper, claim_page, comparison_table, decisive, verdict_line
-from phased_dmd.lab.reproduce.claims import ALONE, CLAIMS, NAMES, SHORT, STUDIES, collapse_trial
+from phased_dmd.lab.reproduce.claims import ALONE, CLAIMS, NAMES, SHORT, STUDIES, TABLES, collapse_trial
 from phased_dmd.lab.reproduce.fig2 import (
     BIASED,
     UNBIASED,
@@ -54,10 +56,12 @@ from phased_dmd.lab.reproduce.fig2 import (
 from phased_dmd.lab.reproduce.fig2 import FULL as FULL_INTERVAL
 from phased_dmd.lab.reproduce.fig5 import change, changes
 from phased_dmd.lab.reproduce.memory_study import SavedBytes, judge_memory, memory_page, update_bytes, write_memory
+from phased_dmd.lab.reproduce.method_table import at_equal_cost, bias_table, end_table, row_verdicts, run_forwards
 from phased_dmd.lab.reproduce.results import plus_minus, read_rows, summary_table, write_index
-from phased_dmd.lab.reproduce.run import budgets_of, chosen, decide, is_full, runs_of, study_page
+from phased_dmd.lab.reproduce.run import budgets_of, chosen, decide, is_full, runs_of, study_page, weigh
 from phased_dmd.lab.reproduce.study import Study, plan_run, plan_runs, study_of, summarise
-from phased_dmd.lab.reproduce.verdict import compare, compare_pairs, judge, outcome
+from phased_dmd.lab.reproduce.tdm_study import FINE, INTERVALS, descend, stages, tdm_study
+from phased_dmd.lab.reproduce.verdict import compare, compare_pairs, judge, mirrored, outcome
 from phased_dmd.lab.reproduce.workers import PlannedRun, Workers, inherit, unique_runs
 from phased_dmd.maths.losses import biased_target, subinterval_target
 from phased_dmd.maths.schedules import FlowSchedule
@@ -407,12 +411,110 @@ def test_the_command_writes_a_quick_study_beside_its_runs(
 
 def test_all_at_a_quick_budget_is_every_claim_and_no_study() -> None:
     """Each run once, though claims share them."""
-    assert chosen("all", "full") == [*NAMES] == [*ALONE, *CLAIMS, *STUDIES]
+    assert chosen("all", "full") == [*NAMES] == [*ALONE, *CLAIMS, *TABLES, *STUDIES]
     names = chosen("all", "quick")
-    assert names == ["fig2", "memory", *CLAIMS]
+    assert names == ["fig2", "memory", *CLAIMS, "methods"]
     asked = unique_runs([run for name in names for run in runs_of(name, budgets_of(name, "quick"), Path())])
     counts = {recipe: sum(run.config.recipe == recipe for run in asked) for recipe in QUICK}
-    assert counts == {"toy-2d": 18, "nano-t2i": 23, "nano-moe": 5, "nano-t2v": 5, "nano-i2v": 5}
+    assert counts == {"toy-2d": 27, "nano-t2i": 32, "nano-moe": 16, "nano-t2v": 5, "nano-i2v": 5}
+
+
+# The table of methods
+
+
+@pytest.mark.parametrize("recipe", WORLDS)
+def test_the_rows_of_the_table_take_equally_many_forwards(recipe: str) -> None:
+    """To the iteration that cannot be split, of each phase."""
+    budget, trial = BUDGETS[recipe], at_equal_cost(TABLES["methods"]).trials[recipe]
+    whole = run_forwards(resolve(recipe, {}, "phased")) * budget.updates
+    counts = {}
+    for label, variant in trial.variants.items():
+        config, _ = plan_run(recipe, variant, 0, budget, Path())
+        of_one = run_forwards(config) / config.iterations
+        assert abs(run_forwards(config) - whole) <= of_one / 2 + 1e-9, label
+        counts[label] = config.updates
+    assert counts["one fake update"] > 2 * counts["Phased"] and counts["PDMD"] == counts["Phased"] > counts["Fisher"]
+
+
+def test_a_mirrored_comparison_is_that_of_the_sides_exchanged() -> None:
+    one, other = [1.0, 2.0, 4.5], [1.5, 1.9, 7.0]
+    for compare_by in (ratio, difference):
+        found, expected = mirrored(compare_by(one, other)), compare_by(other, one)
+        for key in ("value", "low", "high", "p"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-9), key
+    alone = mirrored(ratio(one[:1], other[:1]))
+    assert alone["value"] == pytest.approx(1.5) and alone["low"] is alone["high"] is alone["p"] is None
+
+
+def test_a_row_is_better_or_worse_by_the_rule_of_claims() -> None:
+    def row(name: str, *spans: tuple[float, float]) -> list[dict[str, Any]]:
+        """Of ratios above 1 where the row is better, with intervals of five seeds."""
+        logs = [(math.log(low), math.log(high)) for low, high in spans]
+        values = [[(a + b) / 2 + (b - a) / 2 * z for z in (-0.81, 0.81, -0.81, 0.81, 0.0)] for a, b in logs]
+        return [{"better": name, **ratio([math.exp(v) for v in of_span], [1.0] * 5)} for of_span in values]
+
+    rows = [
+        *row("best", (1.1, 1.2), (2.0, 2.1)), *row("some", (2.0, 2.01), (0.9, 1.1)), *row("open", (0.9, 1.1)),
+        *row("mixed", (2.0, 2.01), (0.4, 0.41)), *row("worst", (0.5, 0.51)), *row("bad", (0.5, 0.501), (0.9, 1.1)),
+    ]  # fmt: skip
+    assert row_verdicts(rows) == {
+        "best": "better", "some": "better in part", "open": "not told apart", "mixed": "not told apart",
+        "worst": "worse", "bad": "worse in part",
+    }  # fmt: skip
+    assert row_verdicts([{"better": "one", **ratio([1.0], [2.0])}]) == {"one": None}
+
+
+def test_the_table_of_methods_has_a_line_a_row_and_its_files_agree(claim: Claim, tmp_path: Path) -> None:
+    """Two of its rows on the tiny recipe, two seeds; what is said of TDM comes from a small study of it."""
+    rows, budget = (REFERENCE, "one fake update"), Budget(2, 64)
+    trial = TABLES["methods"].trials["toy-2d"]
+    variants = {label: trial.variants[label] for label in rows}
+    small = replace(claim, trials={"toy-2d": replace(trial, variants=variants, pairs=((rows[1], rows[0]),))})
+    distil(plan_runs("toy-2d", variants, budget, tmp_path).values())
+    tdm = tdm_study(samples=64, particles=32, iterations=2)
+    path = weigh("methods", small, {"toy-2d": budget}, True, tmp_path, tmp_path, ABOUT, tdm)
+    body, text = json.loads(path.with_suffix(".json").read_text()), path.read_text()
+    assert body["verdicts"] == row_verdicts(body["comparisons"]) and [*body["verdicts"]] == ["one fake update"]
+    assert f"| one fake update | {ARMS['one fake update'].says} | {body['verdicts']['one fake update']} |" in text
+    assert bias_table(body["tdm"]) in text and end_table(body["tdm"]) in text
+    assert (tmp_path / "methods.png").exists() and len(read_rows(tmp_path / "methods.jsonl")) == 4
+
+
+# What TDM's targets teach, on the exact mixture
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).square().sum(1).mean().sqrt().item()
+
+
+@pytest.mark.parametrize("interval", INTERVALS)
+def test_a_fake_that_learns_without_error_has_the_teachers_mean_on_its_law(interval: str) -> None:
+    """By the unbiased target in every phase; by the others, which are the same at s = 0, nowhere else."""
+    for stage in stages(interval):
+        rng = generator(0, interval, f"{stage.s:g}")
+        law = stage.start(6000, rng)
+        x_s = stage.flow(law, FINE)
+        asked = stage.flow(stage.start(500, rng), FINE)
+        x_t, t = stage.noised(asked, rng)
+        right = stage.fake("unbiased", law, x_s, x_t, t)
+        assert apart(right, stage.teacher(x_t, t)) < 0.05 * apart(asked, stage.teacher(x_t, t))
+        for target in ("biased", "rollout"):
+            off = apart(stage.fake(target, law, x_s, x_t, t), right)
+            assert off > 5e-3 if stage.s > 0 else off < 1e-9, (stage.s, target)
+
+
+def test_particles_that_descend_by_the_unbiased_target_reach_the_teachers_law() -> None:
+    found = descend("unbiased", "nested", particles=400, iterations=100)
+    assert found["stretch"] == pytest.approx([1.0] * 4, abs=0.01) and max(found["kl"], found["flowed"]["kl"]) < 0.01
+
+
+def test_the_last_phase_undoes_what_a_biased_target_did_before_it() -> None:
+    """The law that it begins from is off, which shows where the teacher's flow goes on from it, and in no sample of the
+    last expert's.
+    """
+    found = descend("biased", "nested", particles=400, iterations=100)
+    assert found["stretch"][0] < 0.7 and found["stretch"][2] > 1.1
+    assert found["kl"] < 0.01 and found["flowed"]["kl"] > 5 * found["kl"]
 
 
 def test_an_unknown_claim_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

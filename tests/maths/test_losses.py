@@ -1,6 +1,7 @@
 """The two losses against closed forms: Gaussians by linear algebra, the mixture {-1, 0, 1, 2} by quadrature."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -26,18 +27,25 @@ from phased_dmd.maths.losses import (
     fisher_stop_gradient_loss,
     matching_gradient,
     printed_target,
+    rollout_target,
     score_matching_loss,
     score_matching_weight,
     subinterval_target,
+    without_component,
+    x0_residual,
 )
 from phased_dmd.maths.schedules import add_noise, renoise_times
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.recipes import resolve
 
 S = (0.0, 0.3, 0.75, 5 / 6)
-WEIGHTINGS = ("normalised", "paper", "posterior", "public")
+WEIGHTINGS = ("normalised", "projected", "paper", "posterior", "public")
 schedules = pytest.mark.parametrize("name", SCHEDULES)
 predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
+
+
+def gradient_of(*arguments: Any, **more: Any) -> Tensor:
+    return matching_gradient(*arguments, **more)[0]
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -90,6 +98,31 @@ def test_regression_of_the_target_is_the_marginal_prediction(name, prediction, s
 def test_regression_of_the_biased_target_is_not(name, prediction, s, part):
     """Sec. 2.3.2: x_s in the place of x_0 is off by more than 10 % at s of .75 and .8333, by percents at .3."""
     assert error(biased_target, name, prediction, s, s + part * (1 - s)) > (0.1 if s > 0.5 else 0.01)
+
+
+@schedules
+@predictions
+@pytest.mark.parametrize("s", S)
+@pytest.mark.parametrize("part", [0.1, 0.4])
+def test_regression_of_the_rollouts_target_is_right_with_new_noise_alone(name, prediction, s, part):
+    """TDM's target: p x_0 + q (mixed noise), where x_s = alpha_s x_0 + sigma_s e with e drawn; of the exact flow, by
+    which x_s is a function of the x_0 that is read off it, it is off by percents, but at a clean s.
+    """
+    t = s + part * (1 - s)
+    (a, sigma), exact, (nodes, weight) = alpha_sigma(name, s), exact_prediction(name, prediction, t), hermite(3, 3)
+    mean, variance = law(name, s)
+    x0 = 0.7 + 0.8 * nodes[0]
+    drawn, flowed = a * x0 + sigma * nodes[1], mean + math.sqrt(variance) * nodes[0]
+
+    def off(x_s: Tensor) -> float:
+        given = x_s[:, None], nodes[2][:, None], *times(s, t, x_s), SCHEDULES[name]
+        y, x_t = rollout_target(*given, prediction, x0[:, None])[:, 0], add_noise(*given)[:, 0]
+        rest = y - exact(x_t)
+        moments = [(weight * rest * by).sum().item() for by in (torch.ones_like(x_t), x_t)]
+        return max(abs(moment) for moment in moments)
+
+    assert off(drawn) < 1e-12
+    assert off(flowed) > 1e-3 if s > 0 else off(flowed) < 0.02  # of VE, x_s is never clean
 
 
 @schedules
@@ -317,7 +350,7 @@ def test_losses_have_the_samples_dtype_but_float32_at_least(target, s, dtype, ex
     x_s, eps = randn(2, 5, 3, dtype=dtype)
     net, (s, t) = Affine(0.3, -0.2), times(s, 0.9, x_s)
     assert score_matching_loss(net, x_s, eps, s, t, SCHEDULES["flow"], "flow", target).dtype == expected
-    generator_loss = distribution_matching_loss(x_s, eps, s, t, SCHEDULES["flow"], "flow", net, Affine(0.5, 0.1))
+    generator_loss, _ = distribution_matching_loss(x_s, eps, s, t, SCHEDULES["flow"], "flow", net, Affine(0.5, 0.1))
     assert generator_loss.dtype == expected
 
 
@@ -401,7 +434,7 @@ def test_paper_gradient_is_that_of_the_kl_divergence(name, prediction, s, t):
     (z, eps), weight = hermite(3, 2)
     generator = torch.tensor([m, c], dtype=torch.float64, requires_grad=True)
     x_s = generator[0] + generator[1] * z
-    loss = distribution_matching_loss(
+    loss, _ = distribution_matching_loss(
         x_s[:, None], eps[:, None], *times(s, t, x_s), SCHEDULES[name], prediction,
         exact_prediction(name, prediction, t), score_form(name, prediction, t, m_g, v_g), "paper",
     )  # fmt: skip
@@ -426,7 +459,7 @@ def test_paper_weight(name, prediction, s, t):
     else:
         expected = alpha_ts * alpha / (alpha * sigma + sigma**2)
     x_s, eps = randn(2, 2, 3)
-    gradient = matching_gradient(
+    gradient = gradient_of(
         x_s, eps, *times(s, t, x_s), SCHEDULES[name], prediction, Affine(0, 1), Affine(0, 0), "paper"
     )
     torch.testing.assert_close(gradient, torch.full_like(x_s, expected), rtol=1e-12, atol=1e-18)
@@ -452,8 +485,8 @@ def test_normalised_gradient_is_the_difference_of_posterior_means(name, predicti
     x_t = alpha_ts * x_s + math.sqrt(variance_ts) * eps
     real, fake = exact_x_s(name, s, t)(x_t), exact_x_s(name, s, t, -0.2, 0.4)(x_t)
     expected = (fake - real) / (x_s - real).abs().mean((1, 2), keepdim=True).clamp(min=1e-4)
-    torch.testing.assert_close(matching_gradient(*arguments), expected, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(matching_gradient(*arguments, "posterior"), fake - real, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(gradient_of(*arguments), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(gradient_of(*arguments, "posterior"), fake - real, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["flow", "vp-cosine", "vp-linear"])
@@ -469,8 +502,8 @@ def test_normalised_at_a_clean_s_is_the_public_form(name, prediction, t):
     x0_teacher, x0_fake = exact_prediction(name, "x0", t)(x_t), exact_prediction(name, "x0", t, -0.2, 0.4)(x_t)
     expected = (x0_fake - x0_teacher) / (x_0 - x0_teacher).abs().mean((1, 2), keepdim=True)
     close = {"rtol": 1e-9, "atol": 1e-10}
-    torch.testing.assert_close(matching_gradient(*arguments, "normalised"), expected, **close)
-    torch.testing.assert_close(matching_gradient(*arguments, "public", x0_generator=x_0), expected, **close)
+    torch.testing.assert_close(gradient_of(*arguments, "normalised"), expected, **close)
+    torch.testing.assert_close(gradient_of(*arguments, "public", x0_generator=x_0), expected, **close)
 
 
 def test_weights_at_phase_onset():
@@ -491,7 +524,7 @@ def test_weights_at_phase_onset():
         for t, weight in zip((0.839, 0.927, 0.985, 0.998), expected, strict=False):
             v_t = ((1 - t) * std) ** 2 + t**2
             slope = (t - (1 - t) * std**2) / v_t
-            gradient = matching_gradient(
+            gradient = gradient_of(
                 x_s, eps, *times(s, t, x_s), flow, "flow",
                 lambda x, _, slope=slope: slope * x, lambda x, _, slope=slope: slope * x - 0.05,
                 weighting, x0_generator=torch.zeros_like(x_s),
@@ -504,15 +537,15 @@ def test_floor_of_the_normaliser():
     x_0, eps = randn(2, 3, 4)
     arguments = x_0, eps, *times(0.0, 0.5, x_0), SCHEDULES["flow"], "x0", lambda *_: x_0, lambda *_: x_0 + 1e-6
     expected = torch.full_like(x_0, 1e-2)
-    torch.testing.assert_close(matching_gradient(*arguments), expected, rtol=1e-9, atol=0)
-    torch.testing.assert_close(matching_gradient(*arguments, "public", x0_generator=x_0), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(gradient_of(*arguments), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(gradient_of(*arguments, "public", x0_generator=x_0), expected, rtol=1e-9, atol=0)
 
 
 def test_normaliser_is_per_sample():
     """Ten times the distance to the teacher in one sample divides that sample's gradient alone by ten."""
     x_0, eps = torch.ones(2, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)
     away = torch.tensor([[1.0], [10.0]], dtype=torch.float64)
-    gradient = matching_gradient(
+    gradient = gradient_of(
         x_0, eps, *times(0.0, 0.5, x_0), SCHEDULES["flow"], "x0", lambda *_: x_0 - away, lambda *_: x_0 - away + 1
     )
     torch.testing.assert_close(gradient, (1 / away).expand(2, 4), rtol=1e-12, atol=0)
@@ -525,7 +558,7 @@ def test_no_gradient_where_teacher_and_fake_agree(weighting, prediction, dtype):
     x_s, eps = randn(2, 5, 3, dtype=dtype)
     x_s.requires_grad_()
     net = Affine(0.3, -0.2)
-    loss = distribution_matching_loss(
+    loss, _ = distribution_matching_loss(
         x_s, eps, *times(0.75, 0.9, x_s), SCHEDULES["flow"], prediction, net, net, weighting, torch.zeros_like(x_s)
     )
     loss.sum().backward()
@@ -547,9 +580,9 @@ def test_gradient_of_the_loss(weighting, prediction):
         x_s, eps, s, t, SCHEDULES["flow"], prediction,
         lambda x, _: teacher_scale * x, lambda x, _: fake_scale * x - 0.1, weighting, randn(5, 3, 2, seed=1),
     )  # fmt: skip
-    gradient = matching_gradient(*arguments)
+    gradient = gradient_of(*arguments)
     assert not gradient.requires_grad and gradient.abs().min() > 0
-    loss = distribution_matching_loss(*arguments)
+    loss, _ = distribution_matching_loss(*arguments)
     torch.testing.assert_close(loss, 0.5 * gradient.square().mean((1, 2)), rtol=1e-9, atol=0)
     loss.sum().backward()
     torch.testing.assert_close(x_s.grad, gradient / 6, rtol=1e-9, atol=1e-14)
@@ -561,7 +594,7 @@ def test_public_weighting_needs_the_generators_prediction():
     net = Affine(0.3, -0.2)
     message = "the public weighting needs the generator's own x_0 prediction, x0_generator"
     with pytest.raises(ValueError, match=f"^{message}$"):
-        matching_gradient(x_s, eps, *times(0.75, 0.9, x_s), SCHEDULES["flow"], "flow", net, net, "public")
+        gradient_of(x_s, eps, *times(0.75, 0.9, x_s), SCHEDULES["flow"], "flow", net, net, "public")
 
 
 def test_an_unknown_weighting_is_refused():
@@ -569,8 +602,8 @@ def test_an_unknown_weighting_is_refused():
     x_s, eps = randn(2, 5, 3)
     net = Affine(0.3, -0.2)
     with pytest.raises((ValueError, TypeCheckError), match="'Fisher'") as error:
-        matching_gradient(x_s, eps, *times(0.75, 0.9, x_s), SCHEDULES["flow"], "flow", net, net, "Fisher")
-    message = "weighting: 'Fisher' is none of normalised, paper, posterior, public"
+        gradient_of(x_s, eps, *times(0.75, 0.9, x_s), SCHEDULES["flow"], "flow", net, net, "Fisher")
+    message = "weighting: 'Fisher' is none of normalised, projected, paper, posterior, public"
     assert error.type is TypeCheckError or str(error.value) == message
 
 
@@ -582,7 +615,7 @@ def test_low_precision_samples_are_weighed_in_float32(weighting, dtype):
     s, t = times(0.75, 0.75 + 1e-7, x_s)
 
     def gradient(x_s: Tensor, eps: Tensor, x0_generator: Tensor) -> Tensor:
-        return matching_gradient(
+        return gradient_of(
             x_s, eps, s, t, SCHEDULES["flow"], "flow", Affine(0.3, -0.2), Affine(0.5, 0.1), weighting, x0_generator
         )
 
@@ -602,7 +635,8 @@ def test_low_precision_loss_is_computed_in_float32():
     torch.testing.assert_close(losses[0].double(), losses[1], rtol=1e-5, atol=0)
 
 
-def test_teacher_and_fake_see_the_renoised_sample_at_its_time():
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_teacher_and_fake_see_the_renoised_sample_at_its_time(weighting):
     """Both are called once, on x_t = alpha_ts x_s + sigma_ts eps, without graph, and with t."""
     x_s, eps = randn(2, 5, 3)
     x_s.requires_grad_()
@@ -613,10 +647,95 @@ def test_teacher_and_fake_see_the_renoised_sample_at_its_time():
         seen.append((x, time))
         return x
 
-    distribution_matching_loss(x_s, eps, s, t, SCHEDULES["flow"], "flow", network, network)
+    distribution_matching_loss(x_s, eps, s, t, SCHEDULES["flow"], "flow", network, network, weighting, x_s.detach())
     assert len(seen) == 2
     for x, time in seen:
         assert torch.equal(x, x_t) and torch.equal(time, t) and not x.requires_grad
+
+
+# The projection (PDMD)
+
+
+@schedules
+@predictions
+@pytest.mark.parametrize(("s", "t"), [(0.0, 0.3), (0.0, 0.9), (0.3, 0.5), (0.75, 0.76), (5 / 6, 0.95)])
+@pytest.mark.parametrize("own", [(0.35, 1.1), (-0.2, 0.4)], ids=["perfect", "imperfect"])
+def test_the_mean_of_the_residual_is_the_fakes_error(name, prediction, s, t, own):
+    """r = E_F[x_s | x_t] - x_s of a generator x_s that comes of x_0 ~ N(.35, 1.1^2), and of a fake of another law: zero
+    for its own, else E_F[x_s | x_t] - E[x_s | x_t]. All is affine in x_t, so that two moments say it.
+    """
+    (m, v), (z, eps), weight = law(name, s, 0.35, 1.1), *hermite(3, 2)
+    x_s, s_, t_ = m + math.sqrt(v) * z[:, None], full(s, z), full(t, z)
+    x_t = add_noise(x_s, eps[:, None], s_, t_, SCHEDULES[name])
+    psi, variance_ts = exact_prediction(name, prediction, t, *own)(x_t), transition(name, s, t)[1]
+    kappa = alpha_sigma(name, s)[0] * variance_ts / alpha_sigma(name, t)[1] ** 2
+    r = kappa * x0_residual(psi, x_s, eps[:, None], s_, t_, SCHEDULES[name], prediction)
+    torch.testing.assert_close(r, exact_x_s(name, s, t, *own)(x_t) - x_s, rtol=1e-7, atol=1e-9)
+    error = exact_x_s(name, s, t, *own)(x_t) - exact_x_s(name, s, t, 0.35, 1.1)(x_t)
+    for factor in (torch.ones_like(x_t), x_t):
+        found, expected = ((weight[:, None] * factor * of).sum().item() for of in (r, error))
+        assert found == pytest.approx(expected, rel=1e-7, abs=1e-9)
+    assert (error.abs().max() > 1e-3) == (own != (0.35, 1.1))
+
+
+def test_the_projection_is_idempotent_and_orthogonal():
+    """Sample by sample, at any scale of `along`; it never turns x by more than 90 degrees."""
+    x, along = randn(2, 6, 3, 4)
+    left = without_component(x, along)
+    torch.testing.assert_close((left * along).sum((1, 2)), torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-13)
+    torch.testing.assert_close(without_component(left, along), left, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close((x - left).square().sum((1, 2)) + left.square().sum((1, 2)), x.square().sum((1, 2)))
+    assert ((x * left).sum((1, 2)) > 0).all()
+    share = (x * along).sum((1, 2), keepdim=True) / along.square().sum((1, 2), keepdim=True)
+    torch.testing.assert_close(left, x - share * along, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(without_component(x, 1e-9 * along), left, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(without_component(along, along), torch.zeros_like(x), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_nothing_is_removed_along_zero(dtype):
+    """Nor much along what is rounding, whose direction says nothing."""
+    x = randn(2, 3, dtype=dtype)
+    assert torch.equal(without_component(x, torch.zeros_like(x)), x)
+    torch.testing.assert_close(without_component(x, 1e-30 * randn(2, 3, seed=1, dtype=dtype)), x)
+
+
+@schedules
+@predictions
+@pytest.mark.parametrize(("s", "t"), [(0.0, 0.02), (0.0, 0.5), (0.3, 0.5), (0.75, 0.7501), (5 / 6, 0.95)])
+def test_projected_is_normalised_without_its_component_along_the_residual(name, prediction, s, t):
+    """d - (<d, r> / <r, r>) r, by posterior means from joint Gaussian laws; at s = 0 those of x_0 itself, the published
+    form. The divisor is that of `normalised`. Its figures: |r| / |d|, and the removed share of |d|^2.
+    """
+    x_s, eps = randn(2, 5, 3, 2)
+    arguments = (
+        x_s, eps, *times(s, t, x_s), SCHEDULES[name], prediction,
+        exact_prediction(name, prediction, t), exact_prediction(name, prediction, t, -0.2, 0.4),
+    )  # fmt: skip
+    alpha_ts, variance_ts = transition(name, s, t)
+    x_t = alpha_ts * x_s + math.sqrt(variance_ts) * eps
+    real, fake = exact_x_s(name, s, t)(x_t), exact_x_s(name, s, t, -0.2, 0.4)(x_t)
+    d, r = fake - real, fake - x_s
+    on, length = (d * r).sum((1, 2), keepdim=True), r.square().sum((1, 2), keepdim=True)
+    expected = (d - on / length * r) / (x_s - real).abs().mean((1, 2), keepdim=True).clamp(min=1e-4)
+    found, figures = matching_gradient(*arguments, "projected")
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    d, r = ((each * each).sum((1, 2)) for each in (d, r))
+    torch.testing.assert_close(figures.pop("residual_ratio"), (r / d).sqrt(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(figures.pop("removed_share"), on.flatten() ** 2 / (d * r), rtol=1e-6, atol=1e-12)
+    assert not figures and distribution_matching_loss(*arguments)[1] == {}
+
+
+def test_figures_where_fake_and_teacher_agree():
+    """|d| counts as 1e-4 where it is shorter: r = -x_0 = -1 is 10,000 times as long, and nothing is removed of it."""
+    x_0, eps = torch.ones(2, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)
+    for distance, share in ((0.0, 0.0), (1e-5, 1e-2)):
+        _, figures = matching_gradient(
+            x_0, eps, *times(0.0, 0.5, x_0), SCHEDULES["flow"], "x0", lambda *_, by=distance: 0 * x_0 - by,
+            lambda *_: 0 * x_0, "projected",
+        )  # fmt: skip
+        assert figures["residual_ratio"].tolist() == pytest.approx([1e4] * 2)
+        assert figures["removed_share"].tolist() == pytest.approx([share] * 2)
 
 
 # The Fisher divergence's form that stops at the teacher
@@ -691,7 +810,7 @@ def descended(weighting: str, iterations: int = 150, batch: int = 128) -> tuple[
         distribution_matching_loss(
             m + sigma * z, eps, full(0.0, z), t, SCHEDULES["flow"], "flow", lambda x, t: flow(x, t, world),
             lambda x, t, own=own: flow(x, t, own), weighting,
-        ).mean().backward()  # fmt: skip
+        )[0].mean().backward()  # fmt: skip
         optimiser.step()
         tail.append(student.detach().clone())
     m, sigma = torch.stack(tail[iterations * 2 // 3 :]).mean(0).tolist()
@@ -713,7 +832,7 @@ def test_in_one_dimension_normalised_rests_on_a_few_samples(dims: int, low: floa
     teacher = exact_prediction("flow", "flow", 0.75, 0.0, 1.0)
     shares = {}
     for weighting in ("normalised", "paper", "posterior"):
-        gradient = matching_gradient(
+        gradient = gradient_of(
             x_s, eps, full(0.5, x_s), full(0.75, x_s), SCHEDULES["flow"], "flow", teacher,
             lambda x, t: teacher(x, t) + 1, weighting,
         )[:, 0].abs()  # fmt: skip

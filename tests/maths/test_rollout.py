@@ -341,7 +341,7 @@ def test_gradient_of_the_mixture_of_exits():
                 lambda step, x, _: slopes[step] * x, z[:, None], path, SCHEDULES["flow"], "flow", (exit_step,)
             )
             assert (weight @ end.x[:, 0] ** 2).sqrt().item() == pytest.approx(stds[exit_step], rel=1e-12)
-            loss = distribution_matching_loss(
+            loss, _ = distribution_matching_loss(
                 end.x, eps[:, None], full(s, z), full(t, z), SCHEDULES["flow"], "flow",
                 teacher=lambda x, _: a * -x / real + b * x, fake=fake, weighting="paper",
             )  # fmt: skip
@@ -409,7 +409,7 @@ def distilled_world(phases: int, fake_rollout: str, iterations: int = 100) -> li
                     roll(z, phase, exit_step), eps, full(s, z), t, SCHEDULES["flow"], "flow",
                     teacher=lambda x, t: exact_flow(x, t, 0.0, [WORLD]),
                     fake=lambda x, t, s=s, seen=seen: exact_flow(x, t, s, seen),
-                ))  # fmt: skip
+                )[0])  # fmt: skip
             optimiser.zero_grad()
             (weight * torch.stack(losses).mean(0)).sum().backward()
             optimiser.step()

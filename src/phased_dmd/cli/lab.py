@@ -130,6 +130,9 @@ def reproduce(
     ] = "full",
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds 0, 1, ...; gives no verdict.")] = None,
     samples: Annotated[int | None, typer.Option(min=64, help="Samples of each run; gives no verdict.")] = None,
+    updates: Annotated[
+        float | None, option("Factor on each run's generator updates; gives no verdict.", min=0.001, max=1000)
+    ] = None,
     jobs: Annotated[
         int | None, option("Runs at a time (default: the number of CPU cores, or 1 with a GPU).", min=1)
     ] = None,
@@ -149,7 +152,7 @@ def reproduce(
     from phased_dmd.lab.reproduce.run import reproduce as run
 
     results = output or (runs / "quick" if budget == "quick" else Path("docs/results"))
-    for path in run(claim, budget, seeds, samples, jobs, runs, results, print):
+    for path in run(claim, budget, seeds, samples, updates, jobs, runs, results, print):
         print(path)
 
 

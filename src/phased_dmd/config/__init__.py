@@ -41,8 +41,8 @@ class Ablation(Section):
     """Step from a predicted sample to the next time: along the predicted noise (ddim), or with new noise (renoise)."""
     fake_rollout: Literal["full", "same"] = "full"
     """Samples that the fake learns from under SGTS: what the finished sampler makes, or exits as the generator's."""
-    target: Literal["unbiased", "biased", "printed"] = "unbiased"
-    """Target of the fake's score matching within a subinterval: Eq. 13, with x_s for x_0, or Eq. 13 as printed."""
+    target: Literal["unbiased", "biased", "rollout", "printed"] = "unbiased"
+    """Target of the fake's score matching: Eq. 13, with x_s for x_0, with the rollout's x_0 (TDM), or as printed."""
     renoise: Literal["nested", "disjoint"] | float = "nested"
     """Re-noise times of a phase: from its end to the start t_0 (nested) or to its begin (disjoint), or one number."""
 
@@ -153,8 +153,10 @@ class Config(Section):
     """Training prompts: a shipped set's name, a txt, jsonl, csv or parquet file, or OWNER/NAME, a hub's data set."""
     init_experts: Annotated[tuple[Location, ...], Field(min_length=1), BeforeValidator(_one_or_more)] | None = None
     """What experts start from: a run or an export, or LoRA files, one a network, noisiest first; null: the base."""
-    objective: Literal["normalised", "paper", "posterior", "public", "fisher", "fisher-stop-gradient"] = "normalised"
-    """What the generator descends: KL by a weighting of its gradient (paper: Eq. 11), or a Fisher divergence."""
+    objective: Literal["normalised", "projected", "paper", "posterior", "public", "fisher", "fisher-stop-gradient"] = (
+        "normalised"
+    )
+    """What the generator descends: KL by a weighting of its gradient (Eq. 11 is paper, PDMD projected), or Fisher's."""
     iterations: Count = 400
     """Generator updates in a phase."""
     phase_shares: tuple[Annotated[float, Field(gt=0, le=1000)], ...] | None = None
@@ -189,6 +191,9 @@ class Config(Section):
             raise ValueError(f"phase_shares: {given}; null makes all phases alike")
         if analytic and "lora" in weights:
             raise ValueError("generator.weights, fake.weights: an analytic teacher has only 'full' students")
+        one_dimension = isinstance(self.teacher, AnalyticTeacher) and len(self.teacher.means[0]) == 1
+        if one_dimension and self.objective == "projected":
+            raise ValueError("objective: projected leaves nothing of a gradient in one dimension")
         if analytic and self.prompts is not None:
             raise ValueError("prompts: an analytic teacher takes none")
         if getattr(self.teacher, "quantise", None) is not None:
@@ -198,6 +203,8 @@ class Config(Section):
                 raise ValueError("teacher.quantise: a packed network stays whole on one GPU, without engine.offload")
         if self.rollouts.antithetic and (self.batch_size % 2 or (self.engine.micro_batch or 0) % 2):
             raise ValueError("rollouts.antithetic: needs an even batch_size, and engine.micro_batch if there is one")
+        if self.ablation.target == "rollout" and self.ablation.solver == "renoise":
+            raise ValueError("ablation.target: rollout goes with ablation.solver=ddim, whose steps it reads x_0 off")
         if self.fake.pull and self.fake.weights == "lora":
             raise ValueError("fake.pull: needs fake.weights=full")
         if self.objective in FISHER and self.engine.sequence_parallel > 1:

@@ -18,13 +18,13 @@ R = TypeVar("R")
 BEAT = 0.2  # seconds between two signs of life
 
 
-def all_reduce_mean(value: Tensor) -> float:
-    """Returns the mean over the processes of a number of each."""
+def all_reduce_means(values: Tensor) -> list[float]:
+    """Returns the mean over the processes of each of several numbers [n], with one wait for the device."""
     if not dist.is_initialized():
-        return value.item()
-    total = value.detach().to("cpu", torch.float64)
+        return values.tolist()
+    total = values.detach().to("cpu", torch.float64)
     dist.all_reduce(total)
-    return total.item() / dist.get_world_size()
+    return (total / dist.get_world_size()).tolist()
 
 
 def all_reduce_max(number: int) -> int:

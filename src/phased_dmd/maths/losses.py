@@ -27,9 +27,10 @@ from phased_dmd.maths.schedules import (
 )
 
 Losses = Float[Tensor, " b"]
+Figures = dict[str, Losses]  # what is seen of each sample on the way to a loss, for metrics.jsonl
 Predict = Callable[[Tensor, Tensor], Tensor]
 Target = Callable[[Tensor, Tensor, Tensor, Tensor, Schedule, Prediction], Tensor]
-Weighting = Literal["normalised", "paper", "posterior", "public"]
+Weighting = Literal["normalised", "projected", "paper", "posterior", "public"]
 
 MAX_WEIGHT = 10.0  # Eq. 13 clamps its weight 1/sigma_ts^2 to [0, 10]
 MIN_NORMALISER = 1e-4  # the least mean absolute error that a gradient is divided by
@@ -45,7 +46,7 @@ def _is_clean(s: Tensor, schedule: Schedule) -> Tensor:
     return (schedule.sigma(s) == 0) & (schedule.alpha(s) == 1)
 
 
-def _expected_x_s(x0: Samples, x_t: Samples, s: Times, t: Times, schedule: Schedule) -> Samples:
+def posterior_mean(x0: Samples, x_t: Samples, s: Times, t: Times, schedule: Schedule) -> Samples:
     """Returns E[x_s | x_t] [b, ...] for a prediction x0 of E[x_0 | x_t]: the mean of p(x_s | x_t, x_0) at x_0 = x0."""
     alpha_s, sigma_s, sigma_t = schedule.alpha(s), schedule.sigma(s), schedule.sigma(t)
     alpha_ts, sigma_ts = schedule.transition(s, t)
@@ -74,6 +75,20 @@ def biased_target(
     """Returns p x_s + q eps [b, ...], Eq. 4's target with x_s for x_0: an ablation (Sec. 2.3.2), biased at s > 0."""
     p, q = coefficients(prediction, schedule.alpha(t), schedule.sigma(t))
     return expand_like(p, x_s) * x_s + expand_like(q, x_s) * eps
+
+
+def rollout_target(
+    x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction, x0: Samples
+) -> Samples:
+    """Returns p x0 + q (x_t - alpha_t x0)/sigma_t [b, ...] for the x0 that the rollout's last call predicted.
+
+    It is TDM's target (arXiv 2503.06674), an ablation: at s > 0 biased, unless the noise in x_s is a standard normal
+    that is independent of x0, which that of a `ddim` rollout is not.
+    """
+    alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
+    p, q = coefficients(prediction, alpha_t, sigma_t)
+    mixed = (add_noise(x_s, eps, s, t, schedule) - expand_like(alpha_t, x_s) * x0) / expand_like(sigma_t, x_s)
+    return expand_like(p, x_s) * x0 + expand_like(q, x_s) * mixed
 
 
 def printed_target(
@@ -110,56 +125,98 @@ def score_matching_loss(
     return score_matching_weight(s, t, schedule).to(square) * square
 
 
+def x0_residual(
+    psi: Samples, x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction
+) -> Samples:
+    """Returns x0_hat - x0* [b, ...]: what a prediction psi at x_t says of x_0, less the x0* of `subinterval_target`.
+
+    Its mean given x_t is the error of x0_hat, zero for the exact prediction. kappa times it is E_psi[x_s | x_t] - x_s.
+    """
+    sigma_t = schedule.sigma(t)
+    target = subinterval_target(x_s, eps, s, t, schedule, prediction)
+    return expand_like(sigma_t / determinant(prediction, schedule.alpha(t), sigma_t), x_s) * (target - psi)
+
+
+def _rms_per_sample(x: Samples) -> Losses:
+    """Returns the root mean square of [b, ...] over all axes but the batch's: [b]."""
+    return _mean_per_sample(x**2).sqrt()
+
+
+def without_component(x: Samples, along: Samples) -> Samples:
+    """Returns x less its orthogonal projection on `along`, sample by sample, all [b, ...]; x where `along` is zero.
+
+    The inner product of the result with x is never negative.
+    """
+    unit = along / expand_like(_rms_per_sample(along).clamp(min=torch.finfo(along.dtype).eps), along)
+    return x - expand_like(_mean_per_sample(x * unit), x) * unit
+
+
+def _projection_figures(difference: Samples, residual: Samples) -> Figures:
+    """Returns for each sample |residual| / |difference|, and the share of |difference|^2 that lies along the residual.
+
+    difference, residual: [b, ...] in one unit. A difference shorter than `MIN_NORMALISER` counts as that long.
+    """
+    length = _rms_per_sample(difference).clamp(min=MIN_NORMALISER)
+    removed = _rms_per_sample(difference - without_component(difference, residual))
+    return {"residual_ratio": _rms_per_sample(residual) / length, "removed_share": (removed / length) ** 2}
+
+
 def matching_gradient(
     x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction,
     teacher: Predict, fake: Predict, weighting: Weighting = "normalised", x0_generator: Samples | None = None,
-) -> Samples:  # fmt: skip
-    """Returns the gradient of Eq. 11 (Eq. 9 at s = 0) with respect to x_s, [b, ...], without graph.
+) -> tuple[Samples, Figures]:  # fmt: skip
+    """Returns the gradient of Eq. 11 (Eq. 9 at s = 0) with respect to x_s, [b, ...], without graph, and its figures.
 
-    T and F are the predictions of teacher and fake at x_t, x0_T and x0_F what they say of x_0. The weightings differ by
-    a positive factor for each sample and t:
+    T and F are the predictions of teacher and fake at x_t, x0_T and x0_F what they say of x_0. The weightings but
+    `projected` differ by a positive factor for each sample and t:
     paper: w (T - F), w = alpha_ts alpha_t / (sigma_t D).
     posterior: kappa (x0_F - x0_T) = E_F[x_s | x_t] - E_T[x_s | x_t], kappa = alpha_s sigma_ts^2 / sigma_t^2.
     normalised: the same, divided by the mean absolute x_s - E_T[x_s | x_t] of the sample, which needs many elements to
     be a mean; at s = 0 it is the form of public DMD code.
+    projected: `normalised` without its component along r = E_F[x_s | x_t] - x_s, the fake's own error at this sample
+    (PDMD, arXiv 2609.35768); the divisor stays. Of one element nothing is left.
     public: x0_F - x0_T, divided by the mean absolute x0_generator - x0_T; x0_generator is the generator's own
     prediction of x_0, without which `public` is a ValueError.
     """
     with torch.no_grad():
-        x_t = add_noise(x_s, eps, s, t, schedule)
+        x_t, figures = add_noise(x_s, eps, s, t, schedule), {}
         psi_teacher, psi_fake = teacher(x_t, t), fake(x_t, t)
         alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
         alpha_ts, sigma_ts = schedule.transition(s, t)
         d = determinant(prediction, alpha_t, sigma_t)
         if weighting == "paper":
-            return expand_like(alpha_ts * alpha_t / (sigma_t * d), x_s) * (psi_teacher - psi_fake)
+            return expand_like(alpha_ts * alpha_t / (sigma_t * d), x_s) * (psi_teacher - psi_fake), figures
         x0_teacher = predicted_x0(psi_teacher, x_t, t, schedule, prediction)
         x0_difference = expand_like(sigma_t / d, x_s) * (psi_teacher - psi_fake)  # x0_F - x0_T
+        if weighting == "projected":
+            residual = x0_residual(psi_fake, x_s, eps, s, t, schedule, prediction)
+            figures = _projection_figures(x0_difference, residual)
+            x0_difference = without_component(x0_difference, residual)
         kappa = expand_like(schedule.alpha(s) * sigma_ts**2 / sigma_t**2, x_s)
         if weighting == "posterior":
-            return kappa * x0_difference
+            return kappa * x0_difference, figures
         if weighting == "public":
             if x0_generator is None:
                 raise ValueError("the public weighting needs the generator's own x_0 prediction, x0_generator")
             gradient, error = x0_difference, x0_generator - x0_teacher
-        elif weighting == "normalised":
-            gradient, error = kappa * x0_difference, x_s - _expected_x_s(x0_teacher, x_t, s, t, schedule)
+        elif weighting in ("normalised", "projected"):
+            gradient, error = kappa * x0_difference, x_s - posterior_mean(x0_teacher, x_t, s, t, schedule)
         else:
             raise ValueError(f"weighting: {weighting!r} is none of {', '.join(get_args(Weighting))}")
-        return gradient / expand_like(_mean_per_sample(error.abs()).clamp(min=MIN_NORMALISER), x_s)
+        return gradient / expand_like(_mean_per_sample(error.abs()).clamp(min=MIN_NORMALISER), x_s), figures
 
 
 def distribution_matching_loss(
     x_s: Samples, eps: Samples, s: Times, t: Times, schedule: Schedule, prediction: Prediction,
     teacher: Predict, fake: Predict, weighting: Weighting = "normalised", x0_generator: Samples | None = None,
-) -> Losses:  # fmt: skip
-    """Returns Eq. 11 as a loss [b], 0.5 |x_s - sg(x_s - gradient)|^2, sg being the stop of gradients.
+) -> tuple[Losses, Figures]:  # fmt: skip
+    """Returns Eq. 11 as a loss [b], 0.5 |x_s - sg(x_s - gradient)|^2, sg being the stop of gradients, and its figures.
 
     Its gradient in x_s is `matching_gradient` / elements. x_s is the rollout's end, with its graph. The teacher is
     called with guidance, the fake without; neither is differentiated.
     """
-    gradient = matching_gradient(x_s, eps, s, t, schedule, prediction, teacher, fake, weighting, x0_generator)
-    return 0.5 * _mean_per_sample((x_s - (x_s - gradient).detach()) ** 2)
+    gradient, figures = matching_gradient(x_s, eps, s, t, schedule, prediction, teacher, fake, weighting, x0_generator)
+    return 0.5 * _mean_per_sample((x_s - (x_s - gradient).detach()) ** 2), figures
 
 
 def fisher_stop_gradient_loss(
@@ -175,7 +232,7 @@ def fisher_stop_gradient_loss(
     x_t = add_noise(x_s, eps, s, t, schedule)
 
     def expected_x_s(predict: Predict) -> Samples:
-        return _expected_x_s(predicted_x0(predict(x_t, t), x_t, t, schedule, prediction), x_t, s, t, schedule)
+        return posterior_mean(predicted_x0(predict(x_t, t), x_t, t, schedule, prediction), x_t, s, t, schedule)
 
     with torch.no_grad():
         wanted = expected_x_s(teacher)

@@ -171,6 +171,13 @@ def ddim_step(psi: Samples, x_t: Samples, t: Times, r: Times, schedule: Schedule
     return expand_like(on_x, x_t) * x_t + expand_like(on_psi, x_t) * psi
 
 
+def x0_through(x_t: Samples, x_r: Samples, t: Times, r: Times, schedule: Schedule) -> Samples:
+    """Returns the x0_hat [b, ...] by which `ddim_step` led from x_t to x_r: the x_0 of the one pair that makes both."""
+    alpha, sigma, alpha_r, sigma_r = schedule.alpha(t), schedule.sigma(t), schedule.alpha(r), schedule.sigma(r)
+    d = sigma * alpha_r - sigma_r * alpha
+    return expand_like(sigma / d, x_t) * x_r - expand_like(sigma_r / d, x_t) * x_t
+
+
 def check_start(prediction: Prediction, schedule: Schedule, t_0: float) -> None:
     """Raises ValueError if eps prediction would start where alpha(t_0) is about 0: x_0 is not determined there."""
     alpha = schedule.alpha(torch.tensor([t_0], dtype=torch.float64)).item()

@@ -232,7 +232,7 @@ def run_update(job: Any, phase: int, name: str, expert: Learner, fake: Learner, 
     """Makes an update of the fake or of the expert, whose laps `watch` counts."""
     learner, (update, loss_of) = {"fake": fake, "expert": expert}[name], UPDATES[name]
 
-    def loss_lap(batch: Any, states: Any) -> Tensor:
+    def loss_lap(batch: Any, states: Any) -> step.Loss:
         loss = loss_of(batch, states)
         watch.lap("loss")
         return loss

@@ -45,7 +45,12 @@ def claim_page(
         parts.append(claim.how)
     if claim.paper:
         parts += ["## Ours vs the paper's", beside_paper(claim, studies)]
-    parts += ["## Measured", made_by(about) + EQUAL]
+    return [*parts, "## Measured", made_by(about) + EQUAL, *measured_parts(claim, studies)]
+
+
+def measured_parts(claim: Claim, studies: Mapping[str, Study]) -> list[str]:
+    """Returns what was measured as the parts of a page: for each recipe the amounts and a table a prompt set."""
+    parts = []
     for recipe, study in studies.items():
         parts.append(f"{recipe}: {amounts(study)}.")
         first = next(iter(study.summary))  # its table also tells the runs' sizes

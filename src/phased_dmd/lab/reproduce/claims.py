@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from phased_dmd.lab.reproduce.ablations import ABLATIONS
+from phased_dmd.lab.reproduce.arms import METHOD_TABLE
 from phased_dmd.lab.reproduce.claim import (
     DMD,
     DMD_SGTS,
@@ -133,6 +134,7 @@ FIG5 = Claim(
     },
 )
 
+TABLES = {"methods": METHOD_TABLE}  # a verdict a row
 CLAIMS = {"table2": TABLE2, "table3": TABLE3, "fig5": FIG5, "collapse": COLLAPSE, **ABLATIONS}
 
 STUDIES = {  # of a recipe by its methods, with all of its updates: tables without a verdict
@@ -144,4 +146,4 @@ STUDIES = {  # of a recipe by its methods, with all of its updates: tables witho
 }
 
 ALONE = ("fig2", "memory")  # claims that no distillation decides
-NAMES = (*ALONE, *CLAIMS, *STUDIES)
+NAMES = (*ALONE, *CLAIMS, *TABLES, *STUDIES)

@@ -67,7 +67,7 @@ def update_bytes(config: Config) -> list[int]:
             shared = [p for network in (*model.networks, *model.students) for p in network.parameters()]
             saved = SavedBytes([*shared, *roles.parameters(role).values()])
             with roles.active(role), saved:
-                expert_loss(batch, {}).backward()
+                expert_loss(batch, {})[0].backward()
             totals.append(saved.total)
             roles.freeze(role)
             roles.remove(FAKE)

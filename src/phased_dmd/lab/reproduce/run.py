@@ -6,35 +6,40 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from phased_dmd.lab.reproduce.arms import BUDGETS
 from phased_dmd.lab.reproduce.claim import FULL, QUICK, Budget, Claim, Variant
 from phased_dmd.lab.reproduce.claim_page import claim_page, decisive
-from phased_dmd.lab.reproduce.claims import ALONE, CLAIMS, NAMES, STUDIES
+from phased_dmd.lab.reproduce.claims import ALONE, CLAIMS, NAMES, STUDIES, TABLES
 from phased_dmd.lab.reproduce.fig2 import SEEDS, fig2
 from phased_dmd.lab.reproduce.fig5 import changes
 from phased_dmd.lab.reproduce.figure import draw_figure
 from phased_dmd.lab.reproduce.memory_study import memory
+from phased_dmd.lab.reproduce.method_table import at_equal_cost, methods_page, row_verdicts
 from phased_dmd.lab.reproduce.results import amounts, summary_table, write_index, write_page, write_rows
 from phased_dmd.lab.reproduce.study import Study, plan_runs, rows_of, study_of
+from phased_dmd.lab.reproduce.tdm_study import tdm_study
 from phased_dmd.lab.reproduce.verdict import compare_pairs, judge
 from phased_dmd.lab.reproduce.workers import Log, PlannedRun, Workers, default_jobs
 
 
 def reproduce(
-    name: str, budget: Literal["quick", "full"], seeds: int | None, samples: int | None, jobs: int | None,
-    runs: Path, results: Path, log: Log,
+    name: str, budget: Literal["quick", "full"], seeds: int | None, samples: int | None, updates: float | None,
+    jobs: int | None, runs: Path, results: Path, log: Log,
 ) -> list[Path]:  # fmt: skip
     """Makes the runs that are missing, `jobs` at a time, and writes the results; returns the paths of the pages.
 
-    name: one of NAMES, or all. seeds and samples replace the budget's. Raises UserError where a folder holds another
-    run.
+    name: one of NAMES, or all. seeds and samples replace the budget's; updates is a factor on its generator updates.
+    Raises UserError where a folder holds another run.
     """
     names = chosen(name, budget)
-    budgets = {n: budgets_of(n, budget, seeds, samples) for n in names}
+    budgets = {n: budgets_of(n, budget, seeds, samples, updates) for n in names}
     asked = [run for n in names for run in runs_of(n, budgets[n], runs)]
     with Workers(jobs or default_jobs(), log) as workers:
         workers.distill(asked)
         workers.evaluate(asked)
-    flags = {"--budget": budget if budget == "quick" else None, "--seeds": seeds, "--samples": samples}
+    flags = {
+        "--budget": budget if budget == "quick" else None, "--seeds": seeds, "--samples": samples, "--updates": updates,
+    }  # fmt: skip
     options = "".join(f" {flag} {value}" for flag, value in flags.items() if value is not None)
     paths = []
     for n in names:
@@ -46,9 +51,12 @@ def reproduce(
             paths.append(fig2(range(count), results, about, count == SEEDS["full"] and budget == "full"))
         elif n in STUDIES:
             paths.append(write_study(n, STUDIES[n], budgets[n][n], runs, results, about))
+        elif n in TABLES:
+            full = budgets[n] == budgets_of(n, "full")
+            paths.append(weigh(n, at_equal_cost(TABLES[n]), budgets[n], full, runs, results, about, tdm_study()))
         else:
             paths.append(decide(n, CLAIMS[n], budgets[n], is_full(CLAIMS[n], budgets[n]), runs, results, about))
-    write_index(results, (*ALONE, *CLAIMS), (*STUDIES,))
+    write_index(results, (*ALONE, *CLAIMS, *TABLES), (*STUDIES,))
     return paths
 
 
@@ -58,16 +66,21 @@ def chosen(name: str, budget: Literal["quick", "full"]) -> list[str]:
 
 
 def budgets_of(
-    name: str, budget: Literal["quick", "full"], seeds: int | None = None, samples: int | None = None
-) -> dict[str, Budget]:
-    """Returns the budget of each recipe for a claim or study, with other seeds and samples where they are given.
+    name: str, budget: Literal["quick", "full"], seeds: int | None = None, samples: int | None = None,
+    updates: float | None = None,
+) -> dict[str, Budget]:  # fmt: skip
+    """Returns the budget of each recipe for a claim or study, with other seeds, samples and a factor on the updates
+    where they are given.
 
     A study's runs make all updates of its recipe, but at a quick budget.
     """
-    found = {"quick": QUICK, "full": FULL}[budget]
+    found = QUICK if budget == "quick" else BUDGETS if name in TABLES else FULL
     if name in STUDIES and budget == "full":
         found = {recipe: replace(of_recipe, updates=1.0) for recipe, of_recipe in found.items()}
-    return {r: replace(b, seeds=seeds or b.seeds, samples=samples or b.samples) for r, b in found.items()}
+    return {
+        recipe: replace(b, seeds=seeds or b.seeds, samples=samples or b.samples, updates=b.updates * (updates or 1.0))
+        for recipe, b in found.items()
+    }
 
 
 def is_full(claim: Claim, budgets: Mapping[str, Budget]) -> bool:
@@ -79,7 +92,7 @@ def runs_of(name: str, budgets: Mapping[str, Budget], runs: Path) -> Sequence[Pl
     """Returns all runs of a claim or a study; claims that no distillation decides have none."""
     if name in STUDIES:
         return list(plan_runs(name, STUDIES[name], budgets[name], runs).values())
-    trials = CLAIMS[name].trials if name in CLAIMS else {}
+    trials = CLAIMS[name].trials if name in CLAIMS else at_equal_cost(TABLES[name]).trials if name in TABLES else {}
     planned = [plan_runs(recipe, trial.variants, budgets[recipe], runs) for recipe, trial in trials.items()]
     return [run for of_recipe in planned for run in of_recipe.values()]
 
@@ -92,25 +105,54 @@ def decide(
 
     full: whether the budgets suffice for a verdict. about: `command`, `date` and `budget`.
     """
-    planned = {recipe: plan_runs(recipe, t.variants, budgets[recipe], runs) for recipe, t in claim.trials.items()}
-    rows = [row for recipe in planned for row in rows_of(recipe, planned[recipe])]
-    if name == "fig5":
-        rows += changes(planned["nano-t2i"])
-    write_rows(results / f"{name}.jsonl", rows)
-    studies = {recipe: study_of(recipe, budgets[recipe], rows) for recipe in planned}
-    comparisons = [
-        comparison
-        for recipe, trial in claim.trials.items()
-        for comparison in compare_pairs(recipe, trial, studies[recipe].summary)
-    ]
+    studies, comparisons = compared(name, claim, budgets, runs, results)
     verdict = judge(comparisons) if full else None
     body = {
         "claim": name, "says": claim.says, "source": claim.source, **about, "verdict": verdict,
         "decides": decisive(comparisons), "comparisons": comparisons,
         "recipes": {recipe: study.as_json() for recipe, study in studies.items()},
     }  # fmt: skip
-    draw_figure(results / f"{name}.png", claim, studies, planned)
     return write_page(results, name, claim_page(name, claim, studies, comparisons, verdict, about), body)
+
+
+def weigh(
+    name: str, table: Claim, budgets: Mapping[str, Budget], full: bool, runs: Path, results: Path,
+    about: Mapping[str, Any], tdm: Mapping[str, Any],
+) -> Path:  # fmt: skip
+    """Writes the files of `decide` for a table of methods at equal cost, with a verdict for each of its rows.
+
+    tdm: what `tdm_study` returns.
+    """
+    studies, comparisons = compared(name, table, budgets, runs, results)
+    verdicts = row_verdicts(comparisons) if full else {}
+    told = "; ".join(f"{row}: {verdict}" for row, verdict in verdicts.items() if verdict)
+    body = {
+        "claim": name, "says": table.says, "source": table.source, **about,
+        "verdict": "a verdict a row" if full else None, "decides": told or "-",
+        "verdicts": verdicts, "comparisons": comparisons, "tdm": tdm,
+        "recipes": {recipe: study.as_json() for recipe, study in studies.items()},
+    }  # fmt: skip
+    return write_page(results, name, methods_page(studies, comparisons, verdicts, about, tdm), body)
+
+
+def compared(
+    name: str, claim: Claim, budgets: Mapping[str, Budget], runs: Path, results: Path
+) -> tuple[dict[str, Study], list[dict[str, Any]]]:
+    """Returns a claim's studies by recipe and their comparisons, from runs that are finished; draws its figure, and
+    writes the rows of its runs.
+    """
+    planned = {recipe: plan_runs(recipe, t.variants, budgets[recipe], runs) for recipe, t in claim.trials.items()}
+    rows = [row for recipe in planned for row in rows_of(recipe, planned[recipe])]
+    if name == "fig5":
+        rows += changes(planned["nano-t2i"])
+    write_rows(results / f"{name}.jsonl", rows)
+    studies = {recipe: study_of(recipe, budgets[recipe], rows) for recipe in planned}
+    draw_figure(results / f"{name}.png", claim, studies, planned)
+    return studies, [
+        comparison
+        for recipe, trial in claim.trials.items()
+        for comparison in compare_pairs(recipe, trial, studies[recipe].summary)
+    ]
 
 
 def write_study(

@@ -51,6 +51,17 @@ def outcome(comparison: Mapping[str, Any]) -> str | None:
     return "as claimed" if low > neutral else "the reverse" if high < neutral else "nothing"
 
 
+def mirrored(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the comparison with its sides exchanged: what was worse is claimed to be better."""
+    value, low, high, p = (comparison[key] for key in ("value", "low", "high", "p"))
+
+    def turned(end: float | None) -> float | None:
+        return None if end is None else 1 / end if comparison["scale"] == "ratio" else -end
+
+    ends = {"value": turned(value), "low": turned(high), "high": turned(low), "p": None if p is None else 1 - p}
+    return {**comparison, **ends}
+
+
 def count_outcomes(comparisons: Sequence[Mapping[str, Any]]) -> tuple[int, int, int] | None:
     """Returns how many comparisons are as claimed, reversed and undecided; None where one has no interval."""
     found = [outcome(comparison) for comparison in comparisons]
