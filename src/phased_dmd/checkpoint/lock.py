@@ -8,7 +8,7 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -56,6 +56,26 @@ def wait_for_lock(path: Path, meanwhile: Callable[[], object] = lambda: None) ->
 
 
 @contextmanager
+def claimed(paths: Sequence[Path], most: int, is_there: Callable[[Path], bool]) -> Iterator[list[Path]]:
+    """Claims files that are to be made, the first `most` that are not there and that no other process has claimed.
+
+    Each claim is an exclusive `flock` on a file beside the path, which is removed in the end.
+    """
+    with ExitStack() as stack:
+        found: list[Path] = []
+        for path in paths:
+            lock = path.with_name(f".{path.name}.lock")
+            if len(found) == most:
+                break
+            descriptor = stack.enter_context(_opened(lock))
+            if _try_lock(descriptor) is not False and _is_same(lock, descriptor):
+                stack.callback(lock.unlink, missing_ok=True)
+                if not is_there(path):
+                    found.append(path)
+        yield found
+
+
+@contextmanager
 def _opened(path: Path) -> Iterator[int]:
     """Opens the file, made with its folder if need be and never through a symlink; yields its descriptor."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +99,14 @@ def _try_lock(descriptor: int) -> bool | None:
     return True
 
 
+def _is_same(path: Path, descriptor: int) -> bool:
+    """Says whether the path still leads to the file that was opened: its former holder may have removed it since."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _take(path: Path, descriptor: int) -> bool:
     """Locks the file for this process; returns False if its former holder removed it after it was opened here."""
     match _try_lock(descriptor):
@@ -87,7 +115,7 @@ def _take(path: Path, descriptor: int) -> bool:
             raise UserError(f"--output: {path.parent} is being written by process {holder}".rstrip())
         case None:
             warn(f"{path.parent} cannot be locked: run no second process on it")
-    if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+    if not _is_same(path, descriptor):
         return False
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
