@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class Job:
 
 def distill(
     config: Config, output: Path | str | None = None, quiet: bool = False, *,
-    own: Own | None = None, cache: Path | None = None, strict: bool = False,
+    own: Own | None = None, cache: Path | None = None, strict: bool = False, only_phase: int | None = None,
 ) -> Path:  # fmt: skip
     """Distils the config's teacher, phase by phase, into the run folder `output` (runs/<recipe>); returns the folder.
 
@@ -101,16 +101,16 @@ def distill(
     prompts, base and initial experts lie is no part of a config: they are compared by what they hold. In the processes
     that torchrun starts, all call this, and share the work.
     own: the model and codec of a teacher of the user's own. cache: a folder of encoded prompts that runs share
-    (RUN/conditions). strict: refuse prompts that would be cut off. Raises UserError for what the user can mend,
-    NonFiniteError before a step that would spoil the weights, Stopped after SIGTERM or SIGINT, OutOfMemory.
+    (RUN/conditions). strict: refuse prompts that would be cut off. only_phase: the one phase to train, while other
+    processes train the others into the same folder; the last one makes a run of them. Raises UserError for what the
+    user can mend, NonFiniteError before a step that would spoil the weights, Stopped after a signal, OutOfMemory.
     """
     if not isinstance(config, Config):
         raise UserError(f"config: a {type(config).__name__}, where a Config is needed; recipes.resolve makes one")
-    run = RunFolder(output or Path("runs") / config.recipe)
+    run = RunFolder(output or Path("runs") / config.recipe, only_phase)
     with processes(alone=config.engine.offload):
         run.check(config)
-        if run_on_first_rank(lambda: run.finished(config)):
-            run_on_first_rank(lambda: compare_finished(run, config))
+        if run_on_first_rank(lambda: nothing_left(run, config)):
             return run.path
         check_groups(config.engine)
         micro_batches = split_batch(config.batch_size, config.engine, pairs=config.rollouts.antithetic is not None)
@@ -118,7 +118,7 @@ def distill(
             model, codec, prompts = run_with_heartbeat(lambda _: prepare(config, own, strict))
         with (
             Signals() as signals, run.locked(),
-            Trackers(config.trackers if rank() == 0 else (), run.path, config) as trackers,
+            Trackers(config.trackers if rank() == 0 else (), run.own, config) as trackers,
         ):  # fmt: skip
             kept = cache or run.path / "conditions"
             between = partial(leave_encoding, signals, kept)
@@ -131,7 +131,7 @@ def distill(
             with out_of_memory(lambda: "the teacher's networks"):  # loaded here: the encoders are gone by now
                 guide = conditions.negative if conditions else {}
                 system = run_with_heartbeat(lambda _: build_system(config, model, guide))
-            fresh_fakes = add_adapters(system)
+            fresh_fakes = add_adapters(system, only_phase)
             system.roles.shard(config.engine)
             odds = bucket_odds(config, conditions)
             pool = Pool(system, conditions, odds, run.path / "pool") if needs_pool(config) else None
@@ -139,11 +139,23 @@ def distill(
                 run, system, codec, conditions, odds, pool, micro_batches, rank(), fresh_fakes, signals,
                 SaveTimer(config.checkpoint_minutes), trackers, quiet or rank() > 0,
             )  # fmt: skip
-            for phase in range(1, system.plan.num_phases + 1):
+            apart = run_on_first_rank(run.parts.exists)  # others began phases by themselves: it goes on with these
+            for phase in range(1, system.plan.num_phases + 1) if only_phase is None else [only_phase]:
+                job = replace(job, run=RunFolder(run.path, phase)) if apart else job
                 if learners := begin(job, phase):
                     train_phase(job, phase, *learners)
                     end(job, phase, learners[0])
+        run_on_first_rank(lambda: run.close(config))
     return run.path
+
+
+def nothing_left(run: RunFolder, config: Config) -> bool:
+    """Says whether the run, or the one phase of it that is asked for, is done; for the first rank."""
+    run.close(config)  # a kill may have come before
+    if run.finished(config):
+        compare_finished(run, config)
+        return True
+    return run.only is not None and run.expert_path(run.only).exists()
 
 
 def begin(job: Job, phase: int) -> tuple[Learner, Learner | None] | None:
@@ -172,9 +184,14 @@ def begin(job: Job, phase: int) -> tuple[Learner, Learner | None] | None:
 
 
 def make_pool(job: Job, phase: int) -> None:
-    """Makes the states of the teacher that a phase needs, if any, and writes what they took to timing.jsonl."""
+    """Makes the states of the teacher that a phase needs, if any, and writes what they took to timing.jsonl.
+
+    Of processes that each train a phase, every one helps with what any of them needs.
+    """
     if job.pool is None:
         return
+    shared = job.run.only is not None and job.system.config.rollouts.start == "teacher"
+    phases = range(1, job.system.plan.num_phases + 1) if shared else [phase]
 
     def leave() -> None:
         if number := job.signals.asked():
@@ -182,7 +199,7 @@ def make_pool(job: Job, phase: int) -> None:
             raise Stopped(number, f"{job.run.path}: stopped and saved at {where}; the same command goes on from there")
 
     started, cpu_started = time.perf_counter(), time.process_time()
-    if calls := job.pool.make([phase], leave):
+    if calls := job.pool.make(phases, leave):
         row = {
             "phase": phase, "iteration": 0, "pool_calls": calls,
             "seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started,
@@ -208,7 +225,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner | None) -> 
     def part() -> str:
         return f"phase {phase}, iteration {at.iteration}, {FAKE if at.update < fake_updates() else expert.role}"
 
-    with progress_bar(config, phase, at.iteration, job.quiet) as show, out_of_memory(part):
+    with progress_bar(config, phase, at.iteration, job.quiet, only=run.only is not None) as show, out_of_memory(part):
         cpu_seconds = 0.0  # since the last line
         while at.iteration < iterations:
             started, cpu_started = time.perf_counter(), time.process_time()
