@@ -17,6 +17,7 @@ from phased_dmd.config.teacher import AnalyticTeacher
 from phased_dmd.engine.collectives import run_on_all_ranks, run_on_first_rank
 from phased_dmd.engine.randomness import in_pairs, normal, uniform
 from phased_dmd.engine.world import batch_size, rank, world_size
+from phased_dmd.maths.phases import PhasePlan, step_times
 from phased_dmd.models.analytic import build_mixture
 from phased_dmd.models.protocol import Condition
 from phased_dmd.networks.roles import System
@@ -159,13 +160,14 @@ class Pool:
             tensors = self._states(phase, bucket, missing[path])
             writes = group < len(paths) and rank() % ways == 0
             run_on_all_ranks(lambda: save_hashed(path, tensors) if writes else None)
-        return self.calls(phase) * sum(len(missing[path]) for path in paths)
+        each = state_calls(self._config, self._system.plan, self._system.model.guidance, phase)
+        return each * sum(len(missing[path]) for path in paths)
 
     @torch.no_grad()
     def _states(self, phase: int, bucket: int, entries: Sequence[int]) -> dict[str, Tensor]:
         """Computes what is kept of entries in a phase."""
         system, first = self._system, self._system.plan.steps(phase).start
-        times = system.plan.within(phase, system.base_times(self._config.teacher.base_steps))
+        times = teacher_times(self._config, system.plan, phase)
         most, tensors = self._config.engine.micro_batch or len(entries), {}
         size = self._file_size(bucket) if world_size() > 1 else len(entries)
         padded = [*entries, *[entries[-1]] * (size - len(entries))]
@@ -182,13 +184,6 @@ class Pool:
             end = system.roll_teacher(times, x, condition).cpu()
             tensors |= {f"{i}.end": state for i, state in zip(part, end, strict=True)}
         return tensors
-
-    def calls(self, phase: int) -> int:
-        """Returns the network calls that the states of an entry in a phase take, guidance included."""
-        plan, guidance = self._system.plan, self._system.model.guidance
-        times = plan.within(phase, self._system.base_times(self._config.teacher.base_steps))[:-1]
-        before = plan.steps(phase).start if self._config.rollouts.start == "experts" else 0
-        return before + sum(2 if guidance[plan.network(t)] > 1 else 1 for t in times)
 
     def _file_size(self, bucket: int) -> int:
         """Returns the entries of a file: as many as go through a network at once."""
@@ -208,6 +203,25 @@ def kept_ends(config: Config, phase: int) -> list[int]:
     before = range(1, phase if begins_with_teacher(config, phase) else 1)
     ends = [] if isinstance(config.teacher, AnalyticTeacher) else list(before)
     return [*ends, phase] if config.anchored(phase) else ends
+
+
+def teacher_times(config: Config, plan: PhasePlan, phase: int) -> tuple[float, ...]:
+    """Returns the times that the teacher's own sampler goes through in a phase."""
+    return plan.within(phase, step_times(config.teacher.base_steps, config.plan.shift, config.plan.start))
+
+
+def state_calls(config: Config, plan: PhasePlan, guidance: Sequence[float], phase: int) -> int:
+    """Returns the network calls, the guidance's own among them, that take an entry of the pool to a phase's end from
+    its begin; or from noise, through the experts, where these are what the phase begins with.
+    """
+    before = plan.steps(phase).start if config.rollouts.start == "experts" else 0
+    return before + sum(2 if guidance[plan.network(t)] > 1 else 1 for t in teacher_times(config, plan, phase)[:-1])
+
+
+def pool_calls(config: Config, plan: PhasePlan, guidance: Sequence[float]) -> int:
+    """Returns the network calls that all of a run's pool takes, for single samples."""
+    ends = {end for phase in range(1, plan.num_phases + 1) for end in kept_ends(config, phase)}
+    return config.rollouts.pool * sum(state_calls(config, plan, guidance, end) for end in ends)
 
 
 def needs_pool(config: Config) -> bool:

@@ -177,7 +177,7 @@ def begin(job: Job, phase: int) -> tuple[Learner, Learner | None] | None:
     iterations = config.phase_iterations(phase)
     same = {"iterations": iterations, "seed": config.seed}
     expert = Learner(role, roles.parameters(role), config.optimiser, config.generator.lr, config.generator.ema, **same)
-    if config.anchored(phase) == iterations:
+    if not config.matches(phase):
         return expert, None
     add_fake(job.system, phase, job.fresh_fakes.get(phase))
     return expert, Learner(FAKE, roles.parameters(FAKE), config.optimiser, config.fake.lr, **same)

@@ -4,7 +4,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -131,7 +131,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run, or its phase alone, for this process, or group of them; a UserError if another one writes it."""
+        """Holds the run, or its one phase, for this process, or group of them; a UserError if another one writes it."""
         with ExitStack() as stack:
 
             def lock() -> None:
@@ -150,25 +150,20 @@ class RunFolder:
         contents: see `compare`; none yet where the folder is begun for a run to come. If the inputs of the run have
         moved, its config has their new places from now on.
         """
-        with ExitStack() as stack:
-            if self.only is not None:  # others may open it now
-                stack.enter_context(wait_for_lock(self.parts / ".lock"))
-            self._open(config, prompts, contents)
-
-    def _open(self, config: Config, prompts: Sequence[str], contents: Mapping[str, tuple[str, str]]) -> None:
-        self.check(config)
-        self.compare(contents)
-        hashes = {name: found for name, (_, found) in contents.items()}
-        try:
-            write_atomically(self._prompts_path, "".join(f"{prompt}\n" for prompt in prompts).encode())
-            if hashes:
-                write_atomically(self._contents_path, json.dumps(hashes, indent=2).encode())
-            begun = dict(self.config()) if self.config_path.exists() else {}
-            if not begun or self.moved(config):
-                kept = config.model_copy(update={field: begun[field] for field in MAY_DIFFER if begun})
-                write_atomically(self.config_path, (kept.model_dump_json(indent=2) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"--output: {self.path} cannot be written: {error.strerror}") from error
+        with wait_for_lock(self.parts / ".lock") if self.only is not None else nullcontext():  # others may open it, too
+            self.check(config)
+            self.compare(contents)
+            hashes = {name: found for name, (_, found) in contents.items()}
+            try:
+                write_atomically(self._prompts_path, "".join(f"{prompt}\n" for prompt in prompts).encode())
+                if hashes:
+                    write_atomically(self._contents_path, json.dumps(hashes, indent=2).encode())
+                begun = dict(self.config()) if self.config_path.exists() else {}
+                if not begun or self.moved(config):
+                    kept = config.model_copy(update={field: begun[field] for field in MAY_DIFFER if begun})
+                    write_atomically(self.config_path, (kept.model_dump_json(indent=2) + "\n").encode())
+            except OSError as error:
+                raise UserError(f"--output: {self.path} cannot be written: {error.strerror}") from error
 
     # ---------------------------------------------------------------- experts
 

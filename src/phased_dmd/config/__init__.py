@@ -241,6 +241,10 @@ class Config(Section):
         updates = self.anchor.updates
         return min(updates[phase - 1] if len(updates) > 1 else updates[0], self.phase_iterations(phase))
 
+    def matches(self, phase: int) -> bool:
+        """Says whether any of a phase's generator updates matches distributions, which needs a fake."""
+        return self.anchored(phase) < self.phase_iterations(phase)
+
     @property
     def updates(self) -> int:
         """Counts the generator updates of all phases."""

@@ -293,17 +293,14 @@ class System:
         call = partial(self.roles.predict, FAKE)
         return route(self.plan.network, call, x, t, condition, present)
 
-    def base_times(self, steps: int) -> tuple[float, ...]:
-        """Returns the times at which the teacher's own sampler of so many steps stands, on the plan's shifted grid."""
-        return step_times(steps, self.config.plan.shift, self.config.plan.start)
-
     def sample_teacher(self, noise: Tensor, condition: Condition, steps: int) -> Tensor:
-        """Runs the teacher's own deterministic sampler from first to last: x_0 [b, ...]."""
-        return self.roll_teacher(self.base_times(steps), self.start(noise), condition)
+        """Runs the teacher's own deterministic sampler on `steps` steps of the plan's shifted grid: x_0 [b, ...]."""
+        times = step_times(steps, self.config.plan.shift, self.config.plan.start)
+        return self.roll_teacher(times, self.start(noise), condition)
 
     @torch.no_grad()
     def roll_teacher(self, times: Sequence[float], x: Tensor, condition: Condition) -> Tensor:
-        """Runs the teacher's own deterministic sampler along decreasing times, from x [b, ...] at the first of them."""
+        """Runs the teacher's own deterministic sampler along falling times, from x [b, ...] at the first of them."""
         path, model = [Hop(i, t, r) for i, (t, r) in enumerate(itertools.pairwise(times))], self.model
         return rollout(
             lambda _step, x, t: self.teacher(x, t, condition), x, path, model.schedule, model.prediction

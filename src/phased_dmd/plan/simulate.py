@@ -216,7 +216,7 @@ def begun(config: Config, phase: int, gpus: int, blocks: int | None, watch: Watc
             with watch:
                 system.roles.shard(config.engine)
                 job: Any = SimpleNamespace(
-                    system=system, fresh_fakes=fresh, conditions=conditions, odds=[1.0], rank=0,
+                    system=system, fresh_fakes=fresh, conditions=conditions, odds=[1.0], pool=None, rank=0,
                     micro_batches=world.split_batch(config.batch_size, config.engine),
                     signals=SimpleNamespace(asked=lambda: 0),
                     run=SimpleNamespace(expert_path=lambda _: Path("none/such")),
