@@ -183,7 +183,7 @@ def point(contest: Contest, study: Study, label: str, runs: Path) -> dict[str, A
 
 
 def forwards(config: Config) -> float:
-    """Returns the network calls of a run for one sample of the batch, in forwards of the network, the pool's included."""
+    """Returns the network calls of a run and its pool for one sample of the batch, in forwards of the network."""
     plan, guidance = phase_plan(config), getattr(config.teacher, "guidance", (1.0,))
     guided, phases = guidance[0] != 1, range(1, plan.num_phases + 1)
     trained = sum(phase_forwards(config, plan, k, guided) for k in phases)
@@ -191,7 +191,7 @@ def forwards(config: Config) -> float:
 
 
 def cpu_seconds(run: Path) -> float:
-    """Returns the CPU seconds of the pool and of all iterations, without previews, checkpoints and encoding of prompts."""
+    """Returns the CPU seconds of the pool and all iterations, without previews, checkpoints and encoding of prompts."""
     rows = [json.loads(line) for line in (run / "timing.jsonl").read_text("utf-8").splitlines()]
     once = {(row["phase"], row["iteration"]): row["cpu_seconds"] for row in rows if "pool_calls" not in row}
     return sum(once.values()) + sum(row["cpu_seconds"] for row in rows if "pool_calls" in row)  # repeated after a kill

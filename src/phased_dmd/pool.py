@@ -143,6 +143,9 @@ class Pool:
                 while missing := run_on_first_rank(lambda files=files: [path for path in files if not is_whole(path)]):
                     between()
                     calls += self._make_some(phase, bucket, {path: files[path] for path in missing})
+            if rank() == 0:
+                for lock in (self._folder / f"phase-{phase}").glob(".*.lock"):  # of who was killed; none is needed now
+                    lock.unlink(missing_ok=True)
         return calls
 
     def _make_some(self, phase: int, bucket: int, missing: Mapping[Path, range]) -> int:

@@ -49,10 +49,10 @@ NODE, LINK = 8, 40e9  # GPUs that share a fast network, and bytes a second of ea
 class PhaseCost:
     """The cost of one phase: memory on each GPU, work of an iteration for a sample, FLOPs and seconds of an iteration.
 
-    An iteration is one that matches distributions, unless all of the phase is anchored. gathered: bytes of weights that
-    reach each GPU in an iteration, and of gradients that leave it. hours: of training, in all, of which the first
-    `anchored` iterations regress the teacher. previews, preview_seconds: how many previews are made, and the time of each. checkpoint: bytes of one on
-    disk.
+    An iteration is one that matches distributions, unless all of the phase is anchored; the hours are those of training
+    in all, of which the first `anchored` iterations regress the teacher. gathered: bytes of weights that reach each GPU
+    in an iteration, and of gradients that leave it. previews, preview_seconds: how many previews are made, and the time
+    of each. checkpoint: bytes of one on disk.
     """
 
     phase: int

@@ -71,8 +71,8 @@ def _once(plan: Needs) -> Iterator[str]:
     if plan.side_by_side is not None:
         count = len(plan.phases)
         yield (
-            f"{plan.side_by_side:.3g} hours side by side, a job a phase (--only-phase) on {_gpus(count * plan.gpus)} in "
-            "all: the longest phase and its share of the pool"
+            f"{plan.side_by_side:.3g} hours side by side, a job a phase (--only-phase) on {_gpus(count * plan.gpus)}: "
+            "those of the longest phase and of its share of the pool"
         )
 
 
