@@ -171,9 +171,9 @@ class Pool:
         """Computes what is kept of entries in a phase."""
         system, first = self._system, self._system.plan.steps(phase).start
         times = teacher_times(self._config, system.plan, phase)
-        most, tensors = self._config.engine.micro_batch or len(entries), {}
         size = self._file_size(bucket) if world_size() > 1 else len(entries)
         padded = [*entries, *[entries[-1]] * (size - len(entries))]
+        most, tensors = self._config.engine.micro_batch or size, {}
         for start in range(0, len(padded), most):
             part = padded[start : start + most]
             condition = system.model.batch(self.rows(bucket, part))
