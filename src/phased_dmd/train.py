@@ -141,7 +141,7 @@ def distill(
             )  # fmt: skip
             apart = run_on_first_rank(run.parts.exists)  # others began phases by themselves: it goes on with these
             for phase in range(1, system.plan.num_phases + 1) if only_phase is None else [only_phase]:
-                job = replace(job, run=RunFolder(run.path, phase)) if apart else job
+                job = replace(job, run=run.part(phase)) if apart else job
                 if learners := begin(job, phase):
                     train_phase(job, phase, *learners)
                     end(job, phase, learners[0])

@@ -251,6 +251,12 @@ class RunFolder:
 
     # ---------------------------------------------------------------- single phases
 
+    def part(self, phase: int) -> "RunFolder":
+        """Returns the run's folder as a process of that phase alone has it."""
+        part = RunFolder(self.path, phase)
+        part.own.mkdir(exist_ok=True)
+        return part
+
     def close(self, config: Config) -> None:
         """Makes one run of phases that were trained by themselves, once they are done and none of their processes holds
         it; it is then like one that a single process made. A kill in between costs nothing: it is done again.
@@ -281,6 +287,8 @@ class RunFolder:
                 if not (self.path / place).exists():
                     (self.path / place).parent.mkdir(exist_ok=True)
                     path.rename(self.path / place)
+        for partial in (self.path / "checkpoints").glob(".*.partial"):  # half removed, when a kill came
+            shutil.rmtree(partial)
         for point in points_in(self.path / "checkpoints")[: -config.keep_last]:
             remove(self.path / "checkpoints" / point.name)
 
