@@ -66,11 +66,11 @@ class Pool:
 
     # ---------------------------------------------------------------- taking entries
 
-    def draw(self, phase: int, bucket: int, samples: Sequence[int], anchored: bool, *key: int | str) -> Taken | None:
-        """Draws an entry for each sample of an update; None where its rollouts begin with noise.
-
-        anchored: whether the update regresses the teacher's states. key: of the random numbers.
+    def draw(self, phase: int, iteration: int, bucket: int, samples: Sequence[int], *key: int | str) -> Taken | None:
+        """Draws an entry for each sample of an update; None where its rollouts begin with noise. key: of the random
+        numbers.
         """
+        anchored = iteration < self._config.anchored(phase)
         if not anchored and not begins_with_teacher(self._config, phase):
             return None
         count = self._counts[bucket] if anchored or self._exact is None else NO_END

@@ -102,20 +102,13 @@ def draw(
     rollout_key: Key = (config.seed, phase, iteration, EXPERT_UPDATE) if config.rollouts.reuse else key
     pairs = in_pairs(samples) if config.rollouts.antithetic else samples
 
-    # The rollout: one resolution bucket for the whole batch, then a prompt for each sample.
+    # The rollout: one resolution bucket for the whole batch, then a prompt, or an entry of the pool, for each sample.
     bucket = 0
     if len(odds) > 1:
         u = uniform([0], *rollout_key, "bucket").item() * sum(odds)
         bucket = min(bisect(list(accumulate(odds)), u), len(odds) - 1)
-    rows: list[Condition] = [{}] * len(samples)
-    anchored = iteration < config.anchored(phase)
-    taken = pool.draw(phase, bucket, samples, anchored, *rollout_key) if pool is not None else None
-    if taken is not None:
-        rows = taken.rows()
-    elif conditions is not None:
-        prompts = conditions.eligible(bucket)
-        chosen = (uniform(pairs, *rollout_key, "prompt") * len(prompts)).long().tolist()
-        rows = [conditions.row(prompts[i], bucket) for i in chosen]
+    taken = pool.draw(phase, iteration, bucket, samples, *rollout_key) if pool is not None else None
+    rows = draw_prompts(conditions, bucket, pairs, rollout_key) if taken is None else taken.rows()
 
     # Stochastic gradient truncation (SGTS): one step of the phase, the exit, jumps from its time to the phase's end.
     steps = plan.steps(phase)
@@ -141,6 +134,17 @@ def draw(
         networks=networks,
         share=len(samples) * len(everywhere) / (config.batch_size * config.engine.sequence_parallel),
     )  # fmt: skip
+
+
+def draw_prompts(
+    conditions: Conditions | None, bucket: int, pairs: Sequence[int], key: Key
+) -> list[Condition]:  # fmt: skip
+    """Draws a prompt for each sample; returns their conditions, empty ones for a model that takes none."""
+    if conditions is None:
+        return [{} for _ in pairs]
+    prompts = conditions.eligible(bucket)
+    chosen = (uniform(pairs, *key, "prompt") * len(prompts)).long().tolist()
+    return [conditions.row(prompts[i], bucket) for i in chosen]
 
 
 def draw_times(system: System, phase: int, key: Key, samples: Sequence[int], shares: bool) -> Tensor:

@@ -116,10 +116,8 @@ def distill(
         micro_batches = split_batch(config.batch_size, config.engine, pairs=config.rollouts.antithetic is not None)
         with out_of_memory(lambda: "the VAE"):
             model, codec, prompts = run_with_heartbeat(lambda _: prepare(config, own, strict))
-        with (
-            Signals() as signals, run.locked(),
-            Trackers(config.trackers if rank() == 0 else (), run.own, config) as trackers,
-        ):  # fmt: skip
+        shown = config.trackers if rank() == 0 else ()
+        with Signals() as signals, run.locked(), Trackers(shown, run.own, config) as trackers:
             kept = cache or run.path / "conditions"
             between = partial(leave_encoding, signals, kept)
             pictures = picture_hashes(prompts, between) if codec.takes_images else None
@@ -139,9 +137,8 @@ def distill(
                 run, system, codec, conditions, odds, pool, micro_batches, rank(), fresh_fakes, signals,
                 SaveTimer(config.checkpoint_minutes), trackers, quiet or rank() > 0,
             )  # fmt: skip
-            apart = run_on_first_rank(run.parts.exists)  # others began phases by themselves: it goes on with these
             for phase in range(1, system.plan.num_phases + 1) if only_phase is None else [only_phase]:
-                job = replace(job, run=run.part(phase)) if apart else job
+                job = replace(job, run=run.of_phase(phase))
                 if learners := begin(job, phase):
                     train_phase(job, phase, *learners)
                     end(job, phase, learners[0])

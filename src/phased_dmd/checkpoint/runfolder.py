@@ -251,11 +251,15 @@ class RunFolder:
 
     # ---------------------------------------------------------------- single phases
 
-    def part(self, phase: int) -> "RunFolder":
-        """Returns the run's folder as a process of that phase alone has it."""
-        part = RunFolder(self.path, phase)
-        part.own.mkdir(exist_ok=True)
-        return part
+    def of_phase(self, phase: int) -> "RunFolder":
+        """Returns the folder to train a phase in, all ranks together. Where phases were begun by themselves that is the
+        phase's own: a process of all phases goes on with what it finds there.
+        """
+        if not run_on_first_rank(self.parts.exists):
+            return self
+        own = RunFolder(self.path, phase)
+        run_on_first_rank(lambda: own.own.mkdir(exist_ok=True))
+        return own
 
     def close(self, config: Config) -> None:
         """Makes one run of phases that were trained by themselves, once they are done and none of their processes holds

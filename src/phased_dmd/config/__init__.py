@@ -239,7 +239,7 @@ class Config(Section):
     def anchored(self, phase: int) -> int:
         """Returns how many of a phase's generator updates, its first ones, regress the teacher's trajectories."""
         updates = self.anchor.updates
-        return min(updates[phase - 1] if len(updates) > 1 else updates[0], self.phase_iterations(phase))
+        return min(updates[phase - 1 if len(updates) > 1 else 0], self.phase_iterations(phase))
 
     def matches(self, phase: int) -> bool:
         """Says whether any of a phase's generator updates matches distributions, which needs a fake."""
