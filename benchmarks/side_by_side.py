@@ -50,7 +50,7 @@ def gaussian_laws(
         precision = guidance / own + (1 - guidance) / all_
         return precision, guidance * alpha * mean / own / precision
 
-    grid = shift_time(torch.linspace(1, 0, 20_001, dtype=torch.float64), SHIFT)
+    grid = shift_time(torch.linspace(1, 0, 2_001, dtype=torch.float64), SHIFT)
     centre, log_std, at = 0.0, 0.0, {}
     for t, r in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):  # dx/dt = (x + t score) / (t - 1), Heun's rule
         at[t] = centre, math.exp(log_std)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from faults import end, group, start
-from recorded import distill_recorded
+from recorded import as_own, distill_recorded
 from tiny import TinyCodec, TinyWan
 
 from phased_dmd.checkpoint import RunFolder
@@ -22,7 +22,8 @@ from phased_dmd.maths.phases import step_times
 from phased_dmd.models.loader import load_model
 from phased_dmd.networks.build import add_expert, add_fake, build_system, load_expert
 from phased_dmd.networks.roles import FAKE, TEACHER, System, expert_role
-from phased_dmd.pool import Pool
+from phased_dmd.plan.work import phase_work
+from phased_dmd.pool import Pool, pool_calls
 from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
 from phased_dmd.sampling.loading import read_expert
@@ -289,3 +290,17 @@ def test_a_run_of_many_processes_or_one_takes_the_same_states() -> None:
     whole = draw(system, 2, 3, 1, range(8), [1.0], None, pool=pool).start()
     halves = [draw(system, 2, 3, 1, part, [1.0], None, pool=pool).start() for part in (range(4), range(4, 8))]
     assert torch.equal(whole, torch.cat(halves))
+
+
+@pytest.mark.parametrize("gradient", ["all", "last"])
+def test_the_plan_foresees_the_calls(gradient: str, tmp_path: Path) -> None:
+    """Of the pool, of anchored iterations and of those that begin with the teacher's states; samples of all roles."""
+    config = toy(rollouts__start="teacher", anchor__updates=[4, 0, 1, 2], plan__gradient=gradient, plan__phases=4)
+    model, plan = distill_recorded(config, tmp_path / "run"), phase_plan(config)
+    expected = pool_calls(as_own(config), plan, (1.0,))
+    assert expected == 16 * 40  # each state is one of a trajectory of 40 steps
+    for phase in (1, 2, 3, 4):
+        anchored = config.anchored(phase)
+        for count, of_anchored in ((anchored, True), (4 - anchored, False)):
+            expected += 8 * count * phase_work(config, plan, phase, False, anchored=of_anchored).calls
+    assert sum(len(call.x) for call in model.calls) == expected
