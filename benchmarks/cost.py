@@ -18,7 +18,8 @@ from phased_dmd.lab.reproduce.results import read_rows, write_rows
 from phased_dmd.lab.reproduce.study import Study, plan_runs, rows_of, study_of
 from phased_dmd.lab.reproduce.verdict import compare, outcome
 from phased_dmd.lab.reproduce.workers import Workers
-from phased_dmd.plan.work import phase_work
+from phased_dmd.plan.work import phase_forwards
+from phased_dmd.pool import pool_calls
 
 UNITS = ("calls", "cpu_seconds")
 TWICE = 2  # times fewer calls, at which diversity is compared
@@ -182,16 +183,18 @@ def point(contest: Contest, study: Study, label: str, runs: Path) -> dict[str, A
 
 
 def forwards(config: Config) -> float:
-    """Returns the network calls of a run for one sample of the batch, in forwards of the network."""
+    """Returns the network calls of a run and its pool for one sample of the batch, in forwards of the network."""
     plan, guidance = phase_plan(config), getattr(config.teacher, "guidance", (1.0,))
     guided, phases = guidance[0] != 1, range(1, plan.num_phases + 1)
-    return sum(config.phase_iterations(k) * phase_work(config, plan, k, guided).forwards for k in phases)
+    trained = sum(phase_forwards(config, plan, k, guided) for k in phases)
+    return trained + pool_calls(config, plan, guidance) / config.batch_size
 
 
 def cpu_seconds(run: Path) -> float:
-    """Returns the CPU seconds of all iterations, without previews, checkpoints and the encoding of prompts."""
-    rows = map(json.loads, (run / "timing.jsonl").read_text("utf-8").splitlines())
-    return sum({(row["phase"], row["iteration"]): row["cpu_seconds"] for row in rows}.values())  # repeated after a kill
+    """Returns the CPU seconds of the pool and all iterations, without previews, checkpoints and encoding of prompts."""
+    rows = [json.loads(line) for line in (run / "timing.jsonl").read_text("utf-8").splitlines()]
+    once = {(row["phase"], row["iteration"]): row["cpu_seconds"] for row in rows if "pool_calls" not in row}
+    return sum(once.values()) + sum(row["cpu_seconds"] for row in rows if "pool_calls" in row)  # repeated after a kill
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -1,17 +1,12 @@
 """The prompt cache: prompts are encoded once, unpadded, into files that a killed run finds again."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from safetensors import safe_open
-from torch import Tensor
-
-from phased_dmd.checkpoint import HEADER, save_tensors, wait_for_lock
+from phased_dmd.checkpoint import HashedFiles, is_whole, save_hashed, wait_for_lock
 from phased_dmd.engine.collectives import map_over_ranks, run_on_first_rank
 from phased_dmd.errors import UserError
 from phased_dmd.models.protocol import Codec, Condition
@@ -50,7 +45,7 @@ class Conditions:
         if not codec.takes_images:
             prompts = [Prompt(prompt.text) for prompt in prompts]
         images = picture_hashes(prompts, between) if pictures is None else pictures
-        self._files: dict[Path, tuple[safe_open, dict[str, str]]] = {}
+        self._files = HashedFiles()
         (fingerprint,) = map_over_ranks([codec], lambda codec: codec.fingerprint, between)
 
         def part(name: str, first: int, prompts: Sequence[Prompt], images: Sequence[str]) -> Part:
@@ -82,7 +77,7 @@ class Conditions:
         """Writes the files that are not there. Of the runs that share the folder, one writes at a time."""
 
         def missing() -> list[int]:
-            return [i for i, part in enumerate(parts) if not _is_whole(part.path)]
+            return [i for i, part in enumerate(parts) if not is_whole(part.path)]
 
         if not run_on_first_rank(missing):
             return
@@ -102,20 +97,12 @@ class Conditions:
                 for bucket in self.buckets[i]:
                     row = codec.encode_image(prompt.image, bucket)
                     tensors |= {f"{i}.{bucket}.{part}": tensor for part, tensor in row.items()}
-        save_tensors(path, tensors, {"hashes": {name: _hash(tensor) for name, tensor in tensors.items()}})
+        save_hashed(path, tensors)
 
     def _read(self, path: Path, prefix: str) -> Condition:
         """Reads the tensors whose names are the prefix and one word; one that is damaged is a UserError."""
-        if path not in self._files:
-            file = safe_open(path, "pt")
-            self._files[path] = file, json.loads(file.metadata()[HEADER])["hashes"]
-        file, hashes = self._files[path]
-        names = [name for name in hashes if name.startswith(prefix) and name.count(".") == prefix.count(".")]
-        row = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-        for name in names:
-            if _hash(row[name.removeprefix(prefix)]) != hashes[name]:
-                raise UserError(f"{path}: {name} is damaged; remove the file")
-        return row
+        names = [n for n in self._files.names(path) if n.startswith(prefix) and n.count(".") == prefix.count(".")]
+        return {name.removeprefix(prefix): self._files.read(path, name) for name in names}
 
 
 def picture_hashes(prompts: Sequence[Prompt], between: Callable[[], object] = lambda: None) -> list[str]:
@@ -138,16 +125,3 @@ def fitting(codec: Codec, prompts: Sequence[Prompt]) -> list[list[int]]:
     if missing := next((prompt for prompt in prompts if prompt.image is None), None):
         raise UserError(f"prompts: image-to-video needs a first frame with every prompt; {missing.text!r} has none")
     return [codec.fits(prompt.image) for prompt in prompts if prompt.image]
-
-
-def _is_whole(path: Path) -> bool:
-    """Says whether the file is there, as long as its header says, with a hash of every tensor."""
-    try:
-        with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()[HEADER])["hashes"].keys() == set(file.keys())
-    except Exception:  # safetensors raises its own, OSError, KeyError, ValueError: all mean that it is written anew
-        return False
-
-
-def _hash(tensor: Tensor) -> str:
-    return hashlib.blake2b(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()

@@ -12,9 +12,12 @@ from phased_dmd.config import Config
 
 
 @contextmanager
-def progress_bar(config: Config, phase: int, done: int, quiet: bool) -> Iterator:
-    """Shows a bar of a phase, with the time left of the run, rate and losses; yields what moves it on."""
-    total, later = config.phase_iterations(phase), range(phase + 1, config.plan.phases + 1)
+def progress_bar(config: Config, phase: int, done: int, quiet: bool, only: bool = False) -> Iterator:
+    """Shows a bar of a phase, with the time left of the run, rate and losses; yields what moves it on.
+
+    only: no later phase follows.
+    """
+    total, later = config.phase_iterations(phase), range(phase + 1, phase if only else config.plan.phases + 1)
     after = sum(map(config.phase_iterations, later))
     columns = (
         TextColumn(f"phase {phase}/{config.plan.phases}"), BarColumn(20), MofNCompleteColumn(),

@@ -16,9 +16,10 @@ from torch import Tensor
 from phased_dmd.conditions import Conditions
 from phased_dmd.config import FISHER, Config
 from phased_dmd.config.teacher import OwnTeacher, PipelineTeacher
-from phased_dmd.engine.randomness import choice, normal, uniform
+from phased_dmd.engine.randomness import choice, in_pairs, normal, uniform
 from phased_dmd.maths.losses import (
     Predict,
+    anchor_loss,
     biased_target,
     distribution_matching_loss,
     fisher_stop_gradient_loss,
@@ -28,9 +29,11 @@ from phased_dmd.maths.losses import (
     subinterval_target,
 )
 from phased_dmd.maths.phases import Hop
+from phased_dmd.maths.rollout import Rollout
 from phased_dmd.maths.schedules import renoise_times, times_like, x0_through
 from phased_dmd.models.protocol import Condition
 from phased_dmd.networks.roles import FAKE, TEACHER, System
+from phased_dmd.pool import Pool, Taken
 
 EXPERT_UPDATE = 0  # the number of the expert's update in an iteration; the fake's are 1, 2, ...
 TARGETS = {"unbiased": subinterval_target, "biased": biased_target, "printed": printed_target}
@@ -45,10 +48,11 @@ class Batch:
 
     samples: their indices in the global batch. pairs: for each sample the index that keys the draws that a pair of
     antithetic samples shares; without pairs, its own. rollout_key: the random key of the rollout; updates whose keys
-    are equal share one rollout. path: the network calls from t_0 to the phase's end. s, t: float64 [b], the phase's
-    end and the re-noise times. eps: [b, ...], the re-noise noise. networks: those that serve the t of any process.
-    share: samples x processes / (global batch x sequence_parallel), so that the mean over the processes of what a
-    process adds up over its micro-batches is the batch's mean.
+    are equal share one rollout. taken: the entries of the pool that the rollout begins with; None for first noise.
+    path: the network calls from there to the phase's end, of which the first `before` are earlier phases'. s, t:
+    float64 [b], the phase's end and the re-noise times. eps: [b, ...], the re-noise noise. networks: those that serve
+    the t of any process. share: samples x processes / (global batch x sequence_parallel), so that the mean over the
+    processes of what a process adds up over its micro-batches is the batch's mean.
     """
 
     system: System
@@ -58,12 +62,18 @@ class Batch:
     shape: tuple[int, ...]
     rollout_key: Key
     condition: Condition
+    taken: Taken | None
     path: tuple[Hop, ...]
+    before: int
     s: Tensor
     t: Tensor
     eps: Tensor
     networks: list[int]
     share: float
+
+    def start(self) -> Tensor:
+        """Returns x [b, ...] at the first time of the path."""
+        return self.system.start(self.first_noise()) if self.taken is None else self.taken.begin()
 
     def first_noise(self) -> Tensor:
         """Draws the standard normal noise [b, ...] that a rollout starts from; of a pair, the second is the negative
@@ -85,34 +95,34 @@ class Batch:
 
 def draw(
     system: System, phase: int, iteration: int, update: int, samples: range, odds: Sequence[float],
-    conditions: Conditions | None, everywhere: Sequence[range] | None = None,
+    conditions: Conditions | None, everywhere: Sequence[range] | None = None, pool: Pool | None = None,
 ) -> Batch:  # fmt: skip
     """Draws all random numbers of an update, each a function of its key and the sample's index alone.
 
     update: `EXPERT_UPDATE`, or the number of the fake's update. samples: those of this process in the micro-batch.
     odds: of the resolution buckets. conditions: the encoded prompts, or None for a model that takes none.
-    everywhere: the samples of each process, this one's included; None means that it is alone.
+    everywhere: the samples of each process, this one's included; None means that it is alone. pool: see `needs_pool`.
     """
     config, plan, everywhere = system.config, system.plan, everywhere or [samples]
     key: Key = (config.seed, phase, iteration, update)
     rollout_key: Key = (config.seed, phase, iteration, EXPERT_UPDATE) if config.rollouts.reuse else key
     pairs = in_pairs(samples) if config.rollouts.antithetic else samples
 
-    # The rollout: one resolution bucket for the whole batch, then a prompt for each sample.
+    # The rollout: one resolution bucket for the whole batch, then a prompt, or an entry of the pool, for each sample.
     bucket = 0
     if len(odds) > 1:
         u = uniform([0], *rollout_key, "bucket").item() * sum(odds)
         bucket = min(bisect(list(accumulate(odds)), u), len(odds) - 1)
-    rows: list[Condition] = [{}] * len(samples)
-    if conditions is not None:
-        prompts = conditions.eligible(bucket)
-        chosen = (uniform(pairs, *rollout_key, "prompt") * len(prompts)).long().tolist()
-        rows = [conditions.row(prompts[i], bucket) for i in chosen]
+    taken = pool.draw(phase, iteration, bucket, samples, *rollout_key) if pool is not None else None
+    rows = draw_prompts(conditions, bucket, pairs, rollout_key) if taken is None else taken.rows()
 
     # Stochastic gradient truncation (SGTS): one step of the phase, the exit, jumps from its time to the phase's end.
     steps = plan.steps(phase)
     exits_early = config.plan.gradient == "last" and (update == EXPERT_UPDATE or config.ablation.fake_rollout == "same")
     exit_step = steps[choice(len(steps), *rollout_key, "exit")] if exits_early else steps[-1]
+    path, before = plan.path(phase, exit_step), steps.start
+    if taken is not None:
+        path, before = path[before:], 0
 
     # Re-noising: in the fake's updates the samples of a pair share its time and noise.
     shares = bool(config.rollouts.antithetic) and update != EXPERT_UPDATE
@@ -124,12 +134,23 @@ def draw(
         networks = sorted({plan.network(time) for time in times.tolist()})
     return Batch(
         system, phase, samples, pairs, shape, rollout_key,
-        condition=system.model.batch(rows), path=plan.path(phase, exit_step),
+        condition=system.model.batch(rows), taken=taken, path=path, before=before,
         s=times_like(plan.end(phase), t), t=t,
         eps=normal(shape, pairs if shares else samples, *key, "eps").to(system.device),
         networks=networks,
         share=len(samples) * len(everywhere) / (config.batch_size * config.engine.sequence_parallel),
     )  # fmt: skip
+
+
+def draw_prompts(
+    conditions: Conditions | None, bucket: int, pairs: Sequence[int], key: Key
+) -> list[Condition]:  # fmt: skip
+    """Draws a prompt for each sample; returns their conditions, empty ones for a model that takes none."""
+    if conditions is None:
+        return [{} for _ in pairs]
+    prompts = conditions.eligible(bucket)
+    chosen = (uniform(pairs, *key, "prompt") * len(prompts)).long().tolist()
+    return [conditions.row(prompts[i], bucket) for i in chosen]
 
 
 def draw_times(system: System, phase: int, key: Key, samples: Sequence[int], shares: bool) -> Tensor:
@@ -148,11 +169,6 @@ def draw_times(system: System, phase: int, key: Key, samples: Sequence[int], sha
     return renoise_times(r, interval.low, interval.high, config.plan.shift, interval.floor)
 
 
-def in_pairs(samples: Sequence[int]) -> list[int]:
-    """Returns for each sample the even one of its pair, 0 for 0 and 1, 2 for 2 and 3."""
-    return [sample - sample % 2 for sample in samples]
-
-
 @torch.no_grad()
 def roll_out(batch: Batch, hops: int, states: States) -> Tensor:
     """Returns x [b, ...] behind the first `hops` calls of the batch's path, without gradient.
@@ -160,14 +176,13 @@ def roll_out(batch: Batch, hops: int, states: States) -> Tensor:
     states: what the updates of an iteration share where `rollouts.reuse` is on, filled here; an empty one shares
     nothing. An update may ask for x at the phase's begin, before the last call and at the phase's end.
     """
-    system, begin = batch.system, batch.system.plan.steps(batch.phase).start
-    x, done = None, 0
-    for stop in sorted({begin, len(batch.path) - 1, hops}):  # in pieces, at every place that an update may ask for
+    system, x, done = batch.system, None, 0
+    for stop in sorted({batch.before, len(batch.path) - 1, hops}):  # in pieces: every place an update may ask for
         if stop > hops:
             break
         key = batch.samples, batch.path[:stop]
         if key not in states:
-            x = system.start(batch.first_noise()) if x is None else x
+            x = batch.start() if x is None else x
             states[key] = system.roll(batch.path[done:stop], x, batch.condition, noise=batch.step_noise).x
         x, done = states[key], stop
     assert x is not None
@@ -204,9 +219,7 @@ def expert_loss(batch: Batch, states: States) -> Loss:
     times their share of the process's batch. Call it and its backward inside `roles.active(expert_role(phase))`.
     """
     system, config, model = batch.system, batch.system.config, batch.system.model
-    recorded = len(batch.path) - 1 if config.plan.gradient == "last" else system.plan.steps(batch.phase).start
-    x, hops = roll_out(batch, recorded, states), batch.path[recorded:]
-    end = system.roll(hops, x, batch.condition, [hop.step for hop in hops], batch.step_noise)
+    end = roll_recorded(batch, states)
     teacher, fake = (
         partial(predict, condition=batch.condition, present=batch.networks) for predict in (system.teacher, system.fake)
     )
@@ -217,6 +230,27 @@ def expert_loss(batch: Batch, states: States) -> Loss:
         teacher, fake, config.objective, end.x0.detach(),
     )  # fmt: skip
     return batch.mean(loss), {name: batch.mean(of_each) for name, of_each in figures.items()}
+
+
+def regression_loss(batch: Batch, states: States) -> Loss:
+    """Returns the loss by which the phase's expert regresses the teacher: over the phase, from the same state, it is to
+    move with the mean velocity of the guided teacher's own sampler.
+
+    The gradient is that of `expert_loss`, whose place it takes in an anchored update; no fake is asked.
+    """
+    assert batch.taken is not None
+    duration = batch.system.plan.begin(batch.phase) - batch.system.plan.end(batch.phase)
+    return batch.mean(anchor_loss(roll_recorded(batch, states).x, batch.taken.end(), duration)), {}
+
+
+def roll_recorded(batch: Batch, states: States) -> Rollout:
+    """Rolls out to the phase's end, recording the expert's own calls for backward: all, or with SGTS the last one.
+
+    What comes before them is without gradient: nothing reaches the experts of earlier phases.
+    """
+    recorded = len(batch.path) - 1 if batch.system.config.plan.gradient == "last" else batch.before
+    x, hops = roll_out(batch, recorded, states), batch.path[recorded:]
+    return batch.system.roll(hops, x, batch.condition, [hop.step for hop in hops], batch.step_noise)
 
 
 def fisher_loss(batch: Batch, x_s: Tensor, teacher: Predict, fake: Predict) -> Tensor:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,22 @@ from phased_dmd.networks.build import (
 )
 from phased_dmd.networks.optim import Learner, NonFiniteError
 from phased_dmd.networks.roles import FAKE, expert_role
+from phased_dmd.pool import Pool, needs_pool
 from phased_dmd.progress import progress_bar
 from phased_dmd.sampling.initial import initial_expert
 from phased_dmd.sampling.loading import read_expert
 from phased_dmd.sampling.sampler import preview_samples
-from phased_dmd.step import EXPERT_UPDATE, Batch, Loss, States, bucket_odds, draw, expert_loss, fake_loss
+from phased_dmd.step import (
+    EXPERT_UPDATE,
+    Batch,
+    Loss,
+    States,
+    bucket_odds,
+    draw,
+    expert_loss,
+    fake_loss,
+    regression_loss,
+)
 from phased_dmd.trackers import Trackers
 
 
@@ -51,7 +62,7 @@ class Position:
     iteration: int = 0  # iterations done
     update: int = 0  # updates of the fake done in the next one
     fake_losses: list[float] = field(default_factory=list)
-    fake_norm: float = 0.0
+    fake_norm: float | None = None
     clipped: int = 0
     counted: int = 0  # iterations since the last line, of which `clipped` were
     skipped: int = 0
@@ -61,7 +72,8 @@ class Position:
 class Job:
     """What the phases of a run share.
 
-    odds: of the resolution buckets. micro_batches: the samples of every process in each, see `split_batch`.
+    odds: of the resolution buckets. pool: the teacher's states, if the run needs any. micro_batches: the samples of
+    every process in each, see `split_batch`.
     fresh_fakes: what adapters that are fakes start from, by phase, see `add_adapters`.
     """
 
@@ -70,6 +82,7 @@ class Job:
     codec: Codec
     conditions: Conditions | None
     odds: Sequence[float]
+    pool: Pool | None
     micro_batches: Sequence[Sequence[range]]
     rank: int
     fresh_fakes: Mapping[int, dict[str, Tensor]]
@@ -81,7 +94,7 @@ class Job:
 
 def distill(
     config: Config, output: Path | str | None = None, quiet: bool = False, *,
-    own: Own | None = None, cache: Path | None = None, strict: bool = False,
+    own: Own | None = None, cache: Path | None = None, strict: bool = False, only_phase: int | None = None,
 ) -> Path:  # fmt: skip
     """Distils the config's teacher, phase by phase, into the run folder `output` (runs/<recipe>); returns the folder.
 
@@ -89,25 +102,23 @@ def distill(
     prompts, base and initial experts lie is no part of a config: they are compared by what they hold. In the processes
     that torchrun starts, all call this, and share the work.
     own: the model and codec of a teacher of the user's own. cache: a folder of encoded prompts that runs share
-    (RUN/conditions). strict: refuse prompts that would be cut off. Raises UserError for what the user can mend,
-    NonFiniteError before a step that would spoil the weights, Stopped after SIGTERM or SIGINT, OutOfMemory.
+    (RUN/conditions). strict: refuse prompts that would be cut off. only_phase: the one phase to train, while other
+    processes train the others into the same folder; the last one makes a run of them. Raises UserError for what the
+    user can mend, NonFiniteError before a step that would spoil the weights, Stopped after a signal, OutOfMemory.
     """
     if not isinstance(config, Config):
         raise UserError(f"config: a {type(config).__name__}, where a Config is needed; recipes.resolve makes one")
-    run = RunFolder(output or Path("runs") / config.recipe)
+    run = RunFolder(output or Path("runs") / config.recipe, only_phase)
     with processes(alone=config.engine.offload):
         run.check(config)
-        if run_on_first_rank(lambda: run.finished(config)):
-            run_on_first_rank(lambda: compare_finished(run, config))
+        if run_on_first_rank(lambda: nothing_left(run, config)):
             return run.path
         check_groups(config.engine)
         micro_batches = split_batch(config.batch_size, config.engine, pairs=config.rollouts.antithetic is not None)
         with out_of_memory(lambda: "the VAE"):
             model, codec, prompts = run_with_heartbeat(lambda _: prepare(config, own, strict))
-        with (
-            Signals() as signals, run.locked(),
-            Trackers(config.trackers if rank() == 0 else (), run.path, config) as trackers,
-        ):  # fmt: skip
+        shown = config.trackers if rank() == 0 else ()
+        with Signals() as signals, run.locked(), Trackers(shown, run.own, config) as trackers:
             kept = cache or run.path / "conditions"
             between = partial(leave_encoding, signals, kept)
             pictures = picture_hashes(prompts, between) if codec.takes_images else None
@@ -119,24 +130,37 @@ def distill(
             with out_of_memory(lambda: "the teacher's networks"):  # loaded here: the encoders are gone by now
                 guide = conditions.negative if conditions else {}
                 system = run_with_heartbeat(lambda _: build_system(config, model, guide))
-            fresh_fakes = add_adapters(system)
+            fresh_fakes = add_adapters(system, only_phase)
             system.roles.shard(config.engine)
             odds = bucket_odds(config, conditions)
+            pool = Pool(system, conditions, odds, run.path / "pool") if needs_pool(config) else None
             job = Job(
-                run, system, codec, conditions, odds, micro_batches, rank(), fresh_fakes, signals,
+                run, system, codec, conditions, odds, pool, micro_batches, rank(), fresh_fakes, signals,
                 SaveTimer(config.checkpoint_minutes), trackers, quiet or rank() > 0,
             )  # fmt: skip
-            for phase in range(1, system.plan.num_phases + 1):
+            for phase in range(1, system.plan.num_phases + 1) if only_phase is None else [only_phase]:
+                job = replace(job, run=run.of_phase(phase))
                 if learners := begin(job, phase):
                     train_phase(job, phase, *learners)
                     end(job, phase, learners[0])
+        run_on_first_rank(lambda: run.close(config))
     return run.path
 
 
-def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
+def nothing_left(run: RunFolder, config: Config) -> bool:
+    """Says whether the run, or the one phase of it that is asked for, is done; for the first rank."""
+    run.close(config)  # a kill may have come before
+    if run.finished(config):
+        compare_finished(run, config)
+        return True
+    return run.only is not None and run.expert_path(run.only).exists()
+
+
+def begin(job: Job, phase: int) -> tuple[Learner, Learner | None] | None:
     """Begins a phase: a new expert and new fakes, which compute what the teacher does, are given new optimisers.
 
-    With `init_experts` the expert computes what is there. Returns None if the phase is done: its expert is then frozen.
+    With `init_experts` the expert computes what is there. Where all updates are anchored there are no fakes. Returns
+    None if the phase is done: its expert is then frozen.
     """
     run, roles, config, role = job.run, job.system.roles, job.system.config, expert_role(phase)
     add_expert(job.system, phase, trainable=True)
@@ -144,35 +168,70 @@ def begin(job: Job, phase: int) -> tuple[Learner, Learner] | None:
         load_expert(job.system, phase, read_expert(run, phase)[0], str(run.expert_path(phase)))
         roles.freeze(role)
         return None
+    make_pool(job, phase)
     if config.init_experts:
         start = initial_expert(config, job.system.model, phase, roles.state(role))
         load_expert(job.system, phase, start, "init_experts")
-    add_fake(job.system, phase, job.fresh_fakes.get(phase))
-    same = {"iterations": config.phase_iterations(phase), "seed": config.seed}
+    iterations = config.phase_iterations(phase)
+    same = {"iterations": iterations, "seed": config.seed}
     expert = Learner(role, roles.parameters(role), config.optimiser, config.generator.lr, config.generator.ema, **same)
+    if not config.matches(phase):
+        return expert, None
+    add_fake(job.system, phase, job.fresh_fakes.get(phase))
     return expert, Learner(FAKE, roles.parameters(FAKE), config.optimiser, config.fake.lr, **same)
 
 
-def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
-    """Runs the phase's iterations from its last checkpoint on: some updates of the fake, then one of the expert."""
+def make_pool(job: Job, phase: int) -> None:
+    """Makes the states of the teacher that a phase needs, if any, and writes what they took to timing.jsonl.
+
+    Of processes that each train a phase, every one helps with what any of them needs.
+    """
+    if job.pool is None:
+        return
+    shared = job.run.only is not None and job.system.config.rollouts.start == "teacher"
+    phases = range(1, job.system.plan.num_phases + 1) if shared else [phase]
+
+    def leave() -> None:
+        if number := job.signals.asked():
+            where = f"phase {phase}, the pool"
+            raise Stopped(number, f"{job.run.path}: stopped and saved at {where}; the same command goes on from there")
+
+    started, cpu_started = time.perf_counter(), time.process_time()
+    if calls := job.pool.make(phases, leave):
+        row = {
+            "phase": phase, "iteration": 0, "pool_calls": calls,
+            "seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started,
+        }  # fmt: skip
+        run_on_first_rank(lambda: job.run.log("timing.jsonl", row))
+
+
+def train_phase(job: Job, phase: int, expert: Learner, fake: Learner | None) -> None:
+    """Runs the phase's iterations from its last checkpoint on: some updates of the fake, then one of the expert.
+
+    In the first ones, if the phase is anchored, the expert regresses the teacher, and the fake waits.
+    """
     run, config = job.run, job.system.config
-    state, iterations = expert.state() | fake.state(), config.phase_iterations(phase)
+    state, iterations = expert.state() | (fake.state() if fake else {}), config.phase_iterations(phase)
     at = Position(**(run.load_checkpoint(phase, state) or {"phase": phase}))
     run_on_first_rank(lambda: run.rewind_metrics(phase, at.iteration))
     done = sum(map(config.phase_iterations, range(1, phase)))
     job.trackers.begin(done + at.iteration)
 
-    def part() -> str:
-        return f"phase {phase}, iteration {at.iteration}, {FAKE if at.update < config.fake.updates else expert.role}"
+    def fake_updates() -> int:
+        return 0 if at.iteration < config.anchored(phase) else config.fake.updates
 
-    with progress_bar(config, phase, at.iteration, job.quiet) as show, out_of_memory(part):
+    def part() -> str:
+        return f"phase {phase}, iteration {at.iteration}, {FAKE if at.update < fake_updates() else expert.role}"
+
+    with progress_bar(config, phase, at.iteration, job.quiet, only=run.only is not None) as show, out_of_memory(part):
         cpu_seconds = 0.0  # since the last line
         while at.iteration < iterations:
             started, cpu_started = time.perf_counter(), time.process_time()
             rollouts: States = {}  # what the updates of this iteration share of them
 
             # The fake follows the generator, then the expert is updated against it.
-            for update in range(at.update + 1, config.fake.updates + 1):
+            for update in range(at.update + 1, fake_updates() + 1):
+                assert fake is not None
                 loss, norm, _ = train_step(job, at, update, fake, fake_loss, rollouts, state)
                 if norm is not None:
                     at.fake_norm = norm
@@ -181,7 +240,8 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner) -> None:
                 save_if_due(job, at, state)
                 leave_if_asked(job, at, state)
             with job.system.roles.following(expert.role, config.fake.pull):
-                loss, norm, figures = train_step(job, at, EXPERT_UPDATE, expert, expert_loss, rollouts, state)
+                loss_of = expert_loss if fake_updates() else regression_loss
+                loss, norm, figures = train_step(job, at, EXPERT_UPDATE, expert, loss_of, rollouts, state)
             at.clipped += norm is not None and norm > config.optimiser.clip
             fake_losses = sum(at.fake_losses) / len(at.fake_losses) if at.fake_losses else None
             at.iteration, at.update, at.fake_losses, at.counted = at.iteration + 1, 0, [], at.counted + 1
@@ -222,7 +282,7 @@ def train_step(
                 leave_if_asked(job, at, state)
             batch = draw(
                 system, at.phase, at.iteration, update, samples[job.rank], job.odds, job.conditions,
-                everywhere=samples,
+                everywhere=samples, pool=job.pool,
             )  # fmt: skip
             loss, figures = loss_of(batch, rollouts if config.rollouts.reuse else {})
             # Of the processes that share a sample each has a part of its gradient, which `Batch.share` has divided.
@@ -296,7 +356,7 @@ def log(run: RunFolder, row: Mapping[str, Any], seconds: float, cpu_seconds: flo
 def save_samples(job: Job, at: Position, expert: Learner) -> None:
     """Writes a preview of what the generator predicts at the phase's end, by the averaged expert if it has one."""
     with expert.averaged(), out_of_memory(lambda: f"phase {at.phase}, iteration {at.iteration}, the preview"):
-        preview = preview_samples(job.system, job.codec, at.phase, job.conditions, job.odds)
+        preview = preview_samples(job.system, job.codec, at.phase, job.conditions, job.odds, job.pool)
     name = f"phase-{at.phase}-iteration-{at.iteration:06d}.png"
     run_on_first_rank(lambda: job.run.save_samples(name, lambda path: save_preview(path, preview)))
 

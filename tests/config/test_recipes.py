@@ -249,7 +249,10 @@ def test_the_docs_table_says_what_the_recipe_does(recipe: str) -> None:
     assert (path_of, numbers) == (path, expected)
 
 
-def test_the_slurm_script_runs_a_command_that_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("array", [{}, {"SLURM_ARRAY_TASK_ID": "3"}], ids=["one job", "an array"])
+def test_the_slurm_script_runs_a_command_that_is_valid(
+    array: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a `srun` that writes down its arguments: torchrun takes its own, and the command itself the rest."""
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "bin" / "activate").write_text(f"PATH={tmp_path}/venv/bin:$PATH\n")
@@ -261,7 +264,7 @@ def test_the_slurm_script_runs_a_command_that_is_valid(tmp_path: Path, monkeypat
         "PATH": os.environ["PATH"], "HOME": str(tmp_path), "VENV": str(tmp_path / "venv"), "RECIPE": "nano-t2i",
         "OUTPUT": str(tmp_path / "run"), "CACHE": str(tmp_path / "cache"),
         "PROMPTS": str(tmp_path / "a prompt file.txt"), "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8",
-        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_ID": "7", **array,
     }  # fmt: skip
     subprocess.run(["bash", SLURM, "--seed", "3", "--dry-run"], env=variables, check=True)
     launched = get_args_parser().parse_args((tmp_path / "arguments").read_text().splitlines()[1:])
@@ -272,6 +275,9 @@ def test_the_slurm_script_runs_a_command_that_is_valid(tmp_path: Path, monkeypat
     assert [arguments[arguments.index(f"--{name.lower()}") + 1] for name in ("OUTPUT", "PROMPTS", "CACHE")] == [
         variables[name] for name in ("OUTPUT", "PROMPTS", "CACHE")
     ]
+    apart = ["--set", "rollouts.start=teacher", "--only-phase", "3"]
+    assert (arguments[-7:-3] == apart) == ("--only-phase" in arguments) == bool(array)
+    assert launched.rdzv_endpoint.endswith(":29503" if array else ":29500")
     monkeypatch.setattr(sys, "argv", ["phased-dmd", *arguments])
     cli.main()
     assert not (tmp_path / "run").exists()

@@ -224,6 +224,38 @@ def test_calls_and_forwards_are_those_of_the_table_of_costs() -> None:
     assert phase_work(config, plan, 1, guided=False).generator_calls == 3.5
 
 
+def test_what_begins_with_the_teacher_or_is_anchored_costs_what_was_worked_out_by_hand() -> None:
+    """wan22-t2v: the boundary is the base's 20th step of 40, of two calls each. A phase that begins there makes no
+    earlier steps, an anchored update 1.5 calls, of which one trains; anchored throughout there is no fake to be held.
+    """
+    config = resolve("wan22-t2v", {"rollouts.start": "teacher", "engine.activation_checkpointing": True})
+    first, second = (phase_work(config, plan_of(config), phase, guided=True) for phase in (1, 2))
+    assert (first.generator_calls, first.fake_calls) == (second.generator_calls, second.fake_calls) == (4.5, 15)
+    plan = needs(config, 64, 80)
+    assert plan.pool is not None and plan.side_by_side is not None
+    assert plan.pool.calls == 1024 * 20 * 2
+    frames = {"81x480x832": 21 * 60 * 104, "81x720x1280": 21 * 90 * 160}
+    numbers = 16 * (0.8 * frames["81x480x832"] + 0.2 * frames["81x720x1280"])
+    assert plan.pool.disk == pytest.approx(4 * 1024 * numbers)
+    forwards = 500 * 64 * sum(phase.work.forwards for phase in plan.phases)
+    assert plan.pool.hours == pytest.approx(plan.hours * plan.pool.calls / forwards)
+    assert plan.side_by_side == pytest.approx(max(phase.hours for phase in plan.phases) + plan.pool.hours / 2)
+    assert [line for line in plan.remarks if line.startswith("phase")] == [
+        "phase 1 by itself: trains an expert on network 0, and asks teacher and fake on 0",
+        "phase 2 by itself: trains an expert on network 1, and asks teacher and fake on 0 and 1",
+    ]
+
+    anchored = needs(changed(config, {"anchor.updates": [500, 100]}), 64, 80)
+    assert anchored.pool is not None and anchored.pool.calls == 1024 * 40 * 2
+    alone = phase_work(config, plan_of(config), 1, guided=True, anchored=True)
+    assert (alone.calls, alone.forwards) == (1.5, 0.5 + 3) and anchored.phases[0].work.calls == 1.5
+    assert anchored.parameters["fake_1"] == 0 and anchored.parameters["fake_2"] > 0
+    assert anchored.phases[0].memory.optimiser < plan.phases[0].memory.optimiser / 40
+    fewer = 100 * anchored.phases[0].hours / 500 + 400 * plan.phases[1].hours / 500
+    assert anchored.phases[1].hours == pytest.approx(fewer)
+    assert needs(resolve("wan22-t2v"), 64, 80).pool is None and needs(resolve("wan22-t2v"), 64, 80).side_by_side is None
+
+
 @pytest.mark.parametrize(("gpus", "micro_batch"), [(1, 4), (2, 1), (2, 3), (8, 1)])
 def test_calls_of_networks_without_a_sample_are_counted(gpus: int, micro_batch: int) -> None:
     """In phase 2 of two networks, by 500 updates of real draws: each process calls every network that any one needs."""

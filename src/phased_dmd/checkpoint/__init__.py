@@ -6,17 +6,31 @@
 - `runfolder`: all of it, as one run.
 """
 
-from phased_dmd.checkpoint.files import HEADER, load_tensors, partial_of, resolve_inside, save_tensors, write_atomically
-from phased_dmd.checkpoint.lock import wait_for_lock
+from phased_dmd.checkpoint.files import (
+    HEADER,
+    HashedFiles,
+    is_whole,
+    load_tensors,
+    partial_of,
+    resolve_inside,
+    save_hashed,
+    save_tensors,
+    write_atomically,
+)
+from phased_dmd.checkpoint.lock import claimed, wait_for_lock
 from phased_dmd.checkpoint.runfolder import RunFolder
 
 __all__ = [
     "HEADER",
+    "HashedFiles",
     "RunFolder",
+    "claimed",
     "wait_for_lock",
+    "is_whole",
     "load_tensors",
     "partial_of",
     "resolve_inside",
+    "save_hashed",
     "save_tensors",
     "write_atomically",
 ]

@@ -8,7 +8,7 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -19,16 +19,21 @@ UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what file system
 POLL = 0.1  # seconds
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive `flock` on the file and writes the holder's number to it; a UserError if another holds it.
+class Busy(UserError):
+    """Means that another process holds a lock."""
 
-    A folder that was made for the lock, and holds nothing else in the end, is removed again.
+
+@contextmanager
+def locked(path: Path, shared: bool = False) -> Iterator[None]:
+    """Holds an exclusive `flock` on the file and writes the holder's number to it; Busy if another holds it.
+
+    shared: hold it together with others who share it. A folder that was made for an exclusive lock, and holds nothing
+    else in the end, is removed again.
     """
     folder, made = path.parent, not path.parent.exists()
     with ExitStack() as stack:
         try:
-            while not _take(path, stack.enter_context(_opened(path))):
+            while not _take(path, stack.enter_context(_opened(path)), shared):
                 pass
         except OSError as error:
             raise UserError(f"--output: {folder} cannot be written: {error.strerror}") from error
@@ -36,7 +41,7 @@ def locked(path: Path) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):
-                if os.listdir(folder) == [path.name]:
+                if not shared and os.listdir(folder) == [path.name]:
                     path.unlink()
                     if made:
                         folder.rmdir()
@@ -56,6 +61,26 @@ def wait_for_lock(path: Path, meanwhile: Callable[[], object] = lambda: None) ->
 
 
 @contextmanager
+def claimed(paths: Sequence[Path], most: int, is_there: Callable[[Path], bool]) -> Iterator[list[Path]]:
+    """Claims files that are to be made, the first `most` that are not there and that no other process has claimed.
+
+    Each claim is an exclusive `flock` on a file beside the path, which is removed in the end.
+    """
+    with ExitStack() as stack:
+        found: list[Path] = []
+        for path in paths:
+            lock = path.with_name(f".{path.name}.lock")
+            if len(found) == most:
+                break
+            descriptor = stack.enter_context(_opened(lock))
+            if _try_lock(descriptor) is not False and _is_same(lock, descriptor):
+                stack.callback(lock.unlink, missing_ok=True)
+                if not is_there(path):
+                    found.append(path)
+        yield found
+
+
+@contextmanager
 def _opened(path: Path) -> Iterator[int]:
     """Opens the file, made with its folder if need be and never through a symlink; yields its descriptor."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,10 +91,10 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool | None:
+def _try_lock(descriptor: int, shared: bool = False) -> bool | None:
     """Takes the lock if it is free. Returns False if another process holds it, None where the disk has no locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -79,16 +104,26 @@ def _try_lock(descriptor: int) -> bool | None:
     return True
 
 
-def _take(path: Path, descriptor: int) -> bool:
+def _is_same(path: Path, descriptor: int) -> bool:
+    """Says whether the path still leads to the file that was opened: its former holder may have removed it since."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _take(path: Path, descriptor: int, shared: bool) -> bool:
     """Locks the file for this process; returns False if its former holder removed it after it was opened here."""
-    match _try_lock(descriptor):
+    match _try_lock(descriptor, shared):
         case False:
             holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
-            raise UserError(f"--output: {path.parent} is being written by process {holder}".rstrip())
+            who = f"process {holder}" if holder else "processes that share it"
+            raise Busy(f"--output: {path.parent} is being written by {who}")
         case None:
             warn(f"{path.parent} cannot be locked: run no second process on it")
-    if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+    if not _is_same(path, descriptor):
         return False
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    if not shared:
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return True

@@ -2,8 +2,9 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +22,7 @@ from phased_dmd.checkpoint.folders import (
     verify,
     write_folder,
 )
-from phased_dmd.checkpoint.lock import locked
+from phased_dmd.checkpoint.lock import Busy, locked, wait_for_lock
 from phased_dmd.config import Config
 from phased_dmd.config.overrides import build
 from phased_dmd.engine.collectives import run_on_first_rank
@@ -33,6 +34,7 @@ CADENCES = {"log_every", "sample_every", "checkpoint_every", "checkpoint_minutes
 MAY_DIFFER = {"engine", "keep_last", "skips", "trackers", *CADENCES}
 PLACES = {"prompts": True, "teacher": {"path": True, "revision": True}, "init_experts": True}  # compared by content
 LONGEST = 60  # characters of a value that is shown
+LOGS = "metrics.jsonl", "timing.jsonl"
 
 
 def first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
@@ -49,13 +51,18 @@ def first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 class RunFolder:
     """Keeps one run on disk. All ranks of a group call `locked`, `save_*` and `load_checkpoint` together; the rest is
     for the first rank.
+
+    only: the one phase that this process trains, while others may train other phases. It then has metrics, timing,
+    checkpoints and failures in a folder of its own, until all phases are done and `close` makes them those of the run.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str, only: int | None = None) -> None:
+        self.path, self.only = Path(path), only
+        self.parts = self.path / "phases"
+        self.own = self.path if only is None else self.parts / f"phase-{only}"  # where no other process writes
         self.config_path, self.lock_path = self.path / "config.json", self.path / ".lock"
         self._prompts_path, self._contents_path = self.path / "prompts.jsonl", self.path / "contents.json"
-        self._metrics_path, self._checkpoints = self.path / "metrics.jsonl", self.path / "checkpoints"
+        self._metrics_path, self._checkpoints = self.own / "metrics.jsonl", self.own / "checkpoints"
         self._damaged: set[Point] = set()  # checkpoints that were passed over
         self._newest: Point | None = None  # the checkpoint that this process has saved last
 
@@ -70,10 +77,16 @@ class RunFolder:
             raise UserError(f"{self.path}: not a run folder: config.json cannot be read ({reason})") from error
 
     def check(self, config: Config) -> None:
-        """Raises a UserError where the folder holds another run, see MAY_DIFFER, or anything but a run.
+        """Raises a UserError where the folder holds another run, see MAY_DIFFER, or anything but a run; or where the
+        config's phases cannot be trained by themselves, if one is to be.
 
         What PLACES lead to is not looked at. What a kill may leave before the config is written is no other run.
         """
+        if self.only is not None and not 1 <= self.only <= config.plan.phases:
+            raise UserError(f"--only-phase: {self.only} is none of the phases 1 to {config.plan.phases}")
+        if self.only is not None and self.only > 1 and config.rollouts.start == "experts":
+            before = f"phase {self.only} begins with the samples of the experts before it"
+            raise UserError(f"--only-phase: {before}; rollouts.start=teacher begins it with the teacher's")
         if self.config_path.exists():
             self._refuse_links()
             other, left_out = self.config(), {**PLACES, **dict.fromkeys(MAY_DIFFER, True)}
@@ -84,7 +97,7 @@ class RunFolder:
                 raise UserError(f"{where}: {first_difference(theirs, mine)}; take another --output{onward}")
         elif self.path.exists():
             first = {self._prompts_path, self._contents_path}
-            begun = {self.lock_path, *first, *map(partial_of, first), partial_of(self.config_path)}
+            begun = {self.lock_path, self.parts, *first, *map(partial_of, first), partial_of(self.config_path)}
             if not self.path.is_dir() or set(self.path.iterdir()) - begun:
                 raise UserError(f"--output: {self.path} exists and is not a run folder")
 
@@ -112,14 +125,21 @@ class RunFolder:
         """Raises a UserError if what a run reads again or appends to is a symlink; the run folder itself may be."""
         for path in self.path.iterdir():
             refuse_link(path)
-        refuse_links(self._checkpoints)
-        refuse_links(self.path / "experts")
+        inside = [*self.parts.glob("*"), *self.parts.glob("*/checkpoints"), *(self.path / "pool").glob("*")]
+        for folder in (self.path / "checkpoints", self.path / "experts", self.parts, self.path / "pool", *inside):
+            refuse_links(folder)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run for this process, or group of them; a UserError if another one writes it."""
+        """Holds the run, or its one phase, for this process, or group of them; a UserError if another one writes it."""
         with ExitStack() as stack:
-            run_on_first_rank(lambda: stack.enter_context(locked(self.lock_path)))
+
+            def lock() -> None:
+                stack.enter_context(locked(self.lock_path, shared=self.only is not None))
+                if self.only is not None:
+                    stack.enter_context(locked(self.own / ".lock"))
+
+            run_on_first_rank(lock)
             yield
 
     def open(
@@ -130,19 +150,20 @@ class RunFolder:
         contents: see `compare`; none yet where the folder is begun for a run to come. If the inputs of the run have
         moved, its config has their new places from now on.
         """
-        self.check(config)
-        self.compare(contents)
-        hashes = {name: found for name, (_, found) in contents.items()}
-        try:
-            write_atomically(self._prompts_path, "".join(f"{prompt}\n" for prompt in prompts).encode())
-            if hashes:
-                write_atomically(self._contents_path, json.dumps(hashes, indent=2).encode())
-            begun = dict(self.config()) if self.config_path.exists() else {}
-            if not begun or self.moved(config):
-                kept = config.model_copy(update={field: begun[field] for field in MAY_DIFFER if begun})
-                write_atomically(self.config_path, (kept.model_dump_json(indent=2) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"--output: {self.path} cannot be written: {error.strerror}") from error
+        with wait_for_lock(self.parts / ".lock") if self.only is not None else nullcontext():  # others may open it, too
+            self.check(config)
+            self.compare(contents)
+            hashes = {name: found for name, (_, found) in contents.items()}
+            try:
+                write_atomically(self._prompts_path, "".join(f"{prompt}\n" for prompt in prompts).encode())
+                if hashes:
+                    write_atomically(self._contents_path, json.dumps(hashes, indent=2).encode())
+                begun = dict(self.config()) if self.config_path.exists() else {}
+                if not begun or self.moved(config):
+                    kept = config.model_copy(update={field: begun[field] for field in MAY_DIFFER if begun})
+                    write_atomically(self.config_path, (kept.model_dump_json(indent=2) + "\n").encode())
+            except OSError as error:
+                raise UserError(f"--output: {self.path} cannot be written: {error.strerror}") from error
 
     # ---------------------------------------------------------------- experts
 
@@ -150,7 +171,10 @@ class RunFolder:
         return self.path / "experts" / f"phase-{phase}.safetensors"
 
     def finished(self, config: Config) -> bool:
-        """Says whether every phase has its expert."""
+        """Says whether every phase has its expert, and what single phases left behind is the run's, see `close`."""
+        return self._has_experts(config) and not self.parts.exists()
+
+    def _has_experts(self, config: Config) -> bool:
         return all(self.expert_path(phase).exists() for phase in range(1, config.plan.phases + 1))
 
     def save_expert(self, phase: int, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -208,7 +232,7 @@ class RunFolder:
 
     def save_failure(self, at: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
         """Writes what reproduces a failure, in the format of a checkpoint; the first of a point is kept for good."""
-        folder = self.path / "failures" / Point.of(at).name
+        folder = self.own / "failures" / Point.of(at).name
         with self._writing("failures"):
             write_folder(folder, at, state)
         return folder
@@ -225,6 +249,53 @@ class RunFolder:
         for point in set(until) - set(whole[-keep_last:]):
             remove(self._folder(point))
 
+    # ---------------------------------------------------------------- single phases
+
+    def of_phase(self, phase: int) -> "RunFolder":
+        """Returns the folder to train a phase in, all ranks together. Where phases were begun by themselves that is the
+        phase's own: a process of all phases goes on with what it finds there.
+        """
+        if not run_on_first_rank(self.parts.exists):
+            return self
+        own = RunFolder(self.path, phase)
+        run_on_first_rank(lambda: own.own.mkdir(exist_ok=True))
+        return own
+
+    def close(self, config: Config) -> None:
+        """Makes one run of phases that were trained by themselves, once they are done and none of their processes holds
+        it; it is then like one that a single process made. A kill in between costs nothing: it is done again.
+        """
+        gone = partial_of(self.parts)
+        if gone.exists() or (self.parts.exists() and self._has_experts(config)):
+            with suppress(Busy), locked(self.lock_path):
+                shutil.rmtree(gone, ignore_errors=True)
+                if self.parts.exists():
+                    self._merge(config)
+                    self.parts.rename(gone)
+                    sync(self.path)
+                    shutil.rmtree(gone)
+
+    def _merge(self, config: Config) -> None:
+        """Joins the logs of all phases, in their order, and moves the rest of them to where a single process has it."""
+        folders = {phase: self.parts / f"phase-{phase}" for phase in range(1, config.plan.phases + 1)}
+        for name in LOGS:
+            places = {phase: (own if own.exists() else self.path) / name for phase, own in folders.items()}
+            lines = [line for k, path in places.items() for row, line in self._rows(path) if row["phase"] == k]
+            write_atomically(self.path / name, "".join(lines).encode())
+        for own in folders.values():
+            kept = {
+                path: path.relative_to(own) for kind in ("checkpoints", "failures") for path in own.glob(f"{kind}/p*")
+            }
+            kept |= {path: Path("tensorboard", own.name) for path in own.glob("tensorboard")}
+            for path, place in kept.items():
+                if not (self.path / place).exists():
+                    (self.path / place).parent.mkdir(exist_ok=True)
+                    path.rename(self.path / place)
+        for partial in (self.path / "checkpoints").glob(".*.partial"):  # half removed, when a kill came
+            shutil.rmtree(partial)
+        for point in points_in(self.path / "checkpoints")[: -config.keep_last]:
+            remove(self.path / "checkpoints" / point.name)
+
     # ---------------------------------------------------------------- faults
 
     @contextmanager
@@ -239,7 +310,7 @@ class RunFolder:
     def _resumes_from(self) -> str:
         """Says where the next process begins, as far as names, sizes and manifests tell."""
         try:
-            phase = next(phase for phase in itertools.count(1) if not self.expert_path(phase).exists())
+            phase = self.only or next(phase for phase in itertools.count(1) if not self.expert_path(phase).exists())
             for point in reversed(points_in(self._checkpoints)):
                 if point.phase == phase and point not in self._damaged:
                     with suppress(UserError):
@@ -251,9 +322,8 @@ class RunFolder:
 
     # ---------------------------------------------------------------- metrics
 
-    def _rows(self) -> list[tuple[dict[str, Any], str]]:
-        """Reads the rows of `metrics.jsonl` with their lines, but for one that was cut short."""
-        path = self._metrics_path
+    def _rows(self, path: Path) -> list[tuple[dict[str, Any], str]]:
+        """Reads the rows of a log with their lines, but for one that was cut short."""
         try:
             complete = (path.read_text("utf-8") if path.exists() else "").split("\n")[:-1]
             return [(json.loads(line), f"{line}\n") for line in complete]
@@ -263,18 +333,22 @@ class RunFolder:
     def rewind_metrics(self, phase: int, iteration: int) -> None:
         """Drops the metrics that lie beyond (phase, iteration), and a line cut short."""
         if self._metrics_path.exists():
-            upto = [line for row, line in self._rows() if (row["phase"], row["iteration"]) <= (phase, iteration)]
+            upto = [
+                line
+                for row, line in self._rows(self._metrics_path)
+                if (row["phase"], row["iteration"]) <= (phase, iteration)
+            ]
             with self._writing(self._metrics_path.name):
                 write_atomically(self._metrics_path, "".join(upto).encode())
 
     def log(self, name: str, row: Mapping[str, Any]) -> None:
         """Appends one JSON object to `metrics.jsonl` or `timing.jsonl`."""
-        with self._writing(name), (self.path / name).open("a", encoding="utf-8") as file:
+        with self._writing(name), (self.own / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """Reads the rows of `metrics.jsonl`."""
-        return [row for row, _ in self._rows()]
+        return [row for row, _ in self._rows(self._metrics_path)]
 
     def _sync_metrics(self) -> None:
         """Forces the metrics to the disk before a checkpoint or an expert follows them."""

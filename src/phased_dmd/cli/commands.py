@@ -25,6 +25,15 @@ Cache = Annotated[
     typer.Option(help="Folder of encoded prompts, for runs to share (default: RUN/conditions).", show_default=False),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse prompts longer than the text encoder takes.")]
+OnlyPhase = Annotated[
+    int | None,
+    typer.Option(
+        "--only-phase",
+        help="Train this phase alone, while other processes train the others into the same folder, the last of which "
+        "makes a run of them. Needs rollouts.start=teacher.",
+        show_default=False,
+    ),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything but the weights, print the configuration, write nothing.")
 ]
@@ -45,6 +54,7 @@ def distill(
     init_experts: Annotated[list[str] | None, flag("init_experts")] = None,
     cache: Cache = None,
     strict: Strict = False,
+    only_phase: OnlyPhase = None,
     dry_run: DryRun = False,
 ) -> None:
     """Distil a teacher; on an unfinished run folder, go on with it."""
@@ -57,11 +67,11 @@ def distill(
 
     from phased_dmd.checkpoint import RunFolder
 
-    RunFolder(folder).check(config)
+    RunFolder(folder, only_phase).check(config)
     if dry_run:
         _check_all(config, folder, strict)
     else:
-        _run(config, folder, cache, strict)
+        _run(config, folder, cache, strict, only_phase)
 
 
 def _check_all(config: Config, folder: Path, strict: bool) -> None:
@@ -75,7 +85,7 @@ def _check_all(config: Config, folder: Path, strict: bool) -> None:
     print(text if utf8 else json.dumps(json.loads(text), indent=2))  # a file of it is read as UTF-8 again
 
 
-def _run(config: Config, folder: Path, cache: Path | None, strict: bool) -> None:
+def _run(config: Config, folder: Path, cache: Path | None, strict: bool, only_phase: int | None) -> None:
     """Distils, or says that the folder holds the finished run."""
     from phased_dmd.checkpoint import RunFolder
     from phased_dmd.train import distill
@@ -85,9 +95,12 @@ def _run(config: Config, folder: Path, cache: Path | None, strict: bool) -> None
         return
     tell(_about(config, folder))
     try:
-        distill(config, folder, cache=cache, strict=strict)
+        distill(config, folder, cache=cache, strict=strict, only_phase=only_phase)
     except OutOfMemory as error:
         raise OutOfMemory(f"{error}; {_plan_of_this_machine(config)}") from error
+    if not RunFolder(folder).finished(config):
+        tell(f"{folder}: phase {only_phase} is done; the run is, once all others are")
+        return
     after = f"`phased-dmd sample {folder} --output FOLDER`, `phased-dmd evaluate {folder}`"
     tell(f"{folder}: done; experts in {folder / 'experts'}; next: {after}")
 

@@ -16,7 +16,7 @@ Method = Literal["dmd", "dmd-sgts", "phased", "phased-sgts"]
 
 
 def _one_or_more(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+    return (value,) if isinstance(value, str | int) else value
 
 
 class Plan(Section):
@@ -71,6 +71,19 @@ class Rollouts(Section):
     """Runs the generator once an iteration, for the fake's updates and its own; else anew for each."""
     antithetic: Literal["start"] | None = None
     """Draws samples in pairs, the second from the negative of the first one's noise; null draws each by itself."""
+    start: Literal["experts", "teacher"] = "experts"
+    """Whose samples a phase behind the first begins with: the frozen experts', or the teacher's own at that time."""
+    pool: int = Field(default=1024, gt=0, le=10**9, multiple_of=2)
+    """The teacher's trajectories that are made once, and kept on disk, for rollouts.start and anchor.updates."""
+
+
+class Anchor(Section):
+    """Regresses experts on the teacher's own trajectories, without a fake, before they match its distribution."""
+
+    updates: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=10**9)], ...], Field(min_length=1), BeforeValidator(_one_or_more)
+    ] = (0,)
+    """Updates of an expert, the first ones of its phase, that are such a regression; one number, or one a phase."""
 
 
 class Optimiser(Section):
@@ -145,6 +158,7 @@ class Config(Section):
     plan: Plan = Plan()
     renoise: Renoise = Renoise()
     rollouts: Rollouts = Rollouts()
+    anchor: Anchor = Anchor()
     generator: Generator = Generator()
     fake: Fake = Fake()
     optimiser: Optimiser = Optimiser()
@@ -189,6 +203,8 @@ class Config(Section):
         if self.phase_shares is not None and len(self.phase_shares) != self.plan.phases:
             given = f"{len(self.phase_shares)} of them for {self.plan.phases} phases"
             raise ValueError(f"phase_shares: {given}; null makes all phases alike")
+        if len(self.anchor.updates) not in (1, self.plan.phases):
+            raise ValueError(f"anchor.updates: {len(self.anchor.updates)} of them for {self.plan.phases} phases")
         if analytic and "lora" in weights:
             raise ValueError("generator.weights, fake.weights: an analytic teacher has only 'full' students")
         one_dimension = isinstance(self.teacher, AnalyticTeacher) and len(self.teacher.means[0]) == 1
@@ -226,6 +242,15 @@ class Config(Section):
         """Returns the generator updates of a phase."""
         share = 1.0 if self.phase_shares is None else self.phase_shares[phase - 1]
         return max(1, round(self.iterations * share))
+
+    def anchored(self, phase: int) -> int:
+        """Returns how many of a phase's generator updates, its first ones, regress the teacher's trajectories."""
+        updates = self.anchor.updates
+        return min(updates[phase - 1 if len(updates) > 1 else 0], self.phase_iterations(phase))
+
+    def matches(self, phase: int) -> bool:
+        """Says whether any of a phase's generator updates matches distributions, which needs a fake."""
+        return self.anchored(phase) < self.phase_iterations(phase)
 
     @property
     def updates(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
-from phased_dmd.config import Config, Method, Plan
+from phased_dmd.config import Anchor, Config, Method, Plan
 from phased_dmd.config.teacher import Section, Teacher, WanTeacher
 from phased_dmd.errors import UserError, did_you_mean
 
@@ -44,7 +44,10 @@ def with_method(method: Method, data: Mapping[str, Any]) -> dict[str, Any]:
     plan["gradient"] = "all" if method in ("dmd", "phased") else "last"
     shares = data["phase_shares"]
     fit = isinstance(shares, Sequence) and len(shares) == plan["phases"]
-    return {**data, "plan": plan, "phase_shares": shares if fit else None}
+    anchor = _validated(Anchor, data["anchor"], ("anchor",)).model_dump(mode="json")
+    if len(anchor["updates"]) not in (1, plan["phases"]):
+        anchor = Anchor().model_dump(mode="json")
+    return {**data, "plan": plan, "phase_shares": shares if fit else None, "anchor": anchor}
 
 
 def build(data: Mapping[str, Any]) -> Config:

@@ -41,6 +41,8 @@ class AnalyticTeacher(Section):
     """What the networks predict of a noisy sample: the flow, the clean sample, the noise, or v."""
     fit_steps: Count = 2000
     """Optimiser steps that fit the student to the teacher before the distillation begins."""
+    base_steps: Count = 40
+    """The steps in which the teacher is sampled where its own trajectories are needed."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

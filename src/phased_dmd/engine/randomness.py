@@ -51,6 +51,11 @@ def uniform(samples: Sequence[int], *key: int | str) -> Tensor:
     return torch.cat([torch.rand(1, generator=rng, dtype=torch.float64) for rng in generators(samples, *key)])
 
 
+def in_pairs(samples: Sequence[int]) -> list[int]:
+    """Returns for each sample the even one of its pair, 0 for 0 and 1, 2 for 2 and 3."""
+    return [sample - sample % 2 for sample in samples]
+
+
 def choice(count: int, *key: int | str) -> int:
     """Draws one integer in [0, count), the same on every rank."""
     return int(torch.randint(count, (1,), generator=generator(*key)))

@@ -1,9 +1,10 @@
 """Knows the device and the processes that torchrun started, and splits a batch among them."""
 
 import itertools
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
@@ -17,6 +18,7 @@ from phased_dmd.errors import LostPeer, OutOfMemory, UserError
 
 GONE = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe", "Timed out")  # said of peers
 GROUPS = itertools.count()  # numbers the groups that a process joins, one after the other
+BATCH, BATCH_NUMBERS = 64, 2**18  # samples a network call without gradient, and the most numbers that they hold
 PATIENCE = timedelta(minutes=30)  # for a word from another process; see `collectives` for work of unknown length
 
 
@@ -137,3 +139,10 @@ def split_batch(batch: int, engine: Engine, pairs: bool = False) -> list[list[ra
         begins = [start * groups + group * each for group in owners]
         micro_batches.append([range(begin, begin + each) for begin in begins])
     return micro_batches
+
+
+def batch_size(shape: Sequence[int]) -> int:
+    """Returns how many samples of a shape go through a network at once where nothing trains: one of a large model, many
+    of nano.
+    """
+    return max(1, min(BATCH, BATCH_NUMBERS // math.prod(shape)))

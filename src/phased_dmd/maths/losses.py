@@ -219,6 +219,13 @@ def distribution_matching_loss(
     return 0.5 * _mean_per_sample((x_s - (x_s - gradient).detach()) ** 2), figures
 
 
+def anchor_loss(x_s: Samples, anchor: Samples, duration: float) -> Losses:
+    """Returns the squared difference [b] of two mean velocities over a phase of that duration, from the same state to
+    x_s and to anchor [b, ...]. x_s is the rollout's end, with its graph.
+    """
+    return _mean_per_sample(((x_s - anchor) / duration) ** 2)
+
+
 def fisher_stop_gradient_loss(
     teacher: Predict, fake: Predict, x_s: Samples, eps: Samples, s: Times, t: Times,
     schedule: Schedule, prediction: Prediction,

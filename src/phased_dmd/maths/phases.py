@@ -102,6 +102,11 @@ class PhasePlan:
         """Returns the phase's boundary s_k, the time its expert ends at; 0 for the last."""
         return self.times[self.steps(phase).stop]
 
+    def within(self, phase: int, grid: Sequence[float]) -> tuple[float, ...]:
+        """Returns the phase's begin, the times of a finer grid that lie inside the phase, and its end."""
+        begin, end = self.begin(phase), self.end(phase)
+        return (begin, *(t for t in grid if end + NEAR < t < begin - NEAR), end)
+
     def network(self, t: float) -> int:
         """Returns the number of the teacher network whose range holds t."""
         return sum(t < switch - NEAR for switch in self.switches)

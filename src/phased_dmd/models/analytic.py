@@ -62,6 +62,15 @@ class ExactMixture(nn.Module):
         mode = torch.multinomial(self.weights.cpu(), count, replacement=True, generator=rng)
         return (self.means.cpu()[mode] + self.std * torch.randn(count, self.means.shape[1], generator=rng)).float()
 
+    def marginal(self, t: float, u: Tensor, noise: Tensor) -> Tensor:
+        """Returns exact x_t [b, dims], float32, of modes that u [b], uniform in [0, 1], chooses, and of standard normal
+        noise [b, dims].
+        """
+        time = torch.tensor([t], dtype=torch.float64)
+        alpha, sigma = self.schedule.alpha(time), self.schedule.sigma(time)
+        mode = torch.searchsorted(self.weights.cumsum(0), u.double(), right=True).clamp(max=len(self.weights) - 1)
+        return (alpha * self.means[mode] + ((alpha * self.std) ** 2 + sigma**2).sqrt() * noise).float()
+
 
 class TimeMLP(nn.Module):
     """Predicts with a SiLU MLP over (x, sines and cosines of t)."""

@@ -110,13 +110,13 @@ def check_shapes(where: str, needed: Mapping[str, torch.Size], found: Mapping[st
             raise UserError(f"{where}: {name} is {has}, where this run has {needs}")
 
 
-def add_adapters(system: System) -> dict[int, dict[str, Tensor]]:
+def add_adapters(system: System, only: int | None = None) -> dict[int, dict[str, Tensor]]:
     """Adds all adapters that training will need, since none can be added to a sharded network.
 
-    Returns what fakes that are adapters start from, by phase.
+    Returns what fakes that are adapters start from, by phase. only: the one phase to be trained.
     """
     config, plan, roles = system.config, system.plan, system.roles
-    phases = range(1, plan.num_phases + 1)
+    phases = range(1, plan.num_phases + 1) if only is None else [only]
     if config.generator.weights == "lora":
         for phase in phases:
             add_expert(system, phase, trainable=False)

@@ -7,6 +7,7 @@ the module that forward, backward and activation checkpointing all read, so it i
 train is another matter, and does not change with it: see `Roles.train` and `freeze`.
 """
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -294,10 +295,13 @@ class System:
 
     def sample_teacher(self, noise: Tensor, condition: Condition, steps: int) -> Tensor:
         """Runs the teacher's own deterministic sampler on `steps` steps of the plan's shifted grid: x_0 [b, ...]."""
-        times, model = step_times(steps, self.config.plan.shift, self.config.plan.start), self.model
-        path = [Hop(i, times[i], times[i + 1]) for i in range(steps)]
-        with torch.no_grad():
-            return rollout(
-                lambda _step, x, t: self.teacher(x, t, condition), self.start(noise), path, model.schedule,
-                model.prediction,
-            ).x  # fmt: skip
+        times = step_times(steps, self.config.plan.shift, self.config.plan.start)
+        return self.roll_teacher(times, self.start(noise), condition)
+
+    @torch.no_grad()
+    def roll_teacher(self, times: Sequence[float], x: Tensor, condition: Condition) -> Tensor:
+        """Runs the teacher's own deterministic sampler along falling times, from x [b, ...] at the first of them."""
+        path, model = [Hop(i, t, r) for i, (t, r) in enumerate(itertools.pairwise(times))], self.model
+        return rollout(
+            lambda _step, x, t: self.teacher(x, t, condition), x, path, model.schedule, model.prediction
+        ).x  # fmt: skip

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from phased_dmd.config import Config
+from phased_dmd.config import Config, renoise_interval
 from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.errors import UserError
+from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.networks.roles import TEACHER
 from phased_dmd.plan import advice
 from phased_dmd.plan.measure import (
@@ -33,8 +34,10 @@ from phased_dmd.plan.memory import (
 )
 from phased_dmd.plan.preview import preview_cost
 from phased_dmd.plan.stages import Stage, stages
-from phased_dmd.plan.work import Work, forward_flops, gathered_bytes, mean_flops, phase_work
+from phased_dmd.plan.work import Work, forward_flops, gathered_bytes, mean_flops, phase_forwards, phase_work
+from phased_dmd.pool import begins_with_teacher, kept_ends, pool_calls
 from phased_dmd.prompts import read_prompts
+from phased_dmd.step import bucket_odds
 
 GB = 1e9
 CARDS = {24: 165.0, 48: 362.0, 80: 989.0, 141: 989.0}  # GB, and TFLOPS as specified: RTX 4090, L40S, H100, H200
@@ -46,14 +49,16 @@ NODE, LINK = 8, 40e9  # GPUs that share a fast network, and bytes a second of ea
 class PhaseCost:
     """The cost of one phase: memory on each GPU, work of an iteration for a sample, FLOPs and seconds of an iteration.
 
-    gathered: bytes of weights that reach each GPU in an iteration, and of gradients that leave it. hours: of training,
-    in all. previews, preview_seconds: how many previews are made, and the time of each. checkpoint: bytes of one on
-    disk.
+    An iteration is one that matches distributions, unless all of the phase is anchored; the hours are those of training
+    in all, of which the first `anchored` iterations regress the teacher. gathered: bytes of weights that reach each GPU
+    in an iteration, and of gradients that leave it. previews, preview_seconds: how many previews are made, and the time
+    of each. checkpoint: bytes of one on disk.
     """
 
     phase: int
     boundary: float
     iterations: int
+    anchored: int
     memory: Memory
     work: Work
     iteration_flops: float
@@ -65,9 +70,21 @@ class PhaseCost:
     checkpoint: int
 
 
+class PoolCost(NamedTuple):
+    """The cost of the teacher's trajectories: network calls for single samples, hours, and bytes on disk."""
+
+    calls: int
+    hours: float
+    disk: int
+
+
 @dataclass(frozen=True)
 class Needs:
-    """All that a plan says. Sizes are in bytes."""
+    """All that a plan says. Sizes are in bytes.
+
+    hours: of all phases, the pool not among them. side_by_side: hours where each phase has as many GPUs for itself, and
+    they share the pool; None where a phase waits for those before it.
+    """
 
     recipe: str
     method: str
@@ -81,6 +98,8 @@ class Needs:
     phases: tuple[PhaseCost, ...]
     stages: tuple[Stage, ...]
     hours: float
+    pool: PoolCost | None
+    side_by_side: float | None
     preview_hours: float
     prompts: int
     prompt_cache: int
@@ -107,6 +126,7 @@ def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4,
     chosen = None if fit else advice.cheapest(config, gpus, fits)
     costly = not fit and (chosen is None or any(option not in advice.free(config) for option in chosen))
     phases = tuple(_phase_cost(config, k, gpus, tflops, utilisation) for k in range(1, plan.num_phases + 1))
+    pool = _pool_cost(config, gpus, tflops, utilisation)
     prompts = len(read_prompts(config.prompts)) if config.prompts is not None else 0
     buckets, shapes = _bucket_names(config), bucket_shapes(config.teacher)
     bucket = buckets[largest(shapes)]
@@ -114,14 +134,15 @@ def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4,
         recipe=config.recipe, method=config.method, gpus=gpus, gpu_memory=memory_gb * GB, usable=usable,
         micro_batch=micro_batch(config, gpus), largest_bucket=bucket, parameters=parameters_by_role(config),
         forward_flops=dict(zip(buckets, forward_flops(config.teacher), strict=True)),
-        phases=phases, stages=tuple(stages(config, gpus)), hours=sum(phase.hours for phase in phases),
+        phases=phases, stages=tuple(stages(config, gpus)), hours=sum(phase.hours for phase in phases), pool=pool,
+        side_by_side=_side_by_side(config, phases, pool),
         preview_hours=sum(phase.previews * phase.preview_seconds for phase in phases) / 3600,
         prompts=prompts, prompt_cache=prompt_cache(config, prompts), fits=fit,
         options=advice.flags(chosen) if chosen is not None else None,
         option_notes=tuple(f"{option.key}: {option.note}" for option in chosen or ()),
         enough_gpus=advice.least_gpus(config, gpus, fits) if costly else None,
         warnings=(*advice.warnings(config, plan, gpus), *_length_warnings(config, bucket, usable)),
-        remarks=(*_remarks(config), *_gathers(config, phases, gpus, usable)),
+        remarks=(*_remarks(config), *_networks(config, plan), *_gathers(config, phases, gpus, usable)),
     )  # fmt: skip
 
 
@@ -210,17 +231,39 @@ def _phase_cost(config: Config, phase: int, gpus: int, tflops: float, utilisatio
     plan, shown, iterations = plan_of(config), preview_cost(config, gpus), config.phase_iterations(phase)
     guided = max(meta_model(config.teacher).guidance) > 1
     forward, attention = mean_flops(config.teacher)
-    scored = score_calls(config, phase, gpus)
-    work = phase_work(config, plan, phase, guided, scored, attention)
+    scored, anchored = score_calls(config, phase, gpus), config.anchored(phase)
+    work = phase_work(config, plan, phase, guided, scored, attention, anchored == iterations)
     flops = work.forwards * forward * config.batch_size
-    each = hours(flops, gpus)
+    total = phase_forwards(config, plan, phase, guided, scored, attention) * forward * config.batch_size
     return PhaseCost(
-        phase, plan.end(phase), iterations, phase_memory(config, phase, gpus), work, flops,
-        iteration_seconds=each * 3600, gathered=gathered_bytes(config, work, gpus, scored), hours=each * iterations,
+        phase, plan.end(phase), iterations, anchored, phase_memory(config, phase, gpus), work, flops,
+        iteration_seconds=hours(flops, gpus) * 3600, gathered=gathered_bytes(config, work, gpus, scored),
+        hours=hours(total, gpus),
         previews=math.ceil(iterations / config.sample_every) if config.sample_every is not None else 0,
         preview_seconds=hours(len(plan.path(phase)) * shown.step + shown.decode, 1) * 3600,  # all GPUs do so at once
         checkpoint=checkpoint_bytes(config, phase),
     )  # fmt: skip
+
+
+def _pool_cost(config: Config, gpus: int, tflops: float, utilisation: float) -> PoolCost | None:
+    """Returns what the pool costs, or None where there is none."""
+    plan, model = plan_of(config), meta_model(config.teacher)
+    if not (calls := pool_calls(config, plan, model.guidance)):
+        return None
+    sizes = [math.prod(shape) for shape in model.sample_shapes]
+    odds = bucket_odds(config, None)
+    numbers = sum(n * odd for n, odd in zip(sizes, odds, strict=True)) / sum(odds)
+    ends = {end for phase in range(1, plan.num_phases + 1) for end in kept_ends(config, phase)}
+    states = sum(2 if end > 1 and config.rollouts.start == "experts" else 1 for end in ends)
+    hours = calls * mean_flops(config.teacher)[0] / (gpus * tflops * 1e12 * utilisation) / 3600
+    return PoolCost(calls, hours, round(4 * states * numbers * config.rollouts.pool))
+
+
+def _side_by_side(config: Config, phases: tuple[PhaseCost, ...], pool: PoolCost | None) -> float | None:
+    """Returns the hours of the longest phase and its share of the pool, or None where phases wait for each other."""
+    if not begins_with_teacher(config, len(phases)):
+        return None
+    return max(phase.hours for phase in phases) + (pool.hours / len(phases) if pool else 0.0)
 
 
 def prompt_cache(config: Config, prompts: int) -> int:
@@ -263,6 +306,21 @@ def _remarks(config: Config) -> tuple[str, ...]:
         f"a full fake of one network, with its gradients and both moments of AdamW: {size(moments)}; without the "
         f"first, as here: {size(3 * moments // 4)}; in all shards together",
     )
+
+
+def _networks(config: Config, plan: PhasePlan) -> Iterator[str]:
+    """Says which of several networks each phase needs, where phases may be trained apart."""
+    if not (plan.switches and begins_with_teacher(config, plan.num_phases)):
+        return
+    for phase in range(1, plan.num_phases + 1):
+        experts = sorted({expert.network for expert in plan.experts(phase)})
+        fakes = plan.fakes(phase, renoise_interval(config, plan, phase).support) if config.matches(phase) else ()
+        asked = f", and asks teacher and fake on {_list(fakes)}" if fakes else ""
+        yield f"phase {phase} by itself: trains an expert on network {_list(experts)}{asked}"
+
+
+def _list(networks: Iterable[int]) -> str:
+    return " and ".join(map(str, networks))
 
 
 def _replicated(config: Config, gpus: int, usable: float) -> str:

@@ -63,9 +63,11 @@ def block_parameters(teacher: Teacher) -> int:
 def networks(config: Config, phase: int) -> tuple[int, int]:
     """Returns on how many networks a phase trains an expert, and on how many a fake.
 
-    A fake that is an adapter is one for all phases, on the networks of each.
+    A fake that is an adapter is one for all phases, on the networks of each; a full one is none where all is anchored.
     """
     plan = plan_of(config)
+    if config.fake.weights == "full" and not config.matches(phase):
+        return len(plan.experts(phase)), 0
     phases = [phase] if config.fake.weights == "full" else range(1, plan.num_phases + 1)
     fakes = {network for k in phases for network in plan.fakes(k, renoise_interval(config, plan, k).support)}
     return len(plan.experts(phase)), len(fakes)
@@ -93,7 +95,7 @@ def states(config: Config, phase: int) -> tuple[int, int, int]:
     copies = sum(networks(config, other)[0] for other in built) + (experts if config.generator.ema is not None else 0)
     frozen = len(meta_model(config.teacher).networks) * network_bytes(config.teacher)
     weights = frozen + item * (copies * expert.trained + fakes * fake.trained)
-    reached = 1 if config.renoise.network == "update" else fakes  # fakes that an update has gradients of
+    reached = min(fakes, 1) if config.renoise.network == "update" else fakes  # fakes that an update has gradients of
     gradients = item * max(experts * expert.learning, reached * fake.learning)
     moment = 2 if config.optimiser.second_moment == "bfloat16" else item
     return weights, gradients, moment * (experts * expert.trained + fakes * fake.trained)
@@ -154,6 +156,8 @@ def activations(config: Config, phase: int, gpus: int) -> int:
     steps = config.plan.steps // config.plan.phases
     more = len(scoring_shares(config, phase, gpus)) - 1  # samples of no consequence
     own = graph(config.generator, steps if config.plan.gradient == "all" else 1)
+    if not config.matches(phase):
+        return own
     fake = graph(config.fake, more=more)
     if config.objective == "fisher":
         own += max(graph(config.generator, 2, more), fake)

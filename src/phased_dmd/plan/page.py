@@ -51,6 +51,7 @@ def show(plan: Needs, console: Console) -> None:
         f"PFLOP a forward: {forwards}",
         f"{plan.hours:.3g} hours in all, without encoding and checkpoints; and {plan.preview_hours:.2g} of "
         f"{sum(phase.previews for phase in plan.phases)} previews",
+        *_once(plan),
         f"prompt cache: {plan.prompts} prompts, at most {size(plan.prompt_cache)} on disk",
         *plan.remarks,
         *(f"warning: {warning}" for warning in plan.warnings),
@@ -58,6 +59,21 @@ def show(plan: Needs, console: Console) -> None:
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _once(plan: Needs) -> Iterator[str]:
+    """Yields what the teacher's trajectories cost, and what they spare."""
+    if plan.pool is not None:
+        calls, hours, disk = plan.pool
+        yield f"pool of the teacher's trajectories: {calls:,} calls and {hours:.3g} hours, once; {size(disk)} on disk"
+    if anchored := [f"{each.anchored} of phase {each.phase}" for each in plan.phases if each.anchored]:
+        yield f"anchored iterations, without a fake: {', '.join(anchored)}"
+    if plan.side_by_side is not None:
+        count = len(plan.phases)
+        yield (
+            f"{plan.side_by_side:.3g} hours side by side, a job a phase (--only-phase) on {_gpus(count * plan.gpus)}: "
+            "those of the longest phase and of its share of the pool"
+        )
 
 
 def _tables(plan: Needs) -> dict[str, list[list[str]]]:

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from phased_dmd import step, train
-from phased_dmd.config import Config
+from phased_dmd.config import Anchor, Config
 from phased_dmd.config.overrides import build
 from phased_dmd.config.teacher import QwenImageTeacher, WanTeacher
 from phased_dmd.engine import collectives, world
@@ -216,7 +216,7 @@ def begun(config: Config, phase: int, gpus: int, blocks: int | None, watch: Watc
             with watch:
                 system.roles.shard(config.engine)
                 job: Any = SimpleNamespace(
-                    system=system, fresh_fakes=fresh, conditions=conditions, odds=[1.0], rank=0,
+                    system=system, fresh_fakes=fresh, conditions=conditions, odds=[1.0], pool=None, rank=0,
                     micro_batches=world.split_batch(config.batch_size, config.engine),
                     signals=SimpleNamespace(asked=lambda: 0),
                     run=SimpleNamespace(expert_path=lambda _: Path("none/such")),
@@ -278,7 +278,7 @@ class Peaks(NamedTuple):
 
 
 def simulated(config: Config, gpus: int, phases: Sequence[int]) -> list[Peaks]:
-    """Simulates the updates of phases. Raises UserError for what a simulation does not know."""
+    """Simulates the updates of phases, none of them anchored. Raises UserError for what a simulation does not know."""
     if config.engine.offload or getattr(config.teacher, "quantise", None):
         raise UserError("--simulate: neither engine.offload nor teacher.quantise can be simulated")
     teacher = config.teacher
@@ -286,7 +286,8 @@ def simulated(config: Config, gpus: int, phases: Sequence[int]) -> list[Peaks]:
         raise UserError(f"--simulate: knows the networks of pipelines alone, and teacher.kind is {teacher.kind}")
     one_size = teacher.model_copy(update={"sizes": (teacher.sizes[largest(bucket_shapes(teacher))],)})
     engine = config.engine.model_copy(update={"compile": False})
-    changes = {"teacher": one_size, "engine": engine, "init_experts": None}
+    rollouts = config.rollouts.model_copy(update={"start": "experts"})  # whose calls are no part of what is simulated
+    changes = {"teacher": one_size, "engine": engine, "init_experts": None, "anchor": Anchor(), "rollouts": rollouts}
     model, few = meta_model(teacher), BLOCKS_OF_QWEN if isinstance(teacher, QwenImageTeacher) else BLOCKS
     count = len(model.blocks(model.networks[0]))
     lengths = (few, few + 1) if count > few + 1 else (None, None)

@@ -7,6 +7,7 @@ from phased_dmd.config import Config
 from phased_dmd.config.teacher import PipelineTeacher, QwenImageTeacher, Teacher
 from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.plan.measure import Call, bucket_shapes, call, itemsizes, meta_model
+from phased_dmd.pool import begins_with_teacher
 
 TEXT_TOKENS = 192  # of a prompt, where it is not padded to the most tokens: about 140 words
 ATTENTION = 2.5  # forwards of attention in its backward: two products become five, as its matrix is made again
@@ -34,15 +35,19 @@ class Work:
 
 
 def phase_work(
-    config: Config, plan: PhasePlan, phase: int, guided: bool, score_calls: float = 1.0, attention: float = 0.0
-) -> Work:
+    config: Config, plan: PhasePlan, phase: int, guided: bool, score_calls: float = 1.0, attention: float = 0.0,
+    anchored: bool = False,
+) -> Work:  # fmt: skip
     """Returns the work of an iteration of a phase. guided: whether the teacher is called twice.
 
     score_calls: network calls that a sample's score takes, see `memory.score_calls`. attention: its share of a
-    forward's FLOPs; without it a backward counts as the layers' alone.
+    forward's FLOPs; without it a backward counts as the layers' alone. anchored: of an iteration that regresses the
+    pool's states, without a score or a fake.
     """
     updates, checkpointing = config.fake.updates, config.engine.activation_checkpointing
-    before, steps = float(plan.steps(phase).start), len(plan.steps(phase))  # steps of earlier phases, and of this one
+    from_pool = anchored or begins_with_teacher(config, phase)
+    before = 0.0 if from_pool else float(plan.steps(phase).start)  # steps of earlier phases
+    steps = len(plan.steps(phase))
     exits = steps if config.plan.gradient == "all" else fmean(range(1, steps + 1))
     recorded = exits if config.plan.gradient == "all" else 1
     fakes = steps if config.ablation.fake_rollout == "full" else exits
@@ -59,12 +64,22 @@ def phase_work(
     backward = 1 + (ATTENTION - 1) * attention
     update = {"lora": 1 + checkpointing + backward, "full": 2 + checkpointing + backward - attention}
     scores = teacher + 1 + differentiated * (checkpointing + backward)
+    if anchored:
+        return Work(exits, exits - recorded + recorded * update[config.generator.weights], 0.0, 0.0)
     return Work(
         generator_calls=for_generator + recorded + (teacher + 1) * score_calls,
         generator_forwards=for_generator + recorded * update[config.generator.weights] + scores * score_calls,
         fake_calls=for_fake + updates * score_calls,
         fake_forwards=for_fake + updates * update[config.fake.weights] * score_calls,
     )
+
+
+def phase_forwards(config: Config, plan: PhasePlan, phase: int, guided: bool, *more: float) -> float:
+    """Returns the forwards of all iterations of a phase for a sample, anchored ones among them; see `phase_work`."""
+    anchored, iterations = config.anchored(phase), config.phase_iterations(phase)
+    counts = {True: anchored, False: iterations - anchored}
+    works = {each: phase_work(config, plan, phase, guided, *more, anchored=each) for each in counts}
+    return sum(count * works[each].forwards for each, count in counts.items())
 
 
 def gathered_bytes(config: Config, work: Work, gpus: int, score_calls: float) -> int:

@@ -35,7 +35,8 @@ def load_loras(
     times = tuple(sigmas) or step_times(plan.steps, plan.shift, plan.start)[:-1]
     check_times(times)
     one_phase = {"steps": len(times), "phases": 1, "gradient": "all"}
-    config = changed(config, {"plan": one_phase, "teacher": teacher, "phase_shares": None, "init_experts": None})
+    of_phases = {"phase_shares": None, "anchor": {"updates": 0}, "init_experts": None}
+    config = changed(config, {"plan": one_phase, "teacher": teacher, **of_phases})
     changes = read_changes(files, bare_model(config.teacher, config.seed).students)
     config = changed(config, of_changes(changes))
     sampler = untrained(config, load_teacher(config, fit=False), bucket, prompts, (*times, 0.0))

@@ -14,16 +14,16 @@ from phased_dmd.config import Config
 from phased_dmd.config.teacher import WanTeacher
 from phased_dmd.engine.collectives import run_on_all_ranks
 from phased_dmd.engine.randomness import normal
-from phased_dmd.engine.world import device, rank, world_size
+from phased_dmd.engine.world import BATCH, batch_size, device, rank, world_size
 from phased_dmd.errors import UserError
 from phased_dmd.maths.rollout import Rollout
 from phased_dmd.media import FRAMES, thumbnails
 from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.models.source import SHIPPED
 from phased_dmd.networks.roles import System
+from phased_dmd.pool import Pool, Taken, begins_with_teacher
 from phased_dmd.prompts import Prompt
 
-BATCH, BATCH_NUMBERS = 64, 2**18  # samples a network call when sampling, and the most numbers that they hold
 PREVIEWS, LEAST_PREVIEWS, PREVIEW_NUMBERS = 16, 4, 2**23  # samples of a preview, and the numbers that more may hold
 PREVIEW_PIXELS = 2**22  # of its picture, about
 NANO_FPS, WAN_FPS = 8.0, 16.0
@@ -101,15 +101,17 @@ class Sampler:
         return torch.cat([self.codec.decode(part).cpu() for part in latents.split(batch_size(self.shape))])
 
     @torch.no_grad()
-    def preview(self, phase: int, rows: Sequence[Condition]) -> Tensor:
+    def preview(self, phase: int, rows: Sequence[Condition], taken: Taken | None = None) -> Tensor:
         """Returns the generator's prediction of x_0 at a phase's end, one sample a condition, with seeds 0, 1, ...
 
-        Points [n, d], or small pictures [n, k, h, w, 3] of few frames. The processes share the samples.
+        Points [n, d], or small pictures [n, k, h, w, 3] of few frames. The processes share the samples. taken: states
+        that they begin the phase with, in place of first noise.
         """
         ways, size = self.system.config.engine.sequence_parallel, preview_batch(self.system.config, self.shape)
         ends = []
         for samples, kept in preview_shares(len(rows), size, rank() // ways, world_size() // ways):
-            ends.append(self._roll(phase, [rows[i] for i in samples], samples).x0[:kept])
+            begin = None if taken is None else taken._replace(entries=[taken.entries[i] for i in samples]).begin()
+            ends.append(self._roll(phase, [rows[i] for i in samples], samples, begin).x0[:kept])
         own = [end for end in ends if len(end)] if rank() % ways == 0 else []
 
         def small(pixels: Tensor) -> Tensor:
@@ -123,14 +125,20 @@ class Sampler:
         return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
 
     @torch.no_grad()
-    def _roll(self, phase: int, rows: Sequence[Condition], seeds: Sequence[int]) -> Rollout:
-        """Runs the experts from noise to the end of a phase, one sample a condition and seed."""
+    def _roll(
+        self, phase: int, rows: Sequence[Condition], seeds: Sequence[int], begin: Tensor | None = None
+    ) -> Rollout:
+        """Runs the experts from noise, or from x at the phase's begin, to its end, one sample a condition and seed."""
 
         def step_noise(step: int) -> Tensor:
             return self._noise(seeds, "sample renoise", step)
 
         system = self.system
-        path, start = system.plan.path(phase), system.start(self._noise(seeds))
+        path, start = system.plan.path(phase), begin
+        if start is None:
+            start = system.start(self._noise(seeds))
+        else:
+            path = path[system.plan.steps(phase).start :]
         return system.roll(path, start, system.model.batch(rows), noise=step_noise)
 
     def _noise(self, seeds: Sequence[int], *key: str | int) -> Tensor:
@@ -202,21 +210,24 @@ def preview_shares(count: int, size: int, process: int, processes: int) -> Itera
         yield [min(i, count - 1) for i in batch], max(0, min(len(batch), count - start))
 
 
-def batch_size(shape: Sequence[int]) -> int:
-    """Returns how many samples of a shape go through a network at once: one of a large model, many of nano."""
-    return max(1, min(BATCH, BATCH_NUMBERS // math.prod(shape)))
-
-
 def preview_samples(
-    system: System, codec: Codec, phase: int, conditions: Conditions | None, odds: Sequence[float]
-) -> Tensor:
-    """Samples a preview of training, in the first bucket that has odds: of prompts spread over all, or 512 points."""
+    system: System, codec: Codec, phase: int, conditions: Conditions | None, odds: Sequence[float],
+    pool: Pool | None = None,
+) -> Tensor:  # fmt: skip
+    """Samples a preview of training, in the first bucket that has odds: of prompts spread over all, or 512 points.
+
+    A phase that begins with the teacher's states is shown from some of them on.
+    """
     bucket = next(i for i, each in enumerate(odds) if each)
     shape = system.model.sample_shapes[bucket]
-    count = preview_size(shape)
-    if conditions is None:
-        rows: list[Condition] = [{}] * (512 if len(shape) == 1 else count)
+    count = 512 if len(shape) == 1 and conditions is None else preview_size(shape)
+    taken = None
+    if pool is not None and begins_with_teacher(system.config, phase):
+        taken = pool.spread(phase, bucket, count)
+        rows = taken.rows()
+    elif conditions is None:
+        rows: list[Condition] = [{}] * count
     else:
         prompts = conditions.eligible(bucket)
         rows = [conditions.row(prompts[i * len(prompts) // count], bucket) for i in range(count)]
-    return Sampler(system, codec, bucket).preview(phase, rows)
+    return Sampler(system, codec, bucket).preview(phase, rows, taken)

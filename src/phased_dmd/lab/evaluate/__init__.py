@@ -35,7 +35,6 @@ __all__ = [
     "title",
 ]  # fmt: skip
 FLOOR_SEEDS = 1_000_000  # added to a set's seeds for the base's other samples
-BASE_STEPS = 40  # of an analytic teacher
 
 
 def evaluate(
@@ -123,11 +122,11 @@ def _of_sampler(
     is sampled, in place of the method's.
     """
     config, base, tools = sampler.system.config, Base(sampler, cache), None
-    few, many, clips = config.plan.steps, BASE_STEPS, False
+    few, many, clips = config.plan.steps, config.teacher.base_steps, False
     if isinstance(config.teacher, PipelineTeacher):
         clips = config.teacher.sizes[protocol.bucket].num_frames > 1
     if not isinstance(config.teacher, AnalyticTeacher):
-        tools, many = load_instruments(protocol, config, clips), config.teacher.base_steps
+        tools = load_instruments(protocol, config, clips)
     sets = {}
     for sample_set in sample_sets(config, protocol, sampler.codec.takes_images):
         prompts, seeds = sample_set.prompts, sample_set.seeds

@@ -13,12 +13,13 @@ from torch import Tensor
 from phased_dmd.checkpoint import load_tensors, save_tensors, wait_for_lock
 from phased_dmd.conditions import fitting
 from phased_dmd.config.teacher import AnalyticTeacher, PipelineTeacher
+from phased_dmd.engine.world import batch_size
 from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate.sample_sets import SampleSet, group_by_seed
 from phased_dmd.maths.phases import step_times
 from phased_dmd.media import MEDIA, read_media
 from phased_dmd.prompts import Prompt
-from phased_dmd.sampling.sampler import Sampler, batch_size
+from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.sampling.writing import MANIFEST
 
 
