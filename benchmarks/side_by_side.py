@@ -17,17 +17,19 @@ from torch import Tensor, nn
 
 from phased_dmd.config import Config
 from phased_dmd.config.overrides import changed
-from phased_dmd.engine.randomness import generator
+from phased_dmd.engine.randomness import generator, normal
 from phased_dmd.maths.phases import shift_time, step_times
 from phased_dmd.maths.schedules import FlowSchedule, add_noise, renoise_times
 from phased_dmd.models.analytic import ExactMixture, PlainCodec, TimeMLP
 from phased_dmd.networks.roles import System
+from phased_dmd.pool import teacher_times
+from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
 from phased_dmd.sampling.loading import load
 from phased_dmd.train import distill
 
 SHIFT, STEPS, BASE = 2.0, 4, 40
-STRENGTHS = (1.0, 2.0)
+STRENGTHS = (2.0, 1.0)
 
 
 # ---------------------------------------------------------------- a Gaussian, in closed form
@@ -160,11 +162,11 @@ def config_of(seed: int, iterations: int, **changes: Any) -> Config:
     return resolve("toy-2d", {"teacher": own, "rollouts.pool": 8192, **quick, **changes})
 
 
-def ends(system: System, noise: Tensor) -> list[Tensor]:
+def ends(system: System, noise: Tensor, condition: dict[str, Tensor]) -> list[Tensor]:
     """The student's samples at the end of every phase."""
     phases = range(1, system.plan.num_phases + 1)
     with torch.no_grad():
-        return [system.roll(system.plan.path(phase), noise, {}).x for phase in phases]
+        return [system.roll(system.plan.path(phase), noise, condition).x for phase in phases]
 
 
 def main() -> None:
@@ -172,13 +174,17 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--polish", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--run", type=Path, help="measure the states of this finished run's student instead")
     asked = parser.parse_args()
+    if asked.run:
+        of_run(asked.run)
+        return
     for guidance in (1.0, 1.5, 2.0, 4.0):
         for s, *laws in gaussian_laws(guidance):
             sampler, matched_ = (f"{mean:.4f} ± {std:.4f}" for mean, std in (laws[:2], laws[2:]))
             print(f"Gaussian, g {guidance}, s {s:.3f}: sampler {sampler}, matched {matched_}")
-    for guidance in STRENGTHS:
-        for seed in range(asked.seeds):
+    for seed in range(asked.seeds):
+        for guidance in STRENGTHS:
             mixture(guidance, seed, asked.iterations, asked.polish)
 
 
@@ -195,17 +201,43 @@ def mixture(guidance: float, seed: int, iterations: int, polish: int) -> None:
         )
         for name, config in sorted(runs.items(), key=lambda run: run[0] == "polished"):
             system = load(distill(config, Path(folder) / name, quiet=True, own=own), own=own).system
-            reference = list(teacher_ends(system, other))
-            found = [energy(a, b) for a, b in zip(ends(system, noise), reference, strict=True)]
-            floor = [energy(a, b) for a, b in zip(teacher_ends(system, noise), reference, strict=True)]
+            reference = list(teacher_ends(system, other, {}))
+            found = [energy(a, b) for a, b in zip(ends(system, noise, {}), reference, strict=True)]
+            floor = [energy(a, b) for a, b in zip(teacher_ends(system, noise, {}), reference, strict=True)]
             print(f"g {guidance}, seed {seed}, {name}: {numbers(found)} (sampler itself {numbers(floor)})", flush=True)
 
 
-def teacher_ends(system: System, noise: Tensor) -> Iterator[Tensor]:
+def of_run(run: Path, count: int = 128, prompt: str = "a handwritten digit") -> None:
+    """Prints the same of a run, on one prompt: distances, and the deviation of all numbers of a state."""
+    sampler = load(run)
+    row, system = sampler.encode([Prompt(prompt)])[Prompt(prompt)], sampler.system
+    condition = system.model.batch([row] * count)
+    noise, other = (normal(sampler.shape, range(i, i + count), "side by side") for i in (0, count))
+    student = ends(system, noise, condition)
+    paired, reference = (list(teacher_ends(system, x, condition)) for x in (noise, other))
+    starts = [noise, *paired]
+    for k, states in enumerate(zip(student, paired, reference, strict=True), 1):
+        a, b, c = (x.flatten(1) for x in states)
+        own = system.plan.path(k)[system.plan.steps(k).start :]
+        with torch.no_grad():
+            alone = system.roll(own, starts[k - 1], condition).x.flatten(1)
+        print(
+            f"{run}, s_{k}: student to sampler {energy(a, c):.4f}, the sampler itself {energy(b, c):.4f}; of one noise "
+            f"{rms(a - b):.4f} apart, from the sampler's own state at s_{k - 1} {rms(alone - b):.4f}; deviations "
+            f"{a.std():.4f}, {b.std():.4f}, {c.std():.4f}",
+            flush=True,
+        )
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def teacher_ends(system: System, noise: Tensor, condition: dict[str, Tensor]) -> Iterator[Tensor]:
     """The guided sampler's states at the end of every phase."""
-    grid, x = step_times(BASE, SHIFT), noise
+    config, x = system.config, noise
     for phase in range(1, system.plan.num_phases + 1):
-        x = system.roll_teacher(system.plan.within(phase, grid), x, {})
+        x = system.roll_teacher(teacher_times(config, system.plan, phase), x, condition)
         yield x
 
 

@@ -304,3 +304,15 @@ def test_the_plan_foresees_the_calls(gradient: str, tmp_path: Path) -> None:
         for count, of_anchored in ((anchored, True), (4 - anchored, False)):
             expected += 8 * count * phase_work(config, plan, phase, False, anchored=of_anchored).calls
     assert sum(len(call.x) for call in model.calls) == expected
+
+
+def test_a_second_run_polishes_phases_that_began_with_the_teacher(tmp_path: Path) -> None:
+    """It starts from their experts, which at a rate of about nothing they stay, and begins with what these make."""
+    first = distill(toy(rollouts__start="teacher"), tmp_path / "first", quiet=True)
+    config = toy(init_experts=str(first), iterations=1, generator__lr=1e-12)
+    again = distill(config, tmp_path / "again", quiet=True)
+    for phase in (1, 2):
+        was, now = (read_expert(RunFolder(run), phase)[0] for run in (first, again))
+        for name, tensor in was.items():
+            torch.testing.assert_close(now[name], tensor, rtol=0, atol=1e-8)
+    assert not (again / "pool").exists()

@@ -13,7 +13,8 @@ from phased_dmd.plan import Needs, Proposal, Stage, peak, size
 def as_json(plan: Needs | Sequence[Proposal]) -> str:
     """Returns all figures of a plan, or of proposals."""
     if isinstance(plan, Needs):
-        return json.dumps(asdict(plan) | {"stages": [stage._asdict() for stage in plan.stages]}, indent=2)
+        named = {"stages": [stage._asdict() for stage in plan.stages], "pool": plan.pool and plan.pool._asdict()}
+        return json.dumps(asdict(plan) | named, indent=2)
     return json.dumps([each._asdict() | {"peak": each.peak._asdict()} for each in plan], indent=2)
 
 
