@@ -1,9 +1,9 @@
 """NVIDIA's Model Optimizer as the peer: its DMD2 pipeline trained as its own example trains it, on our teachers.
 
 The package has losses and no loop (`modelopt.torch.fastgen`). The one below follows that of its example
-(examples/diffusers/fastgen/dmd2 in NVIDIA/Model-Optimizer): one update of the student in every `frequency` steps, of the
-fake in the others; a clip, AdamW, then the average. It is data-free: the student's inputs come from backward simulation.
-The generator is written as a run folder of one phase with full weights, which `evaluate` samples and measures.
+(examples/diffusers/fastgen/dmd2 in NVIDIA/Model-Optimizer): one update of the student in every `frequency` steps, of
+the fake in the others; a clip, AdamW, then the average. It is data-free: the student's inputs come from backward
+simulation. The student is written as a run folder of one phase with full weights, which `evaluate` samples and measures.
 """
 
 import copy
@@ -122,7 +122,8 @@ def dmd_config(config: Config, options: Options, timesteps: int | None) -> fastg
     return fastgen.DMDConfig(
         pred_type="flow", guidance_scale=None if guidance == 1 else guidance, num_train_timesteps=timesteps,
         sample_t_cfg=times, student_sample_steps=config.plan.steps, student_sample_type=options.sample_type,
-        student_update_freq=options.frequency, fake_score_pred_type=options.fake_loss, backward_simulation=True, ema=ema,
+        student_update_freq=options.frequency, fake_score_pred_type=options.fake_loss, backward_simulation=True,
+        ema=ema,
     )  # fmt: skip
 
 

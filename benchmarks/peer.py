@@ -1,4 +1,4 @@
-"""The peer beside ours: DMD2 of NVIDIA's Model Optimizer (`modelopt_dmd2`) and `fast`, on the same teachers, in turn."""
+"""A peer beside ours: DMD2 of NVIDIA's Model Optimizer (`modelopt_dmd2`) and `fast`, in turn, on the same teachers."""
 
 import itertools
 import math
@@ -32,10 +32,11 @@ PEER = "peer"
 class Options:
     """What the peer's users choose beside the student's updates.
 
-    lr, fake_lr: of AdamW. frequency: steps to an update of the student, the others are the fake's. ema: the decay of the
-    student's average. sample_type: whether a step goes along the predicted noise or adds new noise, when training and
-    sampling. times: the distribution of the re-noise times. fake_loss: the space of the fake's error. beta1: of AdamW.
-    lora: the rank of a student that is an adapter, 0 for one that is trained in full.
+    lr, fake_lr, beta1: of AdamW. frequency: steps to an update of the student, the others are the fake's. ema: the
+    decay of the student's average. sample_type: whether a step goes along the predicted noise or adds new noise, when
+    training and sampling. times: the distribution of the re-noise times. fake_loss: the space of the fake's error.
+    decay: the course of both rates. clip: of a gradient's norm. lora: the rank of a student that is an adapter, 0 for
+    one that is trained in full.
     """
 
     lr: float
@@ -126,9 +127,7 @@ def peer(match: Match, runs: Path, results: Path, jobs: int) -> dict[str, Any]:
     write_rows(path, kept.values())
     budget = Budget(len(match.seeds), contest.samples, first=match.seeds.start)
     studies = {side: study_of(names[side], budget, rows[side]) for side in rows}
-    curves = {
-        side: [point(contest, study, label, runs) for label in study.sizes] for side, study in studies.items()
-    }
+    curves = {side: [point(contest, study, label, runs) for label in study.sizes] for side, study in studies.items()}
     for each, updates in zip(curves[PEER], match.updates, strict=True):  # its updates are no phases of ours
         each["calls"] = match.options.forwards(match.options.config(contest.recipe, updates, 0))
     peaks = {

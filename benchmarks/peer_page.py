@@ -16,8 +16,8 @@ def show_peer(found: Mapping[str, Any]) -> list[str]:
     options = json.dumps(found["options"])[1:-1].replace('"', "")
     rows = [line(p, found["base"]) for side in (PEER, FAST) for p in found["curves"][side]]
     return [
-        f"{NAME}, data-free, beside `fast`: the same teacher, prompts, batch, grid, seeds and measures. {options}, which "
-        f"its own tuning found best. Seeds {seeds(found)}.", "",
+        f"{NAME}, data-free, beside `fast`: the same teacher, prompts, batch, grid, seeds and measures. The peer has "
+        f"{options}, which its own tuning found best. Seeds {seeds(found)}.", "",
         *head(found), *rows, "", *verdict(found), "", *memory(found["memory"], found["memory_ratio"]),
     ]  # fmt: skip
 

@@ -182,7 +182,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/results/performance"))
     parser.add_argument("--part", choices=PARTS, action="append", help="these alone; the others stay as they are")
-    parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="of cost, levers and peer; finished ones stay")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/bench"), help="of cost, levers and peer; finished ones stay"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes of cost, levers and peer")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
