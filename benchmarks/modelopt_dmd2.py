@@ -3,7 +3,7 @@
 The package has losses and no loop (`modelopt.torch.fastgen`). The one below follows that of its example
 (examples/diffusers/fastgen/dmd2 in NVIDIA/Model-Optimizer): one update of the student in every `frequency` steps, of
 the fake in the others; a clip, AdamW, then the average. It is data-free: the student's inputs come from backward
-simulation. The student is written as a run folder of one phase with full weights, which `evaluate` samples and measures.
+simulation. The student is written as a run folder of one phase with full weights, which `evaluate` takes.
 """
 
 import copy

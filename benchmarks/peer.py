@@ -20,7 +20,7 @@ from phased_dmd.config import Config, phase_plan
 from phased_dmd.lab.reproduce.begin import begin_worker
 from phased_dmd.lab.reproduce.claim import Budget, Criterion, Variant
 from phased_dmd.lab.reproduce.results import read_rows, write_rows
-from phased_dmd.lab.reproduce.study import plan_runs, rows_of, study_of
+from phased_dmd.lab.reproduce.study import Study, plan_runs, rows_of, study_of
 from phased_dmd.lab.reproduce.workers import PlannedRun, Workers
 from phased_dmd.recipes import resolve
 from phased_dmd.train import distill
@@ -114,32 +114,45 @@ def peer(match: Match, runs: Path, results: Path, jobs: int) -> dict[str, Any]:
 
     Trains and evaluates what is missing in the folder `runs`, on `jobs` processes.
     """
-    from modelopt_dmd2 import peak as peers_peak
-
     contest, planned = match.contest, match.planned(runs)
     train_in_turn(match.options, planned, jobs)
     with Workers(jobs, print) as workers:
         workers.evaluate([run for side in planned.values() for run in side.values()])
-    names = {PEER: f"{contest.recipe}-peer", FAST: contest.name(FAST)}
+    studies = studied(match, planned, results)
+    curves = {side: [point(contest, study, label, runs) for label in study.sizes] for side, study in studies.items()}
+    for each, updates in zip(curves[PEER], match.updates, strict=True):  # its updates are no phases of ours
+        each["calls"] = match.options.forwards(match.options.config(contest.recipe, updates, 0))
+    return {
+        "recipe": contest.recipe, "seeds": list(match.seeds), "options": asdict(match.options),
+        "base": base(contest, studies[PEER]), "curves": curves,
+        "races": [likely(curves, match.measures, len(match.seeds))], **memory(match),
+    }  # fmt: skip
+
+
+def studied(
+    match: Match, planned: Mapping[str, Mapping[tuple[str, int], PlannedRun]], results: Path
+) -> dict[str, Study]:
+    """Returns a study of each side; the rows of its runs replace those of results/peer.jsonl."""
+    names = {PEER: f"{match.contest.recipe}-peer", FAST: match.contest.name(FAST)}
     rows = {side: rows_of(names[side], planned[side]) for side in planned}
     path = results / "peer.jsonl"
     kept = {row["name"]: row for row in (*read_rows(path), *(row for of_side in rows.values() for row in of_side))}
     write_rows(path, kept.values())
-    budget = Budget(len(match.seeds), contest.samples, first=match.seeds.start)
-    studies = {side: study_of(names[side], budget, rows[side]) for side in rows}
-    curves = {side: [point(contest, study, label, runs) for label in study.sizes] for side, study in studies.items()}
-    for each, updates in zip(curves[PEER], match.updates, strict=True):  # its updates are no phases of ours
-        each["calls"] = match.options.forwards(match.options.config(contest.recipe, updates, 0))
+    budget = Budget(len(match.seeds), match.contest.samples, first=match.seeds.start)
+    return {side: study_of(names[side], budget, rows[side]) for side in rows}
+
+
+def memory(match: Match) -> dict[str, Any]:
+    """Returns what an update of each side holds at its most, in bytes, and ours over the peer's."""
+    from modelopt_dmd2 import peak as peers_peak
+
+    recipe = match.contest.recipe
     peaks = {
-        PEER: peers_peak(match.options.config(contest.recipe, 1, 0), match.options),
-        FAST: peak(resolve(contest.name(FAST))),
+        PEER: peers_peak(match.options.config(recipe, 1, 0), match.options),
+        FAST: peak(resolve(match.contest.name(FAST))),
     }
-    return {
-        "recipe": contest.recipe, "seeds": list(match.seeds), "options": asdict(match.options),
-        "base": base(contest, studies[PEER]), "curves": curves, **likely(curves, match.measures, len(match.seeds)),
-        "memory": {side: of_side._asdict() | {"in_all": of_side.in_all} for side, of_side in peaks.items()},
-        "memory_ratio": peaks[FAST].in_all / peaks[PEER].in_all,
-    }  # fmt: skip
+    sizes = {side: of_side._asdict() | {"in_all": of_side.in_all} for side, of_side in peaks.items()}
+    return {"memory": sizes, "memory_ratio": peaks[FAST].in_all / peaks[PEER].in_all}
 
 
 def train_in_turn(options: Options, planned: Mapping[str, Mapping[tuple[str, int], PlannedRun]], jobs: int) -> None:

@@ -18,7 +18,7 @@ def show_peer(found: Mapping[str, Any]) -> list[str]:
     return [
         f"{NAME}, data-free, beside `fast`: the same teacher, prompts, batch, grid, seeds and measures. The peer has "
         f"{options}, which its own tuning found best. Seeds {seeds(found)}.", "",
-        *head(found), *rows, "", *verdict(found), "", *memory(found["memory"], found["memory_ratio"]),
+        *head(found), *rows, "", *verdict(found["races"][0]), "", *memory(found["memory"], found["memory_ratio"]),
     ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import datetime
 import json
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +158,11 @@ def keys(found: Mapping[str, Any]) -> dict[str, float | None]:
         watched |= {
             f"{unit.split('_')[-1]}_ratio_{name}": ratio for unit, ratio in contest["races"][0]["ratios"].items()
         }
-    for recipe in MATCHES:
-        if match := found.get(f"{PEER} {recipe}"):
-            distances = match["distances"].values()
-            watched[f"peer_seconds_ratio_{short(recipe)}"] = match["ratios"]["cpu_seconds"]
-            watched[f"peer_distance_ratio_{short(recipe)}"] = None if None in distances else min(distances)
-            watched[f"peer_memory_ratio_{short(recipe)}"] = match["memory_ratio"]
+    for recipe, match in matches(found).items():
+        (race,) = match["races"]
+        watched[f"peer_seconds_ratio_{short(recipe)}"] = race["ratios"]["cpu_seconds"]
+        watched[f"peer_distance_ratio_{short(recipe)}"] = least(race["distances"].values())
+        watched[f"peer_memory_ratio_{short(recipe)}"] = match["memory_ratio"]
     if "sampling" in found:
         watched["sampling_ratio_nano"] = found["sampling"]["ratio"]
     return watched
@@ -176,6 +175,16 @@ def short(recipe: str) -> str:
 def contests(found: Mapping[str, Any]) -> dict[str, Any]:
     """What `cost` found, of the recipes that are there."""
     return {recipe: found[f"cost {recipe}"] for recipe in RECIPES if f"cost {recipe}" in found}
+
+
+def matches(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `peer` found, of the recipes that are there."""
+    return {recipe: found[f"{PEER} {recipe}"] for recipe in MATCHES if f"{PEER} {recipe}" in found}
+
+
+def least(values: Iterable[float | None]) -> float | None:
+    found = list(values)
+    return None if None in found else min(found)
 
 
 def main() -> None:
@@ -200,7 +209,9 @@ def main() -> None:
             write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
             write_atomically(path.with_suffix(".md"), page(found).encode())
             if drawn := contests(parts):
-                draw(drawn, arguments.output.parent / "cost.png")
+                draw(drawn, "calls", arguments.output.parent / "cost.png")
+            if drawn := matches(parts):
+                draw(drawn, "cpu_seconds", arguments.output.parent / "peer.png")
 
 
 if __name__ == "__main__":
