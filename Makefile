@@ -41,7 +41,7 @@ chaos: .venv/.stamp-dev ## Kill runs at random moments, resume and compare them;
 	$(BIN)/python scripts/fuzz.py
 	NANO_ITERATIONS=20 $(BIN)/pytest tests/engine/test_distributed.py
 
-bench: .venv/.stamp-dev ## Measure overhead, memory, sampling and what a quality costs; writes docs/results/performance
+bench: .venv/.stamp-bench ## Measure overhead, memory, sampling, what a quality costs, and a peer; writes docs/results/performance
 	$(BIN)/python benchmarks/performance.py
 
 gpu: .venv/.stamp-dev ## Check on a real GPU, in ten minutes, what the tests only pretend; writes docs/results/gpu
@@ -74,3 +74,7 @@ $(BIN)/pip:
 .venv/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	$(INSTALL) -e '.[dev,eval]'
 	touch .venv/.stamp-run $@
+
+.venv/.stamp-bench: .venv/.stamp-dev
+	$(INSTALL) -e '.[bench]'
+	touch $@

@@ -10,6 +10,7 @@ from contests import FAST, PAPER
 from phased_dmd.lab.reproduce.results import plus_minus
 
 STYLES = ("o-", "s--")
+COSTS = {"calls": "forwards a sample of the batch", "cpu_seconds": "CPU seconds"}
 WORDS = {"as claimed": "better", "the reverse": "worse", "nothing": "nothing", None: "-"}
 
 
@@ -96,8 +97,8 @@ def times(ratio: float | None, low: float, high: float) -> str:
     return f"{'-' if ratio is None else f'{ratio:.3g}'} ({low:.3g} to {high:.3g})"
 
 
-def draw(found: Mapping[str, Any], path: Path) -> None:
-    """The curves, a row a recipe, a panel a measure, over the calls."""
+def draw(found: Mapping[str, Any], unit: str, path: Path) -> None:
+    """The curves, a row a recipe, a panel a measure, over the cost in a unit."""
     from matplotlib.figure import Figure
 
     columns = max(len(contest["base"]) for contest in found.values())
@@ -111,7 +112,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             for (side, points), style in zip(contest["curves"].items(), STYLES, strict=True):
                 cells = [p["values"][name] for p in points]
                 panel.errorbar(
-                    [p["calls"] for p in points], [c["mean"] for c in cells], [c["half_width"] or 0 for c in cells],
+                    [p[unit] for p in points], [c["mean"] for c in cells], [c["half_width"] or 0 for c in cells],
                     fmt=style, capsize=3, markersize=4, linewidth=1.2, label=side,
                 )  # fmt: skip
             panel.axhline(base, color="#999999", linewidth=1, linestyle=":", zorder=0, label="base, 40 steps")
@@ -120,7 +121,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             panel.set_xscale("log", base=2)
             panel.xaxis.set_major_formatter("{x:,.0f}")
             panel.set_title(f"{recipe}: {name}", fontsize=8)
-            panel.set_xlabel("forwards a sample of the batch", fontsize=8)
+            panel.set_xlabel(COSTS[unit], fontsize=8)
             panel.tick_params(labelsize=7)
             panel.spines[["top", "right"]].set_visible(False)
             panel.legend(frameon=False, fontsize=7)

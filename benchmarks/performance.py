@@ -1,4 +1,5 @@
-"""What training costs beyond its network calls, what it holds in memory, what few steps save, and what quality costs.
+"""What training costs beyond its network calls, what it holds in memory, what few steps save, and what quality costs us
+and a peer.
 
 python benchmarks/performance.py --output docs/results/performance      # one thread, on a quiet machine
 """
@@ -8,7 +9,7 @@ import datetime
 import json
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from contests import CONTESTS
 from cost import cost, levers
 from cost_page import draw, show_cost, show_levers
 from overhead import overhead
+from peer import MATCHES, PEER, peer
+from peer_page import show_peer
 from resident import resident
 from sampling import sampling
 from teachers import TWENTY_MILLION, make_teacher
@@ -64,7 +67,7 @@ def page(found: Mapping[str, Any]) -> str:
     lines = ["# Performance", "", f"`make bench`; {found['machine']}, one thread a process."]
     shown = {
         "overhead": show_overhead, "memory": show_memory, "sampling": show_sampling, "variance": show_variance,
-        "cost": show_cost, "levers": show_levers,
+        "cost": show_cost, "levers": show_levers, PEER: show_peer,
     }  # fmt: skip
     for part in PARTS:
         if part in found["parts"]:
@@ -125,6 +128,7 @@ RECIPES = {contest.recipe: contest for contest in CONTESTS}
 PARTS = (
     "overhead", "memory", "sampling", "variance",
     *(f"cost {recipe}" for recipe in RECIPES), *(f"levers {recipe}" for recipe in RECIPES),
+    *(f"{PEER} {recipe}" for recipe in MATCHES),
 )  # fmt: skip
 
 
@@ -138,23 +142,34 @@ def measure(part: str, folder: Path, runs: Path, output: Path, jobs: int) -> Any
             return sampling(folder / "sampling")
         case ["variance"]:
             return variances(folder / "variance")
+        case ["peer", recipe]:
+            return peer(MATCHES[recipe], runs, output.parent, jobs)
         case [kind, recipe]:
             return (cost if kind == "cost" else levers)(RECIPES[recipe], runs, output.parent, jobs)
 
 
-def keys(found: Mapping[str, Any]) -> dict[str, float]:
+def keys(found: Mapping[str, Any]) -> dict[str, float | None]:
     """The figures that are watched, of the parts that are there."""
-    watched = {}
+    watched: dict[str, float | None] = {}
     for model, phases in found.get("overhead", {}).items():
         watched[f"overhead_{model}"] = max(p["ratio"] for p in phases)
     for recipe, contest in contests(found).items():
-        name = recipe.removesuffix("-t2i").replace("-", "")
+        name = short(recipe)
         watched |= {
             f"{unit.split('_')[-1]}_ratio_{name}": ratio for unit, ratio in contest["races"][0]["ratios"].items()
         }
+    for recipe, match in matches(found).items():
+        (race,) = match["races"]
+        watched[f"peer_seconds_ratio_{short(recipe)}"] = race["ratios"]["cpu_seconds"]
+        watched[f"peer_distance_ratio_{short(recipe)}"] = least(race["distances"].values())
+        watched[f"peer_memory_ratio_{short(recipe)}"] = match["memory_ratio"]
     if "sampling" in found:
         watched["sampling_ratio_nano"] = found["sampling"]["ratio"]
     return watched
+
+
+def short(recipe: str) -> str:
+    return recipe.removesuffix("-t2i").replace("-", "")
 
 
 def contests(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,12 +177,24 @@ def contests(found: Mapping[str, Any]) -> dict[str, Any]:
     return {recipe: found[f"cost {recipe}"] for recipe in RECIPES if f"cost {recipe}" in found}
 
 
+def matches(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `peer` found, of the recipes that are there."""
+    return {recipe: found[f"{PEER} {recipe}"] for recipe in MATCHES if f"{PEER} {recipe}" in found}
+
+
+def least(values: Iterable[float | None]) -> float | None:
+    found = list(values)
+    return None if None in found else min(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/results/performance"))
     parser.add_argument("--part", choices=PARTS, action="append", help="these alone; the others stay as they are")
-    parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="of cost and levers; finished ones stay")
-    parser.add_argument("--jobs", type=int, default=2, help="processes of cost and levers")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/bench"), help="of cost, levers and peer; finished ones stay"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="processes of cost, levers and peer")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path = arguments.output.with_suffix(".json")
@@ -182,7 +209,9 @@ def main() -> None:
             write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
             write_atomically(path.with_suffix(".md"), page(found).encode())
             if drawn := contests(parts):
-                draw(drawn, arguments.output.parent / "cost.png")
+                draw(drawn, "calls", arguments.output.parent / "cost.png")
+            if drawn := matches(parts):
+                draw(drawn, "cpu_seconds", arguments.output.parent / "peer.png")
 
 
 if __name__ == "__main__":
