@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, get_args
 
 from phased_dmd.config import Config, Fake, Generator, Lora, Method, Optimiser, Plan
 from phased_dmd.config.overrides import apply_overrides, build, changed, read_file, with_method
-from phased_dmd.config.teacher import AnalyticTeacher, QwenImageTeacher, Size, WanTeacher
+from phased_dmd.config.teacher import AnalyticTeacher, PipelineTeacher, QwenImageTeacher, Size, WanTeacher
 from phased_dmd.errors import UserError, did_you_mean
 
 
@@ -104,29 +104,34 @@ QWEN = partial(QwenImageTeacher, negative_prompt=" ", max_tokens=1024)
 
 
 class System(NamedTuple):
-    """Holds what differs between the paper's systems. docs/models.md says of each figure where it comes from."""
+    """Holds what differs between the large models. docs/models.md says of each figure where it comes from.
 
-    teacher: Callable[..., WanTeacher | QwenImageTeacher]
+    licence: of the base, which holds for what is distilled from it; APACHE, or its name.
+    """
+
+    teacher: Callable[..., PipelineTeacher]
     path: str
+    licence: str
     sizes: tuple[Size, ...]
     shift: float
     prompts: str
     more: Mapping[str, Any] = {}
 
 
+APACHE, T2I, T2V = "Apache-2.0", "default-t2i", "default-t2v"
 SYSTEMS = {  # wan21-t2v-1.3b, at the size it was made for, is not in the paper
-    "wan21-t2i":      System(WAN, "Wan-AI/Wan2.1-T2V-14B-Diffusers",  PICTURE,    5.0, "default-t2i"),
-    "wan21-t2v-1.3b": System(WAN, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", CLIPS_480P, 5.0, "default-t2v"),
-    "wan22-t2i":      System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", PICTURE,    5.0, "default-t2i", TWO_NETWORKS),
-    "wan22-t2v":      System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", CLIPS,      5.0, "default-t2v", TWO_NETWORKS),
-    "wan22-i2v":      System(WAN, "Wan-AI/Wan2.2-I2V-A14B-Diffusers", CLIPS,      5.0, FIRST_FRAMES,  TWO_NETWORKS),
-    "qwen-image":     System(QWEN, "Qwen/Qwen-Image",                 SEVEN,      3.0, "default-t2i"),
+    "wan21-t2i":      System(WAN, "Wan-AI/Wan2.1-T2V-14B-Diffusers",  APACHE, PICTURE, 5.0, T2I),
+    "wan21-t2v-1.3b": System(WAN, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", APACHE, CLIPS_480P, 5.0, T2V),
+    "wan22-t2i":      System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", APACHE, PICTURE, 5.0, T2I, TWO_NETWORKS),
+    "wan22-t2v":      System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", APACHE, CLIPS, 5.0, T2V, TWO_NETWORKS),
+    "wan22-i2v":      System(WAN, "Wan-AI/Wan2.2-I2V-A14B-Diffusers", APACHE, CLIPS, 5.0, FIRST_FRAMES, TWO_NETWORKS),
+    "qwen-image":     System(QWEN, "Qwen/Qwen-Image",                 APACHE, SEVEN, 3.0, T2I),
 }  # fmt: skip
 
 
-def paper(recipe: str) -> Config:
-    """Returns what the paper sets for all of its systems: four steps in two phases with SGTS."""
-    teacher, path, sizes, shift, prompts, more = SYSTEMS[recipe]
+def large(recipe: str) -> Config:
+    """Returns what the paper sets for all of its systems, and we for others: four steps in two phases with SGTS."""
+    teacher, path, _, sizes, shift, prompts, more = SYSTEMS[recipe]
     config = Config(
         recipe=recipe,
         teacher=teacher(path=path, sizes=sizes, guidance=(4.0,), base_steps=40, dtype="bfloat16"),
@@ -140,7 +145,7 @@ def paper(recipe: str) -> Config:
 
 RECIPES: dict[str, Callable[[], Config]] = {
     "toy-1d": toy_1d, "toy-2d": toy_2d, "nano-t2i": nano_t2i,
-    **{name: partial(variant, name) for name in VARIANTS}, **{name: partial(paper, name) for name in SYSTEMS},
+    **{name: partial(variant, name) for name in VARIANTS}, **{name: partial(large, name) for name in SYSTEMS},
 }  # fmt: skip
 
 
@@ -175,6 +180,29 @@ def resolve(recipe: str | Path, overrides: Mapping[str, Any] | None = None, meth
         own = changed(own, {"iterations": config.iterations})
     iterations = max(1, int(own.updates // sum(config.phase_shares or (1,) * config.plan.phases)))
     return changed(config, {"iterations": iterations})
+
+
+def licence_of(path: str) -> str | None:
+    """Returns the licence of a base by its hub id; None where the table has none of that name."""
+    return next((system.licence for system in SYSTEMS.values() if system.path == path), None)
+
+
+def licence(config: Config) -> str | None:
+    """Returns a line on the licence of a run's base, known by its hub id, a folder's by the recipe; None if unknown."""
+    path = config.teacher.path if isinstance(config.teacher, PipelineTeacher) else ""
+    by_recipe = SYSTEMS.get(config.recipe) if "/" in path else None  # the teachers inside the package have none
+    found = licence_of(path) or (by_recipe and by_recipe.licence)
+    return found and f"licence of {path}: {found}, which holds for what is distilled from it too"
+
+
+def fitting(pipeline: str) -> str:
+    """Says which recipes fit the folder of a stock pipeline, by the name of its class."""
+    names = []
+    for name, system in SYSTEMS.items():
+        kinds = system.teacher(path=system.path).pipelines
+        if pipeline == kinds[-1 if system.prompts == FIRST_FRAMES else 0]:
+            names.append(name)
+    return f"it fits the recipe {' or '.join(names)}" if names else "no recipe fits it"
 
 
 def read_recipe(recipe: str | Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Describes what is distilled in typed fields: frozen pydantic models, free of torch."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -72,7 +72,13 @@ def _one_or_more(value: Any) -> Any:
 
 
 class PipelineTeacher(Section):
-    """Describes a teacher from a diffusers pipeline's folder or hub id."""
+    """Describes a teacher from a diffusers pipeline's folder or hub id.
+
+    adapter: the file in `models` that knows the kind. pipelines: the stock pipelines that a folder may be of.
+    """
+
+    adapter: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]
 
     path: Location = "nano"
     """The pipeline's folder, hub id, or name inside the package: nano, nano-moe or nano-i2v."""
@@ -99,6 +105,7 @@ class PipelineTeacher(Section):
 class WanTeacher(PipelineTeacher):
     """Takes a `WanPipeline` or `WanImageToVideoPipeline`; nano, nano-moe and nano-i2v are inside the package."""
 
+    adapter, pipelines = "wan", ("WanPipeline", "WanImageToVideoPipeline")
     kind: Literal["wan"] = "wan"
     """The kind of teacher."""
     first_frame: bool | None = None
@@ -110,6 +117,7 @@ class WanTeacher(PipelineTeacher):
 class QwenImageTeacher(PipelineTeacher):
     """Takes a `QwenImagePipeline`."""
 
+    adapter, pipelines = "qwen_image", ("QwenImagePipeline",)
     kind: Literal["qwen-image"] = "qwen-image"
     """The kind of teacher."""
     lora_targets: Targets = (
@@ -133,3 +141,4 @@ class OwnTeacher(Section):
 
 
 Teacher = AnalyticTeacher | WanTeacher | QwenImageTeacher | OwnTeacher
+PIPELINES = tuple(kind for kind in get_args(Teacher) if issubclass(kind, PipelineTeacher))

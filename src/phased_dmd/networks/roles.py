@@ -292,9 +292,15 @@ class System:
         call = partial(self.roles.predict, FAKE)
         return route(self.plan.network, call, x, t, condition, present)
 
-    def sample_teacher(self, noise: Tensor, condition: Condition, steps: int) -> Tensor:
-        """Runs the teacher's own deterministic sampler on `steps` steps of the plan's shifted grid: x_0 [b, ...]."""
-        times, model = step_times(steps, self.config.plan.shift, self.config.plan.start), self.model
+    def sample_teacher(
+        self, noise: Tensor, condition: Condition, steps: int, times: Sequence[float] | None = None
+    ) -> Tensor:
+        """Runs the teacher's own deterministic sampler on `steps` steps of the plan's shifted grid: x_0 [b, ...].
+
+        times: of the steps, and where the last one ends, in place of that grid.
+        """
+        times = times or step_times(steps, self.config.plan.shift, self.config.plan.start)
+        model = self.model
         path = [Hop(i, times[i], times[i + 1]) for i in range(steps)]
         with torch.no_grad():
             return rollout(
