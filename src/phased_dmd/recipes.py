@@ -7,7 +7,15 @@ from typing import Any, NamedTuple, get_args
 
 from phased_dmd.config import Config, Fake, Generator, Lora, Method, Optimiser, Plan
 from phased_dmd.config.overrides import apply_overrides, build, changed, read_file, with_method
-from phased_dmd.config.teacher import AnalyticTeacher, PipelineTeacher, QwenImageTeacher, Size, WanTeacher
+from phased_dmd.config.teacher import (
+    AnalyticTeacher,
+    Flux2KleinTeacher,
+    PipelineTeacher,
+    QwenImageTeacher,
+    Size,
+    WanTeacher,
+    ZImageTeacher,
+)
 from phased_dmd.errors import UserError, did_you_mean
 
 
@@ -91,6 +99,7 @@ PICTURE = _sizes(1, 1.0, (720, 1280))
 CLIPS_480P = _sizes(81, 0.4, (480, 832), (832, 480))  # the first size is what previews are made at
 CLIPS = CLIPS_480P + _sizes(81, 0.1, (720, 1280), (1280, 720))
 SEVEN = _sizes(1, 1.0, (1328, 1328), (1664, 928), (928, 1664), (1472, 1104), (1104, 1472), (1584, 1056), (1056, 1584))
+MEGAPIXEL = _sizes(1, 1.0, (1024, 1024), (1280, 768), (768, 1280), (1152, 896), (896, 1152))
 FIRST_FRAMES = "first-frames.jsonl"  # of the user's own, in the working folder: none are shipped at these sizes
 WAN_NEGATIVE = (  # `sample_neg_prompt` of Wan's own configuration, what its program samples with unless told
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
@@ -101,6 +110,8 @@ WAN_NEGATIVE = (  # `sample_neg_prompt` of Wan's own configuration, what its pro
 
 WAN = partial(WanTeacher, negative_prompt=WAN_NEGATIVE, max_tokens=512)
 QWEN = partial(QwenImageTeacher, negative_prompt=" ", max_tokens=1024)
+Z_IMAGE = partial(ZImageTeacher, max_tokens=512)
+KLEIN = partial(Flux2KleinTeacher, max_tokens=512)
 
 
 class System(NamedTuple):
@@ -118,7 +129,10 @@ class System(NamedTuple):
     more: Mapping[str, Any] = {}
 
 
-APACHE, T2I, T2V = "Apache-2.0", "default-t2i", "default-t2v"
+FIFTY = {"teacher.base_steps": 50}  # of the bases that are younger than the paper, as their makers sample them
+W4 = {"teacher.guidance": [5.0]}  # what its pipeline calls 4: cond + 4 (cond - uncond)
+APACHE, FLUX = "Apache-2.0", "FLUX Non-Commercial License"
+T2I, T2V = "default-t2i", "default-t2v"
 SYSTEMS = {  # wan21-t2v-1.3b, at the size it was made for, is not in the paper
     "wan21-t2i":      System(WAN, "Wan-AI/Wan2.1-T2V-14B-Diffusers",  APACHE, PICTURE, 5.0, T2I),
     "wan21-t2v-1.3b": System(WAN, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", APACHE, CLIPS_480P, 5.0, T2V),
@@ -126,6 +140,9 @@ SYSTEMS = {  # wan21-t2v-1.3b, at the size it was made for, is not in the paper
     "wan22-t2v":      System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", APACHE, CLIPS, 5.0, T2V, TWO_NETWORKS),
     "wan22-i2v":      System(WAN, "Wan-AI/Wan2.2-I2V-A14B-Diffusers", APACHE, CLIPS, 5.0, FIRST_FRAMES, TWO_NETWORKS),
     "qwen-image":     System(QWEN, "Qwen/Qwen-Image",                 APACHE, SEVEN, 3.0, T2I),
+    "z-image":        System(Z_IMAGE, "Tongyi-MAI/Z-Image",           APACHE, MEGAPIXEL, 6.0, T2I, FIFTY | W4),
+    "flux2-klein-4b": System(KLEIN, "black-forest-labs/FLUX.2-klein-base-4B", APACHE, MEGAPIXEL, 7.5, T2I, FIFTY),
+    "flux2-klein-9b": System(KLEIN, "black-forest-labs/FLUX.2-klein-base-9B", FLUX, MEGAPIXEL, 7.5, T2I, FIFTY),
 }  # fmt: skip
 
 

@@ -127,6 +127,33 @@ class QwenImageTeacher(PipelineTeacher):
     """The ends of the names of the layers that get LoRA adapters."""
 
 
+class ZImageTeacher(PipelineTeacher):
+    """Takes a `ZImagePipeline` of the base, not of Turbo."""
+
+    adapter, pipelines = "z_image", ("ZImagePipeline",)
+    kind: Literal["z-image"] = "z-image"
+    """The kind of teacher."""
+    norm_limit: float = Field(default=0.0, ge=0)
+    """Most that a guided prediction's norm may be of the conditional's (`cfg_normalization`); 0 sets no limit."""
+    lora_targets: Targets = (
+        "to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
+    )  # fmt: skip
+    """The ends of the names of the layers that get LoRA adapters."""
+
+
+class Flux2KleinTeacher(PipelineTeacher):
+    """Takes a `Flux2KleinPipeline` of a base, not of one that is distilled."""
+
+    adapter, pipelines = "flux2_klein", ("Flux2KleinPipeline",)
+    kind: Literal["flux2-klein"] = "flux2-klein"
+    """The kind of teacher."""
+    lora_targets: Targets = (
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.linear_in",
+        "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out", "to_qkv_mlp_proj", "attn.to_out",
+    )  # fmt: skip
+    """The ends of the names of the layers that get LoRA adapters."""
+
+
 class OwnTeacher(Section):
     """Takes a model of the user's own, given to `distill` and `load` as Python objects."""
 
@@ -140,5 +167,5 @@ class OwnTeacher(Section):
     """The share of the batches that each of the model's sample_shapes gets, relative to their sum."""
 
 
-Teacher = AnalyticTeacher | WanTeacher | QwenImageTeacher | OwnTeacher
+Teacher = AnalyticTeacher | WanTeacher | QwenImageTeacher | ZImageTeacher | Flux2KleinTeacher | OwnTeacher
 PIPELINES = tuple(kind for kind in get_args(Teacher) if issubclass(kind, PipelineTeacher))

@@ -128,6 +128,13 @@ def pad_texts(rows: Sequence[Condition], device: torch.device, dtype: torch.dtyp
     return {"text": pad_sequence(texts, batch_first=True), "mask": mask}
 
 
+def chat_lengths(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list[int]:
+    """Counts the tokens of each prompt as a chat's only message. thinking: whether the answer may begin with it."""
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+    texts = [tokenizer.apply_chat_template([{"role": "user", "content": text}], **options) for text in prompts]
+    return [len(ids) for ids in tokenizer(texts).input_ids]
+
+
 def stock_sigmas(source: Source, steps: int, mu: Callable[[Mapping[str, Any]], float]) -> tuple[float, ...]:
     """Returns the times of a pipeline that hands evenly spaced ones to its scheduler, and 0: as that one shifts them.
 
