@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 INDEX = "export.json"  # in the folder of an export: see `FewSteps.load_few_steps`
 READ = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a repository: no code, no pictures
 GUIDANCE = ("guidance_scale", "guidance_scale_2", "true_cfg_scale")
-Base: Any = diffusers.WanPipeline if TYPE_CHECKING else object
+Base = diffusers.WanPipeline if TYPE_CHECKING else object
 
 
 class TrainedTimes(FlowMatchEulerDiscreteScheduler):

@@ -75,13 +75,13 @@ class Sampler:
         asked, numbers = _checked(prompts, seeds, teacher_steps)
         known = self.encode(list(dict.fromkeys(asked)))
         size = batch_size(self.shape)
+        times = stock_times(self.system.config.teacher, self.bucket, int(teacher_steps)) if teacher_steps else None
         for i in range(0, len(asked), size):
             rows, part = [known[prompt] for prompt in asked[i : i + size]], numbers[i : i + size]
             if teacher_steps is None:
                 yield self._roll(self.system.plan.num_phases, rows, part).x.cpu()
             else:
                 noise, condition = self._noise(part), self.system.model.batch(rows)
-                times = stock_times(self.system.config.teacher, self.bucket, int(teacher_steps))
                 yield self.system.sample_teacher(noise, condition, int(teacher_steps), times).cpu()
 
     def encode(self, prompts: Sequence[Prompt]) -> dict[Prompt, Condition]:
