@@ -250,7 +250,8 @@ def test_the_stock_scheduler_of_a_fused_export_comes_as_near_as_is_said(make: Ma
         pipe = DiffusionPipeline.from_pretrained(tmp_path / name)
         pipe.set_progress_bar_config(disable=True)
         key, value = off.split("=")
-        pipe("a boat", height=32, width=48, num_inference_steps=4, output_type="latent", **{key: float(value)})
+        sizes = {"height": 32, "width": 48, "num_inference_steps": 4}
+        pipe(prompt="a boat", output_type="latent", **sizes, **{key: float(value)})
         assert pipe.scheduler.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=1e-6)
         assert pipe.config.get("is_distilled") == (True if name == "flux2_klein" else None)
 

@@ -192,11 +192,14 @@ def ti2v_5b() -> WanPipeline:
     return WanPipeline(**wan_parts() | {"vae": wan22_vae()}, transformer=wan_transformer(48), expand_timesteps=True)
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Byte-level BPE, as Qwen's, that knows the words of the captions and of the pipeline's own template."""
+def qwen_tokenizer(*more: str) -> Qwen2Tokenizer:
+    """Byte-level BPE, as Qwen's, that knows the words of the captions and of the pipeline's own template.
+
+    more: words that are tokens of their own.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    special, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more], pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=768, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )  # fmt: skip
@@ -204,7 +207,7 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     model = json.loads(tokenizer.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]], unk_token=special[0],
-        pad_token=special[0], eos_token=special[2], additional_special_tokens=special[1:2],
+        pad_token=special[0], eos_token=special[2], additional_special_tokens=[special[1], *more],
     )  # fmt: skip
 
 
@@ -237,7 +240,7 @@ def qwen_image() -> QwenImagePipeline:
 
 
 def chat_tokenizer() -> Qwen2Tokenizer:
-    tokenizer = qwen_tokenizer()
+    tokenizer = qwen_tokenizer("<think>", "</think>")
     tokenizer.chat_template = CHAT
     return tokenizer
 

@@ -185,6 +185,7 @@ def run_stock(tiny: Tiny) -> Told:
 
     hooks = [network.register_forward_pre_hook(listen, with_kwargs=True) for network in tiny.networks]
     output = stock(**options)
+    stock.scheduler.step = step
     for hook in hooks:
         hook.remove()
     pixels = output.frames if isinstance(section, WanTeacher) else output.images[:, None]
@@ -291,7 +292,7 @@ def test_the_base_is_sampled_at_its_own_pipelines_times(
         return
     assert found is not None
     tiny.stock(
-        "a boat", height=size.height, width=size.width, num_inference_steps=steps, output_type="latent",
+        prompt="a boat", height=size.height, width=size.width, num_inference_steps=steps, output_type="latent",
         latents=adapter_of(tiny.teacher).stock.given(noise), max_sequence_length=8,
     )  # fmt: skip
     assert found == pytest.approx(tiny.stock.scheduler.sigmas.tolist(), abs=1e-6) and len(found) == steps + 1

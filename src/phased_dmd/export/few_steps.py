@@ -239,7 +239,7 @@ def load_pipeline(
     folder: str | Path, base: str | Path | None = None, revision: str | None = None,
     dtype: torch.dtype | None = None, device: str | torch.device | None = None,
 ) -> Any:  # fmt: skip
-    """Returns the few-step pipeline of an export: `load_pipeline(FOLDER)("a prompt")` samples.
+    """Returns the few-step pipeline of an export: `load_pipeline(FOLDER)(prompt="a fox")` samples.
 
     folder: an export's, or its hub id; revision: a commit of the latter. base: the base's folder or hub id, where it is
     another than the export names, or none is named. dtype: of all but the VAE, bfloat16 on a GPU and float32 on a CPU
