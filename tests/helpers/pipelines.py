@@ -278,16 +278,21 @@ def flux2_klein() -> Flux2KleinPipeline:
     )  # fmt: skip
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
+    transformer = Flux2Transformer2DModel(
+        in_channels=32, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=3 * TEXT_DIM, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        for modulation in (
+            transformer.double_stream_modulation_img, transformer.double_stream_modulation_txt,
+            transformer.single_stream_modulation,
+        ):  # fmt: skip
+            modulation.linear.weight.mul_(10)  # else its gates, of random weights, hardly open
     return Flux2KleinPipeline(
         tokenizer=chat_tokenizer(), text_encoder=frozen(Qwen3ForCausalLM(qwen3(layers=28))), vae=frozen(vae),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-        transformer=frozen(
-            Flux2Transformer2DModel(
-                in_channels=32, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-                joint_attention_dim=3 * TEXT_DIM, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
-                guidance_embeds=False,
-            )
-        ),
+        transformer=frozen(transformer),
     )  # fmt: skip
 
 

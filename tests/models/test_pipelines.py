@@ -446,7 +446,7 @@ def assert_trained(case: str, expert: dict[str, Tensor], networks: int, phase: i
 # ---------------------------------------------------------------- half precision and memory
 
 
-@pytest.mark.parametrize("name", ["wan22_t2v", "wan21_i2v", "qwen_image"])
+@pytest.mark.parametrize("name", ["wan22_t2v", "wan21_i2v", *PICTURES])
 @pytest.mark.parametrize("fake", ["full", "lora"])
 def test_a_bfloat16_teacher_trains_float32_weights(
     name: str, fake: Any, folders: Callable[[str], Path], tinies: Callable[[str], Tiny], tmp_path: Path
