@@ -210,6 +210,13 @@ def test_qwen_image_forward_costs_what_was_worked_out_by_hand() -> None:
     assert forward_flops(config.teacher) == [pytest.approx(0.133e15, rel=0.005)]
 
 
+@pytest.mark.parametrize(("recipe", "flops"), [("z-image", 0.0576e15), ("flux2-klein-4b", 0.0348e15)])
+def test_a_megapixel_costs_what_was_worked_out_by_hand(recipe: str, flops: float) -> None:
+    """2 x 5.66e9 weights x (4096 + 192) tokens, and 4 L^2 d a layer; 2 x 3.07e9 x (4096 + 512), text at its full length."""
+    config = resolve(recipe, {"teacher.sizes": [{"height": 1024, "width": 1024}]})
+    assert forward_flops(config.teacher) == [pytest.approx(flops, rel=0.005)]
+
+
 def test_calls_and_forwards_are_those_of_the_table_of_costs() -> None:
     """Mean rollouts 1.5 and 3.5, the fake's 2 and 4; LoRA step 3 F, full step 4 F, guided teacher 2 F: 36.5 F and
     48.5 F an iteration.
