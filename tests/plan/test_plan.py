@@ -212,7 +212,7 @@ def test_qwen_image_forward_costs_what_was_worked_out_by_hand() -> None:
 
 @pytest.mark.parametrize(("recipe", "flops"), [("z-image", 0.0576e15), ("flux2-klein-4b", 0.0348e15)])
 def test_a_megapixel_costs_what_was_worked_out_by_hand(recipe: str, flops: float) -> None:
-    """2 x 5.66e9 weights x (4096 + 192) tokens, and 4 L^2 d a layer; 2 x 3.07e9 x (4096 + 512), text at its full length."""
+    """2 x 5.66e9 weights x (4096 + 192) tokens, and 4 L^2 d a layer; 2 x 3.07e9 x (4096 + 512), whatever the prompt."""
     config = resolve(recipe, {"teacher.sizes": [{"height": 1024, "width": 1024}]})
     assert forward_flops(config.teacher) == [pytest.approx(flops, rel=0.005)]
 
