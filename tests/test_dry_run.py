@@ -25,14 +25,12 @@ from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.models.loader import bare_model, load_model
 from phased_dmd.models.source import BareSource
-from phased_dmd.recipes import RECIPES, resolve
-
-LARGE = [name for name in RECIPES if name.startswith(("wan", "qwen"))]
+from phased_dmd.recipes import RECIPES, SYSTEMS, resolve
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    names = ("wan21_t2v", "wan21_i2v", "wan22_t2v", "qwen_image")
+    names = ("wan21_t2v", "wan21_i2v", "wan22_t2v", "qwen_image", "z_image", "flux2_klein")
     return {name: pipelines.build(name, tmp_path_factory.mktemp(name)) for name in names}
 
 
@@ -66,7 +64,7 @@ def test_the_embedded_recipes_pass_without_a_weight_read(recipe: str, no_weights
     dry_run(resolve(recipe, {}))
 
 
-@pytest.mark.parametrize("recipe", LARGE)
+@pytest.mark.parametrize("recipe", SYSTEMS)
 def test_the_papers_recipes_pass_offline_without_their_base(
     recipe: str, no_weights: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,7 +80,10 @@ def test_the_papers_recipes_pass_offline_without_their_base(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first-frames.jsonl", "landscape.png", "portrait.png"]
 
 
-@pytest.mark.parametrize(("name", "lora"), [("wan21_t2v", False), ("wan22_t2v", True), ("qwen_image", True)])
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [("wan21_t2v", False), ("wan22_t2v", True), ("qwen_image", True), ("z_image", True), ("flux2_klein", True)],
+)
 def test_a_whole_folder_passes_without_a_weight_read(
     name: str, lora: bool, folders: dict[str, Path], no_weights: None
 ) -> None:
@@ -90,7 +91,7 @@ def test_a_whole_folder_passes_without_a_weight_read(
     dry_run(tiny(name, folders[name], **more))
 
 
-@pytest.mark.parametrize("name", ["wan22_t2v", "qwen_image"])
+@pytest.mark.parametrize("name", ["wan22_t2v", "qwen_image", "z_image", "flux2_klein"])
 def test_a_bare_model_is_the_loaded_one_but_for_the_weights(name: str, folders: dict[str, Path]) -> None:
     teacher = pipelines.teacher(name, folders[name])
     bare, real = bare_model(teacher, 0), load_model(teacher, 0)[0]

@@ -26,9 +26,10 @@ import torch
 
 from phased_dmd.cli.flags import assignment
 from phased_dmd.config import Config
+from phased_dmd.models.loader import adapter_of
 from phased_dmd.plan.measure import meta_model, plan_of
 from phased_dmd.plan.memory import RESERVE, network_bytes, phase_memory, score_calls
-from phased_dmd.plan.simulate import BLOCKS, BLOCKS_OF_QWEN, extrapolated, simulated
+from phased_dmd.plan.simulate import extrapolated, simulated
 from phased_dmd.plan.work import mean_flops, phase_work
 from phased_dmd.recipes import resolve
 
@@ -63,7 +64,7 @@ def config_of(case: Case) -> Config:
 
 def lengths(case: Case) -> tuple[int, int]:
     """The blocks of the short networks."""
-    few = BLOCKS_OF_QWEN if case["recipe"] == "qwen-image" else BLOCKS
+    few = adapter_of(config_of(case).teacher).alike  # type: ignore[arg-type] of a pipeline
     return few, few + 1
 
 

@@ -7,7 +7,16 @@ from typing import Any, NamedTuple, get_args
 
 from phased_dmd.config import Config, Fake, Generator, Lora, Method, Optimiser, Plan
 from phased_dmd.config.overrides import apply_overrides, build, changed, read_file, with_method
-from phased_dmd.config.teacher import AnalyticTeacher, QwenImageTeacher, Size, WanTeacher
+from phased_dmd.config.teacher import (
+    AnalyticTeacher,
+    AnyPipeline,
+    Flux2KleinTeacher,
+    PipelineTeacher,
+    QwenImageTeacher,
+    Size,
+    WanTeacher,
+    ZImageTeacher,
+)
 from phased_dmd.errors import UserError, did_you_mean
 
 
@@ -91,6 +100,7 @@ PICTURE = _sizes(1, 1.0, (720, 1280))
 CLIPS_480P = _sizes(81, 0.4, (480, 832), (832, 480))  # the first size is what previews are made at
 CLIPS = CLIPS_480P + _sizes(81, 0.1, (720, 1280), (1280, 720))
 SEVEN = _sizes(1, 1.0, (1328, 1328), (1664, 928), (928, 1664), (1472, 1104), (1104, 1472), (1584, 1056), (1056, 1584))
+MEGAPIXEL = _sizes(1, 1.0, (1024, 1024), (1280, 768), (768, 1280), (1152, 896), (896, 1152))
 FIRST_FRAMES = "first-frames.jsonl"  # of the user's own, in the working folder: none are shipped at these sizes
 WAN_NEGATIVE = (  # `sample_neg_prompt` of Wan's own configuration, what its program samples with unless told
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
@@ -101,32 +111,45 @@ WAN_NEGATIVE = (  # `sample_neg_prompt` of Wan's own configuration, what its pro
 
 WAN = partial(WanTeacher, negative_prompt=WAN_NEGATIVE, max_tokens=512)
 QWEN = partial(QwenImageTeacher, negative_prompt=" ", max_tokens=1024)
+Z_IMAGE = partial(ZImageTeacher, max_tokens=512)
+KLEIN = partial(Flux2KleinTeacher, max_tokens=512)
 
 
 class System(NamedTuple):
-    """Holds what differs between the paper's systems. docs/models.md says of each figure where it comes from."""
+    """Holds what differs between the large models. docs/models.md says of each figure where it comes from.
 
-    teacher: Callable[..., WanTeacher | QwenImageTeacher]
+    licence: of the base, which holds for what is distilled from it; APACHE, or its name.
+    """
+
+    teacher: Callable[..., AnyPipeline]
     path: str
+    licence: str
     sizes: tuple[Size, ...]
     shift: float
     prompts: str
     more: Mapping[str, Any] = {}
 
 
+FIFTY = {"teacher.base_steps": 50}  # of the bases that are younger than the paper, as their makers sample them
+W4 = {"teacher.guidance": [5.0]}  # what its pipeline calls 4: cond + 4 (cond - uncond)
+APACHE, FLUX = "Apache-2.0", "FLUX Non-Commercial License"
+T2I, T2V = "default-t2i", "default-t2v"
 SYSTEMS = {  # wan21-t2v-1.3b, at the size it was made for, is not in the paper
-    "wan21-t2i":      System(WAN, "Wan-AI/Wan2.1-T2V-14B-Diffusers",  PICTURE,    5.0, "default-t2i"),
-    "wan21-t2v-1.3b": System(WAN, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", CLIPS_480P, 5.0, "default-t2v"),
-    "wan22-t2i":      System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", PICTURE,    5.0, "default-t2i", TWO_NETWORKS),
-    "wan22-t2v":      System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", CLIPS,      5.0, "default-t2v", TWO_NETWORKS),
-    "wan22-i2v":      System(WAN, "Wan-AI/Wan2.2-I2V-A14B-Diffusers", CLIPS,      5.0, FIRST_FRAMES,  TWO_NETWORKS),
-    "qwen-image":     System(QWEN, "Qwen/Qwen-Image",                 SEVEN,      3.0, "default-t2i"),
+    "wan21-t2i":      System(WAN, "Wan-AI/Wan2.1-T2V-14B-Diffusers",  APACHE, PICTURE, 5.0, T2I),
+    "wan21-t2v-1.3b": System(WAN, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", APACHE, CLIPS_480P, 5.0, T2V),
+    "wan22-t2i":      System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", APACHE, PICTURE, 5.0, T2I, TWO_NETWORKS),
+    "wan22-t2v":      System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", APACHE, CLIPS, 5.0, T2V, TWO_NETWORKS),
+    "wan22-i2v":      System(WAN, "Wan-AI/Wan2.2-I2V-A14B-Diffusers", APACHE, CLIPS, 5.0, FIRST_FRAMES, TWO_NETWORKS),
+    "qwen-image":     System(QWEN, "Qwen/Qwen-Image",                 APACHE, SEVEN, 3.0, T2I),
+    "z-image":        System(Z_IMAGE, "Tongyi-MAI/Z-Image",           APACHE, MEGAPIXEL, 6.0, T2I, FIFTY | W4),
+    "flux2-klein-4b": System(KLEIN, "black-forest-labs/FLUX.2-klein-base-4B", APACHE, MEGAPIXEL, 7.5, T2I, FIFTY),
+    "flux2-klein-9b": System(KLEIN, "black-forest-labs/FLUX.2-klein-base-9B", FLUX, MEGAPIXEL, 7.5, T2I, FIFTY),
 }  # fmt: skip
 
 
-def paper(recipe: str) -> Config:
-    """Returns what the paper sets for all of its systems: four steps in two phases with SGTS."""
-    teacher, path, sizes, shift, prompts, more = SYSTEMS[recipe]
+def large(recipe: str) -> Config:
+    """Returns what the paper sets for all of its systems, and we for others: four steps in two phases with SGTS."""
+    teacher, path, _, sizes, shift, prompts, more = SYSTEMS[recipe]
     config = Config(
         recipe=recipe,
         teacher=teacher(path=path, sizes=sizes, guidance=(4.0,), base_steps=40, dtype="bfloat16"),
@@ -140,7 +163,7 @@ def paper(recipe: str) -> Config:
 
 RECIPES: dict[str, Callable[[], Config]] = {
     "toy-1d": toy_1d, "toy-2d": toy_2d, "nano-t2i": nano_t2i,
-    **{name: partial(variant, name) for name in VARIANTS}, **{name: partial(paper, name) for name in SYSTEMS},
+    **{name: partial(variant, name) for name in VARIANTS}, **{name: partial(large, name) for name in SYSTEMS},
 }  # fmt: skip
 
 
@@ -175,6 +198,29 @@ def resolve(recipe: str | Path, overrides: Mapping[str, Any] | None = None, meth
         own = changed(own, {"iterations": config.iterations})
     iterations = max(1, int(own.updates // sum(config.phase_shares or (1,) * config.plan.phases)))
     return changed(config, {"iterations": iterations})
+
+
+def licence_of(path: str) -> str | None:
+    """Returns the licence of a base by its hub id; None where the table has none of that name."""
+    return next((system.licence for system in SYSTEMS.values() if system.path == path), None)
+
+
+def licence(config: Config) -> str | None:
+    """Returns a line on the licence of a run's base, known by its hub id, a folder's by the recipe; None if unknown."""
+    path = config.teacher.path if isinstance(config.teacher, PipelineTeacher) else ""
+    by_recipe = SYSTEMS.get(config.recipe) if "/" in path else None  # the teachers inside the package have none
+    found = licence_of(path) or (by_recipe and by_recipe.licence)
+    return found and f"licence of {path}: {found}, which holds for what is distilled from it too"
+
+
+def fitting(pipeline: str) -> str:
+    """Says which recipes fit the folder of a stock pipeline, by the name of its class."""
+    names = []
+    for name, system in SYSTEMS.items():
+        kinds = system.teacher(path=system.path).pipelines
+        if pipeline == kinds[-1 if system.prompts == FIRST_FRAMES else 0]:
+            names.append(name)
+    return f"it fits the recipe {' or '.join(names)}" if names else "no recipe fits it"
 
 
 def read_recipe(recipe: str | Path) -> dict[str, Any]:

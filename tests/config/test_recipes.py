@@ -9,6 +9,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from commands import run
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from recorded import Recorded, distill_own
 from tiny import TinyCodec, TinyWan
 from torch.distributed.run import get_args_parser
@@ -21,7 +23,7 @@ from phased_dmd.maths.phases import Expert
 from phased_dmd.networks.optim import MomentumFreeAdamW
 from phased_dmd.networks.roles import FAKE, TEACHER, System
 from phased_dmd.prompts import read_prompts
-from phased_dmd.recipes import FIRST_FRAMES, RECIPES, WAN_NEGATIVE, resolve
+from phased_dmd.recipes import FIRST_FRAMES, RECIPES, WAN_NEGATIVE, licence, resolve
 from phased_dmd.step import draw_times
 
 PAPER = {  # hub id, shift, negative prompt, of diffusers' own encoding the most tokens, the teacher's switch
@@ -32,8 +34,15 @@ PAPER = {  # hub id, shift, negative prompt, of diffusers' own encoding the most
     "wan22-i2v": ("Wan-AI/Wan2.2-I2V-A14B-Diffusers", 5.0, WAN_NEGATIVE, 512, 0.9),
     "qwen-image": ("Qwen/Qwen-Image", 3.0, " ", 1024, None),
 }
-GRIDS = {5.0: (1000, 938, 833, 625), 3.0: (1000, 900, 750, 500)}  # the paper's final version, in thousandths
-BOUNDARIES = {5.0: 0.8333, 3.0: 0.75}
+OTHERS = {  # with their licence, and the guidance and steps of their makers' own examples
+    "z-image": ("Tongyi-MAI/Z-Image", 6.0, "", 512, None),
+    "flux2-klein-4b": ("black-forest-labs/FLUX.2-klein-base-4B", 7.5, "", 512, None),
+    "flux2-klein-9b": ("black-forest-labs/FLUX.2-klein-base-9B", 7.5, "", 512, None),
+}
+GRIDS = {  # the paper's final version, in thousandths; of the two shifts that it does not have, k u / (1 + (k - 1) u)
+    5.0: (1000, 938, 833, 625), 3.0: (1000, 900, 750, 500), 6.0: (1000, 947, 857, 667), 7.5: (1000, 957, 882, 714),
+}  # fmt: skip
+BOUNDARIES = {5.0: 0.8333, 3.0: 0.75, 6.0: 0.8571, 7.5: 0.8824}
 OWN = {"prompts": "mine.jsonl"}  # wan22-i2v has no default
 METHODS: dict[str, tuple[int, str]] = {  # phases and gradient, for four steps
     "dmd": (1, "all"), "dmd-sgts": (1, "last"), "phased": (4, "all"), "phased-sgts": (2, "last"),
@@ -43,10 +52,11 @@ ROOT = Path(__file__).parents[2]
 DOCS, SLURM = ROOT / "docs" / "models.md", ROOT / "examples" / "slurm" / "distill.sbatch"
 
 papers = pytest.mark.parametrize("recipe", PAPER)
+systems = pytest.mark.parametrize("recipe", PAPER | OTHERS)
 
 
 def switches_of(recipe: str) -> tuple[float, ...]:
-    switch = PAPER[recipe][-1]
+    switch = (PAPER | OTHERS)[recipe][-1]
     return () if switch is None else (switch,)
 
 
@@ -81,10 +91,57 @@ def test_the_settings_are_the_papers(recipe: str) -> None:
     assert 1000 <= config.iterations * config.plan.phases <= 2000  # what the authors reported
 
 
-@papers
+@pytest.mark.parametrize("recipe", OTHERS)
+def test_younger_models_take_the_papers_settings_and_their_makers_guidance(recipe: str) -> None:
+    """Z-Image's 4 is cond + 4 (cond - uncond), FLUX.2 klein's is uncond + 4 (cond - uncond); 50 steps."""
+    config, paper = resolve(recipe), resolve("qwen-image")
+    path, shift, negative, tokens, _ = OTHERS[recipe]
+    teacher = config.teacher
+    assert isinstance(teacher, PipelineTeacher)
+    assert (teacher.path, config.plan.shift, teacher.negative_prompt) == (path, shift, negative)
+    assert teacher.max_tokens == tokens and teacher.dtype == "bfloat16"
+    assert (teacher.guidance, teacher.base_steps) == (((5.0,) if recipe == "z-image" else (4.0,)), 50)
+    differing = {"recipe", "teacher", "plan"}
+    assert config.model_dump(exclude=differing) == paper.model_dump(exclude=differing)
+    assert config.plan.model_copy(update={"shift": 3.0}) == paper.plan
+
+
+def test_the_shift_of_flux2_klein_is_its_pipelines_at_a_megapixel() -> None:
+    """Rounded to a half; that of 4 steps is 9.89, of which docs/models.md speaks."""
+    assert math.exp(compute_empirical_mu(64 * 64, 50)) == pytest.approx(7.56, abs=0.005)
+    assert math.exp(compute_empirical_mu(64 * 64, 4)) == pytest.approx(9.89, abs=0.005)
+    assert resolve("flux2-klein-4b").plan.shift == resolve("flux2-klein-9b").plan.shift == 7.5
+
+
+@systems
+def test_the_licence_of_the_base_is_said_by_its_hub_id_or_the_recipe(recipe: str) -> None:
+    free = "FLUX Non-Commercial License" if recipe == "flux2-klein-9b" else "Apache-2.0"
+    path = (PAPER | OTHERS)[recipe][0]
+    end = f"{free}, which holds for what is distilled from it too"
+    assert licence(resolve(recipe, OWN)) == f"licence of {path}: {end}"
+    assert licence(resolve(recipe, OWN | {"teacher.path": "/models/base"})) == f"licence of /models/base: {end}"
+
+
+def test_a_base_of_an_unknown_licence_and_one_of_the_package_have_no_line() -> None:
+    assert licence(resolve("toy-2d")) is None and licence(resolve("nano-t2i")) is None
+    assert licence(resolve("nano-t2i", {"teacher.path": "someone/else"})) is None
+    assert licence(resolve("nano-t2i", {"teacher.path": "Qwen/Qwen-Image"})) is not None
+
+
+@pytest.mark.filterwarnings("ignore:teacher.path")  # the base is not here
+@pytest.mark.parametrize("command", [("distill", "z-image", "--dry-run"), ("plan", "z-image")])
+def test_the_command_says_the_licence_first(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*command, monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr()
+    assert said.err.splitlines()[0] == licence(resolve("z-image")) and "licence" not in said.out
+
+
+@systems
 def test_the_grid_and_the_boundary_are_the_papers(recipe: str) -> None:
     plan = phase_plan(resolve(recipe, OWN), switches_of(recipe))
-    shift = PAPER[recipe][1]
+    shift = (PAPER | OTHERS)[recipe][1]
     assert tuple(math.floor(1000 * t + 0.5) for t in plan.times) == (*GRIDS[shift], 0)
     assert plan.end(1) == pytest.approx(BOUNDARIES[shift], abs=5e-5) and plan.end(2) == 0
 
@@ -239,10 +296,10 @@ def test_image_to_video_asks_for_first_frames(tmp_path: Path, monkeypatch: pytes
     assert resolve("wan22-i2v", {}).prompts == FIRST_FRAMES
 
 
-@papers
+@systems
 def test_the_docs_table_says_what_the_recipe_does(recipe: str) -> None:
     row = next(line.split("|")[2:-1] for line in DOCS.read_text().splitlines() if line.startswith(f"| `{recipe}` |"))
-    path, shift, switch = PAPER[recipe][0], PAPER[recipe][1], PAPER[recipe][-1]
+    path, shift, *_, switch = (PAPER | OTHERS)[recipe]
     boundary = f"{BOUNDARIES[shift]:g}"[1:]
     path_of, _, *numbers = (cell.strip() for cell in row)
     expected = [f"{shift:g}", ", ".join(map(str, GRIDS[shift])), boundary, f"{switch:g}"[1:] if switch else ""]

@@ -49,8 +49,9 @@ def lora_files(folder: Path) -> list[Path]:
 def test_every_model_is_exported_and_verified(name: str, make: Make, tmp_path: Path) -> None:
     lines = export(make(name), tmp_path / "out", verify=True)
     files = [path.name for path in lora_files(tmp_path / "out")]
-    task = {"wan21_t2v": "_t2i", "qwen_image": "_t2i", "ti2v_5b": "_t2v"}.get(name, "")
-    size = {"wan21_t2v": "32x48", "qwen_image": "32x48", "ti2v_5b": "5x32x64"}.get(name, "5x32x48")
+    stills = ("wan21_t2v", *pipelines.PICTURES)
+    task = {"ti2v_5b": "_t2v"}.get(name, "_t2i" if name in stills else "")
+    size = {"ti2v_5b": "5x32x64"}.get(name, "32x48" if name in stills else "5x32x48")
     noise = ("_high_noise", "_low_noise") if name.startswith("wan22") else ("", "")
     assert files == [f"{name}{task}_4step{noise[i]}_phase{i + 1}_rank4_{size}.safetensors" for i in (0, 1)]
     for file in files:
@@ -86,6 +87,10 @@ def test_a_first_frame_given_to_ti2v_5b_is_exported_as_image_to_video(
         ("wan21_t2v", None, {"ablation__solver": "renoise"}, ["phase1", "phase2"], True),
         ("qwen_image", None, {"ablation__solver": "renoise", "plan__shift": 3.0}, ["phase1", "phase2"], False),
         ("qwen_image", "dmd", {"plan__shift": 3.0}, ["phase1"], True),
+        ("z_image", None, {"ablation__solver": "renoise", "plan__shift": 3.0}, ["phase1", "phase2"], False),
+        ("z_image", "dmd", {"plan__shift": 3.0}, ["phase1"], True),
+        ("flux2_klein", None, {"ablation__solver": "renoise", "plan__shift": 3.0}, ["phase1", "phase2"], False),
+        ("flux2_klein", "dmd", {"plan__shift": 3.0}, ["phase1"], True),
     ],
 )
 def test_every_plan_is_exported_and_verified_as_lora_and_fused(
@@ -155,7 +160,7 @@ def test_an_export_has_the_same_bytes_in_every_process(make: Make, tmp_path: Pat
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0, "tensors that are mapped must be aligned"
 
 
-@pytest.mark.parametrize("name", ["wan22_t2v", "qwen_image"])
+@pytest.mark.parametrize("name", ["wan22_t2v", *pipelines.PICTURES])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_export_that_is_read_and_exported_again_has_the_same_bytes(
     name: str, dtype: Any, make: Make, workshop: Path, tmp_path: Path
@@ -227,7 +232,7 @@ def test_full_experts_are_exported_as_they_are(make: Make, tmp_path: Path) -> No
 
 def test_the_stock_scheduler_of_a_fused_export_comes_as_near_as_is_said(make: Make, tmp_path: Path) -> None:
     """Wan: .999999, .9376, .8336, .6259, and whole timesteps 999, 937, 833, 625, of which 999 is farthest off.
-    Qwen-Image: shift 3 without a terminal is exact."""
+    Other models, which are handed times: exact, as distilled by their own index where it can say so."""
     lines = export(make("wan21_t2v"), tmp_path / "wan", fused=True)
     scheduler = UniPCMultistepScheduler.from_pretrained(tmp_path / "wan" / "scheduler")
     scheduler.set_timesteps(4)
@@ -237,11 +242,18 @@ def test_the_stock_scheduler_of_a_fused_export_comes_as_near_as_is_said(make: Ma
     assert lines[-1] == f"stock times: {said}; off the trained ones by at most 0.001"
     assert f"{said}: off the\ntrained times by at most 0.001." in (tmp_path / "wan" / "README.md").read_text()
 
-    export(make("qwen_image", "dmd", plan__shift=3.0), tmp_path / "qwen", fused=True)
-    pipe = DiffusionPipeline.from_pretrained(tmp_path / "qwen")
-    pipe.set_progress_bar_config(disable=True)
-    pipe("a boat", height=32, width=48, num_inference_steps=4, true_cfg_scale=1.0, output_type="latent")
-    assert pipe.scheduler.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=1e-6)
+    for name, off in {"qwen_image": "true_cfg_scale=1.0", "z_image": "guidance_scale=0.0"}.items() | {
+        ("flux2_klein", "guidance_scale=1.0")
+    }:
+        export(make(name, "dmd", plan__shift=3.0), tmp_path / name, fused=True)
+        assert f"`{off}`" in (tmp_path / name / "README.md").read_text()
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / name)
+        pipe.set_progress_bar_config(disable=True)
+        key, value = off.split("=")
+        sizes = {"height": 32, "width": 48, "num_inference_steps": 4}
+        pipe(prompt="a boat", output_type="latent", **sizes, **{key: float(value)})
+        assert pipe.scheduler.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=1e-6)
+        assert pipe.config.get("is_distilled") == (True if name == "flux2_klein" else None)
 
 
 def test_a_hub_teacher_is_named_with_its_revision_and_a_local_one_as_it_is_told(
@@ -306,6 +318,17 @@ QWEN_KEY = re.compile(
     r"diffusion_model\.transformer_blocks\.\d+\.(attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
     r"|(img|txt)_mlp\.net\.(0\.proj|2))\.lora_[AB]\.weight"
 )
+KEYS = {
+    "qwen_image": QWEN_KEY,
+    "z_image": re.compile(
+        r"diffusion_model\.(layers|(noise|context)_refiner)\.\d+\.(attention\.to_([qkv]|out\.0)|feed_forward\.w[123])"
+        r"\.lora_[AB]\.weight"
+    ),
+    "flux2_klein": re.compile(
+        r"transformer\.(transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?"
+        r"\.linear_(in|out))|single_transformer_blocks\.\d+\.attn\.to_(qkv_mlp_proj|out))\.lora_[AB]\.weight"
+    ),
+}
 
 
 @pytest.mark.parametrize("name", pipelines.NAMES)
@@ -313,7 +336,7 @@ def test_keys_have_the_layout_that_every_reader_takes(name: str, make: Make, tmp
     export(make(name), tmp_path / "out")
     for path in lora_files(tmp_path / "out"):
         keys = load_file(path)
-        assert keys and all((QWEN_KEY if name == "qwen_image" else WAN_KEY).fullmatch(key) for key in keys)
+        assert keys and all(KEYS.get(name, WAN_KEY).fullmatch(key) for key in keys)
 
 
 def test_adapters_outside_of_the_blocks_are_named_and_read_back_too(make: Make, tmp_path: Path) -> None:
@@ -384,12 +407,12 @@ def test_a_pipeline_file_that_does_another_thing_is_not_verified(make: Make, tmp
     """It is a stranger's only way in, and is run as diffusers runs it."""
     run, path = make("wan21_t2v"), tmp_path / "out" / "pipeline.py"
     export(run, tmp_path / "out")
-    path.write_text(path.read_text().replace("scale: 1.0", "scale: 1.5"))
+    path.write_text(path.read_text().replace('fixed | few["unguided"]', 'fixed | {"guidance_scale": 1.5}'))
     with pytest.raises(VerificationError, match="verification failed: samples"):
         verify(ExportedRun.open(run), tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["wan21_t2v", "wan22_t2v", "wan22_i2v", "qwen_image"])
+@pytest.mark.parametrize("name", ["wan21_t2v", "wan22_t2v", "wan22_i2v", *pipelines.PICTURES])
 def test_a_base_too_large_for_float32_is_verified_in_bfloat16(name: str, make: Make, tmp_path: Path) -> None:
     """By what the experts change: theirs is told from the same with twice the scale, and from another expert's."""
     run = make(name, generator__lora__alpha=80.0)
@@ -423,7 +446,7 @@ def test_the_precision_is_the_widest_that_the_free_memory_holds() -> None:
     assert 0 < free_memory() < 1e15
 
 
-@pytest.mark.parametrize("name", ["wan22_i2v", "qwen_image"])
+@pytest.mark.parametrize("name", ["wan22_i2v", *pipelines.PICTURES])
 def test_the_weights_of_a_base_are_those_of_all_its_parts(name: str, make: Make) -> None:
     """As the stock pipeline holds them."""
     opened = ExportedRun.open(make(name))

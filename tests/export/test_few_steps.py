@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pipelines
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
-from diffusers.loaders import QwenImageLoraLoaderMixin, WanLoraLoaderMixin
 from hub import local_hub
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from runs import Make
@@ -203,10 +203,16 @@ def test_a_folder_for_another_pipeline_or_none_is_refused(make: Make, pipe: Any,
     with pytest.raises(ValueError, match=r"empty: holds no export\.json"):
         load_pipeline(tmp_path / "empty")
     index = tmp_path / "qwen" / "export.json"
-    for change in ({"pipeline": "os.system"}, {"experts": [{"file": "../../x.safetensors"}]}):
+    for change, said in (
+        ({"pipeline": "os.system"}, "os.system: no pipeline of diffusers"),
+        ({"pipeline": "ModelMixin"}, "ModelMixin: no pipeline of diffusers"),
+        ({"experts": [{"file": "../../x.safetensors"}]}, "names files elsewhere"),
+        ({"padded": None}, "says nothing of padded; an older version wrote it"),
+    ):
         (tmp_path / "bad").mkdir(exist_ok=True)
-        (tmp_path / "bad" / "export.json").write_text(json.dumps(json.loads(index.read_text()) | change))
-        with pytest.raises(ValueError, match="names another pipeline than WanPipeline, .*, or files elsewhere"):
+        changed = {k: v for k, v in (json.loads(index.read_text()) | change).items() if v is not None or k == "base"}
+        (tmp_path / "bad" / "export.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=said):
             load_pipeline(tmp_path / "bad", base=tmp_path)
 
 
@@ -239,7 +245,9 @@ def test_fresh_noise_is_drawn_from_the_generator_that_is_given(make: Make, works
     assert (sample(1) - made).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(("name", "cleans"), [("wan21_t2v", True), ("wan21_i2v", True), ("qwen_image", False)])
+@pytest.mark.parametrize(
+    ("name", "cleans"), [("wan21_t2v", True), ("wan21_i2v", True), ("qwen_image", False), ("z_image", False)]
+)
 def test_what_cleans_prompts_as_in_training_is_asked_for_at_once(
     name: str, cleans: bool, make: Make, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,7 +364,7 @@ def merged(run: Path, phase: int) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("name", ["wan21_t2v", "wan22_i2v", "qwen_image"])
+@pytest.mark.parametrize("name", ["wan21_t2v", "wan22_i2v", *pipelines.PICTURES])
 @pytest.mark.parametrize("reader", ["diffusers", "peft"])
 def test_a_readers_own_loader_merges_each_file_as_it_was_trained(
     name: str, reader: str, make: Make, workshop: Path, tmp_path: Path
@@ -372,8 +380,7 @@ def test_a_readers_own_loader_merges_each_file_as_it_was_trained(
             pipe.load_lora_weights(tmp_path / "out", weight_name=expert.file, **second)
             pipe.fuse_lora(components=[expert.part])
         else:
-            mixin = QwenImageLoraLoaderMixin if name == "qwen_image" else WanLoraLoaderMixin
-            state = mixin.lora_state_dict(str(tmp_path / "out"), weight_name=expert.file, use_safetensors=True)
+            state = type(pipe).lora_state_dict(str(tmp_path / "out"), weight_name=expert.file, use_safetensors=True)
             state = {key.removeprefix("transformer."): tensor for key, tensor in state.items()}
             modules = sorted({key.split(".lora_")[0] for key in state})
             inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=modules), network)

@@ -101,10 +101,11 @@ def gap(run: Path, graph: Graph, start: Latent | None = None) -> float:
 
     start: latents with a first frame, clean, and the mask that is 0 there.
     """
-    system = load(run).system
+    sampler = load(run)
+    system = sampler.system
     model, plan = system.model, system.plan
     shape = (1, *model.sample_shapes[0])
-    text = {"text": draw(5, 24 if "qwen" in run.name else 16, seed=3)}
+    text = sampler.codec.encode_text(["a boat"])[0]
     frame = {} if start is None else {"first_frame": start["samples"][0, :, :1]}
     condition = model.batch([text | frame])
     start = start or {"samples": torch.zeros(shape)}
@@ -135,6 +136,7 @@ def gap(run: Path, graph: Graph, start: Latent | None = None) -> float:
         ("wan21_t2v", None, {"ablation__solver": "renoise"}),
         ("ti2v_5b", None, {}),
         ("qwen_image", None, {"plan__shift": 3.0}),
+        ("z_image", None, {"plan__shift": 6.0}),
     ],
 )
 def test_the_workflow_makes_the_runs_samples(name: str, method: Any, overrides: dict[str, Any], make: Make) -> None:
@@ -184,6 +186,7 @@ def test_a_first_frame_in_the_latents_stays_what_it_is_between_samplers(make: Ma
         ("ti2v_5b", {"Wan22ImageToVideoLatent", "ModelSamplingSD3"}, {"LatentCut", "LoadImage"}),
         ("wan21_t2v", {"EmptyHunyuanLatentVideo", "SaveImage"}, {"SaveVideo", "SaveAnimatedWEBP"}),
         ("qwen_image", {"EmptySD3LatentImage", "ModelSamplingAuraFlow", "SaveImage"}, {"EmptyHunyuanLatentVideo"}),
+        ("z_image", {"EmptySD3LatentImage", "ModelSamplingAuraFlow", "SaveImage"}, {"EmptyHunyuanLatentVideo"}),
     ],
 )
 def test_the_workflow_has_the_nodes_of_its_model(name: str, kinds: set[str], absent: set[str], make: Make) -> None:
@@ -197,7 +200,7 @@ def test_the_workflow_has_the_nodes_of_its_model(name: str, kinds: set[str], abs
     assert [lora["lora_name"] for lora in loras] == [expert.file for expert in opened.experts]
     networks = [graph[lora["model"][0]]["inputs"]["unet_name"] for lora in loras]
     pair = [f"{name}_high_noise.safetensors", f"{name}_low_noise.safetensors"]
-    alone = "qwen_image_fp8_e4m3fn" if name == "qwen_image" else name
+    alone = {"qwen_image": "qwen_image_fp8_e4m3fn", "z_image": "z_image_bf16"}.get(name, name)
     assert networks == (pair if name == "wan22_i2v" else [f"{alone}.safetensors"] * 2)
 
 
@@ -218,6 +221,7 @@ def test_the_workflow_has_the_nodes_of_its_model(name: str, kinds: set[str], abs
         ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "wan21_t2v", ["wan2.1_t2v_14B_fp8_scaled"]),
         ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "wan21_t2v", ["wan2.1_t2v_1.3B_fp16"]),
         ("Qwen/Qwen-Image", "qwen_image", ["qwen_image_fp8_e4m3fn"]),
+        ("Tongyi-MAI/Z-Image", "z_image", ["z_image_bf16"]),
     ],
 )
 def test_the_bases_files_have_the_names_of_comfyuis_own_templates(

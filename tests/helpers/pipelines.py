@@ -7,19 +7,25 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -28,17 +34,31 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     UMT5Config,
     UMT5EncoderModel,
 )
 
-from phased_dmd.config.teacher import QwenImageTeacher, Size, WanTeacher
+from phased_dmd.config.teacher import (
+    Flux2KleinTeacher,
+    PipelineTeacher,
+    QwenImageTeacher,
+    Size,
+    WanTeacher,
+    ZImageTeacher,
+)
 from phased_dmd.models.source import quiet
 
 CAPTIONS = ("a red fox in the snow", "two grey cats asleep", "a boat at night", "blurry, low quality")
 TEMPLATE = (
     "system user assistant\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
     "spatial relationships of the objects and background:"
+)
+CHAT = (  # Qwen3's template, of a chat without a system's message
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
 )
 TEXT_DIM, VISION_DIM, QWEN_TEXT_DIM = 16, 8, 24
 
@@ -53,13 +73,14 @@ def build(name: str, folder: Path) -> Path:
     return folder
 
 
-def teacher(name: str, folder: Path) -> WanTeacher | QwenImageTeacher:
+def teacher(name: str, folder: Path) -> PipelineTeacher:
     """The teacher section of a run on that folder: guided, at the smallest sizes that are not square."""
     path, size = str(folder), Size(num_frames=5, height=32, width=48)
     still = size.model_copy(update={"num_frames": 1})
-    common = {"path": path, "negative_prompt": CAPTIONS[-1], "base_steps": 2}
-    if name == "qwen_image":
-        return QwenImageTeacher(sizes=(still,), guidance=(3.0,), max_tokens=24, **common)
+    common: dict[str, Any] = {"path": path, "negative_prompt": CAPTIONS[-1], "base_steps": 2}
+    if kind := PICTURES.get(name):
+        own = {"negative_prompt": ""} if kind is Flux2KleinTeacher else {}
+        return kind(sizes=(still,), guidance=(3.0,), max_tokens=24, **common | own)
     if name == "wan21_t2v":
         return WanTeacher(sizes=(still, size), guidance=(3.0,), max_tokens=24, **common)
     if name == "ti2v_5b":
@@ -171,11 +192,14 @@ def ti2v_5b() -> WanPipeline:
     return WanPipeline(**wan_parts() | {"vae": wan22_vae()}, transformer=wan_transformer(48), expand_timesteps=True)
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Byte-level BPE, as Qwen's, that knows the words of the captions and of the pipeline's own template."""
+def qwen_tokenizer(*more: str) -> Qwen2Tokenizer:
+    """Byte-level BPE, as Qwen's, that knows the words of the captions and of the pipeline's own template.
+
+    more: words that are tokens of their own.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    special, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more], pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=768, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )  # fmt: skip
@@ -183,7 +207,7 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     model = json.loads(tokenizer.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]], unk_token=special[0],
-        pad_token=special[0], eos_token=special[2], additional_special_tokens=special[1:2],
+        pad_token=special[0], eos_token=special[2], additional_special_tokens=[special[1], *more],
     )  # fmt: skip
 
 
@@ -215,8 +239,102 @@ def qwen_image() -> QwenImagePipeline:
     )  # fmt: skip
 
 
+def chat_tokenizer() -> Qwen2Tokenizer:
+    tokenizer = qwen_tokenizer("<think>", "</think>")
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def qwen3(layers: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=768, hidden_size=TEXT_DIM, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, tie_word_embeddings=False, bos_token_id=0, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+
+
+def z_image() -> ZImagePipeline:
+    return ZImagePipeline(
+        tokenizer=chat_tokenizer(), text_encoder=frozen(Qwen3Model(qwen3(layers=2))),
+        vae=frozen(
+            AutoencoderKL(
+                block_out_channels=(4, 4, 4, 4), down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=2,
+                up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16, scaling_factor=0.36, shift_factor=0.12,
+                use_quant_conv=False, use_post_quant_conv=False,
+            )
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        transformer=frozen(
+            ZImageTransformer2DModel(
+                dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=TEXT_DIM,
+                axes_dims=[4, 4, 4], axes_lens=[128, 64, 64],
+            )
+        ),
+    )  # fmt: skip
+
+
+def flux2_klein() -> Flux2KleinPipeline:
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1, latent_channels=8
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    transformer = Flux2Transformer2DModel(
+        in_channels=32, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=3 * TEXT_DIM, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        for modulation in (
+            transformer.double_stream_modulation_img, transformer.double_stream_modulation_txt,
+            transformer.single_stream_modulation,
+        ):  # fmt: skip
+            modulation.linear.weight.mul_(10)  # else its gates, of random weights, hardly open
+    return Flux2KleinPipeline(
+        tokenizer=chat_tokenizer(), text_encoder=frozen(Qwen3ForCausalLM(qwen3(layers=28))), vae=frozen(vae),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        transformer=frozen(transformer),
+    )  # fmt: skip
+
+
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "wan21_t2v": wan21_t2v, "wan22_t2v": wan22_t2v, "wan21_i2v": wan21_i2v, "wan22_i2v": wan22_i2v,
-    "ti2v_5b": ti2v_5b, "qwen_image": qwen_image,
+    "ti2v_5b": ti2v_5b, "qwen_image": qwen_image, "z_image": z_image, "flux2_klein": flux2_klein,
 }  # fmt: skip
+PICTURES = {"qwen_image": QwenImageTeacher, "z_image": ZImageTeacher, "flux2_klein": Flux2KleinTeacher}
 NAMES: Sequence[str] = tuple(BUILDERS)
+
+
+def guided(section: PipelineTeacher) -> dict[str, Any]:
+    """How a stock pipeline is asked for a section's guidance, whose g is w + 1 where it has cond + w (cond - uncond).
+
+    FLUX.2 klein's takes no negative prompt: its own is the empty one.
+    """
+    g, negative = section.guidance, {"negative_prompt": [section.negative_prompt] * 2}
+    match section:
+        case QwenImageTeacher():
+            return {"true_cfg_scale": g[0]} | negative
+        case ZImageTeacher():
+            return {"guidance_scale": g[0] - 1, "cfg_normalization": section.norm_limit} | negative
+        case Flux2KleinTeacher():
+            return {"guidance_scale": g[0]}
+    return {"guidance_scale": g[0]} | ({"guidance_scale_2": g[1]} if len(g) == 2 else {}) | negative
+
+
+def direct(stock: Any, x: Tensor, t: Tensor, prompts: Sequence[str], tokens: int) -> Tensor:
+    """The velocity that a stock picture pipeline's network predicts at x [b, c, 1, h, w], t [b], by its own means."""
+    network, (b, c, _, h, w) = stock.transformer, x.shape
+    match stock:
+        case QwenImagePipeline():
+            text, mask = stock.encode_prompt(list(prompts), max_sequence_length=tokens)
+            packed = stock._pack_latents(x, b, c, h, w)
+            velocity = network(packed, text, mask, t, [[(1, h // 2, w // 2)]] * b).sample
+            return stock._unpack_latents(velocity, 8 * h, 8 * w, 8)
+        case ZImagePipeline():
+            texts, _ = stock.encode_prompt(list(prompts), None, False, max_sequence_length=tokens)
+            return -torch.stack(network(list(x.unbind(0)), (1000 - 1000 * t) / 1000, texts).sample)
+        case Flux2KleinPipeline():
+            text, text_ids = stock.encode_prompt(list(prompts), max_sequence_length=tokens)
+            packed, ids = stock.prepare_latents(b, c // 4, 16 * h, 16 * w, x.dtype, x.device, None, x[:, :, 0])
+            velocity = network(packed, text, t, ids, text_ids).sample
+            return stock._unpack_latents_with_ids(velocity, ids, h, w)[:, :, None]
+    raise NotImplementedError(type(stock).__name__)

@@ -1,6 +1,7 @@
 """The adapters against the stock diffusers pipelines, on tiny random weights: predictions, conditions, whole runs."""
 
 import gc
+import inspect
 import json
 import shutil
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from PIL import Image
-from pipelines import NAMES, build, teacher
+from pipelines import NAMES, PICTURES, build, direct, guided, teacher
 from recorded import watched_steps
 from safetensors.torch import load_file, save_file
 from tiny import draw, killed_after
@@ -27,22 +28,24 @@ from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.cli import main
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config, Fake, Generator, Lora, Plan
-from phased_dmd.config.teacher import PipelineTeacher, Size
+from phased_dmd.config.teacher import PipelineTeacher, Size, WanTeacher
 from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.export import export
 from phased_dmd.maths.schedules import predicted_x0
-from phased_dmd.models.loader import load_model
+from phased_dmd.models.loader import adapter_of, load_model, stock_times
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
 from phased_dmd.models.source import quiet
 from phased_dmd.networks.build import add_expert, build_system
 from phased_dmd.networks.roles import FAKE, System
 from phased_dmd.prompts import Prompt
+from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.sampling.writing import write_samples
 
 PROMPTS = ["a red fox in the snow", "a boat"]
 FIRST_FRAME = ("wan21_i2v", "wan22_i2v", "ti2v_5b from a frame")
 CASES = (*NAMES, "ti2v_5b from a frame")
+VARIANTS = {"from a frame": {"first_frame": True}, "of a limited norm": {"norm_limit": 0.9}}
 EXACT = {"rtol": 0, "atol": 1e-5}
 
 
@@ -105,9 +108,8 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def teacher_of(case: str, folders: Callable[[str], Path], **changes: Any) -> PipelineTeacher:
-    name, _, frame = case.partition(" ")
-    if frame:
-        changes["first_frame"] = True
+    name, _, more = case.partition(" ")
+    changes = VARIANTS.get(more, {}) | changes
     section = teacher(name, folders(name))
     return type(section).model_validate(section.model_dump() | changes)
 
@@ -158,18 +160,14 @@ def told() -> Callable[[Tiny], Told]:
 def run_stock(tiny: Tiny) -> Told:
     stock, section, size = tiny.stock, tiny.teacher, tiny.teacher.sizes[0]
     noise = draw(2, *tiny.model.sample_shapes[0], seed=1).to(device())
-    options: dict[str, Any] = {
-        "prompt": PROMPTS, "negative_prompt": [section.negative_prompt] * 2, "num_inference_steps": 4,
-        "height": size.height, "width": size.width, "max_sequence_length": section.max_tokens, "latents": noise,
+    options: dict[str, Any] = guided(section) | {
+        "prompt": list(PROMPTS), "num_inference_steps": 4, "height": size.height, "width": size.width,
+        "max_sequence_length": section.max_tokens, "latents": adapter_of(section).stock.given(noise),
+        "output_type": "pt",
     }  # fmt: skip
-    if section.kind == "qwen-image":
-        options |= {"true_cfg_scale": section.guidance[0], "output_type": "pt"}
-        options["latents"] = stock._pack_latents(noise, 2, *noise.shape[1:2], *noise.shape[3:])
-    else:
+    if isinstance(section, WanTeacher):
         stock.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
-        options |= {"num_frames": size.num_frames, "guidance_scale": section.guidance[0], "output_type": "pt"}
-        if len(section.guidance) == 2:
-            options["guidance_scale_2"] = section.guidance[1]
+        options |= {"num_frames": size.num_frames}
         if tiny.codec.takes_images:
             options["image"] = Image.open(tiny.picture)
     inputs, steps, last = [], [], []
@@ -181,14 +179,16 @@ def run_stock(tiny: Tiny) -> Told:
         return tuple(last)
 
     stock.scheduler.step = spy
-    hooks = [
-        network.register_forward_pre_hook(lambda _m, _args, kwargs: inputs.append(kwargs), with_kwargs=True)
-        for network in tiny.networks
-    ]
+
+    def listen(network: Any, args: Any, kwargs: Any) -> None:
+        inputs.append(inspect.signature(network.forward).bind(*args, **kwargs).arguments)
+
+    hooks = [network.register_forward_pre_hook(listen, with_kwargs=True) for network in tiny.networks]
     output = stock(**options)
+    stock.scheduler.step = step
     for hook in hooks:
         hook.remove()
-    pixels = output.images[:, None] if section.kind == "qwen-image" else output.frames
+    pixels = output.frames if isinstance(section, WanTeacher) else output.images[:, None]
     return Told(inputs, steps, latents_of(tiny, last[0]), pixels.movedim(2, 4))
 
 
@@ -197,11 +197,8 @@ def times(*values: float) -> Tensor:
 
 
 def latents_of(tiny: Tiny, x: Tensor) -> Tensor:
-    """Qwen-Image's are packed; a copy, since diffusers' networks may return views."""
-    if tiny.teacher.kind != "qwen-image":
-        return x.clone()
-    size = tiny.teacher.sizes[0]
-    return tiny.stock._unpack_latents(x, size.height, size.width, tiny.stock.vae_scale_factor).clone()
+    """As ours are; a copy, since diffusers' networks may return views."""
+    return adapter_of(tiny.teacher).stock.restored(x, *tiny.model.sample_shapes[0][-2:]).clone()
 
 
 # ---------------------------------------------------------------- against the stock pipelines
@@ -210,7 +207,12 @@ def latents_of(tiny: Tiny, x: Tensor) -> Tensor:
 def test_conditions_are_what_the_stock_pipeline_tells_its_network(tiny: Tiny, told: Callable[[Tiny], Told]) -> None:
     """Text, mask and first frame, of the prompts (its first call) and of the negative prompt (its second)."""
     negative = tiny.condition | tiny.model.batch([tiny.system.negative] * 2)
-    for ours, theirs in zip((tiny.condition, negative), told(tiny).inputs, strict=False):
+    for i, (ours, theirs) in enumerate(zip((tiny.condition, negative), told(tiny).inputs, strict=False)):
+        if "cap_feats" in theirs:  # Z-Image's, of both in one call
+            texts = told(tiny).inputs[0]["cap_feats"][2 * i : 2 * i + 2]
+            lengths = ours["mask"].sum(1)
+            assert all(torch.equal(a[:n], b) for a, b, n in zip(ours["text"], texts, lengths, strict=True))
+            continue
         assert torch.equal(ours["text"], theirs["encoder_hidden_states"])
         if "mask" in ours:
             mask = theirs["encoder_hidden_states_mask"]
@@ -242,13 +244,9 @@ def test_the_prediction_is_the_networks_own(tiny: Tiny) -> None:
 def direct_call(tiny: Tiny, network: Any, x: Tensor) -> Tensor:
     """The network's prediction at t of .9 and .3 for PROMPTS, by the stock pipeline's own preparations."""
     stock, size, options = tiny.stock, tiny.teacher.sizes[0], {}
-    text, mask = stock.encode_prompt(PROMPTS, max_sequence_length=tiny.teacher.max_tokens)
-    if tiny.teacher.kind == "qwen-image":
-        b, c, _, h, w = x.shape
-        packed = network(
-            stock._pack_latents(x, b, c, h, w), text, mask, times(0.9, 0.3).float(), [[(1, h // 2, w // 2)]] * 2
-        )
-        return latents_of(tiny, packed.sample)
+    if not isinstance(tiny.teacher, WanTeacher):
+        return direct(stock, x, times(0.9, 0.3).float(), PROMPTS, tiny.teacher.max_tokens)
+    text, _ = stock.encode_prompt(PROMPTS, max_sequence_length=tiny.teacher.max_tokens)
     timestep = times(900, 300).float()
     if tiny.codec.takes_images:
         picture = Image.open(tiny.picture)
@@ -267,10 +265,62 @@ def direct_call(tiny: Tiny, network: Any, x: Tensor) -> Tensor:
     return network(x, timestep, text, **options).sample
 
 
+def test_a_sample_does_not_depend_on_the_prompt_beside_it(tiny: Tiny) -> None:
+    """Two prompts of different lengths in one batch, and each alone."""
+    x, t = draw(2, *tiny.model.sample_shapes[0], seed=2).to(device()), times(0.9, 0.3)
+    texts = [row["text"] for row in tiny.codec.encode_text(PROMPTS)]
+    assert tiny.model.batch(tiny.rows)["text"].shape[1] >= max(map(len, texts))
+    with torch.no_grad():
+        for network in tiny.model.networks:
+            both = tiny.model.predict(network, x, t, tiny.condition)
+            for i, row in enumerate(tiny.rows):
+                alone = tiny.model.predict(network, x[i : i + 1], t[i : i + 1], tiny.model.batch([row]))
+                torch.testing.assert_close(both[i : i + 1], alone, **EXACT)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("steps", [4, 9])
+def test_the_base_is_sampled_at_its_own_pipelines_times(
+    name: str, steps: int, folders: Callable[[str], Path], tinies: Callable[[str], Tiny]
+) -> None:
+    """Whatever shift is the plan's, which is 5; Qwen-Image's base, as in the paper, at the plan's own."""
+    tiny = tinies(name)
+    noise, size = draw(1, *tiny.model.sample_shapes[0], seed=6).to(device()), tiny.teacher.sizes[0]
+    found = stock_times(tiny.teacher, 0, steps)
+    if name == "qwen_image":
+        assert found is None
+        return
+    assert found is not None
+    tiny.stock(
+        prompt="a boat", height=size.height, width=size.width, num_inference_steps=steps, output_type="latent",
+        latents=adapter_of(tiny.teacher).stock.given(noise), max_sequence_length=8,
+    )  # fmt: skip
+    assert found == pytest.approx(tiny.stock.scheduler.sigmas.tolist(), abs=1e-6) and len(found) == steps + 1
+    sampler = Sampler(tiny.system, tiny.codec)
+    expected = tiny.system.sample_teacher(
+        sampler._noise([0]), tiny.model.batch(tiny.codec.encode_text(["a boat"])), steps, found
+    )
+    torch.testing.assert_close(sampler(["a boat"], [0], teacher_steps=steps), expected.cpu(), **EXACT)
+    own = tiny.system.sample_teacher(sampler._noise([0]), tiny.model.batch(tiny.codec.encode_text(["a boat"])), steps)
+    assert (own - expected).abs().max() > 1e-3
+
+
 def test_the_guided_teacher_is_what_the_stock_pipeline_steps_with(tiny: Tiny, told: Callable[[Tiny], Told]) -> None:
     """From the first step, at t = 1, to the last: Qwen's rescaling, each network's guidance on its side of a switch."""
+    assert_guided_alike(tiny, told(tiny))
+
+
+def test_a_guided_norm_is_limited_as_z_images_pipeline_does(
+    tinies: Callable[[str], Tiny], told: Callable[[Tiny], Told]
+) -> None:
+    limited, free = tinies("z_image of a limited norm"), tinies("z_image")
+    assert_guided_alike(limited, told(limited))
+    assert (told(limited).steps[0][0] - told(free).steps[0][0]).abs().max() > 0.01
+
+
+def assert_guided_alike(tiny: Tiny, told: Told) -> None:
     used = set()
-    for i, (expected, timestep, x) in enumerate(told(tiny).steps):
+    for i, (expected, timestep, x) in enumerate(told.steps):
         assert i > 0 or timestep == 1000
         t = times(timestep, timestep) / 1000
         with torch.no_grad():
@@ -348,7 +398,7 @@ def test_it_is_distilled_resumed_to_the_byte_sampled_exported_and_verified(
     case: str, folders: Callable[[str], Path], tinies: Callable[[str], Tiny], tmp_path: Path
 ) -> None:
     tiny = tinies(case)
-    size = Size(num_frames=1 if tiny.teacher.kind == "qwen-image" else 5, height=32, width=tiny.teacher.sizes[0].width)
+    size = Size(num_frames=1 if case in PICTURES else 5, height=32, width=tiny.teacher.sizes[0].width)
     section = teacher_of(case, folders, sizes=[size.model_dump()])
     config = config_of(section, prompts_file(tmp_path, tiny.codec, tiny.picture))
     whole = phased_dmd.distill(config.model_copy(update={"sample_every": 2}), tmp_path / "whole", quiet=True)
@@ -396,7 +446,7 @@ def assert_trained(case: str, expert: dict[str, Tensor], networks: int, phase: i
 # ---------------------------------------------------------------- half precision and memory
 
 
-@pytest.mark.parametrize("name", ["wan22_t2v", "wan21_i2v", "qwen_image"])
+@pytest.mark.parametrize("name", ["wan22_t2v", "wan21_i2v", *PICTURES])
 @pytest.mark.parametrize("fake", ["full", "lora"])
 def test_a_bfloat16_teacher_trains_float32_weights(
     name: str, fake: Any, folders: Callable[[str], Path], tinies: Callable[[str], Tiny], tmp_path: Path
@@ -500,6 +550,10 @@ DAMAGED = [  # a pipeline, what is done to its folder, what the line says
     ("wan22_t2v", lambda folder: shutil.rmtree(folder / "transformer_2"), r"holds no transformer_2"),
     ("wan21_t2v", lambda folder: (folder / "model_index.json").unlink(), r"model_index.json"),
     ("qwen_image", with_json("transformer/config.json", guidance_embeds=True), r"distilled from its guidance already"),
+    ("flux2_klein", with_json("transformer/config.json", guidance_embeds=True), r"distilled from its guidance already"),
+    ("flux2_klein", with_json("model_index.json", is_distilled=True), r"is distilled already .* flux2-klein-9b distil"),
+    ("z_image", with_json("scheduler/scheduler_config.json", shift=3.0), r"is Z-Image-Turbo, .* distils the base"),
+    ("z_image", lambda folder: shutil.rmtree(folder / "vae"), r"holds no vae.* the recipe z-image"),
 ]
 
 
@@ -599,6 +653,8 @@ WRONG = [  # a pipeline, what its section says instead, what the line says
     ("ti2v_5b", sized(5, 32, 48), r"strides 4, 32, 32 .* nearest is 5x32x64"),
     ("qwen_image", sized(1, 32, 40), r"teacher.sizes.0: 1x32x40 .* nearest is 1x32x32"),
     ("qwen_image", sized(5, 32, 48), r"teacher.sizes.0: .* 5 frames"),
+    ("z_image", sized(1, 40, 48), r"teacher.sizes.0: 1x40x48 .* nearest is 1x32x48"),
+    ("flux2_klein", sized(5, 32, 48), r"teacher.sizes.0: .* 5 frames; FLUX.2 klein makes pictures"),
     ("wan21_t2v", sized(1, 32, 528), r"sizes.0: 1x32x528 is beyond .* positions, which ends at 125x512x512"),
     ("wan21_t2v", sized(129, 32, 48), r"sizes.0: 129x32x48 is beyond .* positions, which ends at 125x512x512"),
     ("qwen_image", {"max_tokens": 2000}, r"teacher.max_tokens: 2000 is more than Qwen-Image's 1024"),
@@ -619,9 +675,22 @@ def test_a_wrong_field_is_named(
         load_model(teacher_of(name, folders, **changes), 0)
 
 
+def test_a_target_that_ends_names_of_lists_too_stands_for_the_layers_alone(folders: Callable[[str], Path]) -> None:
+    """FLUX.2's attn.to_out is a layer in one kind of block, and a list of two in the other."""
+    model, _ = load_model(teacher_of("flux2_klein", folders, lora_targets=("attn.to_out", "ff.linear_in")), 0)
+    singles = [f"single_transformer_blocks.{i}.attn.to_out" for i in range(2)]
+    assert list(model.lora_targets) == [*singles, "ff.linear_in"]
+
+
 def test_another_pipelines_folder_is_refused(folders: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match="is a QwenImagePipeline, not a WanPipeline"):
         load_model(teacher_of("wan21_t2v", folders, path=str(folders("qwen_image"))), 0)
+    with pytest.raises(UserError, match=r"is a ZImagePipeline, not a Flux2KleinPipeline; it fits the recipe z-image$"):
+        load_model(teacher_of("flux2_klein", folders, path=str(folders("z_image"))), 0)
+    with pytest.raises(UserError, match="it fits the recipe flux2-klein-4b or flux2-klein-9b$"):
+        load_model(teacher_of("z_image", folders, path=str(folders("flux2_klein"))), 0)
+    with pytest.raises(UserError, match="is a WanImageToVideoPipeline, .*; it fits the recipe wan22-i2v$"):
+        load_model(teacher_of("qwen_image", folders, path=str(folders("wan22_i2v"))), 0)
     with pytest.raises(UserError, match="is a WanPipeline, not a QwenImagePipeline"):
         load_model(teacher_of("qwen_image", folders, path=str(folders("wan21_t2v"))), 0)
 

@@ -13,14 +13,12 @@ import pipelines
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan, QwenImageTransformer2DModel, WanTransformer3DModel
 from tiny import draw, newest_checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
 from typer.testing import CliRunner
 
 from phased_dmd.cli import app
@@ -37,10 +35,10 @@ from phased_dmd.config import (
     renoise_interval,
 )
 from phased_dmd.config.overrides import changed
-from phased_dmd.config.teacher import OwnTeacher
+from phased_dmd.config.teacher import OwnTeacher, PipelineTeacher
 from phased_dmd.engine import world
 from phased_dmd.errors import UserError
-from phased_dmd.models.loader import bare_codec, bare_model, load_model
+from phased_dmd.models.loader import adapter_of, bare_codec, bare_model, load_model
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.models.quantise import quantise
 from phased_dmd.models.source import META, BareSource, architecture, skeleton
@@ -64,17 +62,19 @@ from phased_dmd.plan.preview import decode_cost, encode_cost, preview_cost
 from phased_dmd.plan.simulate import extrapolated, simulated
 from phased_dmd.plan.stages import encoding, stages
 from phased_dmd.plan.work import forward_flops, mean_flops, phase_work
-from phased_dmd.recipes import RECIPES, resolve
+from phased_dmd.recipes import RECIPES, SYSTEMS, resolve
 from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.step import draw_times
 from phased_dmd.train import distill
 
-TINY = ("wan21_t2v", "wan22_t2v", "qwen_image")
+TINY = ("wan21_t2v", "wan22_t2v", "qwen_image", "z_image", "flux2_klein")
 BASES = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14.29e9, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1.42e9,
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 14.29e9, "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 14.29e9,
-    "Qwen/Qwen-Image": 20.43e9,
+    "Qwen/Qwen-Image": 20.43e9, "Tongyi-MAI/Z-Image": 6.15e9, "black-forest-labs/FLUX.2-klein-base-4B": 3.88e9,
+    "black-forest-labs/FLUX.2-klein-base-9B": 9.08e9,
 }  # fmt: skip
+ENCODERS = {"wan": 5.68e9, "qwen_image": 8.29e9, "z_image": 4.02e9, "4B": 4.02e9, "9B": 8.19e9}
 BATCH, TOKENS = 3, 24  # samples of a call, and of a prompt, the most that the tiny pipelines take
 LARGEST = {"teacher.sizes": [{"height": 1328, "width": 1328}]}  # of Qwen-Image's sizes
 QUIET = {"sample_every": None}  # without previews, whose bytes are counted for nothing in most tests
@@ -99,8 +99,9 @@ def part(base: str, name: str) -> dict[str, Any]:
     return json.loads((folder / name / "config.json").read_text())
 
 
-def transformer_kind(base: str) -> Any:
-    return QwenImageTransformer2DModel if base.startswith("Qwen") else WanTransformer3DModel
+def teacher_of(base: str) -> Any:
+    made = (resolve(recipe, {"prompts": "default-t2i"}).teacher for recipe in SYSTEMS)
+    return next(teacher for teacher in made if isinstance(teacher, PipelineTeacher) and teacher.path == base)
 
 
 # Architectures and skeletons
@@ -108,18 +109,17 @@ def transformer_kind(base: str) -> Any:
 
 @pytest.mark.parametrize("base", BASES)
 def test_shipped_architectures_have_the_published_numbers_of_parameters(base: str) -> None:
-    network = skeleton(transformer_kind(base), part(base, "transformer"), torch.bfloat16)
+    teacher = teacher_of(base)
+    adapter = adapter_of(teacher)
+    network = skeleton(adapter.transformer, part(base, "transformer"), torch.bfloat16)
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(
         BASES[base], abs=5e6
     )  # as published, in hundredths of 10^9
     with torch.device("meta"):
-        if base.startswith("Qwen"):
-            AutoencoderKLQwenImage.from_config(part(base, "vae"))
-            encoder: nn.Module = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**part(base, "text_encoder")))
-            expected = 8.29e9
-        else:
-            AutoencoderKLWan.from_config(part(base, "vae"))
-            encoder, expected = UMT5EncoderModel(UMT5Config(**part(base, "text_encoder"))), 5.68e9
+        adapter.vae.from_config(part(base, "vae"))
+        kind = adapter.encoder.kind
+        encoder: nn.Module = kind(kind.config_class(**part(base, "text_encoder")))
+    expected = ENCODERS.get(base[-2:]) or ENCODERS[teacher.adapter]
     assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(expected, abs=5e6)
 
 
@@ -142,11 +142,11 @@ def test_other_paths_have_no_shipped_architecture(path: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["wan21_t2v", "qwen_image"])
+@pytest.mark.parametrize("name", ["wan21_t2v", "qwen_image", "z_image", "flux2_klein"])
 def test_a_skeleton_is_what_from_pretrained_gives_but_for_the_weights(
     folders: dict[str, Path], name: str, dtype: torch.dtype
 ) -> None:
-    kind = QwenImageTransformer2DModel if name == "qwen_image" else WanTransformer3DModel
+    kind = adapter_of(pipelines.teacher(name, folders[name])).transformer
     folder = folders[name] / "transformer"
     real = kind.from_pretrained(folder, dtype=dtype)
     bare = skeleton(kind, dict(kind.load_config(folder)), dtype)
@@ -155,7 +155,7 @@ def test_a_skeleton_is_what_from_pretrained_gives_but_for_the_weights(
         [(key, p.shape, p.dtype, p.requires_grad) for key, p in model.named_parameters()] for model in (real, bare)
     ]
     assert described[0] == described[1] and all(p.is_meta for p in bare.parameters())
-    assert {p.dtype for p in real.parameters()} == ({dtype} if name == "qwen_image" else {dtype, torch.float32})
+    assert {p.dtype for p in real.parameters()} == ({dtype, torch.float32} if name == "wan21_t2v" else {dtype})
     buffers = dict(real.named_buffers())
     assert buffers.keys() == dict(bare.named_buffers()).keys()
     for key, buffer in bare.named_buffers():
@@ -208,6 +208,13 @@ def test_a_checkpoint_weighs_what_is_planned(folders: dict[str, Path], tmp_path:
 def test_qwen_image_forward_costs_what_was_worked_out_by_hand() -> None:
     config = resolve("qwen-image", LARGEST)
     assert forward_flops(config.teacher) == [pytest.approx(0.133e15, rel=0.005)]
+
+
+@pytest.mark.parametrize(("recipe", "flops"), [("z-image", 0.0576e15), ("flux2-klein-4b", 0.0348e15)])
+def test_a_megapixel_costs_what_was_worked_out_by_hand(recipe: str, flops: float) -> None:
+    """2 x 5.66e9 weights x (4096 + 192) tokens, and 4 L^2 d a layer; 2 x 3.07e9 x (4096 + 512), whatever the prompt."""
+    config = resolve(recipe, {"teacher.sizes": [{"height": 1024, "width": 1024}]})
+    assert forward_flops(config.teacher) == [pytest.approx(flops, rel=0.005)]
 
 
 def test_calls_and_forwards_are_those_of_the_table_of_costs() -> None:
@@ -330,7 +337,7 @@ def real_roles(config: Config, phase: int) -> tuple[VelocityModel, Roles, list[i
 
 def example(model: VelocityModel, batch: int = BATCH) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     config: Any = model.networks[0].config
-    width = config.get("text_dim") or config.get("joint_attention_dim")
+    width = next(config[name] for name in ("text_dim", "joint_attention_dim", "cap_feat_dim") if config.get(name))
     condition = model.batch([{"text": torch.randn(TOKENS, width)}] * batch)
     return torch.randn(batch, *model.sample_shapes[0]), torch.full((batch,), 0.7, dtype=torch.float64), condition
 
@@ -681,15 +688,16 @@ def test_stages_hold_what_was_worked_out_by_hand() -> None:
     assert expert.host == expert.disk == pytest.approx(57.2e9, rel=0.005)  # gathered in float32
 
 
-@pytest.mark.parametrize("name", ["wan21_t2v", "qwen_image"])
+@pytest.mark.parametrize("name", ["wan21_t2v", "qwen_image", "z_image", "flux2_klein"])
 def test_an_encoder_holds_what_a_real_one_does(folders: dict[str, Path], name: str) -> None:
-    """Sixty-four prompts of Wan's, as many as a file of the cache has, and eight of Qwen-Image's with its template."""
+    """Sixty-four prompts of Wan's, as many as a file of the cache has, and eight of others', Qwen's in a template."""
     config = tiny(folders, name)
     codec: Any = load_model(config.teacher, 0)[1]
     shape, more = (64, TOKENS), {}
-    if name == "qwen_image":
+    if name != "wan21_t2v":
         codec.encode_text(["a boat"])
-        encoder, shape, more = codec.pipeline.text_encoder, (8, TOKENS + 34), {"output_hidden_states": True}
+        encoder, more = codec.pipeline.text_encoder, {"output_hidden_states": True, "use_cache": name != "flux2_klein"}
+        shape = (8, TOKENS + (34 if name == "qwen_image" else 0))
     else:
         encoder = codec.encoder.text_encoder
     ids = torch.zeros(shape, dtype=torch.long)
@@ -882,7 +890,13 @@ def test_a_preview_of_the_largest_clip_stays_within_what_is_stated() -> None:
     assert 0.9 * stated < found <= stated
 
 
-@pytest.mark.parametrize(("name", "shape"), [("wan21_t2v", (16, 9, 4, 6)), ("qwen_image", (16, 1, 4, 6))])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("wan21_t2v", (16, 9, 4, 6)), ("qwen_image", (16, 1, 4, 6)), ("z_image", (16, 1, 4, 6)),
+        ("flux2_klein", (32, 1, 2, 3)),
+    ],
+)  # fmt: skip
 def test_a_decode_holds_and_costs_what_a_real_one_does(
     folders: dict[str, Path], name: str, shape: tuple[int, ...]
 ) -> None:

@@ -19,6 +19,7 @@ from tiny import draw
 from torch import Tensor, nn
 
 from phased_dmd.errors import UserError
+from phased_dmd.models.wan import ORIGINAL
 from phased_dmd.networks.change import Change, parameter_shapes
 from phased_dmd.sampling.lora_files import public_names, read_changes
 
@@ -96,7 +97,7 @@ def written(
 def read(tensors: Mapping[str, Tensor], network: nn.Module, folder: Path, **header: Any) -> Change:
     metadata = {key: json.dumps(value) for key, value in header.items()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "lora.safetensors", metadata)
-    (change,) = read_changes([folder / "lora.safetensors"], [network])
+    (change,) = read_changes([folder / "lora.safetensors"], [network], ORIGINAL)
     return change
 
 
@@ -143,7 +144,7 @@ def test_every_layout_is_read_as_the_adapter_that_it_holds(
 
 def test_layers_have_the_names_that_diffusers_gives_wans_own_checkpoints(wan: nn.Module) -> None:
     """Its converter of whole checkpoints is written the other way round, and by others; norms are in it, too."""
-    names = public_names(parameter_shapes(wan))
+    names = public_names(parameter_shapes(wan), ORIGINAL)
     own = {name: layer for name, layer in names.items() if "." in name and name != layer}
     assert len(own) == len(linears(wan)) + 2 * 6 + 2  # and six norms a block, and two of pictures
     for name, layer in own.items():
@@ -205,7 +206,7 @@ def test_what_peft_and_diffusers_save_is_read_with_their_alpha(
         WanPipeline.save_lora_weights(
             tmp_path, transformer_lora_layers=layers, transformer_lora_adapter_metadata=about
         )  # fmt: skip
-    (change,) = read_changes([tmp_path], [wan])
+    (change,) = read_changes([tmp_path], [wan], ORIGINAL)
     expected = deltas(model)
     assert change.layers.keys() == expected.keys() and not change.differences
     for name, (a, b) in change.layers.items():
@@ -241,7 +242,7 @@ def test_differences_of_biases_norms_and_tables_are_read_as_they_are(wan: nn.Mod
 def test_a_bias_of_pefts_is_scaled_as_its_layer_is(wan: nn.Module, tmp_path: Path) -> None:
     model = adapted(wan, lora_alpha=7.5, lora_bias=True)
     model.save_pretrained(tmp_path)
-    (change,) = read_changes([tmp_path], [wan])
+    (change,) = read_changes([tmp_path], [wan], ORIGINAL)
     x, layer = draw(2, 24, seed=1), wan.get_submodule("proj_out")
     a, b = change.layers["proj_out"]
     expected = model.base_model.model.proj_out(x)
@@ -268,12 +269,12 @@ def test_one_file_holds_both_networks_or_each_has_its_own(wan: nn.Module, tmp_pa
     save_file(written(high, "diffusion_model.", AB, original), files[0])
     save_file(written(low, "diffusion_model.", AB, original), files[1])
     for paths, scales in ([both], (2.0, 0.5)), (files, (1.0, 1.0)):
-        for change, pairs, scale in zip(read_changes(paths, [wan, wan]), (high, low), scales, strict=True):
+        for change, pairs, scale in zip(read_changes(paths, [wan, wan], ORIGINAL), (high, low), scales, strict=True):
             check(change, pairs, scale)
     with pytest.raises(UserError, match="both.safetensors: 2 for 1 networks; one LoRA file each, the noisiest first"):
-        read_changes([both], [wan])
+        read_changes([both], [wan], ORIGINAL)
     with pytest.raises(UserError, match="high.safetensors: 1 for 2 networks"):
-        read_changes(files[:1], [wan, wan])
+        read_changes(files[:1], [wan, wan], ORIGINAL)
 
 
 def spoilt(tensors: dict[str, Tensor], how: str) -> dict[str, Tensor]:
@@ -334,17 +335,17 @@ def test_only_safetensors_are_read_and_no_link_out_of_a_folder(wan: nn.Module, t
     save_file(written(random_pairs(wan, only="proj_out"), "", AB, same), aside)
     (folder / "lora.pt").write_bytes(b"x")
     with pytest.raises(UserError, match="folder: holds 0 safetensors files; name the one that is meant"):
-        read_changes([folder], [wan])
+        read_changes([folder], [wan], ORIGINAL)
     with pytest.raises(UserError, match=r"lora\.pt: only safetensors is read"):
-        read_changes([folder / "lora.pt"], [wan])
+        read_changes([folder / "lora.pt"], [wan], ORIGINAL)
     (folder / "a.safetensors").symlink_to(aside)
     with pytest.raises(UserError, match=r"a\.safetensors: leads out of "):
-        read_changes([folder], [wan])
+        read_changes([folder], [wan], ORIGINAL)
     (folder / "a.safetensors").unlink()
     for name in "ab":
         (folder / f"{name}.safetensors").write_bytes(aside.read_bytes())
     with pytest.raises(UserError, match=r"holds 2 safetensors files \(a\.safetensors, b\.safetensors\)"):
-        read_changes([folder], [wan])
+        read_changes([folder], [wan], ORIGINAL)
     (folder / "a.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match=r"a\.safetensors: no LoRA file, or damaged"):
-        read_changes([folder / "a.safetensors"], [wan])
+        read_changes([folder / "a.safetensors"], [wan], ORIGINAL)

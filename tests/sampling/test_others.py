@@ -110,7 +110,7 @@ def test_a_grid_that_does_not_fall_is_one_line(text: str, message: str, run: Pat
 
 
 def test_a_recipe_without_such_networks_takes_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="^--lora: toy-1d has no networks of Wan or Qwen-Image"):
+    with pytest.raises(UserError, match="^--lora: toy-1d has no networks of a pipeline"):
         load_loras(resolve("toy-1d"), [tmp_path / "lora.safetensors"])
 
 

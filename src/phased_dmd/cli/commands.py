@@ -15,7 +15,7 @@ from phased_dmd.config import Config
 from phased_dmd.config.fields import as_markdown, as_text
 from phased_dmd.config.overrides import build
 from phased_dmd.errors import OutOfMemory, UserError, refuse_full
-from phased_dmd.recipes import read_recipe
+from phased_dmd.recipes import licence, read_recipe
 
 Output = Annotated[
     Path | None, typer.Option(help="The run folder to write (default: runs/RECIPE).", show_default=False)
@@ -68,10 +68,17 @@ def distill(
     from phased_dmd.checkpoint import RunFolder
 
     RunFolder(folder, only_phase).check(config)
+    _tell_licence(config)
     if dry_run:
         _check_all(config, folder, strict)
     else:
         _run(config, folder, cache, strict, only_phase)
+
+
+def _tell_licence(config: Config) -> None:
+    """Prints the licence that the base has, if it is known, beside the command's output."""
+    if line := licence(config):
+        tell(line, sys.stderr)
 
 
 def _check_all(config: Config, folder: Path, strict: bool) -> None:
@@ -245,6 +252,7 @@ def plan(
     what is amiss.
     """
     config = resolved(recipe, {"prompts": prompts}, set_, method)
+    _tell_licence(config)
     if (gpus is None) != (memory_gb is None):
         raise UserError(f"{'--gpus' if gpus is None else '--memory-gb'}: missing; give both, or neither for proposals")
     if gpus is None and simulate:

@@ -1,6 +1,6 @@
 """Describes what is distilled in typed fields: frozen pydantic models, free of torch."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -74,7 +74,13 @@ def _one_or_more(value: Any) -> Any:
 
 
 class PipelineTeacher(Section):
-    """Describes a teacher from a diffusers pipeline's folder or hub id."""
+    """Describes a teacher from a diffusers pipeline's folder or hub id.
+
+    adapter: the file in `models` that knows the kind. pipelines: the stock pipelines that a folder may be of.
+    """
+
+    adapter: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]
 
     path: Location = "nano"
     """The pipeline's folder, hub id, or name inside the package: nano, nano-moe or nano-i2v."""
@@ -101,6 +107,7 @@ class PipelineTeacher(Section):
 class WanTeacher(PipelineTeacher):
     """Takes a `WanPipeline` or `WanImageToVideoPipeline`; nano, nano-moe and nano-i2v are inside the package."""
 
+    adapter, pipelines = "wan", ("WanPipeline", "WanImageToVideoPipeline")
     kind: Literal["wan"] = "wan"
     """The kind of teacher."""
     first_frame: bool | None = None
@@ -112,11 +119,39 @@ class WanTeacher(PipelineTeacher):
 class QwenImageTeacher(PipelineTeacher):
     """Takes a `QwenImagePipeline`."""
 
+    adapter, pipelines = "qwen_image", ("QwenImagePipeline",)
     kind: Literal["qwen-image"] = "qwen-image"
     """The kind of teacher."""
     lora_targets: Targets = (
         "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out",
         "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
+    )  # fmt: skip
+    """The ends of the names of the layers that get LoRA adapters."""
+
+
+class ZImageTeacher(PipelineTeacher):
+    """Takes a `ZImagePipeline` of the base, not of Turbo."""
+
+    adapter, pipelines = "z_image", ("ZImagePipeline",)
+    kind: Literal["z-image"] = "z-image"
+    """The kind of teacher."""
+    norm_limit: float = Field(default=0.0, ge=0)
+    """Most that a guided prediction's norm may be of the conditional's (`cfg_normalization`); 0 sets no limit."""
+    lora_targets: Targets = (
+        "to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
+    )  # fmt: skip
+    """The ends of the names of the layers that get LoRA adapters."""
+
+
+class Flux2KleinTeacher(PipelineTeacher):
+    """Takes a `Flux2KleinPipeline` of a base, not of one that is distilled."""
+
+    adapter, pipelines = "flux2_klein", ("Flux2KleinPipeline",)
+    kind: Literal["flux2-klein"] = "flux2-klein"
+    """The kind of teacher."""
+    lora_targets: Targets = (
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.linear_in",
+        "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out", "to_qkv_mlp_proj", "attn.to_out",
     )  # fmt: skip
     """The ends of the names of the layers that get LoRA adapters."""
 
@@ -134,4 +169,5 @@ class OwnTeacher(Section):
     """The share of the batches that each of the model's sample_shapes gets, relative to their sum."""
 
 
-Teacher = AnalyticTeacher | WanTeacher | QwenImageTeacher | OwnTeacher
+AnyPipeline = WanTeacher | QwenImageTeacher | ZImageTeacher | Flux2KleinTeacher
+Teacher = AnalyticTeacher | AnyPipeline | OwnTeacher

@@ -83,12 +83,14 @@ def write_pipeline(run: ExportedRun, folder: Path) -> None:
         f'\n\nPipeline = few_step_class("{run.pipeline}")  # what diffusers looks for: one class, of the base\'s kind\n'
     )
     (folder / "pipeline.py").write_text(own + named, "utf-8")
-    size = run.teacher.sizes[0]
+    size, stock = run.teacher.sizes[0], run.adapter.stock
+    frames = {"num_frames": size.num_frames} if stock.frames else {}
     about = {
         "base": run.base, "revision": run.teacher.revision, "fused": run.fused, "pipeline": run.pipeline,
         "times": list(run.plan.times[:-1]), "boundary_ratio": run.boundary_ratio, "solver": run.config.ablation.solver,
         "max_sequence_length": run.teacher.max_tokens,
-        "size": {"height": size.height, "width": size.width} | ({"num_frames": size.num_frames} if run.is_wan else {}),
+        "size": {"height": size.height, "width": size.width} | frames,
+        "unguided": dict([stock.unguided]), "padded": run.adapter.padded, "cleans": stock.cleans,
         "experts": [
             {key: getattr(expert, key) for key in ("phase", "network", "steps", "part", "name", "file")}
             for expert in run.experts

@@ -5,23 +5,10 @@ import re
 from typing import Any
 
 from phased_dmd.export.exported_run import ExportedRun
-from phased_dmd.export.fused import TRANSFORMERS
+from phased_dmd.models.adapter import Comfy
 
 Link = list[Any]  # [node, output], as ComfyUI writes a connection
 Start = tuple[Link, Link, Link]  # positive condition, negative condition, latents
-TOKENS = 512  # that ComfyUI pads Wan's text to, at least; the network attends to the padding
-BUILT_IN = {  # of the transformers in ComfyUI, which reads none of these off a file
-    "wan": {"patch_size": [1, 2, 2], "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256},
-    "qwen-image": {"patch_size": 2, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584},
-}
-NAMES = (  # of the bases' files that ComfyUI's own templates load; {} is the network's noise
-    (r"wan2\.2_t2v_a14b", "wan2.2_t2v_{}_14B_fp8_scaled"),
-    (r"wan2\.2_i2v_a14b", "wan2.2_i2v_{}_14B_fp8_scaled"),
-    (r"wan2\.2_ti2v_5b", "wan2.2_ti2v_5B_fp16"),
-    (r"wan2\.1_t2v_14b", "wan2.1_t2v_14B_fp8_scaled"),
-    (r"wan2\.1_t2v_1\.3b", "wan2.1_t2v_1.3B_fp16"),
-    (r"qwen_image", "qwen_image_fp8_e4m3fn"),
-)
 MODEL_LORA = "LoraLoaderModelOnly"
 
 
@@ -39,27 +26,29 @@ def obstacle(run: ExportedRun) -> str | None:
     """Returns why ComfyUI cannot run the experts, or None if it can."""
     if run.fused:
         return "whole transformers are for diffusers"
-    known, config = BUILT_IN[run.teacher.kind], run.source.config(TRANSFORMERS[run.teacher.kind], "transformer")
+    if (comfy := run.adapter.comfy) is None:
+        return f"no workflow with a {run.pipeline}'s networks was put together yet"
+    known, config = comfy.config, run.source.config(run.adapter.transformer, "transformer")
     if odd := next((name for name in known if json.loads(json.dumps(config[name])) != known[name]), None):
         return f"it cannot load this base, whose transformer has {odd} {config[odd]}, where it knows {known[odd]}"
-    if run.is_wan and run.teacher.max_tokens != TOKENS:
-        return f"it pads text to {TOKENS} tokens, and these experts were distilled for {run.teacher.max_tokens}"
+    if comfy.tokens and run.teacher.max_tokens != comfy.tokens:
+        return f"it pads text to {comfy.tokens} tokens, and these experts were distilled for {run.teacher.max_tokens}"
     return None
 
 
 def base_files(run: ExportedRun) -> list[str]:
     """Returns the base's files, one a network: the official ones where the base is known, else its own name."""
-    stem = next((name for pattern, name in NAMES if re.fullmatch(pattern, run.model)), None)
+    names = run.adapter.comfy.names if run.adapter.comfy else ()
+    stem = next((name for pattern, name in names if re.fullmatch(pattern, run.model)), None)
     stem = stem or run.model + ("_{}" if len(run.networks) == 2 else "")
     return [f"{stem.format(noise)}.safetensors" for noise in run.noises]
 
 
 def workflow(run: ExportedRun) -> Graph:
     """Returns the nodes from the base's files to the picture or clip."""
-    graph = Graph()
-    files = ("umt5_xxl_fp8_e4m3fn_scaled", "wan") if run.is_wan else ("qwen_2.5_vl_7b_fp8_scaled", "qwen_image")
-    clip = graph.add("CLIPLoader", clip_name=f"{files[0]}.safetensors", type=files[1])
-    vae_name = "qwen_image_vae" if not run.is_wan else "wan2.2_vae" if is_ti2v_5b(run) else "wan_2.1_vae"
+    graph, comfy = Graph(), known(run)
+    clip = graph.add("CLIPLoader", clip_name=f"{comfy.clip[0]}.safetensors", type=comfy.clip[1])
+    vae_name = "wan2.2_vae" if is_ti2v_5b(run) else comfy.vae
     vae = graph.add("VAELoader", vae_name=f"{vae_name}.safetensors")
     positive = graph.add("CLIPTextEncode", clip=clip, text="what to show")
     negative = graph.add("CLIPTextEncode", clip=clip, text="")  # not run at cfg 1
@@ -73,6 +62,12 @@ def workflow(run: ExportedRun) -> Graph:
     return graph
 
 
+def known(run: ExportedRun) -> Comfy:
+    """Returns what ComfyUI has built in of a run's base, where there is no obstacle."""
+    assert run.adapter.comfy is not None
+    return run.adapter.comfy
+
+
 def is_ti2v_5b(run: ExportedRun) -> bool:
     """Tells TI2V-5B, which has a VAE of its own and takes the first frame as a latent, from the other models."""
     return bool(run.source.index.get("expand_timesteps"))
@@ -83,13 +78,12 @@ def add_start(run: ExportedRun, graph: Graph, vae: Link, positive: Link, negativ
     size = run.teacher.sizes[0]
     shape: dict[str, Any] = {"width": size.width, "height": size.height, "batch_size": 1}
     image = {"start_image": graph.add("LoadImage", image="first-frame.png")} if run.task == "i2v" else {}
-    if not run.is_wan:
-        return positive, negative, graph.add("EmptySD3LatentImage", **shape)
-    shape["length"] = size.num_frames
+    if run.adapter.stock.frames:
+        shape["length"] = size.num_frames
     if is_ti2v_5b(run):
         return positive, negative, graph.add("Wan22ImageToVideoLatent", vae=vae, **shape, **image)
     if not image:
-        return positive, negative, graph.add("EmptyHunyuanLatentVideo", **shape)
+        return positive, negative, graph.add(known(run).latent, **shape)
     if run.source.has("image_encoder"):
         vision = graph.add("CLIPVisionLoader", clip_name="clip_vision_h.safetensors")
         seen = graph.add("CLIPVisionEncode", clip_vision=vision, image=image["start_image"], crop="none")
@@ -106,7 +100,7 @@ def add_samplers(run: ExportedRun, graph: Graph, start: Start) -> Link:
     """
     positive, negative, latent = start
     frame = graph.add("LatentCut", samples=latent, dim="t", index=0, amount=1) if keeps_frame(run) else None
-    sampling = "ModelSamplingSD3" if run.is_wan else "ModelSamplingAuraFlow"
+    sampling = known(run).sampling
     models = [graph.add("UNETLoader", unet_name=name, weight_dtype="default") for name in base_files(run)]
     sampler = graph.add("KSamplerSelect", sampler_name="lcm" if run.stochastic else "euler")
     for i, expert in enumerate(run.experts):

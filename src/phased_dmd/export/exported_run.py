@@ -11,21 +11,20 @@ import torch
 from torch import Tensor
 
 from phased_dmd.config import Config, phase_plan
-from phased_dmd.config.teacher import PipelineTeacher, QwenImageTeacher, Size, WanTeacher
+from phased_dmd.config.teacher import AnyPipeline, PipelineTeacher, Size
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import Expert, PhasePlan
-from phased_dmd.models.loader import bare_model
+from phased_dmd.models.adapter import Adapter
+from phased_dmd.models.loader import adapter_of, bare_model
 from phased_dmd.models.pipeline import check_pipeline
-from phased_dmd.models.qwen_image import PIPELINES as QWEN_PIPELINES
 from phased_dmd.models.source import SHIPPED, BareSource, Source
-from phased_dmd.models.wan import PIPELINES as WAN_PIPELINES
-from phased_dmd.models.wan import takes_first_frame
 from phased_dmd.networks.build import check_shapes, expert_shapes
+from phased_dmd.recipes import APACHE, licence_of
 from phased_dmd.sampling.loading import Experts, read_run
 
 PARTS = ("transformer", "transformer_2")  # of a diffusers pipeline
 NOISE = ("high_noise", "low_noise")  # how vendors name the two networks
-APACHE = re.compile(r"Wan-AI/Wan2\.[12]-[\w.-]+|Qwen/Qwen-Image")  # hub ids of bases under this licence
+OTHER_WANS = re.compile(r"Wan-AI/Wan2\.[12]-[\w.-]+")  # than the recipes', under the same licence
 
 
 class ExportedExpert(NamedTuple):
@@ -56,7 +55,7 @@ class ExportedRun:
     base_model: str | None
     config: Config
     expert_tensors: Experts
-    teacher: WanTeacher | QwenImageTeacher
+    teacher: AnyPipeline
     source: Source
 
     @classmethod
@@ -74,7 +73,7 @@ class ExportedRun:
             raise UserError(f"{folder}: a teacher of kind {teacher.kind} has no stock pipeline to export to")
         source = Source(teacher)
         try:
-            check_pipeline(source, WAN_PIPELINES if isinstance(teacher, WanTeacher) else QWEN_PIPELINES)
+            check_pipeline(source, teacher.pipelines)
         except OSError as error:
             raise UserError(f"teacher.path: {teacher.path} is not at hand ({error})") from error
         if base_model and not Path(teacher.path).is_dir():
@@ -83,13 +82,13 @@ class ExportedRun:
         return cls(folder, fused, written, base_model, config, expert_tensors, teacher, source)
 
     @property
-    def is_wan(self) -> bool:
-        return isinstance(self.teacher, WanTeacher)
+    def adapter(self) -> Adapter:
+        return adapter_of(self.teacher)
 
     @cached_property
     def task(self) -> str:
-        if isinstance(self.teacher, WanTeacher) and takes_first_frame(self.teacher, self.source):
-            return "i2v"
+        if self.adapter.takes_images(self.teacher, self.source):
+            return "i2v" if self.adapter.stock.frames else "i2i"
         return "t2v" if self.teacher.sizes[0].num_frames > 1 else "t2i"
 
     @cached_property
@@ -124,7 +123,9 @@ class ExportedRun:
     @property
     def licence(self) -> str:
         """Returns the licence of the base, which holds for the experts too, by its name on the hub."""
-        return "apache-2.0" if self.base_is_shipped or APACHE.fullmatch(self.base or "") else "other"
+        base = self.base or ""
+        free = self.base_is_shipped or licence_of(base) == APACHE or OTHER_WANS.fullmatch(base)
+        return "apache-2.0" if free else "other"
 
     @property
     def model(self) -> str:
@@ -141,9 +142,7 @@ class ExportedRun:
     @cached_property
     def pipeline(self) -> str:
         """Returns the name of the stock pipeline's class."""
-        if not self.is_wan:
-            return QWEN_PIPELINES[0]
-        return WAN_PIPELINES[1 if self.task == "i2v" else 0]
+        return self.teacher.pipelines[1 if self.task == "i2v" else 0]
 
     @cached_property
     def experts(self) -> tuple[ExportedExpert, ...]:
@@ -154,7 +153,7 @@ class ExportedRun:
         plan, steps_of = self.plan, dict[Expert, tuple[int, ...]]()
         for step in range(plan.num_steps):
             steps_of[plan.expert(step)] = (*steps_of.get(plan.expert(step), ()), step)
-        places = PARTS if self.is_wan else PARTS[:1]
+        places = PARTS[: self.adapter.places]
         if self.fused and len(steps_of) > len(places):
             raise UserError(
                 f"--fused: {len(steps_of)} experts, where a {self.pipeline} has {len(places)} transformer(s) at most"

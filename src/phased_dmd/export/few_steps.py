@@ -1,7 +1,8 @@
 """A few-step pipeline is its base's diffusers pipeline with the experts of an export, at exactly their times.
 
-Needs torch, diffusers 0.42 or later, transformers and peft, and ftfy for Wan; nothing else. `load_pipeline` does all. A
-copy of this file, as `pipeline.py`, is in every export, and makes it a custom pipeline of diffusers.
+Needs torch, diffusers 0.42 or later, transformers and peft, and ftfy where the index says so; nothing else.
+`load_pipeline` does all. A copy of this file, as `pipeline.py`, is in every export, and makes it a custom pipeline of
+diffusers.
 """
 
 import inspect
@@ -11,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, WanImageToVideoPipeline, WanPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 INDEX = "export.json"  # in the folder of an export: see `FewSteps.load_few_steps`
-PIPELINES = {kind.__name__: kind for kind in (WanPipeline, WanImageToVideoPipeline, QwenImagePipeline)}
 READ = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a repository: no code, no pictures
 GUIDANCE = ("guidance_scale", "guidance_scale_2", "true_cfg_scale")
-Base = WanPipeline if TYPE_CHECKING else object
+Base = diffusers.WanPipeline if TYPE_CHECKING else object
 
 
 class TrainedTimes(FlowMatchEulerDiscreteScheduler):
@@ -62,12 +63,12 @@ class FewSteps(Base):
         """
         place = find(folder, revision)
         index = read_index(place)
-        if not isinstance(self, PIPELINES[index["pipeline"]]):
+        if not isinstance(self, pipeline_class(index["pipeline"])):
             refuse(f"{folder}: its experts are for a {index['pipeline']}, and this is a {type(self).__name__}")
         if index["fused"] and Path(self.name_or_path) not in (Path(folder), place):
             refuse(f"{folder}: its experts are whole transformers; load the pipeline itself from there")
-        if index["pipeline"] != "QwenImagePipeline":
-            import ftfy  # noqa: F401  Wan's pipelines clean prompts with it, as in training
+        if index["cleans"]:
+            import ftfy  # noqa: F401  the pipeline cleans prompts with it, as in training
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
             for expert in [] if index["fused"] else index["experts"]:
@@ -105,13 +106,8 @@ class FewSteps(Base):
             refuse("the scheduler was replaced: the experts were distilled for the times of the one that was there")
         check_call(call, few)
         scheduler.generator = call.get("generator")
-        scale = "true_cfg_scale" if few["pipeline"] == "QwenImagePipeline" else "guidance_scale"
-        fixed = {
-            "num_inference_steps": len(few["times"]),
-            "max_sequence_length": few["max_sequence_length"],
-            scale: 1.0,
-        }
-        return super().__call__(**few["size"] | call | fixed)
+        fixed = {"num_inference_steps": len(few["times"]), "max_sequence_length": few["max_sequence_length"]}
+        return super().__call__(**few["size"] | call | fixed | few["unguided"])
 
     def load_lora_weights(self, weights: Any, adapter_name: str | None = None, **options: Any) -> None:  # type: ignore[override]
         """Loads a LoRA of the user's own beside the experts; refuses the export's files, which are loaded already."""
@@ -186,7 +182,8 @@ def check_call(call: dict[str, Any], few: dict[str, Any]) -> None:
         refuse(
             f"max_sequence_length: {call['max_sequence_length']}, but the experts were distilled for {tokens} tokens"
         )
-    if guided := next((name for name in GUIDANCE if (call.get(name) or 1) > 1), None):
+    none = dict.fromkeys(GUIDANCE, 1.0) | few["unguided"]
+    if guided := next((name for name in GUIDANCE if (call.get(name) or 0) > none[name]), None):
         refuse(f"{guided}: {call[guided]:g}, but the guidance is distilled into the experts; leave it out")
     if call.get("negative_prompt") or call.get("negative_prompt_embeds") is not None:
         refuse("negative_prompt: without guidance it changes nothing; leave it out")
@@ -195,7 +192,7 @@ def check_call(call: dict[str, Any], few: dict[str, Any]) -> None:
     if "scale" in (call.get("attention_kwargs") or {}):
         refuse("attention_kwargs: scale would weaken or strengthen the experts, which were distilled at 1")
     embeds = call.get("prompt_embeds")
-    if embeds is not None and few["pipeline"] != "QwenImagePipeline" and embeds.shape[1] != tokens:
+    if embeds is not None and few["padded"] and embeds.shape[1] != tokens:
         refuse(f"prompt_embeds: {embeds.shape[1]} tokens, but the experts were distilled for text padded to {tokens}")
 
 
@@ -205,7 +202,15 @@ def refuse(why: str) -> NoReturn:
 
 def few_step_class(pipeline: str) -> Any:
     """Returns the few-step class of a pipeline, by the name of its class."""
-    return type("FewStepPipeline", (FewSteps, PIPELINES[pipeline]), {})
+    return type("FewStepPipeline", (FewSteps, pipeline_class(pipeline)), {})
+
+
+def pipeline_class(name: str) -> type[DiffusionPipeline]:
+    """Returns a pipeline's class by its name in diffusers; raises a ValueError where that is none."""
+    kind = getattr(diffusers, name, None)
+    if isinstance(kind, type) and issubclass(kind, DiffusionPipeline):
+        return kind
+    refuse(f"{name}: no pipeline of diffusers")
 
 
 def find(folder: str | Path, revision: str | None = None) -> Path:
@@ -222,8 +227,11 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not (path := folder / INDEX).exists():
         refuse(f"{folder}: holds no {INDEX}, which an export has")
     index = json.loads(path.read_text("utf-8"))
-    if index.get("pipeline") not in PIPELINES or not all(Path(e["file"]).name == e["file"] for e in index["experts"]):
-        refuse(f"{path}: names another pipeline than {', '.join(PIPELINES)}, or files elsewhere")
+    pipeline_class(str(index.get("pipeline")))
+    if not all(Path(expert["file"]).name == expert["file"] for expert in index["experts"]):
+        refuse(f"{path}: names files elsewhere")
+    if missing := {"unguided", "padded", "cleans"} - index.keys():
+        refuse(f"{path}: says nothing of {min(missing)}; an older version wrote it, and its own pipeline.py runs it")
     return index
 
 
@@ -231,7 +239,7 @@ def load_pipeline(
     folder: str | Path, base: str | Path | None = None, revision: str | None = None,
     dtype: torch.dtype | None = None, device: str | torch.device | None = None,
 ) -> Any:  # fmt: skip
-    """Returns the few-step pipeline of an export: `load_pipeline(FOLDER)("a prompt")` samples.
+    """Returns the few-step pipeline of an export: `load_pipeline(FOLDER)(prompt="a fox")` samples.
 
     folder: an export's, or its hub id; revision: a commit of the latter. base: the base's folder or hub id, where it is
     another than the export names, or none is named. dtype: of all but the VAE, bfloat16 on a GPU and float32 on a CPU

@@ -8,20 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    QwenImageTransformer2DModel,
-    UniPCMultistepScheduler,
-    WanTransformer3DModel,
-)
 
 from phased_dmd.export.exported_run import PARTS, ExportedRun
 from phased_dmd.export.lora import A, B
 from phased_dmd.models.source import quiet
 from phased_dmd.sampling.loading import HEADER_FILE
-
-TRANSFORMERS = {"wan": WanTransformer3DModel, "qwen-image": QwenImageTransformer2DModel}
-Scheduler = UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler
 
 
 def save_fused(run: ExportedRun, folder: Path) -> None:
@@ -32,9 +23,10 @@ def save_fused(run: ExportedRun, folder: Path) -> None:
     with quiet():
         scheduler.save_pretrained(folder / "scheduler")
     parts = [expert.part for expert in run.experts]
-    kind = ["diffusers", TRANSFORMERS[run.teacher.kind].__name__]
+    kind = ["diffusers", run.adapter.transformer.__name__]
     index = run.source.index | {"_class_name": run.pipeline, "scheduler": ["diffusers", type(scheduler).__name__]}
-    if run.is_wan:
+    index |= run.adapter.stock.flags
+    if run.adapter.places > 1:
         index |= {part: kind if part in parts else [None, None] for part in PARTS}
         index["boundary_ratio"] = run.boundary_ratio
     index["dmd2_config"] = {  # for vLLM-Omni, whose few-step pipelines read it
@@ -56,7 +48,7 @@ def save_transformers(run: ExportedRun, folder: Path) -> None:
     """Writes each expert as a whole transformer in the export's dtype, its adapter merged into the base in float32."""
     lora = run.config.generator.lora
     for expert in run.experts:
-        network = run.source.load(TRANSFORMERS[run.teacher.kind], run.networks[expert.network], dtype=torch.float32)
+        network = run.source.load(run.adapter.transformer, run.networks[expert.network], dtype=torch.float32)
         parameters, tensors = dict(network.named_parameters()), run.tensors(expert)
         for name, tensor in tensors.items():
             if run.config.generator.weights == "full":
@@ -71,24 +63,9 @@ def save_transformers(run: ExportedRun, folder: Path) -> None:
         (folder / expert.file / HEADER_FILE).write_text(f"{header}\n", "utf-8")
 
 
-def nearest_scheduler(run: ExportedRun) -> Scheduler:
-    """Returns the stock scheduler whose configuration alone brings a stock pipeline nearest to the trained times.
-
-    Wan's pipelines pass it no times: of order 1 and without corrector, UniPC is Euler, and only it starts at 1 and
-    shifts once. Qwen-Image's pipeline passes evenly spaced times. Only one scheduler has the re-noising solver.
-    """
-    shift = run.config.plan.shift
-    if not run.is_wan:
-        return FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, base_shift=math.log(shift), max_shift=math.log(shift),
-            shift_terminal=None, stochastic_sampling=run.stochastic,  # type: ignore[arg-type] None is its default
-        )  # fmt: skip
-    if run.stochastic:
-        return FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True)
-    return UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=1,
-        disable_corrector=list(range(run.plan.num_steps)),
-    )  # fmt: skip
+def nearest_scheduler(run: ExportedRun) -> Any:
+    """Returns the stock scheduler whose configuration alone brings a stock pipeline nearest to the trained times."""
+    return run.adapter.stock.scheduler(run.config.plan.shift, run.plan.num_steps, run.stochastic)
 
 
 def stock_times(run: ExportedRun) -> tuple[list[float], float]:
@@ -99,7 +76,7 @@ def stock_times(run: ExportedRun) -> tuple[list[float], float]:
     scheduler = nearest_scheduler(run)
     steps, trained = run.plan.num_steps, torch.tensor(run.plan.times[:-1], dtype=torch.float64)
     options: dict[str, Any] = {}
-    if not run.is_wan:
+    if run.adapter.stock.passes_sigmas:
         options = {"sigmas": np.linspace(1, 1 / steps, steps), "mu": math.log(run.config.plan.shift)}  # as it does
     scheduler.set_timesteps(steps, **options)
     levels = torch.as_tensor(scheduler.sigmas, dtype=torch.float64)[:-1]

@@ -1,7 +1,7 @@
 """An expert's LoRA file has the layout that diffusers, ComfyUI and every other reader that was tried take.
 
-That is the module's name in the original checkpoint behind `diffusion_model.`, then `lora_A` or `lora_B`, alpha / rank
-in the latter: for any reader the scale is 1.
+That is the module's name in the original checkpoint behind a prefix, `diffusion_model.` for most, then `lora_A` or
+`lora_B`, alpha / rank in the latter: for any reader the scale is 1.
 """
 
 import json
@@ -17,26 +17,6 @@ from phased_dmd.errors import UserError
 from phased_dmd.export.exported_run import ExportedExpert, ExportedRun, format_times
 
 A, B = ".lora_A.weight", ".lora_B.weight"
-PREFIX = "diffusion_model."
-WAN_NAMES = (  # of diffusers' modules, as the original checkpoints name them
-    (r"^blocks\.(\d+)\.attn1\.", r"blocks.\1.self_attn."),
-    (r"^blocks\.(\d+)\.attn2\.", r"blocks.\1.cross_attn."),
-    (r"_attn\.to_out\.0$", "_attn.o"),
-    (r"_attn\.to_([qkv])$", r"_attn.\1"),
-    (r"_attn\.add_([kv])_proj$", r"_attn.\1_img"),
-    (r"^blocks\.(\d+)\.ffn\.net\.0\.proj$", r"blocks.\1.ffn.0"),
-    (r"^blocks\.(\d+)\.ffn\.net\.2$", r"blocks.\1.ffn.2"),
-    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj$", "img_emb.proj.1"),
-    (r"^condition_embedder\.image_embedder\.ff\.net\.2$", "img_emb.proj.3"),
-    (r"^condition_embedder\.(time|text)_embedder\.linear_1$", r"\1_embedding.0"),
-    (r"^condition_embedder\.(time|text)_embedder\.linear_2$", r"\1_embedding.2"),
-    (r"^condition_embedder\.time_proj$", "time_projection.1"),
-    (r"^proj_out$", "head.head"),
-)
-WAN_MODULE = re.compile(
-    r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|cross_attn\.[kv]_img|ffn\.[02])"
-    r"|img_emb\.proj\.[13]|(time|text)_embedding\.[02]|time_projection\.1|head\.head"
-)
 
 
 def save_lora(run: ExportedRun, expert: ExportedExpert, path: Path) -> None:
@@ -49,13 +29,13 @@ def save_lora(run: ExportedRun, expert: ExportedExpert, path: Path) -> None:
 
 def original_name(run: ExportedRun, name: str) -> str:
     """Returns an adapter's key as the file has it; raises UserError for a module that other programs do not know."""
-    module, _, side = name.partition(".lora_")
+    adapter, (module, _, side) = run.adapter, name.partition(".lora_")
     key = module
-    for pattern, original in WAN_NAMES if run.is_wan else ():
+    for pattern, original in adapter.original:
         key = re.sub(pattern, original, key)
-    if run.is_wan and not WAN_MODULE.fullmatch(key):
+    if adapter.public is not None and not re.fullmatch(adapter.public, key):
         raise UserError(f"teacher.lora_targets: the original checkpoint has no name for {module}; export with --fused")
-    return f"{PREFIX}{key}.lora_{side}"
+    return f"{adapter.prefix}{key}.lora_{side}"
 
 
 def model_spec(run: ExportedRun, expert: ExportedExpert) -> dict[str, str]:

@@ -23,7 +23,6 @@ from phased_dmd.export.few_steps import load_pipeline
 from phased_dmd.maths.rollout import rollout
 from phased_dmd.media import read_picture
 from phased_dmd.models.quantise import quantise
-from phased_dmd.models.qwen_image import PATCH, pack, unpack
 from phased_dmd.models.source import quiet, repeated
 from phased_dmd.networks.build import load_teacher
 from phased_dmd.networks.roles import TEACHER
@@ -60,8 +59,9 @@ def verify(run: ExportedRun, folder: Path, dtype: torch.dtype | None = None) -> 
         Image.effect_noise((size.width, size.height), 80).convert("RGB").save(picture)
         prompts = [Prompt(text, picture if run.task == "i2v" else None) for text in PROMPTS]
         noise, expected, bare = sample_run(run, prompts, size, dtype)
-        options: dict[str, Any] = {"height": size.height, "width": size.width, "latents": to_pipeline(run, noise)}
-        options |= {"num_frames": size.num_frames} if run.is_wan else {}
+        stock, latents = run.adapter.stock, noise.shape[-2:]
+        options: dict[str, Any] = {"height": size.height, "width": size.width, "latents": stock.given(noise)}
+        options |= {"num_frames": size.num_frames} if stock.frames else {}
         options |= {"image": read_picture(picture)} if run.task == "i2v" else {}
         for load in (load_package, load_custom):
             pipe = load_quietly(load, run, folder, dtype)
@@ -69,8 +69,9 @@ def verify(run: ExportedRun, folder: Path, dtype: torch.dtype | None = None) -> 
             times = format_times(pipe.scheduler.times)
             with quiet():
                 made = pipe(prompt=list(PROMPTS), generator=renoise_generator(), output_type="latent", **options)[0]
+            made = stock.returned(pipe, made, *latents)
             del pipe  # before the next, which may fill the memory
-            found = compare(run, from_pipeline(run, made, size), expected, bare, times, dtype)
+            found = compare(run, made, expected, bare, times, dtype)
     if run.teacher.quantise:
         where = "the full base: the run's was" if run.fused else "the run's own base,"
         counts.append(f"verified on {where} packed in {run.teacher.quantise}")
@@ -133,11 +134,11 @@ def sample_run(
     system, known = sampler.system, sampler.encode(prompts)
     condition = system.model.batch([known[prompt] for prompt in prompts])
     noise = normal(system.model.sample_shapes[0], range(len(prompts)), "verify").to(device())
-    generator = renoise_generator()
+    generator, stock = renoise_generator(), run.adapter.stock
 
     def fresh(step: int) -> Tensor:  # as the script's scheduler draws it
-        drawn = torch.randn(to_pipeline(run, noise).shape, generator=generator)
-        return from_pipeline(run, drawn.to(device()), size)
+        drawn = torch.randn(stock.stepped(noise).shape, generator=generator)
+        return stock.restored(drawn.to(device()), *noise.shape[-2:])
 
     def bare(step: int, x: Tensor, t: Tensor) -> Tensor:
         return system.roles.predict(TEACHER, system.plan.expert(step).network, x, t, condition)
@@ -192,7 +193,7 @@ def check_loaded(run: ExportedRun, folder: Path, expert: ExportedExpert, pipe: A
     if run.fused:
         keys, loaded = read_shards(folder / expert.file), network.state_dict()
     else:
-        keys = without_prefix(read_lora(folder / expert.file, run.teacher.kind))
+        keys = without_prefix(read_lora(folder / expert.file, run.config.teacher))
         there = expert.name in pipe.get_list_adapters().get(expert.part, ())
         loaded = get_peft_model_state_dict(network, adapter_name=expert.name) if there else {}
     check_keys(expert.file, keys, loaded)
@@ -212,14 +213,3 @@ def check_keys(file: str, keys: Mapping[str, Tensor], loaded: Mapping[str, Tenso
 def renoise_generator() -> torch.Generator:
     """Returns the generator from which both sides draw what re-noising adds; the first noise is given to both."""
     return torch.Generator().manual_seed(0)
-
-
-def to_pipeline(run: ExportedRun, latents: Tensor) -> Tensor:
-    """Packs latents as the stock pipeline takes them: Qwen-Image's are tokens."""
-    return latents if run.is_wan else pack(latents)
-
-
-def from_pipeline(run: ExportedRun, latents: Tensor, size: Size) -> Tensor:
-    """Unpacks what the stock pipeline gives, the inverse of `to_pipeline`."""
-    token = 8 * PATCH  # pixels a side
-    return latents if run.is_wan else unpack(latents, size.height // token, size.width // token)

@@ -1,21 +1,16 @@
-"""Builds the model and codec of a teacher's configuration: one case a model."""
+"""Builds the model and codec of a teacher's configuration, a pipeline's by the adapter of its kind."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 
 import torch
 
-from phased_dmd.config.teacher import (
-    AnalyticTeacher,
-    OwnTeacher,
-    PipelineTeacher,
-    QwenImageTeacher,
-    Teacher,
-    WanTeacher,
-)
+from phased_dmd.config.teacher import AnalyticTeacher, OwnTeacher, PipelineTeacher, Teacher
 from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
+from phased_dmd.models.adapter import Adapter
 from phased_dmd.models.protocol import Codec, VelocityModel
 from phased_dmd.models.source import META, BareSource, Source, quiet
 
@@ -57,17 +52,24 @@ def _builders(
             from phased_dmd.models.analytic import AnalyticModel, PlainCodec
 
             return partial(AnalyticModel, teacher, seed, fit, where), PlainCodec
-        case WanTeacher():
-            with quiet():  # it recommends torchvision, which nothing here needs
-                from phased_dmd.models.wan import WanCodec, WanModel
-
-            return partial(WanModel, teacher, where, source), partial(WanCodec, teacher, where, source)
-        case QwenImageTeacher():
-            from phased_dmd.models.qwen_image import QwenImageCodec, QwenImageModel
-
-            return partial(QwenImageModel, teacher, where, source), partial(QwenImageCodec, teacher, where, source)
+        case PipelineTeacher():
+            adapter = adapter_of(teacher)
+            return partial(adapter.model, teacher, where, source), partial(adapter.codec, teacher, where, source)
         case OwnTeacher():
             raise UserError("teacher.kind: own needs a model given from Python, see docs/extending.md")
+
+
+def adapter_of(teacher: PipelineTeacher) -> Adapter:
+    """Imports the file that knows a teacher's kind, and no other's."""
+    with quiet():  # it may recommend torchvision, which nothing here needs
+        return import_module(f"phased_dmd.models.{teacher.adapter}").ADAPTER
+
+
+def stock_times(teacher: Teacher, bucket: int, steps: int) -> Sequence[float] | None:
+    """Returns the times of a base's own pipeline at a resolution, and 0; None where those are on the plan's grid."""
+    if not isinstance(teacher, PipelineTeacher) or (sigmas := adapter_of(teacher).sigmas) is None:
+        return None
+    return sigmas(Source(teacher), teacher.sizes[bucket], steps)
 
 
 @contextmanager

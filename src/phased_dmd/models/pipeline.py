@@ -1,15 +1,21 @@
 """What the teachers from diffusers' pipelines have in common: transformers, a VAE, and checks of their config."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from phased_dmd.config.teacher import PipelineTeacher, QwenImageTeacher, Size, WanTeacher
+from phased_dmd.config.teacher import PipelineTeacher, Size
 from phased_dmd.errors import UserError
 from phased_dmd.maths.schedules import FlowSchedule, Prediction, Schedule
+from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import Source
+from phased_dmd.recipes import fitting
 
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -19,12 +25,12 @@ class PipelineModel:
     """Is the common part of the `VelocityModel`s whose transformers predict the velocity of a flow.
 
     kind, parts: the transformers' class and their names in the folder, noisiest first; experts and fakes start from
-    the very networks. Whether they can be loaded is checked at once. shapes: of one sample's latents, one a resolution
-    bucket. switches: see `PhasePlan`.
+    the very networks. Whether they can be loaded is checked at once. lora_targets: of the config. shapes: of one
+    sample's latents, one a resolution bucket. switches: see `PhasePlan`.
     """
 
     def __init__(
-        self, config: WanTeacher | QwenImageTeacher, source: Source, device: torch.device, kind: type,
+        self, config: PipelineTeacher, source: Source, device: torch.device, kind: type, lora_targets: Sequence[str],
         parts: Sequence[str], shapes: Sequence[tuple[int, ...]], switches: Sequence[float] = (),
     ) -> None:  # fmt: skip
         if len(config.guidance) not in (1, len(parts)):
@@ -34,12 +40,12 @@ class PipelineModel:
         self.device, self.dtype = device, DTYPES[config.dtype]
         self.sample_shapes, self.switches = shapes, switches
         self.guidance: Sequence[float] = config.guidance * (len(parts) // len(config.guidance))
-        self.lora_targets: Sequence[str] = config.lora_targets
+        self.lora_targets: Sequence[str] = lora_targets
         self._source, self._outlines = source, {name: source.outline(kind, name, self.dtype) for name in parts}
         self._networks: Sequence[nn.Module] = []
         for name, outline in self._outlines.items():
             source.check_loadable(outline, name)
-            check_targets(outline, config.lora_targets)
+            self.lora_targets = adapted(outline, lora_targets)
 
     @property
     def networks(self) -> Sequence[nn.Module]:
@@ -58,7 +64,7 @@ class PipelineModel:
 
 
 class PipelineCodec:
-    """Is the common part of the `Codec`s with a video VAE whose latents are shifted and scaled channel by channel.
+    """Is the common part of the `Codec`s of pipelines, all but what encodes and what decodes.
 
     kind: the VAE's class. parts: those that encode; fingerprinted with what else the encoding depends on.
     """
@@ -77,26 +83,86 @@ class PipelineCodec:
         self.text_dtype = torch.float32 if device.type == "cpu" else DTYPES[config.dtype]
         self._fingerprint, self._encoded_by = "", (parts, config.max_tokens, *encoded_by)
         self.vae: Any = source.load(kind, "vae", dtype=torch.float32).to(device)
-        shape = 1, -1, 1, 1, 1
-        self.mean = torch.tensor(self.vae.config["latents_mean"]).reshape(shape)
-        self.std = torch.tensor(self.vae.config["latents_std"]).reshape(shape)
 
     @property
     def fingerprint(self) -> str:
         self._fingerprint = self._fingerprint or self.source.fingerprint(*self._encoded_by)
         return self._fingerprint
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        latents = latents.to(self.vae.device, self.vae.dtype)
-        pixels = self.vae.decode(latents * self.std.to(latents) + self.mean.to(latents), return_dict=False)[0]
-        return pixels.float().permute(0, 2, 3, 4, 1) / 2 + 0.5
+    def fits(self, image: Path) -> list[int]:
+        """Lists no bucket, where a codec takes no first frames."""
+        return []
+
+    def encode_image(self, image: Path, bucket: int) -> Condition:
+        """Adds nothing to a prompt, where a codec takes no first frames."""
+        return {}
+
+
+def statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """Returns the mean and the standard deviation of a video VAE's latents, [1, channels, 1, 1, 1] each."""
+    config, shape = vae.config, (1, -1, 1, 1, 1)
+    return torch.tensor(config["latents_mean"]).reshape(shape), torch.tensor(config["latents_std"]).reshape(shape)
+
+
+@torch.no_grad()
+def decode_clip(vae: Any, latents: Tensor) -> Tensor:
+    """Decodes latents [b, c, f, h, w] by a video VAE, whose own are scaled channel by channel; see `Codec`."""
+    latents = latents.to(vae.device, vae.dtype)
+    mean, std = statistics(vae)
+    pixels = vae.decode(latents * std.to(latents) + mean.to(latents), return_dict=False)[0]
+    return pixels.float().permute(0, 2, 3, 4, 1) / 2 + 0.5
+
+
+@torch.no_grad()
+def decode_picture(vae: Any, latents: Tensor) -> Tensor:
+    """Decodes latents [b, c, h, w] as a VAE of pictures has them to pixels [b, 1, height, width, 3] in [0, 1]."""
+    pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    return (pixels.float().permute(0, 2, 3, 1)[:, None] / 2 + 0.5).clamp(0, 1)
+
+
+def pad_texts(rows: Sequence[Condition], device: torch.device, dtype: torch.dtype) -> Condition:
+    """Pads text to [b, tokens, d] with zeros; mask [b, tokens], on the CPU, is true where there is text."""
+    texts = [row["text"].to(device, dtype) for row in rows]
+    lengths = torch.tensor([len(text) for text in texts])  # on the CPU, where `predict` reads it without waiting
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    return {"text": pad_sequence(texts, batch_first=True), "mask": mask}
+
+
+def chat_lengths(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list[int]:
+    """Counts the tokens of each prompt as a chat's only message. thinking: whether the answer may begin with it."""
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+    texts = [tokenizer.apply_chat_template([{"role": "user", "content": text}], **options) for text in prompts]
+    return [len(ids) for ids in tokenizer(texts).input_ids]
+
+
+def stock_sigmas(source: Source, steps: int, mu: Callable[[Mapping[str, Any]], float]) -> tuple[float, ...]:
+    """Returns the times of a pipeline that hands evenly spaced ones to its scheduler, and 0: as that one shifts them.
+
+    mu: the shift's logarithm, of the scheduler's configuration, where that says that it depends on the resolution.
+    """
+    scheduler: Any = source.load(FlowMatchEulerDiscreteScheduler, "scheduler")
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu(scheduler.config))
+    return tuple(scheduler.sigmas.tolist())
+
+
+def evenly_shifted(shift: float, steps: int, stochastic: bool) -> FlowMatchEulerDiscreteScheduler:
+    """Returns the scheduler that shifts evenly spaced times by a number, whatever the resolution."""
+    return FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=stochastic)
 
 
 def check_pipeline(source: Source, names: Sequence[str]) -> None:
-    """Raises a UserError where the folder holds another pipeline."""
+    """Raises a UserError where the folder holds another pipeline, which names the recipe that fits it."""
     if (found := source.index.get("_class_name")) not in names:
-        raise UserError(f"teacher.path: {source.path} is a {found}, not a {' or '.join(names)}")
+        named = f"{source.path} is a {found}, not a {' or '.join(names)}"
+        raise UserError(f"teacher.path: {named}; {fitting(str(found))}")
+
+
+def check_pictures(sizes: Sequence[Size], strides: tuple[int, int], name: str) -> None:
+    """Raises a UserError where a size has several frames, or does not fit the strides. name: of the model."""
+    for i, size in enumerate(sizes):
+        if size.num_frames != 1:
+            raise UserError(f"teacher.sizes.{i}: {size} has {size.num_frames} frames; {name} makes pictures")
+    check_sizes(sizes, (1, *strides))
 
 
 def check_sizes(
@@ -122,12 +188,19 @@ def check_sizes(
             )
 
 
-def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
-    """Raises a UserError where a LoRA target ends the name of no module, or of one that no adapter fits."""
-    modules = dict(network.named_modules())
+def adapted(network: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Returns the LoRA targets; one that also ends the names of lists of layers as its layers, by their whole names.
+
+    Raises a UserError where a target ends the name of no module, or only of some that no adapter fits.
+    """
+    modules, names = dict(network.named_modules()), []
     for target in targets:
-        found = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
+        found = [name for name in modules if name == target or name.endswith(f".{target}")]
+        layers = [name for name in found if isinstance(modules[name], ADAPTABLE)]
         if not found:
             raise UserError(f"teacher.lora_targets: {target} ends the name of no module of the transformer")
-        if odd := next((module for module in found if not isinstance(module, ADAPTABLE)), None):
-            raise UserError(f"teacher.lora_targets: {target} is a {type(odd).__name__}, which takes no adapter")
+        if not layers:
+            odd = type(modules[found[0]]).__name__
+            raise UserError(f"teacher.lora_targets: {target} is a {odd}, which takes no adapter")
+        names += [target] if layers == found else layers
+    return names

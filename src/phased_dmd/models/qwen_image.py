@@ -1,23 +1,37 @@
 """Reads Qwen-Image, for text-to-image, from a diffusers folder."""
 
-from collections.abc import Sequence
-from pathlib import Path
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from diffusers.loaders import QwenImageLoraLoaderMixin
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from phased_dmd.config.teacher import QwenImageTeacher
 from phased_dmd.errors import UserError
-from phased_dmd.models.pipeline import PipelineCodec, PipelineModel, check_pipeline, check_sizes
+from phased_dmd.models.adapter import Adapter, Comfy, Shape, Stock, TextEncoder
+from phased_dmd.models.pipeline import (
+    PipelineCodec,
+    PipelineModel,
+    check_pictures,
+    check_pipeline,
+    decode_clip,
+    pad_texts,
+)
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import Source
 
-PIPELINES = ("QwenImagePipeline",)
 PATCH = 2  # latents a side of one of the transformer's tokens
 PROMPTS = 8  # a call of the text encoder, which keeps every layer's states and its logits
+TEMPLATE = 34  # tokens that the pipeline puts before each prompt
 
 
 class QwenImageModel(PipelineModel):
@@ -25,28 +39,22 @@ class QwenImageModel(PipelineModel):
 
     def __init__(self, config: QwenImageTeacher, device: torch.device, source: Source | None = None) -> None:
         source = source or Source(config)
-        check_pipeline(source, PIPELINES)
+        check_pipeline(source, config.pipelines)
         if source.config(QwenImageTransformer2DModel, "transformer").get("guidance_embeds"):
             raise UserError(f"teacher.path: {config.path} is distilled from its guidance already, and takes none")
         vae = source.config(AutoencoderKLQwenImage, "vae")
         stride = 2 ** len(vae["temperal_downsample"])
-        for i, size in enumerate(config.sizes):
-            if size.num_frames != 1:
-                raise UserError(f"teacher.sizes.{i}: {size} has {size.num_frames} frames; Qwen-Image makes pictures")
-        check_sizes(config.sizes, (1, stride * PATCH, stride * PATCH))
+        check_pictures(config.sizes, (stride * PATCH, stride * PATCH), "Qwen-Image")
         shapes = [(vae["z_dim"], 1, size.height // stride, size.width // stride) for size in config.sizes]
-        super().__init__(config, source, device, QwenImageTransformer2DModel, ["transformer"], shapes)
+        kind, targets = QwenImageTransformer2DModel, config.lora_targets
+        super().__init__(config, source, device, kind, targets, ["transformer"], shapes)
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(network, QwenImageTransformer2DModel)
         return list(network.transformer_blocks)
 
     def batch(self, rows: Sequence[Condition]) -> Condition:
-        """Pads text to [b, tokens, d] with zeros; mask [b, tokens], on the CPU, is true where there is text."""
-        texts = [row["text"].to(self.device, self.dtype) for row in rows]
-        lengths = torch.tensor([len(text) for text in texts])  # on the CPU, where `predict` reads it without waiting
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        return {"text": pad_sequence(texts, batch_first=True), "mask": mask}
+        return pad_texts(rows, self.device, self.dtype)
 
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         height, width = (length // PATCH for length in x.shape[-2:])
@@ -72,7 +80,7 @@ class QwenImageCodec(PipelineCodec):
 
     def __init__(self, config: QwenImageTeacher, device: torch.device, source: Source | None = None) -> None:
         source = source or Source(config)
-        check_pipeline(source, PIPELINES)
+        check_pipeline(source, config.pipelines)
         super().__init__(config, source, device, AutoencoderKLQwenImage, ["tokenizer", "text_encoder"])
         tokenizer = source.load(Qwen2Tokenizer, "tokenizer")
         absent = {"scheduler": None, "text_encoder": None, "transformer": None}
@@ -103,11 +111,8 @@ class QwenImageCodec(PipelineCodec):
             rows += [{"text": row[:length].cpu().clone()} for row, length in zip(text, lengths, strict=True)]
         return rows
 
-    def fits(self, image: Path) -> list[int]:
-        return []
-
-    def encode_image(self, image: Path, bucket: int) -> Condition:
-        return {}
+    def decode(self, latents: Tensor) -> Tensor:
+        return decode_clip(self.vae, latents)
 
 
 def pack(x: Tensor) -> Tensor:
@@ -121,3 +126,36 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """Unpacks tokens [b, height width, 4 c] into latents [b, c, 1, 2 height, 2 width]."""
     patches = tokens.reshape(len(tokens), height, width, -1, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
     return patches.reshape(len(tokens), -1, 1, PATCH * height, PATCH * width)
+
+
+def condition(config: Mapping[str, Any], tokens: int, shape: Shape) -> dict[str, Shape]:
+    """Returns the shapes of a condition, see `Adapter`."""
+    return {"text": (tokens, config["joint_attention_dim"])}
+
+
+def scheduler(shift: float, steps: int, stochastic: bool) -> FlowMatchEulerDiscreteScheduler:
+    """Returns the scheduler that shifts the pipeline's evenly spaced times alike at every resolution."""
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=math.log(shift), max_shift=math.log(shift),
+        shift_terminal=None, stochastic_sampling=stochastic,  # type: ignore[arg-type] None is its default
+    )  # fmt: skip
+
+
+def restored(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Unpacks the stock pipeline's tokens into latents [b, c, 1, height, width]."""
+    return unpack(tokens, height // PATCH, width // PATCH)
+
+
+ADAPTER = Adapter(
+    QwenImageModel, QwenImageCodec, QwenImageTransformer2DModel, AutoencoderKLQwenImage, QwenImageLoraLoaderMixin,
+    TextEncoder(Qwen2_5_VLForConditionalGeneration, PROMPTS, TEMPLATE), condition, padded=False,
+    stock=Stock(("true_cfg_scale", 1.0), scheduler, pack, pack, restored, lambda _, *given: restored(*given)),
+    comfy=Comfy(
+        {"patch_size": 2, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584},
+        ((r"qwen_image", "qwen_image_fp8_e4m3fn"),),
+        ("qwen_2.5_vl_7b_fp8_scaled", "qwen_image"), "qwen_image_vae", "EmptySD3LatentImage", "ModelSamplingAuraFlow",
+        note="ComfyUI's Qwen-Image differs from diffusers' own where a side has an odd number of 16-pixel patches, by "
+        "up to .03 of\nlatents of standard deviation .59, with a LoRA or without.",
+    ),
+    alike=4,  # its last block, half of which gets no gradient, must be none of those that are counted
+)  # fmt: skip

@@ -25,6 +25,7 @@ from phased_dmd.errors import UserError
 from phased_dmd.models.hashes import file_hash, tensors_hash, weight_files
 from phased_dmd.models.quantise import check_installed, quantise
 from phased_dmd.models.trust import check_index, check_part, read_json
+from phased_dmd.recipes import fitting
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = ("nano", "nano-moe", "nano-i2v")
@@ -72,7 +73,8 @@ class Source:
         own = self.folder / name
         found = own if own.exists() or self.path not in SHIPPED else ASSETS / "nano" / name
         if not found.is_dir():
-            raise UserError(f"teacher.path: {self.folder} holds no {name}")
+            kind = self.index.get("_class_name")
+            raise UserError(f"teacher.path: {self.folder} holds no {name}, a part of any {kind}; {fitting(str(kind))}")
         return found
 
     def check_weights(self, name: str) -> None:

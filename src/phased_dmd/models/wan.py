@@ -1,11 +1,19 @@
 """Reads Wan 2.1 and 2.2, text- and image-to-video, of one transformer or two, from a diffusers folder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from PIL import Image
 from torch import Tensor, nn
@@ -14,13 +22,32 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT
 from phased_dmd.config.teacher import Size, WanTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.media import read_picture, shown_size
-from phased_dmd.models.pipeline import PipelineCodec, PipelineModel, check_pipeline, check_sizes
+from phased_dmd.models.adapter import Adapter, Comfy, Shape, Stock, TextEncoder
+from phased_dmd.models.pipeline import PipelineCodec, PipelineModel, check_pipeline, check_sizes, decode_clip
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import ASSETS, Source
 
 NANO = ASSETS / "nano"
 ASPECT = 0.05  # by how much a first frame's aspect ratio may differ from its bucket's
-PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+ORIGINAL = (  # names of Wan's layers in its own program, from those in diffusers
+    (r"^blocks\.(\d+)\.attn1\.", r"blocks.\1.self_attn."),
+    (r"^blocks\.(\d+)\.attn2\.", r"blocks.\1.cross_attn."),
+    (r"_attn\.to_out\.0$", r"_attn.o"),
+    (r"_attn\.to_([qkv])$", r"_attn.\1"),
+    (r"_attn\.add_([kv])_proj$", r"_attn.\1_img"),
+    (r"_attn\.norm_added_k$", r"_attn.norm_k_img"),
+    (r"^blocks\.(\d+)\.ffn\.net\.0\.proj$", r"blocks.\1.ffn.0"),
+    (r"^blocks\.(\d+)\.ffn\.net\.2$", r"blocks.\1.ffn.2"),
+    (r"^blocks\.(\d+)\.norm2$", r"blocks.\1.norm3"),
+    (r"^condition_embedder\.(text|time)_embedder\.linear_1$", r"\1_embedding.0"),
+    (r"^condition_embedder\.(text|time)_embedder\.linear_2$", r"\1_embedding.2"),
+    (r"^condition_embedder\.time_proj$", r"time_projection.1"),
+    (r"^condition_embedder\.image_embedder\.norm1$", r"img_emb.proj.0"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj$", r"img_emb.proj.1"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.2$", r"img_emb.proj.3"),
+    (r"^condition_embedder\.image_embedder\.norm2$", r"img_emb.proj.4"),
+    (r"^proj_out$", r"head.head"),
+)
 
 
 class WanModel(PipelineModel):
@@ -33,7 +60,7 @@ class WanModel(PipelineModel):
 
     def __init__(self, config: WanTeacher, device: torch.device, source: Source | None = None) -> None:
         source = source or Source(config)
-        check_pipeline(source, PIPELINES)
+        check_pipeline(source, config.pipelines)
         self.max_tokens, self.expands = config.max_tokens, bool(source.index.get("expand_timesteps"))
         vae = source.config(AutoencoderKLWan, "vae")
         space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
@@ -55,7 +82,7 @@ class WanModel(PipelineModel):
             for size in config.sizes
         ]
         switches = [] if switch is None else [switch]
-        super().__init__(config, source, device, WanTransformer3DModel, parts, shapes, switches)
+        super().__init__(config, source, device, WanTransformer3DModel, config.lora_targets, parts, shapes, switches)
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(network, WanTransformer3DModel)
@@ -100,7 +127,7 @@ class WanCodec(PipelineCodec):
 
     def __init__(self, config: WanTeacher, device: torch.device, source: Source | None = None) -> None:
         source = source or Source(config)
-        check_pipeline(source, PIPELINES)
+        check_pipeline(source, config.pipelines)
         self.sizes, self.takes_images = config.sizes, takes_first_frame(config, source)
         parts = ["tokenizer", "text_encoder"]
         if self.takes_images:
@@ -162,6 +189,9 @@ class WanCodec(PipelineCodec):
         assert isinstance(pipeline, WanImageToVideoPipeline)
         return first_frame_condition(pipeline, picture, size, self.device)
 
+    def decode(self, latents: Tensor) -> Tensor:
+        return decode_clip(self.vae, latents)
+
 
 def first_frame_condition(
     pipeline: WanImageToVideoPipeline, picture: Image.Image, size: Size, device: torch.device
@@ -182,4 +212,56 @@ def first_frame_condition(
 
 def takes_first_frame(config: WanTeacher, source: Source) -> bool:
     """Says whether the teacher is given a first frame: as its config says, or else the class of its pipeline."""
-    return source.index["_class_name"] == PIPELINES[1] if config.first_frame is None else config.first_frame
+    return source.index["_class_name"] == config.pipelines[1] if config.first_frame is None else config.first_frame
+
+
+def condition(config: Mapping[str, Any], tokens: int, shape: Shape) -> dict[str, Shape]:
+    """Returns the shapes of a condition, see `Adapter`: of a first frame and its mask too, see `WanModel`."""
+    shapes: dict[str, Shape] = {"text": (tokens, config["text_dim"])}
+    if extra := config["in_channels"] - config["out_channels"]:
+        shapes["image"] = (extra, *shape[1:])
+        if config["image_dim"] is not None:
+            shapes["image_features"] = (257, config["image_dim"])  # CLIP's 16 x 16 patches and its class token
+    return shapes
+
+
+def scheduler(shift: float, steps: int, stochastic: bool) -> UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler:
+    """Returns the scheduler that is told no times: of order 1 and without corrector, UniPC is Euler, and only it starts
+    at 1 and shifts once. Only the other one adds noise anew.
+    """
+    if stochastic:
+        return FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True)
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=1,
+        disable_corrector=list(range(steps)),
+    )  # fmt: skip
+
+
+def same(latents: Tensor) -> Tensor:
+    """Returns latents as they are: the stock pipeline's are ours."""
+    return latents
+
+
+ADAPTER = Adapter(
+    WanModel, WanCodec, WanTransformer3DModel, AutoencoderKLWan, WanLoraLoaderMixin,
+    TextEncoder(UMT5EncoderModel, options={}), condition, padded=True,
+    stock=Stock(
+        ("guidance_scale", 1.0), scheduler, same, same, lambda x, *_: x, lambda _, x, *__: x, passes_sigmas=False,
+        frames=True, cleans=True,
+    ),
+    comfy=Comfy(
+        {"patch_size": [1, 2, 2], "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256},
+        (
+            (r"wan2\.2_t2v_a14b", "wan2.2_t2v_{}_14B_fp8_scaled"),
+            (r"wan2\.2_i2v_a14b", "wan2.2_i2v_{}_14B_fp8_scaled"),
+            (r"wan2\.2_ti2v_5b", "wan2.2_ti2v_5B_fp16"),
+            (r"wan2\.1_t2v_14b", "wan2.1_t2v_14B_fp8_scaled"),
+            (r"wan2\.1_t2v_1\.3b", "wan2.1_t2v_1.3B_fp16"),
+        ),
+        ("umt5_xxl_fp8_e4m3fn_scaled", "wan"), "wan_2.1_vae", "EmptyHunyuanLatentVideo", "ModelSamplingSD3",
+        tokens=512,  # at least; the network attends to the padding
+    ),
+    takes_images=takes_first_frame, places=2, original=ORIGINAL,
+    public=r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|cross_attn\.[kv]_img|ffn\.[02])"
+    r"|img_emb\.proj\.[13]|(time|text)_embedding\.[02]|time_projection\.1|head\.head",
+)  # fmt: skip

@@ -293,9 +293,14 @@ class System:
         call = partial(self.roles.predict, FAKE)
         return route(self.plan.network, call, x, t, condition, present)
 
-    def sample_teacher(self, noise: Tensor, condition: Condition, steps: int) -> Tensor:
-        """Runs the teacher's own deterministic sampler on `steps` steps of the plan's shifted grid: x_0 [b, ...]."""
-        times = step_times(steps, self.config.plan.shift, self.config.plan.start)
+    def sample_teacher(
+        self, noise: Tensor, condition: Condition, steps: int, times: Sequence[float] | None = None
+    ) -> Tensor:
+        """Runs the teacher's own deterministic sampler on `steps` steps of the plan's shifted grid: x_0 [b, ...].
+
+        times: of the steps, and where the last one ends, in place of that grid.
+        """
+        times = times or step_times(steps, self.config.plan.shift, self.config.plan.start)
         return self.roll_teacher(times, self.start(noise), condition)
 
     @torch.no_grad()

@@ -23,11 +23,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from phased_dmd.config import Config, Fake, Generator, Lora, phase_plan
-from phased_dmd.config.teacher import OwnTeacher, PipelineTeacher, Teacher, WanTeacher
+from phased_dmd.config.teacher import OwnTeacher, PipelineTeacher, Teacher
 from phased_dmd.engine.sharding import recompute
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import PhasePlan
-from phased_dmd.models.loader import bare_model
+from phased_dmd.models.loader import adapter_of, bare_model
 from phased_dmd.models.protocol import Condition, VelocityModel
 from phased_dmd.models.source import META
 
@@ -78,14 +78,7 @@ def condition_shapes(teacher: Teacher, shape: Sequence[int]) -> dict[str, tuple[
     if not isinstance(teacher, PipelineTeacher):
         return {}
     config: Any = meta_model(teacher).networks[0].config
-    if not isinstance(teacher, WanTeacher):
-        return {"text": (teacher.max_tokens, config["joint_attention_dim"])}
-    shapes: dict[str, tuple[int, ...]] = {"text": (teacher.max_tokens, config["text_dim"])}
-    if extra := config["in_channels"] - config["out_channels"]:  # a first frame and its mask, see `WanModel`
-        shapes["image"] = (extra, *shape[1:])
-        if config["image_dim"] is not None:
-            shapes["image_features"] = (257, config["image_dim"])  # CLIP's 16 x 16 patches and its class token
-    return shapes
+    return adapter_of(teacher).condition(config, teacher.max_tokens, tuple(shape))
 
 
 def fake_inputs(teacher: Teacher, shape: Sequence[int], batch: int) -> tuple[Tensor, Condition]:
@@ -98,24 +91,23 @@ def fake_inputs(teacher: Teacher, shape: Sequence[int], batch: int) -> tuple[Ten
             name: torch.zeros(batch, *rest, dtype=torch.float32 if name == "image" else getattr(torch, teacher.dtype))
             for name, rest in condition_shapes(teacher, shape).items()
         }
-    condition["mask"] = torch.ones(batch, teacher.max_tokens, dtype=torch.bool)  # with values: Qwen-Image reads them
+    condition["mask"] = torch.ones(batch, teacher.max_tokens, dtype=torch.bool)  # with values: some models read them
     return x, condition
 
 
 def fake_networks(teacher: Teacher, lora: Lora | None, train: bool) -> list[tuple[int, nn.Module]]:
     """Returns short copies of a network, with weights: what is counted of the copies, weighted, sums to the network's.
 
-    Where all blocks are alike these are copies with one block, a, and with two, b: L blocks count a + (L - 1) (b - a).
+    Where the longest list's are alike these are copies with one block, a, and two, b: L count a + (L - 1) (b - a).
     Their tensors have no data. With lora they get a trainable adapter in float32 or more, as from `Roles.add`; without
     it all of their weights are trainable, or, if not train, none.
     """
     model = meta_model(teacher)
-    network, blocks = model.students[0], list(model.blocks(model.students[0]))
-    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList) and list(module) == blocks]
-    if not lists or len(blocks) < 3 or len({tuple(p.shape for p in block.parameters()) for block in blocks}) > 1:
+    network, blocks = model.students[0], longest_list(model.blocks(model.students[0]), model.students[0])
+    if len(blocks) < 3 or len({tuple(p.shape for p in block.parameters()) for block in blocks}) > 1:
         copies = [(1, copy.deepcopy(network))]
     else:
-        one, two = (copy.deepcopy(network, {id(lists[0]): copy.deepcopy(lists[0][:length])}) for length in (1, 2))
+        one, two = (copy.deepcopy(network, {id(blocks): copy.deepcopy(blocks[:length])}) for length in (1, 2))
         copies = [(2 - len(blocks), one), (len(blocks) - 1, two)]
     for _, each in copies:
         each.requires_grad_(train)
@@ -129,6 +121,12 @@ def fake_networks(teacher: Teacher, lora: Lora | None, train: bool) -> list[tupl
         with FAKE_CPU:
             each.to_empty(device="cpu")
     return copies
+
+
+def longest_list(blocks: Sequence[nn.Module], network: nn.Module) -> nn.ModuleList:
+    """Returns the longest of a network's lists of modules that are repeated blocks; an empty one if there is none."""
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList) and set(module) <= set(blocks)]
+    return max(lists, key=len, default=nn.ModuleList())
 
 
 class SavedBytes(saved_tensors_hooks):

@@ -9,15 +9,15 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from phased_dmd.config import Config, Lora
-from phased_dmd.config.teacher import PipelineTeacher, QwenImageTeacher, Teacher
+from phased_dmd.config.teacher import PipelineTeacher, Teacher
 from phased_dmd.maths.phases import Hop
 from phased_dmd.maths.rollout import rollout
-from phased_dmd.models.source import BareSource, skeleton
+from phased_dmd.models.loader import adapter_of
+from phased_dmd.models.source import BareSource, quiet, skeleton
 from phased_dmd.plan.measure import (
     FAKE_CPU,
     PeakBytes,
@@ -105,10 +105,13 @@ def encode_cost(teacher: PipelineTeacher, shape: tuple[int, ...], takes_images: 
 
 def _over_frames(teacher: PipelineTeacher, shape: tuple[int, ...], batch: int, encode: bool = False) -> list[int]:
     """Returns what `_count_codec` counts of latents [batch, *shape]; further frames cost as much as the fourth."""
-    kind = AutoencoderKLQwenImage if isinstance(teacher, QwenImageTeacher) else AutoencoderKLWan
-    vae = json.dumps(BareSource(teacher).config(kind, "vae"))
+    adapter = adapter_of(teacher)
+    vae = json.dumps(BareSource(teacher).config(adapter.vae, "vae"))
     frames = [min(shape[1], most) for most in FRAMES]
-    few, more = (_count_codec(kind, vae, (batch, shape[0], length, *shape[2:]), encode) for length in frames)
+    few, more = (
+        _count_codec(adapter.vae, vae, adapter.decoded((batch, shape[0], length, *shape[2:])), encode)
+        for length in frames
+    )
     return [a + (shape[1] - frames[0]) * (b - a) for a, b in zip(few, more, strict=True)]
 
 
@@ -118,15 +121,20 @@ def _count_codec(kind: Any, config: str, shape: tuple[int, ...], encode: bool) -
 
     encode: code the pixels that they come from, not the latents.
     """
-    vae: Any = skeleton(kind, json.loads(config), torch.float32)
-    batch, _, length, height, width = shape
-    space, time = vae.config.get("scale_factor_spatial", 8), vae.config.get("scale_factor_temporal", 4)
-    clip = batch, 3, (length - 1) * time + 1, height * space, width * space
+    with quiet():
+        vae: Any = skeleton(kind, json.loads(config), torch.float32)
     with FAKE_CPU:
         vae.to_empty(device="cpu")
     with torch.no_grad(), FlopCounterMode(display=False) as flops, PeakBytes(vae) as peak:
         with FAKE_CPU:
-            given = torch.zeros(clip if encode else shape)
+            given = torch.zeros(_clip(vae.config, shape) if encode else shape)
         coded = vae.encode(given)[0] if encode else vae.decode(given + 0)[0]  # a codec scales latents first
     pixels = given if encode else coded
     return sum(p.nbytes for p in vae.parameters()), peak.most, pixels.nbytes, flops.get_total_flops()
+
+
+def _clip(config: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of the pixels of latents [b, c, f, h, w] of a video VAE of that configuration."""
+    batch, _, length, height, width = shape
+    space, time = config.get("scale_factor_spatial", 8), config.get("scale_factor_temporal", 4)
+    return batch, 3, (length - 1) * time + 1, height * space, width * space

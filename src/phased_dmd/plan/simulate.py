@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # what collectives do to tensors without data
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
@@ -35,20 +35,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from phased_dmd import step, train
 from phased_dmd.config import Anchor, Config
 from phased_dmd.config.overrides import build
-from phased_dmd.config.teacher import QwenImageTeacher, WanTeacher
+from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.engine import collectives, world
 from phased_dmd.errors import UserError
-from phased_dmd.models.loader import bare_model
+from phased_dmd.models.loader import adapter_of, bare_model
 from phased_dmd.networks import students
 from phased_dmd.networks.build import add_adapters, add_expert, build_system
 from phased_dmd.networks.optim import Learner
-from phased_dmd.plan.measure import bucket_shapes, condition_shapes, largest, meta_model
+from phased_dmd.plan.measure import bucket_shapes, condition_shapes, largest, longest_list, meta_model
 
 aten = torch.ops.aten
 SMALL = 2**16  # numbers of a tensor of the host's, which has values: draws, times, masks
-# From the third on each block costs the same: FSDP then gathers one, computes another and reduces a third. Qwen-Image's
-# last block, half of which gets no gradient, must be none of these.
-BLOCKS, BLOCKS_OF_QWEN = 3, 4
 UPDATES = {"fake": (1, step.fake_loss), "expert": (step.EXPERT_UPDATE, step.expert_loss)}
 LAPS = ("loss", "backward", "step")  # of an update; each has a most of its own, which grows linearly with the blocks
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")
@@ -181,11 +178,12 @@ def group(gpus: int) -> Iterator[None]:
 
 
 def short_model(config: Config, blocks: int | None) -> Any:
-    """Builds the teacher without weights, its networks with so many blocks, or all."""
+    """Builds the teacher without weights, its networks with so many blocks in their longest list, or all."""
     model: Any = bare_model(config.teacher, config.seed)
     for network in model.networks:  # made here, on the meta device: later the model is told to be elsewhere
-        name = next(name for name, child in network.named_children() if isinstance(child, nn.ModuleList))
-        setattr(network, name, getattr(network, name)[:blocks])
+        whole = longest_list(model.blocks(network), network)
+        name = next(name for name, child in network.named_children() if child is whole)
+        setattr(network, name, whole[:blocks])
     return model
 
 
@@ -282,14 +280,14 @@ def simulated(config: Config, gpus: int, phases: Sequence[int]) -> list[Peaks]:
     if config.engine.offload or getattr(config.teacher, "quantise", None):
         raise UserError("--simulate: neither engine.offload nor teacher.quantise can be simulated")
     teacher = config.teacher
-    if not isinstance(teacher, WanTeacher | QwenImageTeacher):
+    if not isinstance(teacher, PipelineTeacher):
         raise UserError(f"--simulate: knows the networks of pipelines alone, and teacher.kind is {teacher.kind}")
     one_size = teacher.model_copy(update={"sizes": (teacher.sizes[largest(bucket_shapes(teacher))],)})
     engine = config.engine.model_copy(update={"compile": False})
     rollouts = config.rollouts.model_copy(update={"start": "experts"})  # whose calls are no part of what is simulated
     changes = {"teacher": one_size, "engine": engine, "init_experts": None, "anchor": Anchor(), "rollouts": rollouts}
-    model, few = meta_model(teacher), BLOCKS_OF_QWEN if isinstance(teacher, QwenImageTeacher) else BLOCKS
-    count = len(model.blocks(model.networks[0]))
+    network, few = meta_model(teacher).networks[0], adapter_of(teacher).alike
+    count = len(longest_list(meta_model(teacher).blocks(network), network))
     lengths = (few, few + 1) if count > few + 1 else (None, None)
     case = {"config": config.model_copy(update=changes).model_dump(mode="json"), "gpus": gpus}
     answers = _ask([case | {"phase": phase, "blocks": length} for phase in phases for length in lengths])

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from transformers import CLIPVisionModel, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
+from transformers import CLIPVisionModel
 
 from phased_dmd.checkpoint.folders import FILE_BYTES
 from phased_dmd.conditions import CHUNK
 from phased_dmd.config import Config
-from phased_dmd.config.teacher import QwenImageTeacher, WanTeacher
+from phased_dmd.config.teacher import AnyPipeline, PipelineTeacher
+from phased_dmd.models.loader import adapter_of
 from phased_dmd.models.pipeline import DTYPES
-from phased_dmd.models.qwen_image import PROMPTS
 from phased_dmd.models.source import META, BareSource
 from phased_dmd.models.trust import read_json
 from phased_dmd.networks.roles import expert_role
@@ -23,7 +23,7 @@ from phased_dmd.plan.memory import checkpoint_bytes, itemsizes, network_bytes, p
 from phased_dmd.plan.preview import encode_cost
 
 FILES_AT_ONCE = 4  # of a checkpoint, that the host of a process holds: their tensors, and their bytes
-TEMPLATE = 34  # tokens that Qwen-Image's pipeline puts before each prompt
+Options = frozenset[tuple[str, Any]]  # of a call
 Simulated = Mapping[int, Mapping[str, int]]  # bytes on each GPU of the updates that were simulated, by phase and name
 
 
@@ -43,7 +43,7 @@ class Stage(NamedTuple):
 def stages(config: Config, gpus: int, simulated: Simulated | None = None) -> Iterator[Stage]:
     """Yields the stages of a run on some GPUs. simulated: what is taken in the place of planned updates."""
     teacher, shards = config.teacher, gpus // config.engine.replicas
-    if isinstance(teacher, WanTeacher | QwenImageTeacher):
+    if isinstance(teacher, PipelineTeacher):
         weights, most = encoding(teacher)
         yield Stage("encoding", None, weights + most, weights, 0)
         away, each = config.engine.offload, network_bytes(teacher)
@@ -67,14 +67,11 @@ def stages(config: Config, gpus: int, simulated: Simulated | None = None) -> Ite
 
 
 @cached
-def encoding(teacher: WanTeacher | QwenImageTeacher) -> tuple[int, int]:
+def encoding(teacher: AnyPipeline) -> tuple[int, int]:
     """Returns the bytes of the encoders and the VAE, which are there before the networks, and the most others."""
-    source, tokens, shapes = BareSource(teacher), teacher.max_tokens, bucket_shapes(teacher)
-    if isinstance(teacher, QwenImageTeacher):
-        kind, prompts = Qwen2_5_VLForConditionalGeneration, (PROMPTS, tokens + TEMPLATE)
-    else:
-        kind, prompts = UMT5EncoderModel, (CHUNK, tokens)
-    weights, most = _count_encoder(kind, _part(source, "text_encoder"), DTYPES[teacher.dtype], prompts)
+    source, text, shapes = BareSource(teacher), adapter_of(teacher).encoder, bucket_shapes(teacher)
+    prompts, options = (text.prompts or CHUNK, teacher.max_tokens + text.template), frozenset(text.options.items())
+    weights, most = _count_encoder(text.kind, _part(source, "text_encoder"), DTYPES[teacher.dtype], prompts, options)
     takes_images = "image" in condition_shapes(teacher, shapes[0])
     vae, encoded = encode_cost(teacher, shapes[largest(shapes)], takes_images)
     if source.has("image_encoder"):
@@ -87,17 +84,18 @@ def _part(source: BareSource, name: str) -> str:
 
 
 @functools.cache
-def _count_encoder(kind: Any, config: str, dtype: torch.dtype, shape: tuple[int, int] | None) -> tuple[int, int]:
+def _count_encoder(
+    kind: Any, config: str, dtype: torch.dtype, shape: tuple[int, int] | None, options: Options = frozenset()
+) -> tuple[int, int]:  # fmt: skip
     """Returns the bytes of an encoder's weights, and the most others while it reads prompts x tokens, if any."""
     with META:
         encoder = kind(kind.config_class(**json.loads(config))).to(dtype).eval().requires_grad_(False)
     weights = sum(p.nbytes for p in encoder.parameters())
     if shape is None:
         return weights, 0
-    more = {"output_hidden_states": True} if kind is not UMT5EncoderModel else {}
     with FAKE_CPU:
         encoder.to_empty(device="cpu")
         ids = torch.zeros(shape, dtype=torch.long)
     with torch.no_grad(), PeakBytes(encoder) as peak:
-        encoder(input_ids=ids, attention_mask=ids + 1, **more)
+        encoder(input_ids=ids, attention_mask=ids + 1, **dict(options))
     return weights, peak.most

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from phased_dmd.config import Config
-from phased_dmd.config.teacher import PipelineTeacher, QwenImageTeacher, Teacher
+from phased_dmd.config.teacher import PipelineTeacher, Teacher
 from phased_dmd.maths.phases import PhasePlan
+from phased_dmd.models.loader import adapter_of
 from phased_dmd.plan.measure import Call, bucket_shapes, call, itemsizes, meta_model
 from phased_dmd.pool import begins_with_teacher
 
@@ -108,7 +109,7 @@ def forward_flops(teacher: Teacher) -> list[int]:
 
 def _forwards(teacher: Teacher) -> list[Call]:
     shapes = bucket_shapes(teacher)
-    if isinstance(teacher, QwenImageTeacher):
+    if isinstance(teacher, PipelineTeacher) and not adapter_of(teacher).padded:
         teacher = teacher.model_copy(update={"max_tokens": min(TEXT_TOKENS, teacher.max_tokens)})
     return [call(teacher, shape, 1, None) for shape in shapes]
 

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.config import Config, phase_plan
+from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.engine.world import warn
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import NEAR, PhasePlan
+from phased_dmd.models.loader import adapter_of
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.networks.build import lora_of
 from phased_dmd.networks.change import Change, check_change, describe_loss, expert_change, parameter_shapes, start_from
@@ -60,7 +62,8 @@ def read_initial(config: Config, model: VelocityModel) -> tuple[Changes, Sequenc
         if len(places) > 1:
             raise UserError(f"{len(places)} places; a run, or an export, holds the experts of all networks by itself")
         return _of_ours(config, model, places[0], plan)
-    found = read_changes(places, model.students)
+    original = adapter_of(config.teacher).original if isinstance(config.teacher, PipelineTeacher) else ()
+    found = read_changes(places, model.students, original)
     return lambda phase: {expert.network: found[expert.network] for expert in plan.experts(phase)}, ()
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from phased_dmd.checkpoint import HEADER, RunFolder, load_tensors, resolve_inside
 from phased_dmd.config import Config
 from phased_dmd.config.overrides import build
-from phased_dmd.config.teacher import Section
+from phased_dmd.config.teacher import PipelineTeacher, Section, Teacher
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import PhasePlan
+from phased_dmd.models.loader import adapter_of
 from phased_dmd.networks.build import Own, add_expert, build_system, load_expert, load_teacher
 from phased_dmd.prompts import Prompt
 from phased_dmd.sampling.sampler import Sampler, encode
@@ -123,6 +124,9 @@ class ExportIndex(Section):
     solver: str
     max_sequence_length: int
     size: dict[str, int]
+    unguided: dict[str, float]
+    padded: bool
+    cleans: bool
     experts: tuple[ExportEntry, ...]
     config: dict[str, Any]
 
@@ -144,13 +148,13 @@ def read_export(folder: Path, base: str | None) -> tuple[Config, Experts]:
 
     def expert(phase: int) -> dict[str, Tensor]:
         entries = [entry for entry in index.experts if entry.phase == phase]
-        tensors = {entry.network: read_entry(folder, entry, config.teacher.kind) for entry in entries}
+        tensors = {entry.network: read_entry(folder, entry, config.teacher) for entry in entries}
         return {f"{network}.{name}": tensor for network, own in tensors.items() for name, tensor in own.items()}
 
     return config, expert
 
 
-def read_entry(folder: Path, entry: ExportEntry, teacher: str) -> dict[str, Tensor]:
+def read_entry(folder: Path, entry: ExportEntry, teacher: Teacher) -> dict[str, Tensor]:
     """Returns the tensors of one of an export's files by their names in the transformer.
 
     Raises UserError where the file is damaged, or is another expert's by its header.
@@ -179,12 +183,10 @@ def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
 
 
-def read_lora(path: Path, teacher: str) -> dict[str, Tensor]:
-    """Returns an exported LoRA file's tensors by diffusers' names, which its loader converts to. teacher: its kind."""
-    from diffusers.loaders import QwenImageLoraLoaderMixin, WanLoraLoaderMixin  # here, because it takes seconds
-
-    loader = WanLoraLoaderMixin if teacher == "wan" else QwenImageLoraLoaderMixin
-    return loader.lora_state_dict(str(path.parent), weight_name=path.name, use_safetensors=True)  # type: ignore[return-value] a dictionary unless asked for more
+def read_lora(path: Path, teacher: Teacher) -> dict[str, Tensor]:
+    """Returns an exported LoRA file's tensors by diffusers' names, to which the loader of the kind converts them."""
+    assert isinstance(teacher, PipelineTeacher)
+    return adapter_of(teacher).loader.lora_state_dict(str(path.parent), weight_name=path.name, use_safetensors=True)
 
 
 def read_shards(folder: Path) -> dict[str, Tensor]:

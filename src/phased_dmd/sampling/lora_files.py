@@ -1,4 +1,4 @@
-"""Reads the LoRA files of others, of Wan and Qwen-Image, in whichever of the public layouts they are.
+"""Reads the LoRA files of others in whichever of the public layouts they are.
 
 A key is a prefix, the name of a layer, and what it holds of it. The names are looked up among those that the layers of
 the network at hand have in public, so nothing is guessed from a key's form; a key that is not found is an error.
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from phased_dmd.checkpoint import resolve_inside
 from phased_dmd.errors import UserError
+from phased_dmd.models.adapter import Names
 from phased_dmd.networks.change import Change, check_change, parameter_shapes
 
 PREFIX = re.compile(r"^(base_model\.model\.|(model\.)?diffusion_model\.|transformer\.|lora_unet_)+")
@@ -27,25 +28,6 @@ SECOND = "transformer_2."  # before the keys of the second network, in files tha
 KEY = re.compile(  # a layer, and what is held of it; peft may put an adapter's name before the last part
     r"(.+?)\.(?:(?P<A>lora_(?:A|down)(?:\.\w+)?\.weight)|(?P<B>lora_(?:B|up)(?:\.\w+)?\.weight)|"
     r"(?P<bias>lora_(?:B|up)(?:\.\w+)?\.bias)|(?P<alpha>alpha)|(?P<diff>diff)|(?P<diff_b>diff_b)|(?P<diff_m>diff_m))"
-)
-ORIGINAL = (  # names of Wan's layers in its own program, from those in diffusers
-    (r"^blocks\.(\d+)\.attn1\.", r"blocks.\1.self_attn."),
-    (r"^blocks\.(\d+)\.attn2\.", r"blocks.\1.cross_attn."),
-    (r"_attn\.to_out\.0$", r"_attn.o"),
-    (r"_attn\.to_([qkv])$", r"_attn.\1"),
-    (r"_attn\.add_([kv])_proj$", r"_attn.\1_img"),
-    (r"_attn\.norm_added_k$", r"_attn.norm_k_img"),
-    (r"^blocks\.(\d+)\.ffn\.net\.0\.proj$", r"blocks.\1.ffn.0"),
-    (r"^blocks\.(\d+)\.ffn\.net\.2$", r"blocks.\1.ffn.2"),
-    (r"^blocks\.(\d+)\.norm2$", r"blocks.\1.norm3"),
-    (r"^condition_embedder\.(text|time)_embedder\.linear_1$", r"\1_embedding.0"),
-    (r"^condition_embedder\.(text|time)_embedder\.linear_2$", r"\1_embedding.2"),
-    (r"^condition_embedder\.time_proj$", r"time_projection.1"),
-    (r"^condition_embedder\.image_embedder\.norm1$", r"img_emb.proj.0"),
-    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj$", r"img_emb.proj.1"),
-    (r"^condition_embedder\.image_embedder\.ff\.net\.2$", r"img_emb.proj.3"),
-    (r"^condition_embedder\.image_embedder\.norm2$", r"img_emb.proj.4"),
-    (r"^proj_out$", r"head.head"),
 )
 TABLE = "scale_shift_table"  # Wan's own name is `modulation`
 LEAVES = {"diff": "weight", "diff_b": "bias", "bias": "bias", "diff_m": TABLE}  # the parameter that is added to
@@ -59,17 +41,18 @@ class Part(NamedTuple):
     settings: Mapping[str, Any]
 
 
-def read_changes(paths: Sequence[Path], networks: Sequence[nn.Module]) -> list[Change]:
+def read_changes(paths: Sequence[Path], networks: Sequence[nn.Module], original: Names = ()) -> list[Change]:
     """Returns the change of each network: of one file each, noisiest first, or of one file that holds them all.
 
-    Raises UserError for a file that is no LoRA, is another model's, or holds what is not read, and names the first such
-    layer or key.
+    original: the names of the layers in the model's own program, see `Adapter`. Raises UserError for a file that is no
+    LoRA, is another model's, or holds what is not read, and names the first such layer or key.
     """
     parts = [part for path in paths for part in read_parts(path)]
     if len(parts) != len(networks):
         named = ", ".join(map(str, paths))
         raise UserError(f"{named}: {len(parts)} for {len(networks)} networks; one LoRA file each, the noisiest first")
-    return [_change(part, parameter_shapes(network)) for part, network in zip(parts, networks, strict=True)]
+    shapes = [parameter_shapes(network) for network in networks]
+    return [_change(part, each, original) for part, each in zip(parts, shapes, strict=True)]
 
 
 def find_file(path: Path) -> Path:
@@ -116,21 +99,21 @@ def _settings(path: Path) -> dict[str, Any]:
         return dict(json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}")))
 
 
-def public_names(shapes: Iterable[str]) -> dict[str, str]:
-    """Returns the layers of the network of these parameters by every public name: diffusers', Wan's own, and both
+def public_names(shapes: Iterable[str], originals: Names = ()) -> dict[str, str]:
+    """Returns the layers of the network of these parameters by every public name: diffusers', the original, and both
     without dots, as kohya's trainers write them. The layer "" is the head, of which the network itself holds the table.
     """
     names = {}
     for layer in (name.rpartition(".")[0] for name in shapes if name.endswith((".weight", TABLE))):
         original = layer or "head"
-        for pattern, name in ORIGINAL:
+        for pattern, name in originals:
             original = re.sub(pattern, name, original)
         for name in (layer, original):
             names |= {name: layer, name.replace(".", "_"): layer}
     return names
 
 
-def _change(part: Part, shapes: Mapping[str, tuple[int, ...]]) -> Change:
+def _change(part: Part, shapes: Mapping[str, tuple[int, ...]], original: Names) -> Change:
     """Returns what a part of a file changes in the network of these parameters, see `read_changes`."""
     path, tensors, settings = part
     found: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -144,7 +127,7 @@ def _change(part: Part, shapes: Mapping[str, tuple[int, ...]]) -> Change:
         raise UserError(f"{path}: {len(odd)} of {len(tensors)} tensors are of no kind that is read, the first {odd[0]}")
     if settings.get("use_dora"):
         raise UserError(f"{path}: DoRA, which is not read")
-    names = public_names(shapes)
+    names = public_names(shapes, original)
     if odd := [layer for layer in found if layer not in names]:
         raise UserError(f"{path}: {len(odd)} of {len(found)} layers are none of this model's, the first {odd[0]}")
     change = Change()

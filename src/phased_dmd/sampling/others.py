@@ -9,7 +9,7 @@ from phased_dmd.config.overrides import changed
 from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import step_times
-from phased_dmd.models.loader import bare_model
+from phased_dmd.models.loader import adapter_of, bare_model
 from phased_dmd.networks.build import load_expert, load_teacher, lora_of
 from phased_dmd.networks.change import Change, start_from
 from phased_dmd.networks.roles import expert_role
@@ -30,14 +30,15 @@ def load_loras(
     too, make its experts full copies of the base, which need more memory. Raises UserError for what the user can mend.
     """
     if not isinstance(config.teacher, PipelineTeacher):
-        raise UserError(f"--lora: {config.recipe} has no networks of Wan or Qwen-Image")
+        raise UserError(f"--lora: {config.recipe} has no networks of a pipeline")
     plan, teacher = config.plan, {"path": base or config.teacher.path}
+    original = adapter_of(config.teacher).original
     times = tuple(sigmas) or step_times(plan.steps, plan.shift, plan.start)[:-1]
     check_times(times)
     one_phase = {"steps": len(times), "phases": 1, "gradient": "all"}
     of_phases = {"phase_shares": None, "anchor": {"updates": 0}, "init_experts": None}
     config = changed(config, {"plan": one_phase, "teacher": teacher, **of_phases})
-    changes = read_changes(files, bare_model(config.teacher, config.seed).students)
+    changes = read_changes(files, bare_model(config.teacher, config.seed).students, original)
     config = changed(config, of_changes(changes))
     sampler = untrained(config, load_teacher(config, fit=False), bucket, prompts, (*times, 0.0))
     system, role = sampler.system, expert_role(1)

@@ -18,6 +18,7 @@ from phased_dmd.engine.world import BATCH, batch_size, device, rank, world_size
 from phased_dmd.errors import UserError
 from phased_dmd.maths.rollout import Rollout
 from phased_dmd.media import FRAMES, thumbnails
+from phased_dmd.models.loader import stock_times
 from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.models.source import SHIPPED
 from phased_dmd.networks.roles import System
@@ -74,13 +75,14 @@ class Sampler:
         asked, numbers = _checked(prompts, seeds, teacher_steps)
         known = self.encode(list(dict.fromkeys(asked)))
         size = batch_size(self.shape)
+        times = stock_times(self.system.config.teacher, self.bucket, int(teacher_steps)) if teacher_steps else None
         for i in range(0, len(asked), size):
             rows, part = [known[prompt] for prompt in asked[i : i + size]], numbers[i : i + size]
             if teacher_steps is None:
                 yield self._roll(self.system.plan.num_phases, rows, part).x.cpu()
             else:
                 noise, condition = self._noise(part), self.system.model.batch(rows)
-                yield self.system.sample_teacher(noise, condition, int(teacher_steps)).cpu()
+                yield self.system.sample_teacher(noise, condition, int(teacher_steps), times).cpu()
 
     def encode(self, prompts: Sequence[Prompt]) -> dict[Prompt, Condition]:
         """Returns the condition of each prompt, see `encode`, and of all before; then frees the encoders, whose memory
