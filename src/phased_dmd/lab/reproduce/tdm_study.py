@@ -143,7 +143,7 @@ def descend(target: Target, interval: str, particles: int, iterations: int, seed
     return {"target": target, "interval": interval, "stretch": stretch, **quality(x), "flowed": quality(flowed)}
 
 
-def tdm_study(samples: int = 4000, particles: int = 1000, iterations: int = 300) -> dict[str, Any]:
+def tdm_study(samples: int = 2000, particles: int = 500, iterations: int = 150) -> dict[str, Any]:
     """Returns the sizes of the biases by interval and phase, and what particles come to by target and interval."""
     of_phases = [
         {"interval": interval, "phase": k, "s": stage.s, "high": stage.interval.high, **biases(stage, samples)}
