@@ -242,7 +242,8 @@ def middle(drawn: Sequence[Any], figures: Callable[[Any], Mapping[str, float | N
 
 MATCHES = {
     "toy-2d": Match(
-        TOY, (*TOY.measures, *TOY.diversity), seeds=range(16, 22), options=Options(lr=5e-4, fake_lr=1e-3, sample_type="sde"),
+        TOY, (*TOY.measures, *TOY.diversity), seeds=range(16, 22),
+        options=Options(lr=5e-4, fake_lr=1e-3, sample_type="sde"),
         updates=(500, 1000, 2000, 4000), shares=(0.1, 0.2, 0.4, 0.8),
     ),
     "nano-t2i": Match(
