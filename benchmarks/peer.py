@@ -242,11 +242,12 @@ def middle(drawn: Sequence[Any], figures: Callable[[Any], Mapping[str, float | N
 
 MATCHES = {
     "toy-2d": Match(
-        TOY, (*TOY.measures, *TOY.diversity), seeds=range(16, 22), options=Options(lr=5e-4, fake_lr=1e-3),
+        TOY, (*TOY.measures, *TOY.diversity), seeds=range(16, 22),
+        options=Options(lr=5e-4, fake_lr=1e-3, sample_type="sde"),
         updates=(500, 1000, 2000, 4000), shares=(0.1, 0.2, 0.4, 0.8),
     ),
     "nano-t2i": Match(
-        NANO, NANO.measures, seeds=range(6), options=Options(lr=1e-4, fake_lr=1e-4),
-        updates=(30, 60, 120), shares=(0.125, 0.25, 0.5, 0.75),
+        NANO, NANO.measures, seeds=range(6), options=Options(lr=1e-3, fake_lr=4e-4, sample_type="sde", lora=32),
+        updates=(30, 60, 120, 240), shares=(0.125, 0.25, 0.5, 0.75),
     ),
 }  # fmt: skip

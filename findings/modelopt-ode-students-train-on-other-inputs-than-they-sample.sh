@@ -9,12 +9,13 @@
 # "ode" and "sde" train alike. Of a student that predicts x0 = x the ODE keeps the variance 1; the pipeline trains its second
 # step at (1 - r)^2 + r^2, half of it at r = .5. Sample such a student with new noise (`sample_type="sde"`), or the steps after
 # the first see inputs that they were not trained on.
+# (requests and huggingface_hub are imported by it, and are no dependencies that it states.)
 # Passes while that is so; fails once it changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.13.0 nvidia-modelopt==0.47.0 omegaconf==2.4.0 pulp==3.3.2 numpy
+"$folder/venv/bin/pip" install -q torch==2.13.0 nvidia-modelopt==0.47.0 omegaconf==2.4.0 pulp==3.3.2 numpy requests huggingface_hub
 "$folder/venv/bin/python" - <<'PYTHON'
 import modelopt.torch.fastgen as fastgen
 import torch
