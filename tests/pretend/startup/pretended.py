@@ -33,6 +33,9 @@ class Nothing:
     def query(self) -> bool:
         return True
 
+    def record(self, *_: Any) -> None:
+        """Returns nothing, as torch's own."""
+
     def record_event(self, *_: Any) -> torch.Event:
         return torch.Event("cuda")  # what torch's own stream, which FSDP2 has wait for it, takes
 
