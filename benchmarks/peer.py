@@ -86,14 +86,14 @@ class Match:
     """A recipe's teacher, on which the peer and `fast` meet.
 
     contest: of the recipe, whose samples and measures are taken. measures: of quality here. seeds: those that decide.
-    options: the peer's, as its tuning found best. updates: its budgets, of the student. shares: ours, see `Contest`.
+    ladder: the peer's budgets, in updates of the student, each with the options that its tuning found best. shares:
+    ours, see `Contest`.
     """
 
     contest: Contest
     measures: tuple[Criterion, ...]
     seeds: range
-    options: Options
-    updates: Sequence[int]
+    ladder: Mapping[int, Options]
     shares: Sequence[float]
 
     def planned(self, runs: Path) -> dict[str, dict[tuple[str, int], PlannedRun]]:
@@ -101,9 +101,9 @@ class Match:
         recipe, samples = self.contest.recipe, self.contest.samples
         ours = {f"{FAST}, x {share:g}": Variant(None, {}, share) for share in self.shares}
         peers = {}
-        for updates, seed in itertools.product(self.updates, self.seeds):
-            config = self.options.config(recipe, updates, seed)
-            folder = runs / "-".join([config.recipe, self.options.tag(), f"{updates}", f"{seed}"])
+        for (updates, options), seed in itertools.product(self.ladder.items(), self.seeds):
+            config = options.config(recipe, updates, seed)
+            folder = runs / "-".join([config.recipe, options.tag(), f"{updates}", f"{seed}"])
             peers[f"{PEER}, {updates} updates", seed] = PlannedRun(config, folder, samples)
         budget = Budget(len(self.seeds), samples, first=self.seeds.start)
         return {PEER: peers, FAST: plan_runs(self.contest.name(FAST), ours, budget, runs)}
@@ -115,15 +115,17 @@ def peer(match: Match, runs: Path, results: Path, jobs: int) -> dict[str, Any]:
     Trains and evaluates what is missing in the folder `runs`, on `jobs` processes.
     """
     contest, planned = match.contest, match.planned(runs)
-    train_in_turn(match.options, planned, jobs)
+    train_in_turn(match.ladder, planned, jobs)
     with Workers(jobs, print) as workers:
         workers.evaluate([run for side in planned.values() for run in side.values()])
     studies = studied(match, planned, results)
     curves = {side: [point(contest, study, label, runs) for label in study.sizes] for side, study in studies.items()}
-    for each, updates in zip(curves[PEER], match.updates, strict=True):  # its updates are no phases of ours
-        each["calls"] = match.options.forwards(match.options.config(contest.recipe, updates, 0))
+    # Its updates are no phase's of ours, so its calls are counted otherwise.
+    for each, (updates, options) in zip(curves[PEER], match.ladder.items(), strict=True):
+        each["calls"] = options.forwards(options.config(contest.recipe, updates, 0))
     return {
-        "recipe": contest.recipe, "seeds": list(match.seeds), "options": asdict(match.options),
+        "recipe": contest.recipe, "seeds": list(match.seeds),
+        "ladder": {f"{updates}": asdict(options) for updates, options in match.ladder.items()},
         "base": base(contest, studies[PEER]), "curves": curves,
         "races": [likely(curves, match.measures, len(match.seeds))], **memory(match),
     }  # fmt: skip
@@ -147,15 +149,15 @@ def memory(match: Match) -> dict[str, Any]:
     from modelopt_dmd2 import peak as peers_peak
 
     recipe = match.contest.recipe
-    peaks = {
-        PEER: peers_peak(match.options.config(recipe, 1, 0), match.options),
-        FAST: peak(resolve(match.contest.name(FAST))),
-    }
+    peers = [peers_peak(options.config(recipe, 1, 0), options) for options in set(match.ladder.values())]
+    peaks = {PEER: min(peers, key=lambda peak: peak.in_all), FAST: peak(resolve(match.contest.name(FAST)))}
     sizes = {side: of_side._asdict() | {"in_all": of_side.in_all} for side, of_side in peaks.items()}
     return {"memory": sizes, "memory_ratio": peaks[FAST].in_all / peaks[PEER].in_all}
 
 
-def train_in_turn(options: Options, planned: Mapping[str, Mapping[tuple[str, int], PlannedRun]], jobs: int) -> None:
+def train_in_turn(
+    ladder: Mapping[int, Options], planned: Mapping[str, Mapping[tuple[str, int], PlannedRun]], jobs: int
+) -> None:
     """Trains what is missing, in turn a run of the peer's and one of ours of the same seed."""
     by_seed = {side: sorted(runs.items(), key=lambda run: run[0][1]) for side, runs in planned.items()}
     tasks = [
@@ -166,15 +168,17 @@ def train_in_turn(options: Options, planned: Mapping[str, Mapping[tuple[str, int
     ]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, begin_worker) as pool:
-        waiting = [pool.submit(train, side, run, options) for side, run in tasks]
+        waiting = [
+            pool.submit(train, run, ladder[run.config.iterations] if side == PEER else None) for side, run in tasks
+        ]
         for count, (future, (_, run)) in enumerate(zip(waiting, tasks, strict=True), 1):
             future.result()
             print(f"trained, {count} of {len(tasks)}: {run.folder.name}", flush=True)
 
 
-def train(side: str, run: PlannedRun, options: Options) -> None:
-    """Trains one run, in a worker."""
-    if side == FAST:
+def train(run: PlannedRun, options: Options | None) -> None:
+    """Trains one run, in a worker; without the peer's options it is one of ours."""
+    if options is None:
         distill(run.config, run.folder, quiet=True)
     else:
         from modelopt_dmd2 import train as train_peer  # its package is no dependency of ours
@@ -243,11 +247,12 @@ def middle(drawn: Sequence[Any], figures: Callable[[Any], Mapping[str, float | N
 MATCHES = {
     "toy-2d": Match(
         TOY, (*TOY.measures, *TOY.diversity), seeds=range(16, 22),
-        options=Options(lr=5e-4, fake_lr=1e-3, sample_type="sde"),
-        updates=(500, 1000, 2000, 4000), shares=(0.1, 0.2, 0.4, 0.8),
+        ladder=dict.fromkeys((500, 1000, 2000, 4000), Options(lr=5e-4, fake_lr=1e-3, sample_type="sde")),
+        shares=(0.1, 0.2, 0.4, 0.8),
     ),
     "nano-t2i": Match(
-        NANO, NANO.measures, seeds=range(6), options=Options(lr=1e-3, fake_lr=4e-4, sample_type="sde", lora=32),
-        updates=(30, 60, 120, 240), shares=(0.125, 0.25, 0.5, 0.75),
+        NANO, NANO.measures, seeds=range(6),
+        ladder=dict.fromkeys((30, 60, 120), Options(lr=1e-3, fake_lr=4e-4, sample_type="sde", lora=32)),
+        shares=(0.125, 0.25, 0.5, 0.75),
     ),
 }  # fmt: skip

@@ -13,11 +13,11 @@ NAME = "NVIDIA's Model Optimizer (`nvidia-modelopt`, DMD2 of `modelopt.torch.fas
 
 def show_peer(found: Mapping[str, Any]) -> list[str]:
     """Curves, ratios and memory as lines of Markdown."""
-    options = json.dumps(found["options"])[1:-1].replace('"', "")
+    ladder = "; ".join(f"{n} updates: {json.dumps(o)[1:-1]}" for n, o in found["ladder"].items()).replace('"', "")
     rows = [line(p, found["base"]) for side in (PEER, FAST) for p in found["curves"][side]]
     return [
-        f"{NAME}, data-free, beside `fast`: the same teacher, prompts, batch, grid, seeds and measures. The peer has "
-        f"{options}, which its own tuning found best. Seeds {seeds(found)}.", "",
+        f"{NAME}, data-free, beside `fast`: the same teacher, prompts, batch, grid, seeds and measures. "
+        f"Seeds {seeds(found)}. The peer's own tuning found best, by budget: {ladder}.", "",
         *head(found), *rows, "", *verdict(found["races"][0]), "", *memory(found["memory"], found["memory_ratio"]),
     ]  # fmt: skip
 

@@ -92,7 +92,8 @@ def test_smaller_calls_save_what_backward_needs_and_nothing_else(recipe: str) ->
 def test_the_matches_are_on_the_contests_recipes_with_five_seeds_at_least() -> None:
     for recipe, match in MATCHES.items():
         assert match.contest.recipe == recipe and len(match.seeds) >= 5
-        assert match.options.grid(match.options.config(recipe, 1, 0)) == pytest.approx(
+        options = next(iter(match.ladder.values()))
+        assert options.grid(options.config(recipe, 1, 0)) == pytest.approx(
             resolve(recipe).plan.shift * torch.tensor([1, 0.75, 0.5, 0.25, 0]).double()
             / (1 + (resolve(recipe).plan.shift - 1) * torch.tensor([1, 0.75, 0.5, 0.25, 0]).double())
         )  # fmt: skip
