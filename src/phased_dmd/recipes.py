@@ -10,7 +10,9 @@ from phased_dmd.config.overrides import apply_overrides, build, changed, read_fi
 from phased_dmd.config.teacher import (
     AnalyticTeacher,
     Flux2KleinTeacher,
+    Krea2Teacher,
     PipelineTeacher,
+    QwenImage21Teacher,
     QwenImageTeacher,
     Size,
     WanTeacher,
@@ -112,6 +114,8 @@ WAN = partial(WanTeacher, negative_prompt=WAN_NEGATIVE, max_tokens=512)
 QWEN = partial(QwenImageTeacher, negative_prompt=" ", max_tokens=1024)
 Z_IMAGE = partial(ZImageTeacher, max_tokens=512)
 KLEIN = partial(Flux2KleinTeacher, max_tokens=512)
+QWEN_21 = partial(QwenImage21Teacher, max_tokens=1024)
+KREA = partial(Krea2Teacher, max_tokens=512)
 
 
 class System(NamedTuple):
@@ -131,7 +135,10 @@ class System(NamedTuple):
 
 FIFTY = {"teacher.base_steps": 50}  # of the bases that are younger than the paper, as their makers sample them
 W4 = {"teacher.guidance": [5.0]}  # what its pipeline calls 4: cond + 4 (cond - uncond)
+UNGUIDED = {"teacher.guidance": [1.0]}  # as its makers sample it
+RAW = {"teacher.guidance": [4.5], "teacher.base_steps": 52}  # what its pipeline calls 3.5
 APACHE, FLUX = "Apache-2.0", "FLUX Non-Commercial License"
+RESEARCH, COMMUNITY = "Qwen Research License", "Krea 2 Community License"
 T2I, T2V = "default-t2i", "default-t2v"
 SYSTEMS = {  # wan21-t2v-1.3b, at the size it was made for, is not in the paper
     "wan21-t2i":      System(WAN, "Wan-AI/Wan2.1-T2V-14B-Diffusers",  APACHE, PICTURE, 5.0, T2I),
@@ -143,6 +150,8 @@ SYSTEMS = {  # wan21-t2v-1.3b, at the size it was made for, is not in the paper
     "z-image":        System(Z_IMAGE, "Tongyi-MAI/Z-Image",           APACHE, MEGAPIXEL, 6.0, T2I, FIFTY | W4),
     "flux2-klein-4b": System(KLEIN, "black-forest-labs/FLUX.2-klein-base-4B", APACHE, MEGAPIXEL, 7.5, T2I, FIFTY),
     "flux2-klein-9b": System(KLEIN, "black-forest-labs/FLUX.2-klein-base-9B", FLUX, MEGAPIXEL, 7.5, T2I, FIFTY),
+    "qwen-image-2.1": System(QWEN_21, "Qwen/Qwen-Image-2.1",          RESEARCH, MEGAPIXEL, 2.0, T2I, UNGUIDED),
+    "krea-2":         System(KREA, "krea/Krea-2-Raw",                 COMMUNITY, MEGAPIXEL, 2.5, T2I, RAW),
 }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from phased_dmd.export import export
 from phased_dmd.maths.schedules import predicted_x0
 from phased_dmd.models.loader import adapter_of, load_model, stock_times
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
-from phased_dmd.models.source import quiet
+from phased_dmd.models.source import Source, quiet
 from phased_dmd.networks.build import add_expert, build_system
 from phased_dmd.networks.roles import FAKE, System
 from phased_dmd.prompts import Prompt
@@ -138,7 +138,8 @@ def tinies(folders: Callable[[str], Path], picture: Callable[..., Path]) -> Call
         rows = [row | (codec.encode_image(path, 0) if codec.takes_images else {}) for row in codec.encode_text(PROMPTS)]
         kind = WanImageToVideoPipeline if case == "ti2v_5b from a frame" else DiffusionPipeline
         with quiet():
-            stock = kind.from_pretrained(section.path).to(device())
+            parts = adapter_of(section).stock.parts(Source(section))
+            stock = kind.from_pretrained(section.path, **parts).to(device())
         stock.set_progress_bar_config(disable=True)
         return Tiny(stock, system, codec, rows, path)
 
@@ -158,13 +159,32 @@ def told() -> Callable[[Tiny], Told]:
 
 
 def run_stock(tiny: Tiny) -> Told:
+    if not adapter_of(tiny.teacher).stock.alone:
+        return call_stock(tiny, slice(2))
+    one, other = call_stock(tiny, slice(1)), call_stock(tiny, slice(1, 2))
+    inputs = [
+        {"encoder_hidden_states": [told["encoder_hidden_states"][0] for told in both]}
+        for both in zip(one.inputs, other.inputs, strict=True)
+    ]
+    pairs = zip(one.steps, other.steps, strict=True)
+    steps = [(torch.cat([a[0], b[0]]), a[1], torch.cat([a[2], b[2]])) for a, b in pairs]
+    return Told(
+        inputs, steps, torch.cat([one.latents, other.latents]), torch.cat([one.pixels, other.pixels])
+    )  # fmt: skip
+
+
+def call_stock(tiny: Tiny, which: slice) -> Told:
+    """What the stock pipeline did, asked for some of two samples."""
     stock, section, size = tiny.stock, tiny.teacher, tiny.teacher.sizes[0]
     noise = draw(2, *tiny.model.sample_shapes[0], seed=1).to(device())
-    options: dict[str, Any] = guided(section) | {
-        "prompt": list(PROMPTS), "num_inference_steps": 4, "height": size.height, "width": size.width,
-        "max_sequence_length": section.max_tokens, "latents": adapter_of(section).stock.given(noise),
-        "output_type": "pt",
-    }  # fmt: skip
+    options: dict[str, Any] = {
+        key: value[which] if isinstance(value, list) else value
+        for key, value in (guided(section) | {"prompt": list(PROMPTS)}).items()
+    }
+    options |= {
+        "num_inference_steps": 4, "height": size.height, "width": size.width, "output_type": "pt",
+        "latents": adapter_of(section).stock.given(noise)[which],
+    } | limit(section, section.max_tokens)  # fmt: skip
     if isinstance(section, WanTeacher):
         stock.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
         options |= {"num_frames": size.num_frames}
@@ -192,6 +212,11 @@ def run_stock(tiny: Tiny) -> Told:
     return Told(inputs, steps, latents_of(tiny, last[0]), pixels.movedim(2, 4))
 
 
+def limit(section: PipelineTeacher, tokens: int) -> dict[str, int]:
+    """How a stock pipeline is told the most tokens of a prompt, if it can be."""
+    return {"max_sequence_length": tokens} if adapter_of(section).stock.limits else {}
+
+
 def times(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device())
 
@@ -208,10 +233,10 @@ def test_conditions_are_what_the_stock_pipeline_tells_its_network(tiny: Tiny, to
     """Text, mask and first frame, of the prompts (its first call) and of the negative prompt (its second)."""
     negative = tiny.condition | tiny.model.batch([tiny.system.negative] * 2)
     for i, (ours, theirs) in enumerate(zip((tiny.condition, negative), told(tiny).inputs, strict=False)):
-        if "cap_feats" in theirs:  # Z-Image's, of both in one call
-            texts = told(tiny).inputs[0]["cap_feats"][2 * i : 2 * i + 2]
+        if texts := told_apart(theirs, told(tiny).inputs[0], i):
             lengths = ours["mask"].sum(1)
-            assert all(torch.equal(a[:n], b) for a, b, n in zip(ours["text"], texts, lengths, strict=True))
+            for a, b, n in zip(ours["text"], texts, lengths, strict=True):
+                torch.testing.assert_close(a[:n], b, **EXACT)
             continue
         assert torch.equal(ours["text"], theirs["encoder_hidden_states"])
         if "mask" in ours:
@@ -225,6 +250,16 @@ def test_conditions_are_what_the_stock_pipeline_tells_its_network(tiny: Tiny, to
         assert (features is None) == ("image_features" not in ours)
         if features is not None:
             torch.testing.assert_close(ours["image_features"], features, **EXACT)
+
+
+def told_apart(told: dict[str, Any], first: dict[str, Any], half: int) -> list[Tensor]:
+    """The prompts' texts where they were told without padding; those of Z-Image's two halves came in one call."""
+    if "cap_feats" in first:
+        return first["cap_feats"][2 * half : 2 * half + 2]
+    texts = told["encoder_hidden_states"]
+    if "encoder_attention_mask" in told:  # Krea 2's, padded before the template's end
+        return [text[mask] for text, mask in zip(texts, told["encoder_attention_mask"], strict=True)]
+    return texts if isinstance(texts, list) else []
 
 
 def test_the_prediction_is_the_networks_own(tiny: Tiny) -> None:
@@ -293,7 +328,7 @@ def test_the_base_is_sampled_at_its_own_pipelines_times(
     assert found is not None
     tiny.stock(
         prompt="a boat", height=size.height, width=size.width, num_inference_steps=steps, output_type="latent",
-        latents=adapter_of(tiny.teacher).stock.given(noise), max_sequence_length=8,
+        latents=adapter_of(tiny.teacher).stock.given(noise), **limit(tiny.teacher, 8),
     )  # fmt: skip
     assert found == pytest.approx(tiny.stock.scheduler.sigmas.tolist(), abs=1e-6) and len(found) == steps + 1
     sampler = Sampler(tiny.system, tiny.codec)
@@ -346,7 +381,9 @@ def test_pixels_are_the_stock_pipelines(tiny: Tiny, told: Callable[[Tiny], Told]
     latents = told(tiny).latents
     if "first_frame" in tiny.condition:
         latents = torch.cat([tiny.condition["first_frame"], latents[:, :, 1:]], 2)
-    torch.testing.assert_close(tiny.codec.decode(latents), told(tiny).pixels, **EXACT)
+    colours, alpha = told(tiny).pixels[..., :3], told(tiny).pixels[..., 3:]  # Qwen-Image-2.1's, to be shown on white
+    expected = colours * alpha + 1 - alpha if alpha.shape[-1] else colours
+    torch.testing.assert_close(tiny.codec.decode(latents), expected, **EXACT)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

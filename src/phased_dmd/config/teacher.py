@@ -154,6 +154,28 @@ class Flux2KleinTeacher(PipelineTeacher):
     """The ends of the names of the layers that get LoRA adapters."""
 
 
+class QwenImage21Teacher(PipelineTeacher):
+    """Takes a `QwenImage21Pipeline` of the base, not of Turbo."""
+
+    adapter, pipelines = "qwen_image_21", ("QwenImage21Pipeline",)
+    kind: Literal["qwen-image-2.1"] = "qwen-image-2.1"
+    """The kind of teacher."""
+    lora_targets: Targets = (
+        "to_q", "to_k", "to_v", "to_out.0", "img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out",
+    )  # fmt: skip
+    """The ends of the names of the layers that get LoRA adapters."""
+
+
+class Krea2Teacher(PipelineTeacher):
+    """Takes a `Krea2Pipeline` of Krea 2 Raw, not of Turbo."""
+
+    adapter, pipelines = "krea_2", ("Krea2Pipeline",)
+    kind: Literal["krea-2"] = "krea-2"
+    """The kind of teacher."""
+    lora_targets: Targets = ("to_q", "to_k", "to_v", "to_gate", "to_out.0", "ff.gate", "ff.up", "ff.down")
+    """The ends of the names of the layers that get LoRA adapters."""
+
+
 class OwnTeacher(Section):
     """Takes a model of the user's own, given to `distill` and `load` as Python objects."""
 
@@ -167,5 +189,8 @@ class OwnTeacher(Section):
     """The share of the batches that each of the model's sample_shapes gets, relative to their sum."""
 
 
-Teacher = AnalyticTeacher | WanTeacher | QwenImageTeacher | ZImageTeacher | Flux2KleinTeacher | OwnTeacher
+Teacher = (
+    AnalyticTeacher | WanTeacher | QwenImageTeacher | ZImageTeacher | Flux2KleinTeacher | QwenImage21Teacher
+    | Krea2Teacher | OwnTeacher
+)  # fmt: skip
 PIPELINES = tuple(kind for kind in get_args(Teacher) if issubclass(kind, PipelineTeacher))

@@ -120,8 +120,18 @@ def decode_picture(vae: Any, latents: Tensor) -> Tensor:
     return (pixels.float().permute(0, 2, 3, 1)[:, None] / 2 + 0.5).clamp(0, 1)
 
 
+def as_tokens(latents: Tensor) -> Tensor:
+    """Returns latents [b, c, 1, h, w] as tokens [b, h w, c]."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def from_tokens(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Returns tokens as latents, the inverse of `as_tokens`."""
+    return tokens.transpose(1, 2).unflatten(2, (1, height, width))
+
+
 def pad_texts(rows: Sequence[Condition], device: torch.device, dtype: torch.dtype) -> Condition:
-    """Pads text to [b, tokens, d] with zeros; mask [b, tokens], on the CPU, is true where there is text."""
+    """Pads text to [b, tokens, ...] with zeros; mask [b, tokens], on the CPU, is true where there is text."""
     texts = [row["text"].to(device, dtype) for row in rows]
     lengths = torch.tensor([len(text) for text in texts])  # on the CPU, where `predict` reads it without waiting
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
@@ -143,6 +153,12 @@ def stock_sigmas(source: Source, steps: int, mu: Callable[[Mapping[str, Any]], f
     scheduler: Any = source.load(FlowMatchEulerDiscreteScheduler, "scheduler")
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu(scheduler.config))
     return tuple(scheduler.sigmas.tolist())
+
+
+def line_mu(config: Mapping[str, Any], tokens: int) -> float:
+    """Returns the shift's logarithm for a number of tokens, which a scheduler's configuration puts on a line."""
+    near, far = config["base_image_seq_len"], config["max_image_seq_len"]
+    return config["base_shift"] + (config["max_shift"] - config["base_shift"]) * (tokens - near) / (far - near)
 
 
 def evenly_shifted(shift: float, steps: int, stochastic: bool) -> FlowMatchEulerDiscreteScheduler:
