@@ -30,7 +30,7 @@ from phased_dmd.recipes import RECIPES, SYSTEMS, resolve
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    names = ("wan21_t2v", "wan21_i2v", "wan22_t2v", "qwen_image", "z_image", "flux2_klein")
+    names = ("wan21_t2v", "wan21_i2v", "wan22_t2v", *pipelines.PICTURES)
     return {name: pipelines.build(name, tmp_path_factory.mktemp(name)) for name in names}
 
 
@@ -82,7 +82,7 @@ def test_the_papers_recipes_pass_offline_without_their_base(
 
 @pytest.mark.parametrize(
     ("name", "lora"),
-    [("wan21_t2v", False), ("wan22_t2v", True), ("qwen_image", True), ("z_image", True), ("flux2_klein", True)],
+    [("wan21_t2v", False), ("wan22_t2v", True), *((name, True) for name in pipelines.PICTURES)],
 )
 def test_a_whole_folder_passes_without_a_weight_read(
     name: str, lora: bool, folders: dict[str, Path], no_weights: None
@@ -91,7 +91,7 @@ def test_a_whole_folder_passes_without_a_weight_read(
     dry_run(tiny(name, folders[name], **more))
 
 
-@pytest.mark.parametrize("name", ["wan22_t2v", "qwen_image", "z_image", "flux2_klein"])
+@pytest.mark.parametrize("name", ["wan22_t2v", *pipelines.PICTURES])
 def test_a_bare_model_is_the_loaded_one_but_for_the_weights(name: str, folders: dict[str, Path]) -> None:
     teacher = pipelines.teacher(name, folders[name])
     bare, real = bare_model(teacher, 0), load_model(teacher, 0)[0]

@@ -328,6 +328,14 @@ KEYS = {
         r"transformer\.(transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?"
         r"\.linear_(in|out))|single_transformer_blocks\.\d+\.attn\.to_(qkv_mlp_proj|out))\.lora_[AB]\.weight"
     ),
+    "qwen_image_21": re.compile(
+        r"diffusion_model\.transformer_blocks\.\d+\.(attn\.to_([qkv]|out\.0)|img_mlp\.(proj|gate_layer|out))"
+        r"\.lora_[AB]\.weight"
+    ),
+    "krea_2": re.compile(
+        r"transformer\.(transformer_blocks|text_fusion\.(layerwise|refiner)_blocks)\.\d+"
+        r"\.(attn\.to_([qkv]|gate|out\.0)|ff\.(gate|up|down))\.lora_[AB]\.weight"
+    ),
 }
 
 
