@@ -11,6 +11,7 @@ from phased_dmd.config.teacher import (
     AnalyticTeacher,
     Flux2KleinTeacher,
     Krea2Teacher,
+    Lumina2Teacher,
     PipelineTeacher,
     QwenImage21Teacher,
     QwenImageTeacher,
@@ -116,6 +117,7 @@ Z_IMAGE = partial(ZImageTeacher, max_tokens=512)
 KLEIN = partial(Flux2KleinTeacher, max_tokens=512)
 QWEN_21 = partial(QwenImage21Teacher, max_tokens=1024)
 KREA = partial(Krea2Teacher, max_tokens=512)
+LUMINA = partial(Lumina2Teacher, max_tokens=256)
 
 
 class System(NamedTuple):
@@ -137,6 +139,10 @@ FIFTY = {"teacher.base_steps": 50}  # of the bases that are younger than the pap
 W4 = {"teacher.guidance": [5.0]}  # what its pipeline calls 4: cond + 4 (cond - uncond)
 UNGUIDED = {"teacher.guidance": [1.0]}  # as its makers sample it
 RAW = {"teacher.guidance": [4.5], "teacher.base_steps": 52}  # what its pipeline calls 3.5
+ONE_CARD = FIFTY | {  # of 16 GB; docs/models.md says what was left out
+    "teacher.quantise": "nf4", "generator.lora.rank": 32, "fake.weights": "lora", "fake.lora.rank": 32, "fake.lr": 5e-5,
+    "engine.micro_batch": 1, "engine.activation_checkpointing": True, "batch_size": 16,
+}  # fmt: skip
 APACHE, FLUX = "Apache-2.0", "FLUX Non-Commercial License"
 RESEARCH, COMMUNITY = "Qwen Research License", "Krea 2 Community License"
 T2I, T2V = "default-t2i", "default-t2v"
@@ -152,6 +158,7 @@ SYSTEMS = {  # wan21-t2v-1.3b, at the size it was made for, is not in the paper
     "flux2-klein-9b": System(KLEIN, "black-forest-labs/FLUX.2-klein-base-9B", FLUX, MEGAPIXEL, 7.5, T2I, FIFTY),
     "qwen-image-2.1": System(QWEN_21, "Qwen/Qwen-Image-2.1",          RESEARCH, MEGAPIXEL, 2.0, T2I, UNGUIDED),
     "krea-2":         System(KREA, "krea/Krea-2-Raw",                 COMMUNITY, MEGAPIXEL, 2.5, T2I, RAW),
+    "lumina-2":       System(LUMINA, "Alpha-VLLM/Lumina-Image-2.0",   APACHE, MEGAPIXEL, 6.0, T2I, ONE_CARD),
 }  # fmt: skip
 
 

@@ -336,6 +336,10 @@ KEYS = {
         r"transformer\.(transformer_blocks|text_fusion\.(layerwise|refiner)_blocks)\.\d+"
         r"\.(attn\.to_([qkv]|gate|out\.0)|ff\.(gate|up|down))\.lora_[AB]\.weight"
     ),
+    "lumina_2": re.compile(
+        r"transformer\.(layers|(noise|context)_refiner)\.\d+\.(attn\.to_([qkv]|out\.0)|feed_forward\.linear_[123])"
+        r"\.lora_[AB]\.weight"
+    ),
 }
 
 

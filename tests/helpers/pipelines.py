@@ -18,6 +18,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
     QwenImagePipeline,
@@ -35,6 +37,8 @@ from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Gemma2Config,
+    Gemma2Model,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -52,6 +56,7 @@ from transformers import (
 from phased_dmd.config.teacher import (
     Flux2KleinTeacher,
     Krea2Teacher,
+    Lumina2Teacher,
     PipelineTeacher,
     QwenImage21Teacher,
     QwenImageTeacher,
@@ -70,6 +75,10 @@ TEMPLATE = (
 CHAT = (  # Qwen3's template, of a chat without a system's message
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
+LUMINA = (
+    "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
+    "on textual prompts or user prompts. <Prompt Start> "
 )
 CHAT_PARTS = (  # Qwen3-VL's, of messages in parts
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content[0].text }}<|im_end|>\n{% endfor %}"
@@ -96,7 +105,8 @@ def teacher(name: str, folder: Path) -> PipelineTeacher:
         own = {"negative_prompt": ""} if kind is Flux2KleinTeacher else {}
         if kind is QwenImage21Teacher:
             still = still.model_copy(update={"width": 64})
-        return kind(sizes=(still,), guidance=(3.0,), max_tokens=24, **common | own)
+        tokens = 64 if kind is Lumina2Teacher else 24  # behind the system's
+        return kind(sizes=(still,), guidance=(3.0,), max_tokens=tokens, **common | own)
     if name == "wan21_t2v":
         return WanTeacher(sizes=(still, size), guidance=(3.0,), max_tokens=24, **common)
     if name == "ti2v_5b":
@@ -208,7 +218,7 @@ def ti2v_5b() -> WanPipeline:
     return WanPipeline(**wan_parts() | {"vae": wan22_vae()}, transformer=wan_transformer(48), expand_timesteps=True)
 
 
-def qwen_tokenizer(*more: str) -> Qwen2Tokenizer:
+def qwen_tokenizer(*more: str, template: str = TEMPLATE) -> Qwen2Tokenizer:
     """Byte-level BPE, as Qwen's, that knows the words of the captions and of the pipeline's own template.
 
     more: words that are tokens of their own.
@@ -219,7 +229,7 @@ def qwen_tokenizer(*more: str) -> Qwen2Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=768, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )  # fmt: skip
-    tokenizer.train_from_iterator([*CAPTIONS, TEMPLATE], trainer)
+    tokenizer.train_from_iterator([*CAPTIONS, template], trainer)
     model = json.loads(tokenizer.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]], unk_token=special[0],
@@ -272,16 +282,20 @@ def qwen3(layers: int) -> Qwen3Config:
     )  # fmt: skip
 
 
+def picture_vae() -> AutoencoderKL:
+    return frozen(
+        AutoencoderKL(
+            block_out_channels=(4, 4, 4, 4), down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=2,
+            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16, scaling_factor=0.36, shift_factor=0.12,
+            use_quant_conv=False, use_post_quant_conv=False,
+        )
+    )  # fmt: skip
+
+
 def z_image() -> ZImagePipeline:
     return ZImagePipeline(
         tokenizer=chat_tokenizer(), text_encoder=frozen(Qwen3Model(qwen3(layers=2))),
-        vae=frozen(
-            AutoencoderKL(
-                block_out_channels=(4, 4, 4, 4), down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=2,
-                up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16, scaling_factor=0.36, shift_factor=0.12,
-                use_quant_conv=False, use_post_quant_conv=False,
-            )
-        ),
+        vae=picture_vae(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
         transformer=frozen(
             ZImageTransformer2DModel(
@@ -372,14 +386,31 @@ def krea_2() -> Krea2Pipeline:
     )  # fmt: skip
 
 
+def lumina_2() -> Lumina2Pipeline:
+    encoder = Gemma2Config(
+        vocab_size=768, hidden_size=TEXT_DIM, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, bos_token_id=0, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return Lumina2Pipeline(
+        tokenizer=qwen_tokenizer(template=LUMINA), text_encoder=frozen(Gemma2Model(encoder)), vae=picture_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        transformer=frozen(
+            Lumina2Transformer2DModel(
+                hidden_size=24, num_layers=2, num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1,
+                multiple_of=8, axes_dim_rope=(4, 4, 4), cap_feat_dim=TEXT_DIM,
+            )
+        ),
+    )  # fmt: skip
+
+
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "wan21_t2v": wan21_t2v, "wan22_t2v": wan22_t2v, "wan21_i2v": wan21_i2v, "wan22_i2v": wan22_i2v,
     "ti2v_5b": ti2v_5b, "qwen_image": qwen_image, "z_image": z_image, "flux2_klein": flux2_klein,
-    "qwen_image_21": qwen_image_21, "krea_2": krea_2,
+    "qwen_image_21": qwen_image_21, "krea_2": krea_2, "lumina_2": lumina_2,
 }  # fmt: skip
 PICTURES = {
     "qwen_image": QwenImageTeacher, "z_image": ZImageTeacher, "flux2_klein": Flux2KleinTeacher,
-    "qwen_image_21": QwenImage21Teacher, "krea_2": Krea2Teacher,
+    "qwen_image_21": QwenImage21Teacher, "krea_2": Krea2Teacher, "lumina_2": Lumina2Teacher,
 }  # fmt: skip
 NAMES: Sequence[str] = tuple(BUILDERS)
 
@@ -397,6 +428,8 @@ def guided(section: PipelineTeacher) -> dict[str, Any]:
             return {"guidance_scale": g[0] - 1} | negative
         case ZImageTeacher():
             return {"guidance_scale": g[0] - 1, "cfg_normalization": section.norm_limit} | negative
+        case Lumina2Teacher():
+            return {"guidance_scale": g[0]} | negative
         case Flux2KleinTeacher():
             return {"guidance_scale": g[0]}
     return {"guidance_scale": g[0]} | ({"guidance_scale_2": g[1]} if len(g) == 2 else {}) | negative
@@ -428,6 +461,9 @@ def direct(stock: Any, x: Tensor, t: Tensor, prompts: Sequence[str], tokens: int
                 sequence = network(tokens, text, time[None], [[(1, h, w)]], slots).sample
                 found.append(stock._unpack_latents(sequence[:, -h * w :], 16 * h, 16 * w, 16))
             return torch.cat(found)
+        case Lumina2Pipeline():
+            text, mask, *_ = stock.encode_prompt(list(prompts), False, max_sequence_length=tokens)
+            return -network(x[:, :, 0], 1 - t, text, mask).sample[:, :, None]
         case Krea2Pipeline():
             text, mask = stock.encode_prompt(list(prompts), max_sequence_length=tokens)
             ids = stock.prepare_position_ids(text.shape[1], h // 2, w // 2, x.device)

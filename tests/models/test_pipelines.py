@@ -257,8 +257,8 @@ def told_apart(told: dict[str, Any], first: dict[str, Any], half: int) -> list[T
     if "cap_feats" in first:
         return first["cap_feats"][2 * half : 2 * half + 2]
     texts = told["encoder_hidden_states"]
-    if "encoder_attention_mask" in told:  # Krea 2's, padded before the template's end
-        return [text[mask] for text, mask in zip(texts, told["encoder_attention_mask"], strict=True)]
+    if "encoder_attention_mask" in told:  # as long for all prompts
+        return [text[mask.bool()] for text, mask in zip(texts, told["encoder_attention_mask"], strict=True)]
     return texts if isinstance(texts, list) else []
 
 

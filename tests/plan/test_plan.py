@@ -73,10 +73,11 @@ BASES = {
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 14.29e9, "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 14.29e9,
     "Qwen/Qwen-Image": 20.43e9, "Tongyi-MAI/Z-Image": 6.15e9, "black-forest-labs/FLUX.2-klein-base-4B": 3.88e9,
     "black-forest-labs/FLUX.2-klein-base-9B": 9.08e9, "Qwen/Qwen-Image-2.1": 7.12e9, "krea/Krea-2-Raw": 12.82e9,
+    "Alpha-VLLM/Lumina-Image-2.0": 2.61e9,
 }  # fmt: skip
 ENCODERS = {
     "wan": 5.68e9, "qwen_image": 8.29e9, "z_image": 4.02e9, "4B": 4.02e9, "9B": 8.19e9, "qwen_image_21": 8.77e9,
-    "krea_2": 4.44e9,
+    "krea_2": 4.44e9, "lumina_2": 2.61e9,
 }  # fmt: skip
 BATCH, TOKENS = 3, 24  # samples of a call, and of a prompt, the most that the tiny pipelines take
 LARGEST = {"teacher.sizes": [{"height": 1328, "width": 1328}]}  # of Qwen-Image's sizes
@@ -89,7 +90,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def tiny(folders: dict[str, Path], name: str, dtype: str = "float32", **sections: Any) -> Config:
-    teacher = pipelines.teacher(name, folders[name]).model_copy(update={"dtype": dtype})
+    teacher = pipelines.teacher(name, folders[name]).model_copy(update={"dtype": dtype, "max_tokens": TOKENS})
     return Config(
         recipe="tiny", teacher=teacher, prompts="default-t2i", batch_size=BATCH,
         generator=sections.pop("generator", Generator(lora=Lora(rank=4, alpha=4))), **sections,

@@ -176,6 +176,18 @@ class Krea2Teacher(PipelineTeacher):
     """The ends of the names of the layers that get LoRA adapters."""
 
 
+class Lumina2Teacher(PipelineTeacher):
+    """Takes a `Lumina2Pipeline`."""
+
+    adapter, pipelines = "lumina_2", ("Lumina2Pipeline",)
+    kind: Literal["lumina-2"] = "lumina-2"
+    """The kind of teacher."""
+    lora_targets: Targets = (
+        "to_q", "to_k", "to_v", "to_out.0", "feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3",
+    )  # fmt: skip
+    """The ends of the names of the layers that get LoRA adapters."""
+
+
 class OwnTeacher(Section):
     """Takes a model of the user's own, given to `distill` and `load` as Python objects."""
 
@@ -191,6 +203,6 @@ class OwnTeacher(Section):
 
 Teacher = (
     AnalyticTeacher | WanTeacher | QwenImageTeacher | ZImageTeacher | Flux2KleinTeacher | QwenImage21Teacher
-    | Krea2Teacher | OwnTeacher
+    | Krea2Teacher | Lumina2Teacher | OwnTeacher
 )  # fmt: skip
 PIPELINES = tuple(kind for kind in get_args(Teacher) if issubclass(kind, PipelineTeacher))
