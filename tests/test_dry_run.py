@@ -200,7 +200,7 @@ def test_long_prompts_are_counted_where_the_tokenizer_is_at_hand(folders: dict[s
 def test_first_frames_are_checked_against_the_sizes_of_a_base_that_is_not_here(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "square.png")
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a fox", "image": "square.png"}))
-    with pytest.raises(UserError, match="a picture of 64x64 is the first frame of none of the sizes"):
+    with pytest.raises(UserError, match="a picture of 64x64 fits none of the sizes"):
         dry_run(resolve("wan22-i2v", {"prompts": str(tmp_path / "p.jsonl")}))
 
 

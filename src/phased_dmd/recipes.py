@@ -14,6 +14,7 @@ from phased_dmd.config.teacher import (
     Lumina2Teacher,
     PipelineTeacher,
     QwenImage21Teacher,
+    QwenImageEditTeacher,
     QwenImageTeacher,
     Size,
     WanTeacher,
@@ -113,6 +114,7 @@ WAN_NEGATIVE = (  # `sample_neg_prompt` of Wan's own configuration, what its pro
 
 WAN = partial(WanTeacher, negative_prompt=WAN_NEGATIVE, max_tokens=512)
 QWEN = partial(QwenImageTeacher, negative_prompt=" ", max_tokens=1024)
+EDIT = partial(QwenImageEditTeacher, negative_prompt=" ", max_tokens=1024)
 Z_IMAGE = partial(ZImageTeacher, max_tokens=512)
 KLEIN = partial(Flux2KleinTeacher, max_tokens=512)
 QWEN_21 = partial(QwenImage21Teacher, max_tokens=1024)
@@ -157,6 +159,7 @@ SYSTEMS = {  # wan21-t2v-1.3b, at the size it was made for, is not in the paper
     "flux2-klein-4b": System(KLEIN, "black-forest-labs/FLUX.2-klein-base-4B", APACHE, MEGAPIXEL, 7.5, T2I, FIFTY),
     "flux2-klein-9b": System(KLEIN, "black-forest-labs/FLUX.2-klein-base-9B", FLUX, MEGAPIXEL, 7.5, T2I, FIFTY),
     "qwen-image-2.1": System(QWEN_21, "Qwen/Qwen-Image-2.1",          RESEARCH, MEGAPIXEL, 2.0, T2I, UNGUIDED),
+    "qwen-image-edit": System(EDIT, "Qwen/Qwen-Image-Edit-2509",      APACHE, MEGAPIXEL, 3.0, FIRST_FRAMES),
     "krea-2":         System(KREA, "krea/Krea-2-Raw",                 COMMUNITY, MEGAPIXEL, 2.5, T2I, RAW),
     "lumina-2":       System(LUMINA, "Alpha-VLLM/Lumina-Image-2.0",   APACHE, MEGAPIXEL, 6.0, T2I, ONE_CARD),
 }  # fmt: skip
@@ -199,7 +202,7 @@ def resolve(recipe: str | Path, overrides: Mapping[str, Any] | None = None, meth
     data = apply_overrides(data, overrides)
     if data["prompts"] == FIRST_FRAMES and not Path(FIRST_FRAMES).is_file():
         raise UserError(
-            "prompts: image-to-video needs a first frame with every prompt: "
+            "prompts: this recipe needs a picture with every prompt: "
             "--prompts FILE, a jsonl, csv or parquet with the columns prompt and image"
         )
     if method is None:

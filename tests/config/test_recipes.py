@@ -312,7 +312,7 @@ def test_image_to_video_asks_for_first_frames(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(UserError) as error:
             resolve("wan22-i2v", overrides)
         assert str(error.value) == (
-            "prompts: image-to-video needs a first frame with every prompt: "
+            "prompts: this recipe needs a picture with every prompt: "
             "--prompts FILE, a jsonl, csv or parquet with the columns prompt and image"
         )
     assert resolve("wan22-i2v", {"prompts": "mine.csv"}).prompts == "mine.csv"

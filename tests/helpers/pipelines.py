@@ -22,6 +22,7 @@ from diffusers import (
     Lumina2Transformer2DModel,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     UniPCMultistepScheduler,
@@ -31,6 +32,8 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -52,6 +55,7 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from phased_dmd.config.teacher import (
     Flux2KleinTeacher,
@@ -59,12 +63,14 @@ from phased_dmd.config.teacher import (
     Lumina2Teacher,
     PipelineTeacher,
     QwenImage21Teacher,
+    QwenImageEditTeacher,
     QwenImageTeacher,
     Size,
     WanTeacher,
     ZImageTeacher,
 )
 from phased_dmd.models.qwen_image_21 import TextProcessor
+from phased_dmd.models.qwen_image_edit import PictureProcessor
 from phased_dmd.models.source import quiet
 
 CAPTIONS = ("a red fox in the snow", "two grey cats asleep", "a boat at night", "blurry, low quality")
@@ -75,6 +81,12 @@ TEMPLATE = (
 CHAT = (  # Qwen3's template, of a chat without a system's message
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
+EDIT = (
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
+    "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
+    "requirements while maintaining consistency with the original input where appropriate. system user assistant "
+    "Picture 1: "
 )
 LUMINA = (
     "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
@@ -105,6 +117,8 @@ def teacher(name: str, folder: Path) -> PipelineTeacher:
         own = {"negative_prompt": ""} if kind is Flux2KleinTeacher else {}
         if kind is QwenImage21Teacher:
             still = still.model_copy(update={"width": 64})
+        if kind is QwenImageEditTeacher:
+            still = still.model_copy(update={"height": 64, "width": 96})
         tokens = 64 if kind is Lumina2Teacher else 24  # behind the system's
         return kind(sizes=(still,), guidance=(3.0,), max_tokens=tokens, **common | own)
     if name == "wan21_t2v":
@@ -269,6 +283,33 @@ def qwen_image() -> QwenImagePipeline:
     )  # fmt: skip
 
 
+class Qwen2VLProcessor(PictureProcessor):
+    """The two thirds that need no torchvision, saved under the name of the whole."""
+
+    __module__ = "transformers.models.qwen2_vl.processing_qwen2_vl"
+
+
+def qwen_image_edit() -> QwenImageEditPlusPipeline:
+    """With a VAE of 16 pixels a latent, since the pipeline encodes pictures of a megapixel."""
+    tokenizer = qwen_tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", template=EDIT)
+    encoder = qwen_text_encoder()
+    encoder.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    transformer = qwen_image().transformer
+    transformer.txt_in.weight.mul_(10)  # else the text, of random weights, says little beside the picture
+    transformer.proj_out.weight.mul_(3)
+    return QwenImageEditPlusPipeline(
+        tokenizer=tokenizer, processor=Qwen2VLProcessor(Qwen2VLImageProcessorPil(), tokenizer), text_encoder=encoder,
+        vae=frozen(
+            AutoencoderKLQwenImage(
+                base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
+                temperal_downsample=[False, True, True, True],
+            )
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9),
+        transformer=transformer,
+    )  # fmt: skip
+
+
 def chat_tokenizer() -> Qwen2Tokenizer:
     tokenizer = qwen_tokenizer("<think>", "</think>")
     tokenizer.chat_template = CHAT
@@ -406,11 +447,12 @@ def lumina_2() -> Lumina2Pipeline:
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "wan21_t2v": wan21_t2v, "wan22_t2v": wan22_t2v, "wan21_i2v": wan21_i2v, "wan22_i2v": wan22_i2v,
     "ti2v_5b": ti2v_5b, "qwen_image": qwen_image, "z_image": z_image, "flux2_klein": flux2_klein,
-    "qwen_image_21": qwen_image_21, "krea_2": krea_2, "lumina_2": lumina_2,
+    "qwen_image_edit": qwen_image_edit, "qwen_image_21": qwen_image_21, "krea_2": krea_2, "lumina_2": lumina_2,
 }  # fmt: skip
 PICTURES = {
     "qwen_image": QwenImageTeacher, "z_image": ZImageTeacher, "flux2_klein": Flux2KleinTeacher,
-    "qwen_image_21": QwenImage21Teacher, "krea_2": Krea2Teacher, "lumina_2": Lumina2Teacher,
+    "qwen_image_edit": QwenImageEditTeacher, "qwen_image_21": QwenImage21Teacher, "krea_2": Krea2Teacher,
+    "lumina_2": Lumina2Teacher,
 }  # fmt: skip
 NAMES: Sequence[str] = tuple(BUILDERS)
 
@@ -435,7 +477,9 @@ def guided(section: PipelineTeacher) -> dict[str, Any]:
     return {"guidance_scale": g[0]} | ({"guidance_scale_2": g[1]} if len(g) == 2 else {}) | negative
 
 
-def direct(stock: Any, x: Tensor, t: Tensor, prompts: Sequence[str], tokens: int) -> Tensor:
+def direct(
+    stock: Any, x: Tensor, t: Tensor, prompts: Sequence[str], tokens: int, picture: Image.Image
+) -> Tensor:  # fmt: skip
     """The velocity that a stock picture pipeline's network predicts at x [b, c, 1, h, w], t [b], by its own means."""
     network, (b, c, _, h, w) = stock.transformer, x.shape
     match stock:
@@ -452,6 +496,19 @@ def direct(stock: Any, x: Tensor, t: Tensor, prompts: Sequence[str], tokens: int
             packed, ids = stock.prepare_latents(b, c // 4, 16 * h, 16 * w, x.dtype, x.device, None, x[:, :, 0])
             velocity = network(packed, text, t, ids, text_ids).sample
             return stock._unpack_latents_with_ids(velocity, ids, h, w)[:, :, None]
+        case QwenImageEditPlusPipeline():
+            (seen, wide), (large, larger) = (calculate_dimensions(area, w / h) for area in (384**2, 1024**2))
+            pixels = stock.image_processor.preprocess(picture, larger, large).unsqueeze(2)
+            small, found = stock.image_processor.resize(picture, wide, seen), []
+            for one, time, prompt in zip(x, t, prompts, strict=True):
+                text, _ = stock.encode_prompt(prompt, [small])
+                tokens, image = stock.prepare_latents(
+                    [pixels], 1, c, 16 * h, 16 * w, x.dtype, x.device, None, stock._pack_latents(one[None], 1, c, h, w)
+                )
+                shapes = [[(1, h // 2, w // 2), (1, larger // 32, large // 32)]]
+                velocity = network(torch.cat([tokens, image], 1), text, None, time[None], shapes).sample
+                found.append(stock._unpack_latents(velocity[:, : tokens.shape[1]], 16 * h, 16 * w, 16))
+            return torch.cat(found)
         case QwenImage21Pipeline():
             found = []
             for one, time, prompt in zip(x, t, prompts, strict=True):

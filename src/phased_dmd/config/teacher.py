@@ -127,6 +127,14 @@ class QwenImageTeacher(PipelineTeacher):
     """The ends of the names of the layers that get LoRA adapters."""
 
 
+class QwenImageEditTeacher(QwenImageTeacher):
+    """Takes a `QwenImageEditPlusPipeline`, with a picture to every prompt."""
+
+    adapter, pipelines = "qwen_image_edit", ("QwenImageEditPlusPipeline",)
+    kind: Literal["qwen-image-edit"] = "qwen-image-edit"  # type: ignore[assignment] another kind
+    """The kind of teacher."""
+
+
 class ZImageTeacher(PipelineTeacher):
     """Takes a `ZImagePipeline` of the base, not of Turbo."""
 
@@ -202,7 +210,7 @@ class OwnTeacher(Section):
 
 
 Teacher = (
-    AnalyticTeacher | WanTeacher | QwenImageTeacher | ZImageTeacher | Flux2KleinTeacher | QwenImage21Teacher
-    | Krea2Teacher | Lumina2Teacher | OwnTeacher
+    AnalyticTeacher | WanTeacher | QwenImageTeacher | QwenImageEditTeacher | QwenImage21Teacher | ZImageTeacher
+    | Flux2KleinTeacher | Krea2Teacher | Lumina2Teacher | OwnTeacher
 )  # fmt: skip
 PIPELINES = tuple(kind for kind in get_args(Teacher) if issubclass(kind, PipelineTeacher))

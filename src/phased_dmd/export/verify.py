@@ -53,17 +53,17 @@ def verify(run: ExportedRun, folder: Path, dtype: torch.dtype | None = None) -> 
     as the run's was, unless the experts were merged into it.
     """
     dtype = dtype or precision(run.source.count_weights(), free_memory())
-    size = STILL if run.task == "t2i" else CLIP
+    size = STILL if run.task in ("t2i", "i2i") else CLIP
     with tempfile.TemporaryDirectory() as scratch:
         picture = Path(scratch) / "first.png"
         Image.effect_noise((size.width, size.height), 80).convert("RGB").save(picture)
-        texts = PROMPTS[1:] * 2 if run.adapter.stock.alone else PROMPTS
-        prompts = [Prompt(text, picture if run.task == "i2v" else None) for text in texts]
+        texts = PROMPTS[1:] if run.adapter.stock.alone else PROMPTS
+        prompts = [Prompt(text, picture if run.takes_images else None) for text in texts]
         noise, expected, bare = sample_run(run, prompts, size, dtype)
         stock, latents = run.adapter.stock, noise.shape[-2:]
         options: dict[str, Any] = {"height": size.height, "width": size.width, "latents": stock.given(noise)}
         options |= {"num_frames": size.num_frames} if stock.frames else {}
-        options |= {"image": read_picture(picture)} if run.task == "i2v" else {}
+        options |= {"image": read_picture(picture)} if run.takes_images else {}
         for load in (load_package, load_custom):
             pipe = load_quietly(load, run, folder, dtype)
             counts = [check_loaded(run, folder, expert, pipe) for expert in run.experts]

@@ -13,10 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 from phased_dmd.config.teacher import PipelineTeacher, Size
 from phased_dmd.errors import UserError
 from phased_dmd.maths.schedules import FlowSchedule, Prediction, Schedule
+from phased_dmd.media import shown_size
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import Source
 from phased_dmd.recipes import fitting
 
+ASPECT = 0.05  # by how much a picture's aspect ratio may differ from its bucket's
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -90,11 +92,11 @@ class PipelineCodec:
         return self._fingerprint
 
     def fits(self, image: Path) -> list[int]:
-        """Lists no bucket, where a codec takes no first frames."""
+        """Lists no bucket, where a codec takes no pictures."""
         return []
 
-    def encode_image(self, image: Path, bucket: int) -> Condition:
-        """Adds nothing to a prompt, where a codec takes no first frames."""
+    def encode_picture(self, prompt: str, picture: Path, bucket: int) -> Condition:
+        """Adds nothing to a prompt, where a codec takes no pictures."""
         return {}
 
 
@@ -128,6 +130,18 @@ def as_tokens(latents: Tensor) -> Tensor:
 def from_tokens(tokens: Tensor, height: int, width: int) -> Tensor:
     """Returns tokens as latents, the inverse of `as_tokens`."""
     return tokens.transpose(1, 2).unflatten(2, (1, height, width))
+
+
+def fitting_sizes(picture: Path, sizes: Sequence[Size]) -> list[int]:
+    """Lists the sizes whose aspect ratio is a picture's; raises a UserError where there is none."""
+    width, height = shown_size(picture)
+    found = [i for i, size in enumerate(sizes) if abs(width / height / (size.width / size.height) - 1) <= ASPECT]
+    if not found:
+        raise UserError(
+            f"{picture}: a picture of {height}x{width} fits none of the sizes {', '.join(map(str, sizes))}; "
+            "it needs the same shape"
+        )
+    return found
 
 
 def pad_texts(rows: Sequence[Condition], device: torch.device, dtype: torch.dtype) -> Condition:
