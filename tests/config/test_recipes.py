@@ -42,11 +42,13 @@ OTHERS = {
     "flux2-klein-4b": ("black-forest-labs/FLUX.2-klein-base-4B", 7.5, "", 512, None),
     "flux2-klein-9b": ("black-forest-labs/FLUX.2-klein-base-9B", 7.5, "", 512, None),
     "qwen-image-2.1": ("Qwen/Qwen-Image-2.1", 2.0, "", 1024, None),
+    "qwen-image-edit": ("Qwen/Qwen-Image-Edit-2509", 3.0, " ", 1024, None),
     "krea-2": ("krea/Krea-2-Raw", 2.5, "", 512, None),
+    "lumina-2": ("Alpha-VLLM/Lumina-Image-2.0", 6.0, "", 256, None),
 }
 MAKERS = {  # what their makers sample with: g, which is w + 1 of cond + w (cond - uncond), and steps
     "z-image": (5.0, 50), "flux2-klein-4b": (4.0, 50), "flux2-klein-9b": (4.0, 50), "qwen-image-2.1": (1.0, 40),
-    "krea-2": (4.5, 52),
+    "krea-2": (4.5, 52), "qwen-image-edit": (4.0, 40), "lumina-2": (4.0, 50),
 }  # fmt: skip
 LICENCES = {
     "flux2-klein-9b": "FLUX Non-Commercial License", "qwen-image-2.1": "Qwen Research License",
@@ -107,7 +109,7 @@ def test_the_settings_are_the_papers(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", OTHERS)
 def test_younger_models_take_the_papers_settings_and_their_makers_guidance(recipe: str) -> None:
-    config, paper = resolve(recipe), resolve("qwen-image")
+    config, paper = resolve(recipe, OWN), resolve("qwen-image", OWN)
     path, shift, negative, tokens, _ = OTHERS[recipe]
     teacher = config.teacher
     assert isinstance(teacher, PipelineTeacher)
@@ -115,6 +117,9 @@ def test_younger_models_take_the_papers_settings_and_their_makers_guidance(recip
     assert teacher.max_tokens == tokens and teacher.dtype == "bfloat16"
     assert (*teacher.guidance, teacher.base_steps) == MAKERS[recipe]
     differing = {"recipe", "teacher", "plan"}
+    if recipe == "lumina-2":  # on one card
+        assert teacher.quantise == "int8" and (config.fake.weights, config.fake.lr) == ("lora", config.generator.lr)
+        differing |= {"generator", "fake", "engine", "batch_size"}
     assert config.model_dump(exclude=differing) == paper.model_dump(exclude=differing)
     assert config.plan.model_copy(update={"shift": 3.0}) == paper.plan
 
@@ -129,7 +134,7 @@ def test_the_shift_of_flux2_klein_is_its_pipelines_at_a_megapixel() -> None:
 @pytest.mark.parametrize(("recipe", "exact"), [("qwen-image-2.1", 2.00), ("krea-2", 2.48)])
 def test_the_shift_of_a_line_is_its_pipelines_at_a_megapixel(recipe: str, exact: float) -> None:
     """Rounded to a half; of 64 x 64 tokens, by the shipped configuration of the scheduler."""
-    teacher = resolve(recipe).teacher
+    teacher = resolve(recipe, OWN).teacher
     assert isinstance(teacher, PipelineTeacher)
     folder = architecture(teacher.path)
     assert folder is not None

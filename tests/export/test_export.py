@@ -320,6 +320,7 @@ QWEN_KEY = re.compile(
 )
 KEYS = {
     "qwen_image": QWEN_KEY,
+    "qwen_image_edit": QWEN_KEY,
     "z_image": re.compile(
         r"diffusion_model\.(layers|(noise|context)_refiner)\.\d+\.(attention\.to_([qkv]|out\.0)|feed_forward\.w[123])"
         r"\.lora_[AB]\.weight"

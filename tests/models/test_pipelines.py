@@ -43,7 +43,7 @@ from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.sampling.writing import write_samples
 
 PROMPTS = ["a red fox in the snow", "a boat"]
-FIRST_FRAME = ("wan21_i2v", "wan22_i2v", "ti2v_5b from a frame")
+FIRST_FRAME = ("wan21_i2v", "wan22_i2v", "ti2v_5b from a frame", "qwen_image_edit")
 CASES = (*NAMES, "ti2v_5b from a frame")
 VARIANTS = {"from a frame": {"first_frame": True}, "of a limited norm": {"norm_limit": 0.9}}
 EXACT = {"rtol": 0, "atol": 1e-5}
@@ -599,6 +599,15 @@ DAMAGED = [  # a pipeline, what is done to its folder, what the line says
     ("flux2_klein", with_json("model_index.json", is_distilled=True), r"is distilled already .* flux2-klein-9b distil"),
     ("z_image", with_json("scheduler/scheduler_config.json", shift=3.0), r"is Z-Image-Turbo, .* distils the base"),
     ("z_image", lambda folder: shutil.rmtree(folder / "vae"), r"holds no vae.* the recipe z-image"),
+    (
+        "qwen_image_21",
+        with_json("model_index.json", sample_sigmas=[1.0, 0.5]),
+        r"\(sample_sigmas\): .* the base",
+    ),
+    ("krea_2", with_json("model_index.json", is_distilled=True), r"is distilled already .* base, krea/Krea-2-Raw"),
+    ("krea_2", lambda folder: shutil.rmtree(folder / "vae"), r"holds no vae.* the recipe krea-2"),
+    ("lumina_2", lambda folder: shutil.rmtree(folder / "text_encoder"), r"holds no text_encoder.* recipe lumina-2"),
+    ("qwen_image_edit", lambda folder: shutil.rmtree(folder / "processor"), r"holds no processor.* qwen-image-edit"),
 ]
 
 
@@ -736,6 +745,13 @@ def test_another_pipelines_folder_is_refused(folders: Callable[[str], Path]) -> 
         load_model(teacher_of("z_image", folders, path=str(folders("flux2_klein"))), 0)
     with pytest.raises(UserError, match="is a WanImageToVideoPipeline, .*; it fits the recipe wan22-i2v$"):
         load_model(teacher_of("qwen_image", folders, path=str(folders("wan22_i2v"))), 0)
+    for case, recipe in {
+        "qwen_image_21": "qwen-image-2.1",
+        "qwen_image_edit": "qwen-image-edit",
+        "krea_2": "krea-2",
+    }.items():
+        with pytest.raises(UserError, match=rf"not a QwenImagePipeline; it fits the recipe {recipe}$"):
+            load_model(teacher_of("qwen_image", folders, path=str(folders(case))), 0)
     with pytest.raises(UserError, match="is a WanPipeline, not a QwenImagePipeline"):
         load_model(teacher_of("qwen_image", folders, path=str(folders("wan21_t2v"))), 0)
 
@@ -790,6 +806,7 @@ def test_prompts_beyond_the_encoder_are_counted(tinies: Callable[[str], Tiny]) -
         ("wan21_t2v", {"lora_targets": ("to_z",)}, "a fox", "teacher.lora_targets: to_z"),
         ("qwen_image", sized(1, 32, 40), "a fox", "nearest is 1x32x32"),
         ("wan22_i2v", {}, "a fox", "needs a picture with every prompt"),
+        ("qwen_image_edit", {}, "a fox", "needs a picture with every prompt"),
     ],
 )
 def test_the_command_says_one_line_and_leaves_nothing_behind(
