@@ -110,7 +110,7 @@ class QwenImageEditCodec(PipelineCodec):
             self.pipeline.text_encoder = encoder.to(self.device)
         shown, size, processor = read_picture(picture), self.sizes[bucket], self.pipeline.image_processor
         small, large = (calculate_dimensions(area, size.width / size.height) for area in AREAS)
-        seen = [processor.resize(shown, small[1], small[0])]
+        seen: Any = [processor.resize(shown, small[1], small[0])]
         texts = [self.pipeline.encode_prompt([text], seen, self.device)[0][0].cpu() for text in (prompt, self.negative)]
         pixels = processor.preprocess(shown, large[1], large[0]).unsqueeze(2).to(self.device, self.vae.dtype)
         latents = self.pipeline._encode_vae_image(pixels, None)[0].cpu()  # type: ignore[arg-type] nothing is drawn
