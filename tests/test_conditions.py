@@ -59,9 +59,9 @@ class Recorder(PlainCodec):
         """By its name: `wide-tall.png` fits the buckets 0 and 2."""
         return [bucket for bucket, shape in enumerate(("wide", "square", "tall")) if shape in image.stem]
 
-    def encode_image(self, image: Path, bucket: int) -> Condition:
-        self.images.append((image.name, bucket))
-        return {"image": image_row(image, bucket)}
+    def encode_picture(self, prompt: str, picture: Path, bucket: int) -> Condition:
+        self.images.append((picture.name, bucket))
+        return {"image": image_row(picture, bucket)}
 
     def free(self) -> None:
         self.freed += 1
@@ -246,7 +246,7 @@ def test_a_changed_picture_is_encoded_again_with_its_file_only(tmp_path: Path) -
 def test_a_missing_first_frame_is_named_before_anything_is_encoded(tmp_path: Path) -> None:
     codec = Recorder(takes_images=True)
     prompts = [*pictures(tmp_path, "wide.png"), Prompt("a lonely text")]
-    with pytest.raises(UserError, match="^prompts: image-to-video needs a first frame with every prompt; 'a lonely t"):
+    with pytest.raises(UserError, match="^prompts: the model needs a picture with every prompt; 'a lonely t"):
         Conditions(codec, prompts, "", tmp_path / "cache")
     assert codec.texts == [] and not (tmp_path / "cache").exists()
 
@@ -268,7 +268,7 @@ def test_a_real_first_frame_must_have_the_shape_of_a_bucket(tmp_path: Path) -> N
         paths.append(tmp_path / f"{width}x{height}.png")
         Image.new("RGB", (width, height)).save(paths[-1])
     assert [codec.fits(path) for path in paths[:4]] == [[0], [0], [1], [0]]
-    with pytest.raises(UserError, match=r"64x64.png: a picture of 64x64 is the first frame of none of the sizes"):
+    with pytest.raises(UserError, match=r"64x64.png: a picture of 64x64 fits none of the sizes"):
         codec.fits(paths[4])
 
 
@@ -285,7 +285,10 @@ def test_a_first_frame_is_fitted_and_encoded_as_a_viewer_shows_it(tmp_path: Path
     hidden = Image.fromarray(pixels)
     hidden.save(tmp_path / "hidden.png")
     Image.alpha_composite(Image.new("RGBA", hidden.size, "white"), hidden).convert("RGB").save(tmp_path / "white.png")
-    rows = {name: codec.encode_image(tmp_path / f"{name}.png", 1) for name in ("shown", "telephone", "hidden", "white")}
+    rows = {
+        name: codec.encode_picture("", tmp_path / f"{name}.png", 1)
+        for name in ("shown", "telephone", "hidden", "white")
+    }
     assert all(codec.fits(tmp_path / f"{name}.png") == [1] for name in rows)
     assert same(rows["telephone"], rows["shown"]) and same(rows["hidden"], rows["white"])
     assert not same(rows["shown"], rows["white"])

@@ -351,7 +351,7 @@ def test_guided_samples_do_not_depend_on_those_beside_them(
     model = Recorded(bare)
     texts = codec.encode_text([*CAPTIONS, "a", "a red fox in the snow at night, two boats asleep"])
     if codec.takes_images:
-        texts = [text | codec.encode_image(tmp_path / "frame.png", 0) for text in texts]
+        texts = [text | codec.encode_picture("", tmp_path / "frame.png", 0) for text in texts]
     negatives = codec.encode_text(["", CAPTIONS[3], "a boat at night asleep in the snow, low quality, grey"])
     x = draw(len(texts), *model.sample_shapes[0], seed=1, dtype=torch.float64).to(device())
     t = torch.tensor([0.95, 0.9, 0.88, 0.3, 0.7, 0.99], dtype=torch.float64, device=device())

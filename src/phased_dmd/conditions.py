@@ -64,7 +64,7 @@ class Conditions:
         self.negative = self._read(last.path, "0.")
 
     def eligible(self, bucket: int) -> Sequence[int]:
-        """Lists the prompts that can be drawn in a bucket: all, or those whose first frame fits it."""
+        """Lists the prompts that can be drawn in a bucket: all, or those whose picture fits it."""
         return [i for i, fits in enumerate(self.buckets) if bucket in fits] if self.buckets else range(self.num_prompts)
 
     def row(self, index: int, bucket: int) -> Condition:
@@ -95,7 +95,7 @@ class Conditions:
             tensors |= {f"{i}.{part}": tensor for part, tensor in row.items()}
             if prompt.image:
                 for bucket in self.buckets[i]:
-                    row = codec.encode_image(prompt.image, bucket)
+                    row = codec.encode_picture(prompt.text, prompt.image, bucket)
                     tensors |= {f"{i}.{bucket}.{part}": tensor for part, tensor in row.items()}
         save_hashed(path, tensors)
 
@@ -106,7 +106,7 @@ class Conditions:
 
 
 def picture_hashes(prompts: Sequence[Prompt], between: Callable[[], object] = lambda: None) -> list[str]:
-    """Hashes all bytes of the prompts' first frames, to an empty hash without one; each process reads its part."""
+    """Hashes all bytes of the prompts' pictures, to an empty hash without one; each process reads its part."""
 
     def picture_hash(prompt: Prompt) -> str:
         return hashlib.blake2b(prompt.image.read_bytes(), digest_size=16).hexdigest() if prompt.image else ""
@@ -119,9 +119,9 @@ def picture_hashes(prompts: Sequence[Prompt], between: Callable[[], object] = la
 
 
 def fitting(codec: Codec, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Lists for each prompt the buckets that its first frame fits; empty for a model that takes none."""
+    """Lists for each prompt the buckets that its picture fits; empty for a model that takes none."""
     if not codec.takes_images:
         return []
     if missing := next((prompt for prompt in prompts if prompt.image is None), None):
-        raise UserError(f"prompts: image-to-video needs a first frame with every prompt; {missing.text!r} has none")
+        raise UserError(f"prompts: the model needs a picture with every prompt; {missing.text!r} has none")
     return [codec.fits(prompt.image) for prompt in prompts if prompt.image]

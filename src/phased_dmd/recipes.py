@@ -11,7 +11,11 @@ from phased_dmd.config.teacher import (
     AnalyticTeacher,
     AnyPipeline,
     Flux2KleinTeacher,
+    Krea2Teacher,
+    Lumina2Teacher,
     PipelineTeacher,
+    QwenImage21Teacher,
+    QwenImageEditTeacher,
     QwenImageTeacher,
     Size,
     WanTeacher,
@@ -101,6 +105,7 @@ CLIPS_480P = _sizes(81, 0.4, (480, 832), (832, 480))  # the first size is what p
 CLIPS = CLIPS_480P + _sizes(81, 0.1, (720, 1280), (1280, 720))
 SEVEN = _sizes(1, 1.0, (1328, 1328), (1664, 928), (928, 1664), (1472, 1104), (1104, 1472), (1584, 1056), (1056, 1584))
 MEGAPIXEL = _sizes(1, 1.0, (1024, 1024), (1280, 768), (768, 1280), (1152, 896), (896, 1152))
+SHAPES = MEGAPIXEL[:1] + _sizes(1, 1.0, (768, 1344), (1344, 768), (832, 1248), (1248, 832), (896, 1152), (1152, 896))
 FIRST_FRAMES = "first-frames.jsonl"  # of the user's own, in the working folder: none are shipped at these sizes
 WAN_NEGATIVE = (  # `sample_neg_prompt` of Wan's own configuration, what its program samples with unless told
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
@@ -111,8 +116,12 @@ WAN_NEGATIVE = (  # `sample_neg_prompt` of Wan's own configuration, what its pro
 
 WAN = partial(WanTeacher, negative_prompt=WAN_NEGATIVE, max_tokens=512)
 QWEN = partial(QwenImageTeacher, negative_prompt=" ", max_tokens=1024)
+EDIT = partial(QwenImageEditTeacher, negative_prompt=" ", max_tokens=1024)
 Z_IMAGE = partial(ZImageTeacher, max_tokens=512)
 KLEIN = partial(Flux2KleinTeacher, max_tokens=512)
+QWEN_21 = partial(QwenImage21Teacher, max_tokens=1024)
+KREA = partial(Krea2Teacher, max_tokens=512)
+LUMINA = partial(Lumina2Teacher, max_tokens=256)
 
 
 class System(NamedTuple):
@@ -132,7 +141,14 @@ class System(NamedTuple):
 
 FIFTY = {"teacher.base_steps": 50}  # of the bases that are younger than the paper, as their makers sample them
 W4 = {"teacher.guidance": [5.0]}  # what its pipeline calls 4: cond + 4 (cond - uncond)
+UNGUIDED = {"teacher.guidance": [1.0]}  # as its makers sample it
+RAW = {"teacher.guidance": [4.5], "teacher.base_steps": 52}  # what its pipeline calls 3.5
+ONE_CARD = FIFTY | {  # of 16 GB; docs/models.md says what was left out
+    "teacher.quantise": "int8", "generator.lora.rank": 32, "fake.weights": "lora", "fake.lora.rank": 32,
+    "fake.lr": 5e-5, "engine.micro_batch": 1, "engine.activation_checkpointing": True, "batch_size": 16,
+}  # fmt: skip
 APACHE, FLUX = "Apache-2.0", "FLUX Non-Commercial License"
+RESEARCH, COMMUNITY = "Qwen Research License", "Krea 2 Community License"
 T2I, T2V = "default-t2i", "default-t2v"
 SYSTEMS = {  # wan21-t2v-1.3b, at the size it was made for, is not in the paper
     "wan21-t2i":      System(WAN, "Wan-AI/Wan2.1-T2V-14B-Diffusers",  APACHE, PICTURE, 5.0, T2I),
@@ -144,6 +160,10 @@ SYSTEMS = {  # wan21-t2v-1.3b, at the size it was made for, is not in the paper
     "z-image":        System(Z_IMAGE, "Tongyi-MAI/Z-Image",           APACHE, MEGAPIXEL, 6.0, T2I, FIFTY | W4),
     "flux2-klein-4b": System(KLEIN, "black-forest-labs/FLUX.2-klein-base-4B", APACHE, MEGAPIXEL, 7.5, T2I, FIFTY),
     "flux2-klein-9b": System(KLEIN, "black-forest-labs/FLUX.2-klein-base-9B", FLUX, MEGAPIXEL, 7.5, T2I, FIFTY),
+    "qwen-image-2.1": System(QWEN_21, "Qwen/Qwen-Image-2.1",          RESEARCH, MEGAPIXEL, 2.0, T2I, UNGUIDED),
+    "qwen-image-edit": System(EDIT, "Qwen/Qwen-Image-Edit-2509",      APACHE, SHAPES, 3.0, FIRST_FRAMES),
+    "krea-2":         System(KREA, "krea/Krea-2-Raw",                 COMMUNITY, MEGAPIXEL, 2.5, T2I, RAW),
+    "lumina-2":       System(LUMINA, "Alpha-VLLM/Lumina-Image-2.0",   APACHE, MEGAPIXEL, 6.0, T2I, ONE_CARD),
 }  # fmt: skip
 
 
@@ -184,7 +204,7 @@ def resolve(recipe: str | Path, overrides: Mapping[str, Any] | None = None, meth
     data = apply_overrides(data, overrides)
     if data["prompts"] == FIRST_FRAMES and not Path(FIRST_FRAMES).is_file():
         raise UserError(
-            "prompts: image-to-video needs a first frame with every prompt: "
+            "prompts: this recipe needs a picture with every prompt: "
             "--prompts FILE, a jsonl, csv or parquet with the columns prompt and image"
         )
     if method is None:

@@ -1,5 +1,6 @@
 """The recipes with the paper's figures: what they say, and that every method and number of phases can be built."""
 
+import json
 import math
 import os
 import subprocess
@@ -20,6 +21,8 @@ from phased_dmd.config import Method, phase_plan, renoise_interval
 from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import Expert
+from phased_dmd.models.pipeline import line_mu
+from phased_dmd.models.source import architecture
 from phased_dmd.networks.optim import MomentumFreeAdamW
 from phased_dmd.networks.roles import FAKE, TEACHER, System
 from phased_dmd.prompts import read_prompts
@@ -34,15 +37,28 @@ PAPER = {  # hub id, shift, negative prompt, of diffusers' own encoding the most
     "wan22-i2v": ("Wan-AI/Wan2.2-I2V-A14B-Diffusers", 5.0, WAN_NEGATIVE, 512, 0.9),
     "qwen-image": ("Qwen/Qwen-Image", 3.0, " ", 1024, None),
 }
-OTHERS = {  # with their licence, and the guidance and steps of their makers' own examples
+OTHERS = {
     "z-image": ("Tongyi-MAI/Z-Image", 6.0, "", 512, None),
     "flux2-klein-4b": ("black-forest-labs/FLUX.2-klein-base-4B", 7.5, "", 512, None),
     "flux2-klein-9b": ("black-forest-labs/FLUX.2-klein-base-9B", 7.5, "", 512, None),
+    "qwen-image-2.1": ("Qwen/Qwen-Image-2.1", 2.0, "", 1024, None),
+    "qwen-image-edit": ("Qwen/Qwen-Image-Edit-2509", 3.0, " ", 1024, None),
+    "krea-2": ("krea/Krea-2-Raw", 2.5, "", 512, None),
+    "lumina-2": ("Alpha-VLLM/Lumina-Image-2.0", 6.0, "", 256, None),
 }
-GRIDS = {  # the paper's final version, in thousandths; of the two shifts that it does not have, k u / (1 + (k - 1) u)
-    5.0: (1000, 938, 833, 625), 3.0: (1000, 900, 750, 500), 6.0: (1000, 947, 857, 667), 7.5: (1000, 957, 882, 714),
+MAKERS = {  # what their makers sample with: g, which is w + 1 of cond + w (cond - uncond), and steps
+    "z-image": (5.0, 50), "flux2-klein-4b": (4.0, 50), "flux2-klein-9b": (4.0, 50), "qwen-image-2.1": (1.0, 40),
+    "krea-2": (4.5, 52), "qwen-image-edit": (4.0, 40), "lumina-2": (4.0, 50),
 }  # fmt: skip
-BOUNDARIES = {5.0: 0.8333, 3.0: 0.75, 6.0: 0.8571, 7.5: 0.8824}
+LICENCES = {
+    "flux2-klein-9b": "FLUX Non-Commercial License", "qwen-image-2.1": "Qwen Research License",
+    "krea-2": "Krea 2 Community License",
+}  # fmt: skip
+GRIDS = {  # the paper's final version, in thousandths; of the shifts that it does not have, k u / (1 + (k - 1) u)
+    5.0: (1000, 938, 833, 625), 3.0: (1000, 900, 750, 500), 6.0: (1000, 947, 857, 667), 7.5: (1000, 957, 882, 714),
+    2.0: (1000, 857, 667, 400), 2.5: (1000, 882, 714, 455),
+}  # fmt: skip
+BOUNDARIES = {5.0: 0.8333, 3.0: 0.75, 6.0: 0.8571, 7.5: 0.8824, 2.0: 0.6667, 2.5: 0.7143}
 OWN = {"prompts": "mine.jsonl"}  # wan22-i2v has no default
 METHODS: dict[str, tuple[int, str]] = {  # phases and gradient, for four steps
     "dmd": (1, "all"), "dmd-sgts": (1, "last"), "phased": (4, "all"), "phased-sgts": (2, "last"),
@@ -93,15 +109,17 @@ def test_the_settings_are_the_papers(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", OTHERS)
 def test_younger_models_take_the_papers_settings_and_their_makers_guidance(recipe: str) -> None:
-    """Z-Image's 4 is cond + 4 (cond - uncond), FLUX.2 klein's is uncond + 4 (cond - uncond); 50 steps."""
-    config, paper = resolve(recipe), resolve("qwen-image")
+    config, paper = resolve(recipe, OWN), resolve("qwen-image", OWN)
     path, shift, negative, tokens, _ = OTHERS[recipe]
     teacher = config.teacher
     assert isinstance(teacher, PipelineTeacher)
     assert (teacher.path, config.plan.shift, teacher.negative_prompt) == (path, shift, negative)
     assert teacher.max_tokens == tokens and teacher.dtype == "bfloat16"
-    assert (teacher.guidance, teacher.base_steps) == (((5.0,) if recipe == "z-image" else (4.0,)), 50)
+    assert (*teacher.guidance, teacher.base_steps) == MAKERS[recipe]
     differing = {"recipe", "teacher", "plan"}
+    if recipe == "lumina-2":  # on one card
+        assert teacher.quantise == "int8" and (config.fake.weights, config.fake.lr) == ("lora", config.generator.lr)
+        differing |= {"generator", "fake", "engine", "batch_size"}
     assert config.model_dump(exclude=differing) == paper.model_dump(exclude=differing)
     assert config.plan.model_copy(update={"shift": 3.0}) == paper.plan
 
@@ -113,11 +131,22 @@ def test_the_shift_of_flux2_klein_is_its_pipelines_at_a_megapixel() -> None:
     assert resolve("flux2-klein-4b").plan.shift == resolve("flux2-klein-9b").plan.shift == 7.5
 
 
+@pytest.mark.parametrize(("recipe", "exact"), [("qwen-image-2.1", 2.00), ("krea-2", 2.48)])
+def test_the_shift_of_a_line_is_its_pipelines_at_a_megapixel(recipe: str, exact: float) -> None:
+    """Rounded to a half; of 64 x 64 tokens, by the shipped configuration of the scheduler."""
+    teacher = resolve(recipe, OWN).teacher
+    assert isinstance(teacher, PipelineTeacher)
+    folder = architecture(teacher.path)
+    assert folder is not None
+    found = math.exp(line_mu(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()), 64 * 64))
+    assert found == pytest.approx(exact, abs=0.005)
+    assert resolve(recipe).plan.shift == round(2 * found) / 2
+
+
 @systems
 def test_the_licence_of_the_base_is_said_by_its_hub_id_or_the_recipe(recipe: str) -> None:
-    free = "FLUX Non-Commercial License" if recipe == "flux2-klein-9b" else "Apache-2.0"
     path = (PAPER | OTHERS)[recipe][0]
-    end = f"{free}, which holds for what is distilled from it too"
+    end = f"{LICENCES.get(recipe, 'Apache-2.0')}, which holds for what is distilled from it too"
     assert licence(resolve(recipe, OWN)) == f"licence of {path}: {end}"
     assert licence(resolve(recipe, OWN | {"teacher.path": "/models/base"})) == f"licence of /models/base: {end}"
 
@@ -288,7 +317,7 @@ def test_image_to_video_asks_for_first_frames(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(UserError) as error:
             resolve("wan22-i2v", overrides)
         assert str(error.value) == (
-            "prompts: image-to-video needs a first frame with every prompt: "
+            "prompts: this recipe needs a picture with every prompt: "
             "--prompts FILE, a jsonl, csv or parquet with the columns prompt and image"
         )
     assert resolve("wan22-i2v", {"prompts": "mine.csv"}).prompts == "mine.csv"

@@ -33,7 +33,7 @@ def make(workshop: Path) -> Make:
         run = workshop / "-".join([name, *map(str, (method, *changes.values()))]).replace("/", "_")
         if RunFolder(run).config_path.exists():
             return run
-        texts = str(workshop / ("frames.jsonl" if "_i2v" in name else "texts.txt"))
+        texts = str(workshop / ("frames.jsonl" if "_i2v" in name or "_edit" in name else "texts.txt"))
         settings = ({} if method else TINY) | {"prompts": texts}
         if name in pipelines.NAMES:
             teacher = workshop / "teachers" / name

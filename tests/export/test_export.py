@@ -320,6 +320,7 @@ QWEN_KEY = re.compile(
 )
 KEYS = {
     "qwen_image": QWEN_KEY,
+    "qwen_image_edit": QWEN_KEY,
     "z_image": re.compile(
         r"diffusion_model\.(layers|(noise|context)_refiner)\.\d+\.(attention\.to_([qkv]|out\.0)|feed_forward\.w[123])"
         r"\.lora_[AB]\.weight"
@@ -327,6 +328,18 @@ KEYS = {
     "flux2_klein": re.compile(
         r"transformer\.(transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?"
         r"\.linear_(in|out))|single_transformer_blocks\.\d+\.attn\.to_(qkv_mlp_proj|out))\.lora_[AB]\.weight"
+    ),
+    "qwen_image_21": re.compile(
+        r"diffusion_model\.transformer_blocks\.\d+\.(attn\.to_([qkv]|out\.0)|img_mlp\.(proj|gate_layer|out))"
+        r"\.lora_[AB]\.weight"
+    ),
+    "krea_2": re.compile(
+        r"transformer\.(transformer_blocks|text_fusion\.(layerwise|refiner)_blocks)\.\d+"
+        r"\.(attn\.to_([qkv]|gate|out\.0)|ff\.(gate|up|down))\.lora_[AB]\.weight"
+    ),
+    "lumina_2": re.compile(
+        r"transformer\.(layers|(noise|context)_refiner)\.\d+\.(attn\.to_([qkv]|out\.0)|feed_forward\.linear_[123])"
+        r"\.lora_[AB]\.weight"
     ),
 }
 

@@ -25,7 +25,7 @@ from phased_dmd import load_pipeline
 from phased_dmd.engine.world import device
 from phased_dmd.export import export, push
 from phased_dmd.export.exported_run import ExportedRun
-from phased_dmd.export.few_steps import FewSteps
+from phased_dmd.export.few_steps import FewSteps, check_call
 from phased_dmd.prompts import Prompt
 from phased_dmd.sampling.loading import load
 
@@ -101,6 +101,21 @@ def test_a_call_that_would_be_silently_wrong_is_refused_in_one_sentence(
     with pytest.raises(ValueError, match=rf"^{says}") as found:
         pipe(**{"prompt": "a digit"} | options)
     assert "\n" not in str(found.value)
+
+
+def test_a_pipeline_whose_samples_depend_on_each_other_takes_one_prompt_and_keeps_no_texts() -> None:
+    """As Qwen-Image-2.1's does; of the same prompt it may make several."""
+    few = {
+        "times": [1.0, 0.5], "max_sequence_length": None, "unguided": {"true_cfg_scale": 1.0}, "padded": False,
+        "fixed": {"use_kv_cache": False}, "alone": True,
+    }  # fmt: skip
+    check_call({"prompt": ["a digit", "a digit"], "use_kv_cache": False}, few)
+    with pytest.raises(ValueError, match=r"^prompt: samples of one call would depend on the longest prompt"):
+        check_call({"prompt": ["a digit", "a handwritten digit"]}, few)
+    with pytest.raises(
+        ValueError, match=r"^use_kv_cache: True, with which the experts of several steps would be mixed"
+    ):
+        check_call({"prompt": "a digit", "use_kv_cache": True}, few)
 
 
 def test_another_scheduler_is_refused(pipe: Any) -> None:

@@ -28,14 +28,14 @@ from phased_dmd.checkpoint import RunFolder, load_tensors
 from phased_dmd.cli import main
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config, Fake, Generator, Lora, Plan
-from phased_dmd.config.teacher import PipelineTeacher, Size, WanTeacher
+from phased_dmd.config.teacher import PipelineTeacher, WanTeacher
 from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.export import export
 from phased_dmd.maths.schedules import predicted_x0
 from phased_dmd.models.loader import adapter_of, load_model, stock_times
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
-from phased_dmd.models.source import quiet
+from phased_dmd.models.source import Source, quiet
 from phased_dmd.networks.build import add_expert, build_system
 from phased_dmd.networks.roles import FAKE, System
 from phased_dmd.prompts import Prompt
@@ -43,7 +43,7 @@ from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.sampling.writing import write_samples
 
 PROMPTS = ["a red fox in the snow", "a boat"]
-FIRST_FRAME = ("wan21_i2v", "wan22_i2v", "ti2v_5b from a frame")
+FIRST_FRAME = ("wan21_i2v", "wan22_i2v", "ti2v_5b from a frame", "qwen_image_edit")
 CASES = (*NAMES, "ti2v_5b from a frame")
 VARIANTS = {"from a frame": {"first_frame": True}, "of a limited norm": {"norm_limit": 0.9}}
 EXACT = {"rtol": 0, "atol": 1e-5}
@@ -114,6 +114,12 @@ def teacher_of(case: str, folders: Callable[[str], Path], **changes: Any) -> Pip
     return type(section).model_validate(section.model_dump() | changes)
 
 
+def encoded(codec: Codec, text: str, picture: Path) -> Condition:
+    """What the networks are told of a prompt, beside a picture where the model takes one."""
+    beside = codec.encode_picture(text, picture, 0) if codec.takes_images else {}
+    return codec.encode_text([text])[0] | beside
+
+
 def config_of(section: PipelineTeacher, prompts: str = "nano-t2i", **changes: Any) -> Config:
     """A run of two phases of two steps that takes seconds."""
     fields = {
@@ -135,10 +141,11 @@ def tinies(folders: Callable[[str], Path], picture: Callable[..., Path]) -> Call
         system = build_system(config_of(section), model, codec.encode_text([section.negative_prompt])[0])
         size = section.sizes[0]
         path = picture(2 * size.height, 2 * size.width)
-        rows = [row | (codec.encode_image(path, 0) if codec.takes_images else {}) for row in codec.encode_text(PROMPTS)]
+        rows = [encoded(codec, text, path) for text in PROMPTS]
         kind = WanImageToVideoPipeline if case == "ti2v_5b from a frame" else DiffusionPipeline
         with quiet():
-            stock = kind.from_pretrained(section.path).to(device())
+            parts = adapter_of(section).stock.parts(Source(section))
+            stock = kind.from_pretrained(section.path, **parts).to(device())
         stock.set_progress_bar_config(disable=True)
         return Tiny(stock, system, codec, rows, path)
 
@@ -158,18 +165,36 @@ def told() -> Callable[[Tiny], Told]:
 
 
 def run_stock(tiny: Tiny) -> Told:
+    if not adapter_of(tiny.teacher).stock.alone:
+        return call_stock(tiny, slice(2))
+    one, other = call_stock(tiny, slice(1)), call_stock(tiny, slice(1, 2))
+    inputs = [
+        {"encoder_hidden_states": [told["encoder_hidden_states"][0] for told in both]}
+        for both in zip(one.inputs, other.inputs, strict=True)
+    ]
+    pairs = zip(one.steps, other.steps, strict=True)
+    steps = [(torch.cat([a[0], b[0]]), a[1], torch.cat([a[2], b[2]])) for a, b in pairs]
+    return Told(
+        inputs, steps, torch.cat([one.latents, other.latents]), torch.cat([one.pixels, other.pixels])
+    )  # fmt: skip
+
+
+def call_stock(tiny: Tiny, which: slice) -> Told:
+    """What the stock pipeline did, asked for some of two samples."""
     stock, section, size = tiny.stock, tiny.teacher, tiny.teacher.sizes[0]
     noise = draw(2, *tiny.model.sample_shapes[0], seed=1).to(device())
-    options: dict[str, Any] = guided(section) | {
-        "prompt": list(PROMPTS), "num_inference_steps": 4, "height": size.height, "width": size.width,
-        "max_sequence_length": section.max_tokens, "latents": adapter_of(section).stock.given(noise),
-        "output_type": "pt",
-    }  # fmt: skip
+    options: dict[str, Any] = {
+        key: value[which] if isinstance(value, list) else value
+        for key, value in (guided(section) | {"prompt": list(PROMPTS)}).items()
+    }
+    options |= {
+        "num_inference_steps": 4, "height": size.height, "width": size.width, "output_type": "pt",
+        "latents": adapter_of(section).stock.given(noise)[which],
+    } | limit(section, section.max_tokens)  # fmt: skip
     if isinstance(section, WanTeacher):
         stock.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
         options |= {"num_frames": size.num_frames}
-        if tiny.codec.takes_images:
-            options["image"] = Image.open(tiny.picture)
+    options |= {"image": Image.open(tiny.picture)} if tiny.codec.takes_images else {}
     inputs, steps, last = [], [], []
     step = stock.scheduler.step
 
@@ -192,6 +217,11 @@ def run_stock(tiny: Tiny) -> Told:
     return Told(inputs, steps, latents_of(tiny, last[0]), pixels.movedim(2, 4))
 
 
+def limit(section: PipelineTeacher, tokens: int) -> dict[str, int]:
+    """How a stock pipeline is told the most tokens of a prompt, if it can be."""
+    return {"max_sequence_length": tokens} if adapter_of(section).stock.limits else {}
+
+
 def times(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device())
 
@@ -206,12 +236,12 @@ def latents_of(tiny: Tiny, x: Tensor) -> Tensor:
 
 def test_conditions_are_what_the_stock_pipeline_tells_its_network(tiny: Tiny, told: Callable[[Tiny], Told]) -> None:
     """Text, mask and first frame, of the prompts (its first call) and of the negative prompt (its second)."""
-    negative = tiny.condition | tiny.model.batch([tiny.system.negative] * 2)
+    negative = tiny.system.unconditional(tiny.condition, 2)
     for i, (ours, theirs) in enumerate(zip((tiny.condition, negative), told(tiny).inputs, strict=False)):
-        if "cap_feats" in theirs:  # Z-Image's, of both in one call
-            texts = told(tiny).inputs[0]["cap_feats"][2 * i : 2 * i + 2]
+        if texts := told_apart(theirs, told(tiny).inputs[0], i):
             lengths = ours["mask"].sum(1)
-            assert all(torch.equal(a[:n], b) for a, b, n in zip(ours["text"], texts, lengths, strict=True))
+            for a, b, n in zip(ours["text"], texts, lengths, strict=True):
+                torch.testing.assert_close(a[:n], b, **EXACT)
             continue
         assert torch.equal(ours["text"], theirs["encoder_hidden_states"])
         if "mask" in ours:
@@ -225,6 +255,16 @@ def test_conditions_are_what_the_stock_pipeline_tells_its_network(tiny: Tiny, to
         assert (features is None) == ("image_features" not in ours)
         if features is not None:
             torch.testing.assert_close(ours["image_features"], features, **EXACT)
+
+
+def told_apart(told: dict[str, Any], first: dict[str, Any], half: int) -> list[Tensor]:
+    """The prompts' texts where they were told without padding; those of Z-Image's two halves came in one call."""
+    if "cap_feats" in first:
+        return first["cap_feats"][2 * half : 2 * half + 2]
+    texts = told["encoder_hidden_states"]
+    if "encoder_attention_mask" in told:  # as long for all prompts
+        return [text[mask.bool()] for text, mask in zip(texts, told["encoder_attention_mask"], strict=True)]
+    return texts if isinstance(texts, list) else []
 
 
 def test_the_prediction_is_the_networks_own(tiny: Tiny) -> None:
@@ -245,7 +285,7 @@ def direct_call(tiny: Tiny, network: Any, x: Tensor) -> Tensor:
     """The network's prediction at t of .9 and .3 for PROMPTS, by the stock pipeline's own preparations."""
     stock, size, options = tiny.stock, tiny.teacher.sizes[0], {}
     if not isinstance(tiny.teacher, WanTeacher):
-        return direct(stock, x, times(0.9, 0.3).float(), PROMPTS, tiny.teacher.max_tokens)
+        return direct(stock, x, times(0.9, 0.3).float(), PROMPTS, tiny.teacher.max_tokens, Image.open(tiny.picture))
     text, _ = stock.encode_prompt(PROMPTS, max_sequence_length=tiny.teacher.max_tokens)
     timestep = times(900, 300).float()
     if tiny.codec.takes_images:
@@ -268,8 +308,7 @@ def direct_call(tiny: Tiny, network: Any, x: Tensor) -> Tensor:
 def test_a_sample_does_not_depend_on_the_prompt_beside_it(tiny: Tiny) -> None:
     """Two prompts of different lengths in one batch, and each alone."""
     x, t = draw(2, *tiny.model.sample_shapes[0], seed=2).to(device()), times(0.9, 0.3)
-    texts = [row["text"] for row in tiny.codec.encode_text(PROMPTS)]
-    assert tiny.model.batch(tiny.rows)["text"].shape[1] >= max(map(len, texts))
+    assert tiny.condition["text"].shape[1] >= max(len(row["text"]) for row in tiny.rows)
     with torch.no_grad():
         for network in tiny.model.networks:
             both = tiny.model.predict(network, x, t, tiny.condition)
@@ -291,17 +330,18 @@ def test_the_base_is_sampled_at_its_own_pipelines_times(
         assert found is None
         return
     assert found is not None
+    prompt = Prompt("a boat", tiny.picture if tiny.codec.takes_images else None)
+    shown = {"image": Image.open(tiny.picture)} if prompt.image else {}
     tiny.stock(
         prompt="a boat", height=size.height, width=size.width, num_inference_steps=steps, output_type="latent",
-        latents=adapter_of(tiny.teacher).stock.given(noise), max_sequence_length=8,
+        latents=adapter_of(tiny.teacher).stock.given(noise), **limit(tiny.teacher, 8), **shown,
     )  # fmt: skip
     assert found == pytest.approx(tiny.stock.scheduler.sigmas.tolist(), abs=1e-6) and len(found) == steps + 1
     sampler = Sampler(tiny.system, tiny.codec)
-    expected = tiny.system.sample_teacher(
-        sampler._noise([0]), tiny.model.batch(tiny.codec.encode_text(["a boat"])), steps, found
-    )
-    torch.testing.assert_close(sampler(["a boat"], [0], teacher_steps=steps), expected.cpu(), **EXACT)
-    own = tiny.system.sample_teacher(sampler._noise([0]), tiny.model.batch(tiny.codec.encode_text(["a boat"])), steps)
+    condition = tiny.model.batch([sampler.encode([prompt])[prompt]])
+    expected = tiny.system.sample_teacher(sampler._noise([0]), condition, steps, found)
+    torch.testing.assert_close(sampler([prompt], [0], teacher_steps=steps), expected.cpu(), **EXACT)
+    own = tiny.system.sample_teacher(sampler._noise([0]), condition, steps)
     assert (own - expected).abs().max() > 1e-3
 
 
@@ -346,7 +386,9 @@ def test_pixels_are_the_stock_pipelines(tiny: Tiny, told: Callable[[Tiny], Told]
     latents = told(tiny).latents
     if "first_frame" in tiny.condition:
         latents = torch.cat([tiny.condition["first_frame"], latents[:, :, 1:]], 2)
-    torch.testing.assert_close(tiny.codec.decode(latents), told(tiny).pixels, **EXACT)
+    colours, alpha = told(tiny).pixels[..., :3], told(tiny).pixels[..., 3:]  # Qwen-Image-2.1's, to be shown on white
+    expected = colours * alpha + 1 - alpha if alpha.shape[-1] else colours
+    torch.testing.assert_close(tiny.codec.decode(latents), expected, **EXACT)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -367,16 +409,19 @@ def test_a_given_first_latent_frame_is_known_exactly(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_freed_encoder_is_gone_until_it_is_needed_again(name: str, folders: Callable[[str], Path]) -> None:
+def test_a_freed_encoder_is_gone_until_it_is_needed_again(
+    name: str, folders: Callable[[str], Path], picture: Callable[..., Path]
+) -> None:
     section = teacher_of(name, folders)
+    shown = picture(2 * section.sizes[0].height, 2 * section.sizes[0].width)
     _, codec = load_model(section, 0)
     without = storages(living_parameters())
-    before = codec.encode_text(PROMPTS)
+    before = [encoded(codec, text, shown) for text in PROMPTS]
     loaded = storages(living_parameters())
     codec.free()
     assert len(loaded) > len(without) and storages(living_parameters()) == without
-    for old, new in zip(before, codec.encode_text(PROMPTS), strict=True):
-        assert torch.equal(old["text"], new["text"])
+    for old, text in zip(before, PROMPTS, strict=True):
+        assert torch.equal(old["text"], encoded(codec, text, shown)["text"])
 
 
 # ---------------------------------------------------------------- whole runs
@@ -398,7 +443,7 @@ def test_it_is_distilled_resumed_to_the_byte_sampled_exported_and_verified(
     case: str, folders: Callable[[str], Path], tinies: Callable[[str], Tiny], tmp_path: Path
 ) -> None:
     tiny = tinies(case)
-    size = Size(num_frames=1 if case in PICTURES else 5, height=32, width=tiny.teacher.sizes[0].width)
+    size = tiny.teacher.sizes[0].model_copy(update={"num_frames": 1 if case in PICTURES else 5})
     section = teacher_of(case, folders, sizes=[size.model_dump()])
     config = config_of(section, prompts_file(tmp_path, tiny.codec, tiny.picture))
     whole = phased_dmd.distill(config.model_copy(update={"sample_every": 2}), tmp_path / "whole", quiet=True)
@@ -439,7 +484,7 @@ def assert_trained(case: str, expert: dict[str, Tensor], networks: int, phase: i
     """
     still = {name for name, tensor in expert.items() if "lora_B" in name and not tensor.any()}
     unread = ("transformer_blocks.1.txt_mlp", "transformer_blocks.1.attn.to_add_out", "transformer_blocks.1.attn.add_q")
-    assert all(any(part in name for part in unread) for name in still) and (case == "qwen_image" or not still)
+    assert all(any(part in name for part in unread) for name in still) and (case.startswith("qwen_image") or not still)
     assert {name.split(".")[0] for name in expert} == {str(phase - 1) if networks == 2 else "0"}
 
 
@@ -554,6 +599,15 @@ DAMAGED = [  # a pipeline, what is done to its folder, what the line says
     ("flux2_klein", with_json("model_index.json", is_distilled=True), r"is distilled already .* flux2-klein-9b distil"),
     ("z_image", with_json("scheduler/scheduler_config.json", shift=3.0), r"is Z-Image-Turbo, .* distils the base"),
     ("z_image", lambda folder: shutil.rmtree(folder / "vae"), r"holds no vae.* the recipe z-image"),
+    (
+        "qwen_image_21",
+        with_json("model_index.json", sample_sigmas=[1.0, 0.5]),
+        r"\(sample_sigmas\): .* the base",
+    ),
+    ("krea_2", with_json("model_index.json", is_distilled=True), r"is distilled already .* base, krea/Krea-2-Raw"),
+    ("krea_2", lambda folder: shutil.rmtree(folder / "vae"), r"holds no vae.* the recipe krea-2"),
+    ("lumina_2", lambda folder: shutil.rmtree(folder / "text_encoder"), r"holds no text_encoder.* recipe lumina-2"),
+    ("qwen_image_edit", lambda folder: shutil.rmtree(folder / "processor"), r"holds no processor.* qwen-image-edit"),
 ]
 
 
@@ -691,6 +745,13 @@ def test_another_pipelines_folder_is_refused(folders: Callable[[str], Path]) -> 
         load_model(teacher_of("z_image", folders, path=str(folders("flux2_klein"))), 0)
     with pytest.raises(UserError, match="is a WanImageToVideoPipeline, .*; it fits the recipe wan22-i2v$"):
         load_model(teacher_of("qwen_image", folders, path=str(folders("wan22_i2v"))), 0)
+    for case, recipe in {
+        "qwen_image_21": "qwen-image-2.1",
+        "qwen_image_edit": "qwen-image-edit",
+        "krea_2": "krea-2",
+    }.items():
+        with pytest.raises(UserError, match=rf"not a QwenImagePipeline; it fits the recipe {recipe}$"):
+            load_model(teacher_of("qwen_image", folders, path=str(folders(case))), 0)
     with pytest.raises(UserError, match="is a WanPipeline, not a QwenImagePipeline"):
         load_model(teacher_of("qwen_image", folders, path=str(folders("wan21_t2v"))), 0)
 
@@ -713,8 +774,8 @@ def test_a_first_frame_must_be_a_picture_of_the_samples_shape(
     (tmp_path / "cut.png").write_bytes(tiny.picture.read_bytes()[:60])
     assert tiny.codec.fits(picture(3 * size.height, 3 * size.width)) == [0]
     refused = [
-        (Prompt("a fox"), "needs a first frame with every prompt; 'a fox' has none"),
-        (Prompt("a fox", picture(2 * size.width, 2 * size.height)), "is the first frame of none of the sizes"),
+        (Prompt("a fox"), "needs a picture with every prompt; 'a fox' has none"),
+        (Prompt("a fox", picture(2 * size.width, 2 * size.height)), "fits none of the sizes"),
         (Prompt("a fox", tmp_path / "text.png"), "text.png: cannot be read as a picture"),
         (Prompt("a fox", tmp_path / "absent.png"), "absent.png: cannot be read as a picture"),
     ]
@@ -722,7 +783,7 @@ def test_a_first_frame_must_be_a_picture_of_the_samples_shape(
         with pytest.raises(UserError, match=message):
             fitting(tiny.codec, [prompt])
     with pytest.raises(UserError, match="cut.png: cannot be read as a picture"):
-        tiny.codec.encode_image(tmp_path / "cut.png", 0)
+        tiny.codec.encode_picture("a fox", tmp_path / "cut.png", 0)
 
 
 def test_prompts_beyond_the_encoder_are_counted(tinies: Callable[[str], Tiny]) -> None:
@@ -744,7 +805,8 @@ def test_prompts_beyond_the_encoder_are_counted(tinies: Callable[[str], Tiny]) -
         ("wan21_t2v", {"path": "qwen_image"}, "a fox", "not a WanPipeline"),
         ("wan21_t2v", {"lora_targets": ("to_z",)}, "a fox", "teacher.lora_targets: to_z"),
         ("qwen_image", sized(1, 32, 40), "a fox", "nearest is 1x32x32"),
-        ("wan22_i2v", {}, "a fox", "needs a first frame with every prompt"),
+        ("wan22_i2v", {}, "a fox", "needs a picture with every prompt"),
+        ("qwen_image_edit", {}, "a fox", "needs a picture with every prompt"),
     ],
 )
 def test_the_command_says_one_line_and_leaves_nothing_behind(

@@ -177,7 +177,7 @@ def sample(
     if not seeds.isdecimal() or int(seeds) < 1:
         raise UserError(f"--seeds: {seeds!r} is no count of samples; 8 makes those of seeds 0 to 7")
     if image is not None and not prompt:
-        raise UserError("--image: the first frame of every --prompt, and there is none; --prompts FILE names its own")
+        raise UserError("--image: the picture of every --prompt, and there is none; --prompts FILE names its own")
     asked = [Prompt(text, image) for text in prompt or []] + (read_prompts(prompts) if prompts is not None else [])
 
     from phased_dmd.networks.build import load_teacher
@@ -194,7 +194,7 @@ def sample(
         asked = prompts_for(config, asked)
         sampler = assemble(config, experts, load_teacher(config, fit=False), bucket, asked)
     if image is not None and not sampler.codec.takes_images:
-        raise UserError(f"--image: {config.recipe} takes no first frame")
+        raise UserError(f"--image: {config.recipe} takes no picture")
     for path in write_samples(sampler, asked, int(seeds), output, base):
         print(path)
 

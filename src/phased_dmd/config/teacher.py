@@ -129,6 +129,14 @@ class QwenImageTeacher(PipelineTeacher):
     """The ends of the names of the layers that get LoRA adapters."""
 
 
+class QwenImageEditTeacher(QwenImageTeacher):
+    """Takes a `QwenImageEditPlusPipeline`, with a picture to every prompt."""
+
+    adapter, pipelines = "qwen_image_edit", ("QwenImageEditPlusPipeline",)
+    kind: Literal["qwen-image-edit"] = "qwen-image-edit"  # type: ignore[assignment] another kind
+    """The kind of teacher."""
+
+
 class ZImageTeacher(PipelineTeacher):
     """Takes a `ZImagePipeline` of the base, not of Turbo."""
 
@@ -156,6 +164,40 @@ class Flux2KleinTeacher(PipelineTeacher):
     """The ends of the names of the layers that get LoRA adapters."""
 
 
+class QwenImage21Teacher(PipelineTeacher):
+    """Takes a `QwenImage21Pipeline` of the base, not of Turbo."""
+
+    adapter, pipelines = "qwen_image_21", ("QwenImage21Pipeline",)
+    kind: Literal["qwen-image-2.1"] = "qwen-image-2.1"
+    """The kind of teacher."""
+    lora_targets: Targets = (
+        "to_q", "to_k", "to_v", "to_out.0", "img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out",
+    )  # fmt: skip
+    """The ends of the names of the layers that get LoRA adapters."""
+
+
+class Krea2Teacher(PipelineTeacher):
+    """Takes a `Krea2Pipeline` of Krea 2 Raw, not of Turbo."""
+
+    adapter, pipelines = "krea_2", ("Krea2Pipeline",)
+    kind: Literal["krea-2"] = "krea-2"
+    """The kind of teacher."""
+    lora_targets: Targets = ("to_q", "to_k", "to_v", "to_gate", "to_out.0", "ff.gate", "ff.up", "ff.down")
+    """The ends of the names of the layers that get LoRA adapters."""
+
+
+class Lumina2Teacher(PipelineTeacher):
+    """Takes a `Lumina2Pipeline`."""
+
+    adapter, pipelines = "lumina_2", ("Lumina2Pipeline",)
+    kind: Literal["lumina-2"] = "lumina-2"
+    """The kind of teacher."""
+    lora_targets: Targets = (
+        "to_q", "to_k", "to_v", "to_out.0", "feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3",
+    )  # fmt: skip
+    """The ends of the names of the layers that get LoRA adapters."""
+
+
 class OwnTeacher(Section):
     """Takes a model of the user's own, given to `distill` and `load` as Python objects."""
 
@@ -169,5 +211,8 @@ class OwnTeacher(Section):
     """The share of the batches that each of the model's sample_shapes gets, relative to their sum."""
 
 
-AnyPipeline = WanTeacher | QwenImageTeacher | ZImageTeacher | Flux2KleinTeacher
+AnyPipeline = (
+    WanTeacher | QwenImageTeacher | QwenImageEditTeacher | QwenImage21Teacher | ZImageTeacher | Flux2KleinTeacher
+    | Krea2Teacher | Lumina2Teacher
+)  # fmt: skip
 Teacher = AnalyticTeacher | AnyPipeline | OwnTeacher

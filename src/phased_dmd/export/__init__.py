@@ -88,9 +88,10 @@ def write_pipeline(run: ExportedRun, folder: Path) -> None:
     about = {
         "base": run.base, "revision": run.teacher.revision, "fused": run.fused, "pipeline": run.pipeline,
         "times": list(run.plan.times[:-1]), "boundary_ratio": run.boundary_ratio, "solver": run.config.ablation.solver,
-        "max_sequence_length": run.teacher.max_tokens,
+        "max_sequence_length": run.teacher.max_tokens if stock.limits else None,
         "size": {"height": size.height, "width": size.width} | frames,
-        "unguided": dict([stock.unguided]), "padded": run.adapter.padded, "cleans": stock.cleans,
+        "unguided": dict([stock.unguided]), "fixed": dict(stock.fixed), "padded": run.adapter.padded,
+        "alone": stock.alone, "cleans": stock.cleans,
         "experts": [
             {key: getattr(expert, key) for key in ("phase", "network", "steps", "part", "name", "file")}
             for expert in run.experts

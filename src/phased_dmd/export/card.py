@@ -35,7 +35,7 @@ def write_card(run: ExportedRun, folder: Path, repo: str | None = None, checked:
     text = environment.get_template("README.md.j2").render(
         run=run, config=run.config, plan=run.plan, teacher=run.teacher,
         sizes=[run.lengths(size) for size in run.teacher.sizes],
-        steps=sorted((step, expert) for expert in run.experts for step in expert.steps), image=run.task == "i2v",
+        steps=sorted((step, expert) for expert in run.experts for step in expert.steps), image=run.takes_images,
         moves=run.teacher.sizes[0].num_frames > 1, stock=stock, gap=gap, obstacle=obstacle(run), here=repo or ".",
         bases=base_files(run), preview=preview, checked=checked,
         prompts=preview_prompts(run) if preview else [],
@@ -54,7 +54,7 @@ def preview_prompts(run: ExportedRun) -> list[tuple[str, str]]:
     There are none where the run's prompts have first frames, which say which are chosen.
     """
     path = run.folder / "prompts.jsonl"
-    if run.task == "i2v" or not path.exists():
+    if run.takes_images or not path.exists():
         return []
     prompts = [json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()]
     count = preview_size(bare_model(run.teacher, run.config.seed).sample_shapes[0])

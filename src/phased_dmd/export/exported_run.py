@@ -85,9 +85,14 @@ class ExportedRun:
     def adapter(self) -> Adapter:
         return adapter_of(self.teacher)
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether the model is given a picture with every prompt."""
+        return self.adapter.takes_images(self.teacher, self.source)
+
     @cached_property
     def task(self) -> str:
-        if self.adapter.takes_images(self.teacher, self.source):
+        if self.takes_images:
             return "i2v" if self.adapter.stock.frames else "i2i"
         return "t2v" if self.teacher.sizes[0].num_frames > 1 else "t2i"
 
@@ -169,7 +174,7 @@ class ExportedRun:
 
     def lengths(self, size: Size) -> tuple[int, ...]:
         """Returns the frames, if the model makes clips, height and width of a size."""
-        return (size.num_frames, size.height, size.width)[self.task == "t2i" :]
+        return (size.num_frames, size.height, size.width)[self.task in ("t2i", "i2i") :]
 
     @property
     def two_parts(self) -> bool:

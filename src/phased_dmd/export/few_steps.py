@@ -106,8 +106,10 @@ class FewSteps(Base):
             refuse("the scheduler was replaced: the experts were distilled for the times of the one that was there")
         check_call(call, few)
         scheduler.generator = call.get("generator")
-        fixed = {"num_inference_steps": len(few["times"]), "max_sequence_length": few["max_sequence_length"]}
-        return super().__call__(**few["size"] | call | fixed | few["unguided"])
+        fixed = few["fixed"] | few["unguided"] | {"num_inference_steps": len(few["times"])}
+        if few["max_sequence_length"]:
+            fixed["max_sequence_length"] = few["max_sequence_length"]
+        return super().__call__(**few["size"] | call | fixed)
 
     def load_lora_weights(self, weights: Any, adapter_name: str | None = None, **options: Any) -> None:  # type: ignore[override]
         """Loads a LoRA of the user's own beside the experts; refuses the export's files, which are loaded already."""
@@ -189,6 +191,11 @@ def check_call(call: dict[str, Any], few: dict[str, Any]) -> None:
         refuse("negative_prompt: without guidance it changes nothing; leave it out")
     if call.get("sigmas") is not None:
         refuse("sigmas: the experts were distilled for their own times; leave it out")
+    if odd := next((name for name, value in few["fixed"].items() if call.get(name, value) != value), None):
+        refuse(f"{odd}: {call[odd]}, with which the experts of several steps would be mixed; leave it out")
+    prompts = call.get("prompt")
+    if few["alone"] and isinstance(prompts, list) and len(set(prompts)) > 1:
+        refuse("prompt: samples of one call would depend on the longest prompt of it; call once for each prompt")
     if "scale" in (call.get("attention_kwargs") or {}):
         refuse("attention_kwargs: scale would weaken or strengthen the experts, which were distilled at 1")
     embeds = call.get("prompt_embeds")
@@ -230,20 +237,21 @@ def read_index(folder: Path) -> dict[str, Any]:
     pipeline_class(str(index.get("pipeline")))
     if not all(Path(expert["file"]).name == expert["file"] for expert in index["experts"]):
         refuse(f"{path}: names files elsewhere")
-    if missing := {"unguided", "padded", "cleans"} - index.keys():
+    if missing := {"unguided", "fixed", "padded", "alone", "cleans"} - index.keys():
         refuse(f"{path}: says nothing of {min(missing)}; an older version wrote it, and its own pipeline.py runs it")
     return index
 
 
 def load_pipeline(
     folder: str | Path, base: str | Path | None = None, revision: str | None = None,
-    dtype: torch.dtype | None = None, device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None, device: str | torch.device | None = None, **parts: Any,
 ) -> Any:  # fmt: skip
     """Returns the few-step pipeline of an export: `load_pipeline(FOLDER)(prompt="a fox")` samples.
 
     folder: an export's, or its hub id; revision: a commit of the latter. base: the base's folder or hub id, where it is
     another than the export names, or none is named. dtype: of all but the VAE, bfloat16 on a GPU and float32 on a CPU
     unless told. device: a GPU if there is one; with "cpu", `enable_model_cpu_offload()` can follow.
+    parts: of the pipeline, in the place of the base's.
     """
     place = find(folder, revision)
     index, options = read_index(place), dict[str, Any]()
@@ -257,7 +265,7 @@ def load_pipeline(
         refuse(f"{folder}: its base was a local folder; name it: load_pipeline({str(folder)!r}, base=FOLDER)")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-    options |= {"dtype": {"default": dtype, "vae": torch.float32}, "use_safetensors": True}
+    options |= {"dtype": {"default": dtype, "vae": torch.float32}, "use_safetensors": True} | parts
     return (
         few_step_class(index["pipeline"]).from_pretrained(base, **options).load_few_steps(folder, revision).to(device)
     )

@@ -26,6 +26,8 @@ def save_fused(run: ExportedRun, folder: Path) -> None:
     kind = ["diffusers", run.adapter.transformer.__name__]
     index = run.source.index | {"_class_name": run.pipeline, "scheduler": ["diffusers", type(scheduler).__name__]}
     index |= run.adapter.stock.flags
+    if grid := run.adapter.stock.grid:
+        index[grid] = evenly_spaced(run).tolist()
     if run.adapter.places > 1:
         index |= {part: kind if part in parts else [None, None] for part in PARTS}
         index["boundary_ratio"] = run.boundary_ratio
@@ -38,8 +40,8 @@ def save_fused(run: ExportedRun, folder: Path) -> None:
 
 def copy_parts(run: ExportedRun, folder: Path, without: tuple[str, ...] = ()) -> None:
     """Copies the parts of the base's pipeline, which may lie in two folders."""
-    for part, kind in run.source.index.items():
-        if part not in without and isinstance(kind, list | tuple) and kind[0] is not None:
+    for part in run.source.index:
+        if part not in without and run.source.has(part):
             shutil.copytree(run.source.part_folder(part), folder / part)
 
 
@@ -68,6 +70,11 @@ def nearest_scheduler(run: ExportedRun) -> Any:
     return run.adapter.stock.scheduler(run.config.plan.shift, run.plan.num_steps, run.stochastic)
 
 
+def evenly_spaced(run: ExportedRun) -> np.ndarray:
+    """Returns the times that stock pipelines hand to their schedulers, before these shift them."""
+    return np.linspace(1, 1 / run.plan.num_steps, run.plan.num_steps)
+
+
 def stock_times(run: ExportedRun) -> tuple[list[float], float]:
     """Returns the times that a stock pipeline runs at with that scheduler, and their largest gap to the trained ones.
 
@@ -77,7 +84,7 @@ def stock_times(run: ExportedRun) -> tuple[list[float], float]:
     steps, trained = run.plan.num_steps, torch.tensor(run.plan.times[:-1], dtype=torch.float64)
     options: dict[str, Any] = {}
     if run.adapter.stock.passes_sigmas:
-        options = {"sigmas": np.linspace(1, 1 / steps, steps), "mu": math.log(run.config.plan.shift)}  # as it does
+        options = {"sigmas": evenly_spaced(run), "mu": math.log(run.config.plan.shift)}  # as it does
     scheduler.set_timesteps(steps, **options)
     levels = torch.as_tensor(scheduler.sigmas, dtype=torch.float64)[:-1]
     told = torch.as_tensor(scheduler.timesteps, dtype=torch.float64) / 1000

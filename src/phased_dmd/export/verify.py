@@ -53,22 +53,23 @@ def verify(run: ExportedRun, folder: Path, dtype: torch.dtype | None = None) -> 
     as the run's was, unless the experts were merged into it.
     """
     dtype = dtype or precision(run.source.count_weights(), free_memory())
-    size = STILL if run.task == "t2i" else CLIP
+    size = STILL if run.task in ("t2i", "i2i") else CLIP
     with tempfile.TemporaryDirectory() as scratch:
         picture = Path(scratch) / "first.png"
         Image.effect_noise((size.width, size.height), 80).convert("RGB").save(picture)
-        prompts = [Prompt(text, picture if run.task == "i2v" else None) for text in PROMPTS]
+        texts = PROMPTS[1:] if run.adapter.stock.alone else PROMPTS
+        prompts = [Prompt(text, picture if run.takes_images else None) for text in texts]
         noise, expected, bare = sample_run(run, prompts, size, dtype)
         stock, latents = run.adapter.stock, noise.shape[-2:]
         options: dict[str, Any] = {"height": size.height, "width": size.width, "latents": stock.given(noise)}
         options |= {"num_frames": size.num_frames} if stock.frames else {}
-        options |= {"image": read_picture(picture)} if run.task == "i2v" else {}
+        options |= {"image": read_picture(picture)} if run.takes_images else {}
         for load in (load_package, load_custom):
             pipe = load_quietly(load, run, folder, dtype)
             counts = [check_loaded(run, folder, expert, pipe) for expert in run.experts]
             times = format_times(pipe.scheduler.times)
             with quiet():
-                made = pipe(prompt=list(PROMPTS), generator=renoise_generator(), output_type="latent", **options)[0]
+                made = pipe(prompt=list(texts), generator=renoise_generator(), output_type="latent", **options)[0]
             made = stock.returned(pipe, made, *latents)
             del pipe  # before the next, which may fill the memory
             found = compare(run, made, expected, bare, times, dtype)
@@ -152,13 +153,14 @@ def sample_run(
 def load_package(run: ExportedRun, folder: Path, dtype: torch.dtype, where: torch.device) -> Any:
     """Loads the export as `phased_dmd.load_pipeline` does."""
     base = run.teacher.path if run.source.on_disk and not run.base_is_shipped and not run.fused else None
-    return load_pipeline(folder, base=base, dtype=dtype, device=where)
+    return load_pipeline(folder, base=base, dtype=dtype, device=where, **run.adapter.stock.parts(run.source))
 
 
 def load_custom(run: ExportedRun, folder: Path, dtype: torch.dtype, where: torch.device) -> Any:
     """Loads the export as a custom pipeline of diffusers, which runs the copy of our own file that was just written."""
     base = folder if run.fused else folder / "base" if run.base_is_shipped else run.source.folder
     options: dict[str, Any] = {"dtype": {"default": dtype, "vae": torch.float32}, "use_safetensors": True}
+    options |= run.adapter.stock.parts(run.source)
     pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=str(folder), trust_remote_code=True, **options)
     return pipe.load_few_steps(folder).to(where)
 
@@ -176,6 +178,8 @@ def load_quietly(
             pipe = load(run, folder, dtype, torch.device("cpu") if packed else device())
     except OSError as error:
         raise UserError(f"--verify: the base pipeline is not at hand ({error})") from error
+    except ImportError as error:
+        raise UserError(f"--verify: the base pipeline needs more: {' '.join(str(error).split())}") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise VerificationError(f"{FAILED}: the pipeline cannot load the export ({reason})") from error

@@ -36,7 +36,12 @@ class Stock(NamedTuple):
     passes_sigmas: bool = True  # whether it hands evenly spaced times to its scheduler
     frames: bool = False  # whether it takes `num_frames` and gives `frames`
     cleans: bool = False  # whether it cleans prompts by ftfy
+    limits: bool = True  # whether it takes `max_sequence_length`
+    alone: bool = False  # whether a sample depends on how long the other prompts of its call are
+    fixed: Mapping[str, Any] = {}  # arguments of every call, beside that of `unguided`
+    parts: Callable[[Source], Mapping[str, Any]] = lambda _: {}  # that it is handed, where it cannot load them alone
     flags: Mapping[str, Any] = {}  # what the index of a whole distilled pipeline says beside
+    grid: str | None = None  # where it says the evenly spaced times that it is sampled at by default
 
 
 class Comfy(NamedTuple):

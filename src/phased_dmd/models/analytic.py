@@ -170,7 +170,7 @@ class PlainCodec:
     def fits(self, image: Path) -> list[int]:
         return []
 
-    def encode_image(self, image: Path, bucket: int) -> Condition:
+    def encode_picture(self, prompt: str, picture: Path, bucket: int) -> Condition:
         return {}
 
     def free(self) -> None:

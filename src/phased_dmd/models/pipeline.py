@@ -13,10 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 from phased_dmd.config.teacher import PipelineTeacher, Size
 from phased_dmd.errors import UserError
 from phased_dmd.maths.schedules import FlowSchedule, Prediction, Schedule
+from phased_dmd.media import shown_size
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import Source
 from phased_dmd.recipes import fitting
 
+ASPECT = 0.05  # by how much a picture's aspect ratio may differ from its bucket's
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -90,11 +92,11 @@ class PipelineCodec:
         return self._fingerprint
 
     def fits(self, image: Path) -> list[int]:
-        """Lists no bucket, where a codec takes no first frames."""
+        """Lists no bucket, where a codec takes no pictures."""
         return []
 
-    def encode_image(self, image: Path, bucket: int) -> Condition:
-        """Adds nothing to a prompt, where a codec takes no first frames."""
+    def encode_picture(self, prompt: str, picture: Path, bucket: int) -> Condition:
+        """Adds nothing to a prompt, where a codec takes no pictures."""
         return {}
 
 
@@ -120,8 +122,30 @@ def decode_picture(vae: Any, latents: Tensor) -> Tensor:
     return (pixels.float().permute(0, 2, 3, 1)[:, None] / 2 + 0.5).clamp(0, 1)
 
 
+def as_tokens(latents: Tensor) -> Tensor:
+    """Returns latents [b, c, 1, h, w] as tokens [b, h w, c]."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def from_tokens(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Returns tokens as latents, the inverse of `as_tokens`."""
+    return tokens.transpose(1, 2).unflatten(2, (1, height, width))
+
+
+def fitting_sizes(picture: Path, sizes: Sequence[Size]) -> list[int]:
+    """Lists the sizes whose aspect ratio is a picture's; raises a UserError where there is none."""
+    width, height = shown_size(picture)
+    found = [i for i, size in enumerate(sizes) if abs(width / height / (size.width / size.height) - 1) <= ASPECT]
+    if not found:
+        raise UserError(
+            f"{picture}: a picture of {height}x{width} fits none of the sizes {', '.join(map(str, sizes))}; "
+            "it needs the same shape"
+        )
+    return found
+
+
 def pad_texts(rows: Sequence[Condition], device: torch.device, dtype: torch.dtype) -> Condition:
-    """Pads text to [b, tokens, d] with zeros; mask [b, tokens], on the CPU, is true where there is text."""
+    """Pads text to [b, tokens, ...] with zeros; mask [b, tokens], on the CPU, is true where there is text."""
     texts = [row["text"].to(device, dtype) for row in rows]
     lengths = torch.tensor([len(text) for text in texts])  # on the CPU, where `predict` reads it without waiting
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
@@ -143,6 +167,12 @@ def stock_sigmas(source: Source, steps: int, mu: Callable[[Mapping[str, Any]], f
     scheduler: Any = source.load(FlowMatchEulerDiscreteScheduler, "scheduler")
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu(scheduler.config))
     return tuple(scheduler.sigmas.tolist())
+
+
+def line_mu(config: Mapping[str, Any], tokens: int) -> float:
+    """Returns the shift's logarithm for a number of tokens, which a scheduler's configuration puts on a line."""
+    near, far = config["base_image_seq_len"], config["max_image_seq_len"]
+    return config["base_shift"] + (config["max_shift"] - config["base_shift"]) * (tokens - near) / (far - near)
 
 
 def evenly_shifted(shift: float, steps: int, stochastic: bool) -> FlowMatchEulerDiscreteScheduler:

@@ -11,6 +11,9 @@ from phased_dmd.maths.schedules import Prediction, Schedule
 Condition = dict[str, Tensor]  # what a network is told beside x and t
 
 
+NEGATIVE = "negative_"  # begins names in a condition, see `Codec.encode_picture`
+
+
 class VelocityModel(Protocol):
     """Offers a teacher as one or more frozen networks on one schedule, all of one prediction type.
 
@@ -55,10 +58,12 @@ class VelocityModel(Protocol):
 
 
 class Codec(Protocol):
-    """Encodes prompts and first frames to conditions, and decodes latents to pixels.
+    """Encodes prompts, and pictures given with them, to conditions, and decodes latents to pixels.
+
+    A picture is a clip's first frame, or what a prompt asks to change.
 
     fingerprint: changes whenever the same prompt would be encoded differently; what was encoded before is then redone.
-    takes_images: whether every prompt needs a first frame.
+    takes_images: whether every prompt needs a picture.
     """
 
     @property
@@ -75,11 +80,14 @@ class Codec(Protocol):
         ...
 
     def fits(self, image: Path) -> list[int]:
-        """Lists the resolution buckets that a picture can be the first frame of; a UserError if it is no picture."""
+        """Lists the resolution buckets that a picture fits; a UserError if it is no picture."""
         ...
 
-    def encode_image(self, image: Path, bucket: int) -> Condition:
-        """Returns what a first frame adds to a prompt's condition in a resolution bucket."""
+    def encode_picture(self, prompt: str, picture: Path, bucket: int) -> Condition:
+        """Returns what a picture adds to a prompt's condition in a resolution bucket, and what it tells instead.
+
+        What begins with `NEGATIVE` is told in the unconditional half of guidance, where that depends on the picture.
+        """
         ...
 
     def free(self) -> None:

@@ -66,7 +66,8 @@ class Source:
 
     def has(self, name: str) -> bool:
         """Says whether the pipeline has a part of that name."""
-        return (self.index.get(name) or (None,))[0] is not None
+        named = self.index.get(name)
+        return isinstance(named, list) and isinstance(named[0], str)
 
     def part_folder(self, name: str) -> Path:
         """Finds the folder of a part; the variants of nano share most of theirs with nano."""

@@ -31,7 +31,7 @@ def check_index(index: Mapping[str, Any], folder: Path) -> None:
     if not isinstance(index.get("_class_name"), str):
         raise UserError(f"teacher.path: {folder} names a pipeline that is code of its own")
     for name, value in index.items():
-        if not isinstance(value, list) or value == [None, None]:
+        if not isinstance(value, list) or value == [None, None] or all(isinstance(x, int | float) for x in value):
             continue
         if not (len(value) == 2 and value[0] in LIBRARIES and isinstance(value[1], str)):
             raise UserError(f"teacher.path: {folder}: {name} is {value}, no class of {' or '.join(LIBRARIES)}")

@@ -21,14 +21,20 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT
 
 from phased_dmd.config.teacher import Size, WanTeacher
 from phased_dmd.errors import UserError
-from phased_dmd.media import read_picture, shown_size
+from phased_dmd.media import read_picture
 from phased_dmd.models.adapter import Adapter, Comfy, Shape, Stock, TextEncoder
-from phased_dmd.models.pipeline import PipelineCodec, PipelineModel, check_pipeline, check_sizes, decode_clip
+from phased_dmd.models.pipeline import (
+    PipelineCodec,
+    PipelineModel,
+    check_pipeline,
+    check_sizes,
+    decode_clip,
+    fitting_sizes,
+)
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import ASSETS, Source
 
 NANO = ASSETS / "nano"
-ASPECT = 0.05  # by how much a first frame's aspect ratio may differ from its bucket's
 ORIGINAL = (  # names of Wan's layers in its own program, from those in diffusers
     (r"^blocks\.(\d+)\.attn1\.", r"blocks.\1.self_attn."),
     (r"^blocks\.(\d+)\.attn2\.", r"blocks.\1.cross_attn."),
@@ -171,23 +177,14 @@ class WanCodec(PipelineCodec):
         return [{"text": row[: int(length)].cpu().clone()} for row, length in zip(text, lengths.amax(1), strict=True)]
 
     def fits(self, image: Path) -> list[int]:
-        width, height = shown_size(image)
-        found = [
-            i for i, size in enumerate(self.sizes) if abs(width / height / (size.width / size.height) - 1) <= ASPECT
-        ]  # fmt: skip
-        if not found:
-            raise UserError(
-                f"{image}: a picture of {height}x{width} is the first frame of none of the sizes "
-                f"{', '.join(map(str, self.sizes))}; it needs the same shape"
-            )
-        return found
+        return fitting_sizes(image, self.sizes)
 
     @torch.no_grad()
-    def encode_image(self, image: Path, bucket: int) -> Condition:
+    def encode_picture(self, prompt: str, picture: Path, bucket: int) -> Condition:
         """Returns image [4 + z, f, h, w] and image_features [tokens, d], or first_frame [z, 1, h, w]."""
-        pipeline, picture, size = self.encoder, read_picture(image), self.sizes[bucket]
+        pipeline, size = self.encoder, self.sizes[bucket]
         assert isinstance(pipeline, WanImageToVideoPipeline)
-        return first_frame_condition(pipeline, picture, size, self.device)
+        return first_frame_condition(pipeline, read_picture(picture), size, self.device)
 
     def decode(self, latents: Tensor) -> Tensor:
         return decode_clip(self.vae, latents)

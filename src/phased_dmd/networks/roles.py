@@ -25,7 +25,7 @@ from phased_dmd.engine.sharding import copy_full_tensors, full_tensor, meta_copy
 from phased_dmd.engine.world import device
 from phased_dmd.maths.phases import Hop, PhasePlan, RenoiseInterval, step_times
 from phased_dmd.maths.rollout import Rollout, rollout
-from phased_dmd.models.protocol import Condition, VelocityModel, rows
+from phased_dmd.models.protocol import NEGATIVE, Condition, VelocityModel, rows
 from phased_dmd.models.sequence import split_sequences
 from phased_dmd.networks.students import add_adapter, copy_network, without_adapters
 
@@ -282,11 +282,16 @@ class System:
             guidance = self.model.guidance[network]
             if guidance == 1:
                 return self.roles.predict(TEACHER, network, x, t, condition)
-            negative = condition | self.model.batch([self.negative] * len(x))  # a first frame stays what it is
             conditional = self.roles.predict(TEACHER, network, x, t, condition)
-            return self.model.guide(conditional, self.roles.predict(TEACHER, network, x, t, negative), guidance)
+            unconditional = self.roles.predict(TEACHER, network, x, t, self.unconditional(condition, len(x)))
+            return self.model.guide(conditional, unconditional, guidance)
 
         return route(self.plan.network, call, x, t, condition, present)
+
+    def unconditional(self, condition: Condition, size: int) -> Condition:
+        """Returns what `size` samples are told in guidance's other half: the negative prompt, and the same pictures."""
+        beside = {name.removeprefix(NEGATIVE): part for name, part in condition.items() if name.startswith(NEGATIVE)}
+        return condition | (beside or self.model.batch([self.negative] * size))
 
     def fake(self, x: Tensor, t: Tensor, condition: Condition, present: Sequence[int] | None = None) -> Tensor:
         """Returns the fake score network's prediction, without guidance. present: see `route`."""

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig
 from peft.functional import inject_adapter_in_model
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -180,7 +180,7 @@ class PeakBytes(TorchDispatchMode):
         self._sizes = {t.untyped_storage()._cdata: 0 for t in (*network.parameters(), *network.buffers())}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        made = func(*with_numbers(func, args), **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._sizes:
                 self._sizes[storage._cdata] = storage.nbytes()
@@ -191,6 +191,20 @@ class PeakBytes(TorchDispatchMode):
 
     def _freed(self, storage: int) -> None:
         self.now -= self._sizes.pop(storage)
+
+
+def with_numbers(func: Any, args: Any) -> Any:
+    """Returns an operation's arguments, an index of booleans among them as one of numbers: a tensor without data can be
+    asked for so many, and not for those that are true.
+    """
+    if func is not torch.ops.aten.index.Tensor:
+        return args
+    with unset_fake_temporarily():
+        indices = [
+            index.nonzero().squeeze(1) if index is not None and index.dtype == torch.bool else index
+            for index in args[1]
+        ]
+    return args[0], indices
 
 
 class Call(NamedTuple):

@@ -42,7 +42,14 @@ from phased_dmd.models.loader import adapter_of, bare_model
 from phased_dmd.networks import students
 from phased_dmd.networks.build import add_adapters, add_expert, build_system
 from phased_dmd.networks.optim import Learner
-from phased_dmd.plan.measure import bucket_shapes, condition_shapes, largest, longest_list, meta_model
+from phased_dmd.plan.measure import (
+    bucket_shapes,
+    condition_shapes,
+    largest,
+    longest_list,
+    meta_model,
+    with_numbers,
+)
 
 aten = torch.ops.aten
 SMALL = 2**16  # numbers of a tensor of the host's, which has values: draws, times, masks
@@ -96,7 +103,7 @@ class Watch(TorchDispatchMode):
         """Runs an operation of the device's; a number that the host would read is 1."""
         if func is aten._local_scalar_dense.default:
             return 1
-        made = func(*args, **kwargs)
+        made = func(*with_numbers(func, args), **kwargs)
         for tensor in tree_leaves(made):
             if isinstance(tensor, FakeTensor) and not tensor.is_meta:
                 self.hold(tensor)

@@ -122,10 +122,12 @@ class ExportIndex(Section):
     times: tuple[float, ...]
     boundary_ratio: float | None
     solver: str
-    max_sequence_length: int
+    max_sequence_length: int | None
     size: dict[str, int]
     unguided: dict[str, float]
+    fixed: dict[str, bool]
     padded: bool
+    alone: bool
     cleans: bool
     experts: tuple[ExportEntry, ...]
     config: dict[str, Any]

@@ -160,8 +160,8 @@ def encode(codec: Codec, prompts: Sequence[Prompt], bucket: int) -> dict[Prompt,
     for i in range(0, len(prompts), BATCH):
         part = prompts[i : i + BATCH]
         for prompt, row in zip(part, codec.encode_text([prompt.text for prompt in part]), strict=True):
-            image = codec.encode_image(prompt.image, bucket) if codec.takes_images else {}  # type: ignore[arg-type] checked by fitting
-            known[prompt] = row | image
+            told = codec.takes_images and prompt.image
+            known[prompt] = row | (codec.encode_picture(prompt.text, told, bucket) if told else {})
     return known
 
 
