@@ -9,6 +9,7 @@ from phased_dmd.config import Config, Fake, Generator, Lora, Method, Optimiser, 
 from phased_dmd.config.overrides import apply_overrides, build, changed, read_file, with_method
 from phased_dmd.config.teacher import (
     AnalyticTeacher,
+    AnyPipeline,
     Flux2KleinTeacher,
     Krea2Teacher,
     Lumina2Teacher,
@@ -129,7 +130,7 @@ class System(NamedTuple):
     licence: of the base, which holds for what is distilled from it; APACHE, or its name.
     """
 
-    teacher: Callable[..., PipelineTeacher]
+    teacher: Callable[..., AnyPipeline]
     path: str
     licence: str
     sizes: tuple[Size, ...]

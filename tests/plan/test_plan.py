@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import bitsandbytes as bnb
 import pipelines
@@ -35,7 +35,7 @@ from phased_dmd.config import (
     renoise_interval,
 )
 from phased_dmd.config.overrides import changed
-from phased_dmd.config.teacher import PIPELINES, OwnTeacher, PipelineTeacher
+from phased_dmd.config.teacher import AnyPipeline, OwnTeacher, PipelineTeacher
 from phased_dmd.engine import world
 from phased_dmd.errors import UserError
 from phased_dmd.models.loader import adapter_of, bare_codec, bare_model, load_model
@@ -221,6 +221,13 @@ def test_qwen_image_forward_costs_what_was_worked_out_by_hand() -> None:
     assert forward_flops(config.teacher) == [pytest.approx(0.133e15, rel=0.005)]
 
 
+@pytest.mark.parametrize(("recipe", "flops"), [("z-image", 0.0576e15), ("flux2-klein-4b", 0.0348e15)])
+def test_a_megapixel_costs_what_was_worked_out_by_hand(recipe: str, flops: float) -> None:
+    """2 x 5.66e9 weights x (4096 + 192) tokens, and 4 L^2 d a layer; 2 x 3.07e9 x (4096 + 512), whatever the prompt."""
+    config = resolve(recipe, {"teacher.sizes": [{"height": 1024, "width": 1024}]})
+    assert forward_flops(config.teacher) == [pytest.approx(flops, rel=0.005)]
+
+
 def test_calls_and_forwards_are_those_of_the_table_of_costs() -> None:
     """Mean rollouts 1.5 and 3.5, the fake's 2 and 4; LoRA step 3 F, full step 4 F, guided teacher 2 F: 36.5 F and
     48.5 F an iteration.
@@ -309,7 +316,7 @@ def real_roles(config: Config, phase: int) -> tuple[VelocityModel, Roles, list[i
 
 def example(model: VelocityModel, batch: int = BATCH) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     network: Any = model.networks[0]
-    adapter = next(found for found in map(adapter_of, PIPELINES) if found.model is type(model))
+    adapter = next(found for found in map(adapter_of, get_args(AnyPipeline)) if found.model is type(model))
     shapes = adapter.condition(network.config, TOKENS, tuple(model.sample_shapes[0]))
     condition = model.batch([{name: torch.randn(shape) for name, shape in shapes.items()}] * batch)
     return torch.randn(batch, *model.sample_shapes[0]), torch.full((batch,), 0.7, dtype=torch.float64), condition

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, get_args
 
 from phased_dmd.config import Config
 from phased_dmd.config.overrides import shown
-from phased_dmd.config.teacher import PIPELINES, Section, Size, Teacher
+from phased_dmd.config.teacher import AnyPipeline, Section, Size, Teacher
 
 WORDS = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true | false", "null": "null"}
 REQUIRED = "required"
@@ -58,7 +58,7 @@ def _sections(model: type[Section], prefix: str) -> Iterator[Group]:
             for kind in get_args(Teacher):
                 value = kind.model_fields["kind"].default
                 yield Group(f"teacher, kind {value}", _doc(kind), _leaves(kind, "teacher."), value)
-            sized = " ".join(kind.model_fields["kind"].default for kind in PIPELINES)
+            sized = " ".join(kind.model_fields["kind"].default for kind in get_args(AnyPipeline))
             yield Group("an entry of teacher.sizes", _doc(Size), _leaves(Size, ""), sized)
         elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             inner = f"{prefix}{name}"

@@ -1,6 +1,6 @@
 """Describes what is distilled in typed fields: frozen pydantic models, free of torch."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -209,8 +209,8 @@ class OwnTeacher(Section):
     """The share of the batches that each of the model's sample_shapes gets, relative to their sum."""
 
 
-Teacher = (
-    AnalyticTeacher | WanTeacher | QwenImageTeacher | QwenImageEditTeacher | QwenImage21Teacher | ZImageTeacher
-    | Flux2KleinTeacher | Krea2Teacher | Lumina2Teacher | OwnTeacher
+AnyPipeline = (
+    WanTeacher | QwenImageTeacher | QwenImageEditTeacher | QwenImage21Teacher | ZImageTeacher | Flux2KleinTeacher
+    | Krea2Teacher | Lumina2Teacher
 )  # fmt: skip
-PIPELINES = tuple(kind for kind in get_args(Teacher) if issubclass(kind, PipelineTeacher))
+Teacher = AnalyticTeacher | AnyPipeline | OwnTeacher

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from phased_dmd.config import Config, phase_plan
-from phased_dmd.config.teacher import PipelineTeacher, Size
+from phased_dmd.config.teacher import AnyPipeline, PipelineTeacher, Size
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import Expert, PhasePlan
 from phased_dmd.models.adapter import Adapter
@@ -55,7 +55,7 @@ class ExportedRun:
     base_model: str | None
     config: Config
     expert_tensors: Experts
-    teacher: PipelineTeacher
+    teacher: AnyPipeline
     source: Source
 
     @classmethod

@@ -67,8 +67,9 @@ def adapter_of(teacher: PipelineTeacher) -> Adapter:
 
 def stock_times(teacher: Teacher, bucket: int, steps: int) -> Sequence[float] | None:
     """Returns the times of a base's own pipeline at a resolution, and 0; None where those are on the plan's grid."""
-    sigmas = adapter_of(teacher).sigmas if isinstance(teacher, PipelineTeacher) else None
-    return sigmas and sigmas(Source(teacher), teacher.sizes[bucket], steps)
+    if not isinstance(teacher, PipelineTeacher) or (sigmas := adapter_of(teacher).sigmas) is None:
+        return None
+    return sigmas(Source(teacher), teacher.sizes[bucket], steps)
 
 
 @contextmanager

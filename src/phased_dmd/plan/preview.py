@@ -17,7 +17,7 @@ from phased_dmd.config.teacher import PipelineTeacher, Teacher
 from phased_dmd.maths.phases import Hop
 from phased_dmd.maths.rollout import rollout
 from phased_dmd.models.loader import adapter_of
-from phased_dmd.models.source import BareSource, skeleton
+from phased_dmd.models.source import BareSource, quiet, skeleton
 from phased_dmd.plan.measure import (
     FAKE_CPU,
     PeakBytes,
@@ -121,7 +121,8 @@ def _count_codec(kind: Any, config: str, shape: tuple[int, ...], encode: bool) -
 
     encode: code the pixels that they come from, not the latents.
     """
-    vae: Any = skeleton(kind, json.loads(config), torch.float32)
+    with quiet():
+        vae: Any = skeleton(kind, json.loads(config), torch.float32)
     with FAKE_CPU:
         vae.to_empty(device="cpu")
     with torch.no_grad(), FlopCounterMode(display=False) as flops, PeakBytes(vae) as peak:

@@ -12,7 +12,7 @@ from transformers import CLIPVisionModel
 from phased_dmd.checkpoint.folders import FILE_BYTES
 from phased_dmd.conditions import CHUNK
 from phased_dmd.config import Config
-from phased_dmd.config.teacher import PipelineTeacher
+from phased_dmd.config.teacher import AnyPipeline, PipelineTeacher
 from phased_dmd.models.loader import adapter_of
 from phased_dmd.models.pipeline import DTYPES
 from phased_dmd.models.source import META, BareSource
@@ -67,7 +67,7 @@ def stages(config: Config, gpus: int, simulated: Simulated | None = None) -> Ite
 
 
 @cached
-def encoding(teacher: PipelineTeacher) -> tuple[int, int]:
+def encoding(teacher: AnyPipeline) -> tuple[int, int]:
     """Returns the bytes of the encoders and the VAE, which are there before the networks, and the most others."""
     source, text, shapes = BareSource(teacher), adapter_of(teacher).encoder, bucket_shapes(teacher)
     prompts, options = (text.prompts or CHUNK, teacher.max_tokens + text.template), frozenset(text.options.items())

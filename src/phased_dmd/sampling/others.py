@@ -32,11 +32,11 @@ def load_loras(
     if not isinstance(config.teacher, PipelineTeacher):
         raise UserError(f"--lora: {config.recipe} has no networks of a pipeline")
     plan, teacher = config.plan, {"path": base or config.teacher.path}
+    original = adapter_of(config.teacher).original
     times = tuple(sigmas) or step_times(plan.steps, plan.shift, plan.start)[:-1]
     check_times(times)
     one_phase = {"steps": len(times), "phases": 1, "gradient": "all"}
     config = changed(config, {"plan": one_phase, "teacher": teacher, "phase_shares": None, "init_experts": None})
-    original = adapter_of(config.teacher).original
     changes = read_changes(files, bare_model(config.teacher, config.seed).students, original)
     config = changed(config, of_changes(changes))
     sampler = untrained(config, load_teacher(config, fit=False), bucket, prompts, (*times, 0.0))
