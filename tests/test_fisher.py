@@ -338,7 +338,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return lambda name: build(name, tmp_path_factory.mktemp(name))
 
 
-@pytest.mark.parametrize("name", ["wan21_t2v", "wan22_t2v", "wan21_i2v", "ti2v_5b", "qwen_image"])
+@pytest.mark.parametrize(
+    "name", ["wan21_t2v", "wan22_t2v", "wan21_i2v", "ti2v_5b", "qwen_image", "qwen_image_21", "krea_2", "lumina_2"]
+)
 def test_guided_samples_do_not_depend_on_those_beside_them(
     name: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

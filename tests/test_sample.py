@@ -221,8 +221,8 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     [
         ("nano-t2i", [], "--prompt: nano-t2i makes what it is told; give --prompt TEXT or --prompts FILE"),
         ("toy-2d", ["--prompt", "a seven"], "--prompt, --prompts: toy-2d takes none"),
-        ("nano-i2v", ["--image", "first.png"], "--image: the first frame of every --prompt, and there is none"),
-        ("nano-i2v", ["--image", "a.png", "--prompts", "nano-t2v"], "--image: the first frame of every --prompt, and"),
+        ("nano-i2v", ["--image", "first.png"], "--image: the picture of every --prompt, and there is none"),
+        ("nano-i2v", ["--image", "a.png", "--prompts", "nano-t2v"], "--image: the picture of every --prompt, and"),
         ("nano-t2i", ["--prompt", "a", "--image", "noise.png"], "--image: nano-t2i takes no picture"),
         ("nano-t2i", ["--prompt", "a", "--seeds", "0-7"], "--seeds: '0-7' is no count of samples; 8 makes those of"),
         ("nano-t2i", ["--prompt", "a", "--seeds", "0"], "--seeds: '0' is no count of samples"),

@@ -396,6 +396,8 @@ def qwen_image_21() -> QwenImage21Pipeline:
         in_channels=8, out_channels=8, num_layers=2, attention_head_dim=12, num_attention_heads=2,
         context_in_dim=TEXT_DIM, axes_dims_rope=(4, 4, 4),
     )  # fmt: skip
+    with torch.no_grad():
+        transformer.modulation[1].weight.mul_(10)  # else its gates, of random weights, hardly open
     return QwenImage21Pipeline(
         processor=processor, text_encoder=frozen(Qwen3VLForConditionalGeneration(qwen3_vl())),
         vae=frozen(

@@ -948,6 +948,15 @@ def test_what_fits_is_the_more_of_training_and_preview(folders: dict[str, Path])
     assert quiet is not None and advice.flags(quiet) == "--set sample_every=null"
 
 
+@pytest.mark.parametrize("lora", [None, Lora(rank=4, alpha=4)])
+def test_a_block_is_measured_behind_an_index_of_booleans(folders: dict[str, Path], lora: Lora | None) -> None:
+    """Qwen-Image-2.1 puts latents into its sequence by a mask, through which gradients pass where all weights learn."""
+    config = tiny(folders, "qwen_image_21")
+    shape = tuple(load_model(config.teacher, 0)[0].sample_shapes[0])
+    one, three = (block_bytes(config.teacher, shape, batch, lora) for batch in (1, 3))
+    assert 0 < one < three
+
+
 @pytest.mark.parametrize("memory_gb", [16, 24])
 def test_the_recipe_for_one_card_fits_one(memory_gb: float) -> None:
     """Packed to 8 bits a weight, of 2.61 x 10^9; and on the smaller card it would fit unpacked, too."""

@@ -99,7 +99,7 @@ def sample_sets(config: Config, protocol: Protocol, takes_images: bool) -> list[
         return [_seed_a_sample(name, prompts, protocol.samples) for name, prompts in sets.items()]
     if takes_images:
         raise UserError(
-            "--prompts: image-to-video is evaluated on pictures of your own: a jsonl, csv or parquet with the columns "
+            "--prompts: a model that takes pictures is evaluated on your own: a jsonl, csv or parquet with the columns "
             "prompt and image (the paper: 220); `phased-dmd sample` writes one, samples.jsonl, beside what it samples"
         )
     return [_every_prompt_and_seed("paper", "paper-t2i" if frames == 1 else "paper-t2v", seeds, protocol.floor)]
