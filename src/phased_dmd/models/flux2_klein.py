@@ -17,11 +17,14 @@ from phased_dmd.models.adapter import Adapter, Shape, Stock, TextEncoder
 from phased_dmd.models.pipeline import (
     PipelineCodec,
     PipelineModel,
+    as_picture,
+    as_tokens,
     chat_lengths,
     check_pictures,
     check_pipeline,
     decode_picture,
     evenly_shifted,
+    from_tokens,
     stock_sigmas,
 )
 from phased_dmd.models.protocol import Condition
@@ -59,10 +62,10 @@ class Flux2KleinModel(PipelineModel):
         text, (height, width) = condition["text"], x.shape[-2:]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             velocity = network(
-                stepped(x).to(self.dtype), text, t.float(), positions(height, width, 1).to(x.device),
+                as_tokens(x).to(self.dtype), text, t.float(), positions(height, width, 1).to(x.device),
                 positions(1, 1, text.shape[1]).to(x.device), return_dict=False,
             )[0]  # fmt: skip
-        return restored(velocity, height, width).to(x.dtype)
+        return from_tokens(velocity, height, width).to(x.dtype)
 
 
 class Flux2KleinCodec(PipelineCodec):
@@ -141,16 +144,6 @@ def sigmas(source: Source, size: Size, steps: int) -> Sequence[float]:
     return stock_sigmas(source, steps, lambda _: compute_empirical_mu(tokens, steps))
 
 
-def stepped(latents: Tensor) -> Tensor:
-    """Returns latents [b, c, 1, h, w] as tokens [b, h w, c]."""
-    return latents.flatten(2).transpose(1, 2)
-
-
-def restored(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Returns tokens as latents, the inverse of `stepped`."""
-    return tokens.transpose(1, 2).unflatten(2, (1, height, width))
-
-
 def returned(pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
     """Returns the latents of the VAE, which the stock pipeline gives, as ours."""
     mean, std = statistics(pipeline.vae)
@@ -162,7 +155,7 @@ ADAPTER = Adapter(
     TextEncoder(Qwen3ForCausalLM, PROMPTS, options={"output_hidden_states": True, "use_cache": False}), condition,
     padded=True,
     stock=Stock(
-        ("guidance_scale", 1.0), evenly_shifted, lambda x: x[:, :, 0], stepped, restored, returned,
+        ("guidance_scale", 1.0), evenly_shifted, as_picture, as_tokens, from_tokens, returned,
         flags={"is_distilled": True},
     ),
     decoded=lambda shape: (shape[0], shape[1] // PATCH**2, shape[3] * PATCH, shape[4] * PATCH),

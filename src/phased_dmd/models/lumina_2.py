@@ -14,6 +14,7 @@ from phased_dmd.models.adapter import Adapter, Shape, Stock, TextEncoder
 from phased_dmd.models.pipeline import (
     PipelineCodec,
     PipelineModel,
+    as_picture,
     check_pictures,
     check_pipeline,
     decode_picture,
@@ -121,16 +122,11 @@ def sigmas(source: Source, size: Size, steps: int) -> Sequence[float]:
     return stock_sigmas(source, steps, lambda config: line_mu(config, channels))
 
 
-def picture(latents: Tensor) -> Tensor:
-    """Returns latents [b, c, 1, h, w] without their frame, as the stock pipeline has them."""
-    return latents[:, :, 0]
-
-
 ADAPTER = Adapter(
     Lumina2Model, Lumina2Codec, Lumina2Transformer2DModel, AutoencoderKL, Lumina2LoraLoaderMixin,
     TextEncoder(Gemma2Model, PROMPTS), condition, padded=False,
     stock=Stock(
-        ("guidance_scale", 1.0), evenly_shifted, picture, picture, lambda x, *_: x[:, :, None],
+        ("guidance_scale", 1.0), evenly_shifted, as_picture, as_picture, lambda x, *_: x[:, :, None],
         lambda _, x, *__: x[:, :, None],
     ),
     decoded=lambda shape: (*shape[:2], *shape[3:]), prefix="transformer.", sigmas=sigmas,

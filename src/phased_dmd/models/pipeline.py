@@ -122,6 +122,11 @@ def decode_picture(vae: Any, latents: Tensor) -> Tensor:
     return (pixels.float().permute(0, 2, 3, 1)[:, None] / 2 + 0.5).clamp(0, 1)
 
 
+def as_picture(latents: Tensor) -> Tensor:
+    """Returns latents [b, c, 1, h, w] without their frame, as pipelines of pictures have them."""
+    return latents[:, :, 0]
+
+
 def as_tokens(latents: Tensor) -> Tensor:
     """Returns latents [b, c, 1, h, w] as tokens [b, h w, c]."""
     return latents.flatten(2).transpose(1, 2)

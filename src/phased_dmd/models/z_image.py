@@ -17,6 +17,7 @@ from phased_dmd.models.adapter import Adapter, Comfy, Shape, Stock, TextEncoder
 from phased_dmd.models.pipeline import (
     PipelineCodec,
     PipelineModel,
+    as_picture,
     chat_lengths,
     check_pictures,
     check_pipeline,
@@ -145,16 +146,11 @@ def sigmas(source: Source, size: Size, steps: int) -> Sequence[float]:
     return stock_sigmas(source, steps, mu)
 
 
-def picture(latents: Tensor) -> Tensor:
-    """Returns latents [b, c, 1, h, w] without their frame, as the stock pipeline has them."""
-    return latents[:, :, 0]
-
-
 ADAPTER = Adapter(
     ZImageModel, ZImageCodec, ZImageTransformer2DModel, AutoencoderKL, ZImageLoraLoaderMixin,
     TextEncoder(Qwen3Model, PROMPTS), condition, padded=False,
     stock=Stock(
-        ("guidance_scale", 0.0), evenly_shifted, picture, picture, lambda x, *_: x[:, :, None],
+        ("guidance_scale", 0.0), evenly_shifted, as_picture, as_picture, lambda x, *_: x[:, :, None],
         lambda _, x, *__: x[:, :, None],
     ),
     comfy=Comfy(
