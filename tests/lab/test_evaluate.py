@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines import build, teacher
+from pipelines import PICTURES, build, teacher
 from safetensors.torch import load_file, save_file
 from test_metrics import dino
-from tiny import draw
+from tiny import draw, teacher_alone
 from torch import Tensor
 
 from phased_dmd.config import Config, Fake, Generator, Lora, Plan
@@ -247,6 +247,23 @@ def test_the_base_is_sampled_once_and_goes_on_where_it_was_stopped(nano: Path, t
     assert len({base.samples(prompts[:2], of, steps).key for of, steps in (([0, 1], 2), ([0, 1], 3), ([1, 2], 2))}) == 3
 
 
+def test_the_bases_samples_are_known_by_its_own_times_and_its_guidances_rule(tmp_path: Path) -> None:
+    """Of Z-Image, whose shift is its scheduler's: the plan's changes nothing, that one and the norm's limit do."""
+    folder = build("z_image", tmp_path / "z")
+
+    def key(plan_shift: float, **changes: Any) -> str | None:
+        section = teacher("z_image", folder).model_copy(update=changes)
+        plan = Plan(steps=2, phases=2, shift=plan_shift)
+        sampler = teacher_alone(Config(recipe="tiny", teacher=section, plan=plan, prompts="default-t2i"))
+        return Base(sampler, tmp_path / "base").samples([Prompt("a boat")], [0], 2).key
+
+    first = key(5.0)
+    assert key(3.0) == first and key(5.0, norm_limit=1.0) != first
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace('"shift": 6.0', '"shift": 4.0'))
+    assert key(5.0) != first
+
+
 class Slow(Sampler):
     """A sampler that takes a while, notes the first seed of each call, and makes samples of that number."""
 
@@ -313,8 +330,6 @@ def test_a_clip_that_stands_still_keeps_its_frames_and_their_rate(tmp_path: Path
 
 
 def test_the_teachers_hash_is_of_its_weights_and_not_of_the_adapters_on_it(nano: Path) -> None:
-    from tiny import teacher_alone
-
     sampler = load(nano)
     assert weights_hash(sampler) == weights_hash(teacher_alone(sampler.system.config))
     with torch.no_grad():
@@ -478,7 +493,7 @@ def test_a_video_file_is_read_as_its_frames(tmp_path: Path) -> None:
 # Pipelines of the real classes
 
 
-@pytest.mark.parametrize("name", ["wan22_t2v", "qwen_image"])
+@pytest.mark.parametrize("name", ["wan22_t2v", *PICTURES])
 def test_runs_and_exports_of_real_classes_are_evaluated_with_a_dino_folder(name: str, tmp_path: Path) -> None:
     """Random weights throughout; the export of a run gives the run's own figures."""
     dino(tmp_path / "dino", 3)

@@ -18,6 +18,7 @@ from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate.sample_sets import SampleSet, group_by_seed
 from phased_dmd.maths.phases import step_times
 from phased_dmd.media import MEDIA, read_media
+from phased_dmd.models.loader import stock_times
 from phased_dmd.prompts import Prompt
 from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.sampling.writing import MANIFEST
@@ -58,10 +59,14 @@ class Base:
         lock, parts = self.folder / f".{key}.lock", [slice(i, i + size) for i in range(0, len(seeds), size)]
         chunks = [self._chunk(prompts[part], seeds[part], steps, lock) for part in parts]
         latents = torch.cat([part for part, _ in chunks])
-        times = step_times(steps, system.config.plan.shift, system.config.plan.start)[:steps]
-        calls = sum(2 if system.model.guidance[system.plan.network(t)] > 1 else 1 for t in times)
+        times = self._own_times(steps) or step_times(steps, system.config.plan.shift, system.config.plan.start)
+        calls = sum(2 if system.model.guidance[system.plan.network(t)] > 1 else 1 for t in times[:steps])
         seconds = sum(took for _, took in chunks) / len(seeds)
         return _decoded_by(self.sampler, latents, calls, seconds, key)
+
+    def _own_times(self, steps: int) -> Sequence[float] | None:
+        """Returns the times of the base's own pipeline, where they are not on the plan's grid."""
+        return stock_times(self.sampler.system.config.teacher, self.sampler.bucket, steps)
 
     def _chunk(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int, lock: Path) -> tuple[Tensor, float]:
         path = self.folder / f"{self._key(prompts, seeds, steps)}.safetensors"
@@ -82,14 +87,17 @@ class Base:
         pictures = [prompt.image if codec.takes_images else None for prompt in prompts]
         images = [hashlib.blake2b(picture.read_bytes() if picture else b"").hexdigest() for picture in pictures]
         model, plan, teacher = system.model, system.config.plan, system.config.teacher
+        own: dict[str, object] = {}  # of the kind of pipeline alone
+        if isinstance(teacher, PipelineTeacher):
+            own = teacher.model_dump(exclude={*PipelineTeacher.model_fields, "kind", "first_frame", "lora_targets"})
         t = torch.linspace(0, 1, 9, dtype=torch.float64)
         about = (
             self._weights, codec.fingerprint, tuple(model.guidance), tuple(model.switches), model.prediction,
             model.schedule.alpha(t).tolist(), model.schedule.sigma(t).tolist(), teacher.negative_prompt,
             teacher.dtype if isinstance(teacher, PipelineTeacher) else "",
             (teacher.means, teacher.std, teacher.weights) if isinstance(teacher, AnalyticTeacher) else (),
-            tuple(model.sample_shapes[self.sampler.bucket]), plan.shift, plan.start, steps, list(seeds),
-            [prompt.text for prompt in prompts], images,
+            tuple(model.sample_shapes[self.sampler.bucket]), *(self._own_times(steps) or (plan.shift, plan.start)),
+            steps, list(seeds), [prompt.text for prompt in prompts], images, *sorted(own.items()),
         )  # fmt: skip
         return hashlib.blake2b(repr(about).encode(), digest_size=16).hexdigest()
 
