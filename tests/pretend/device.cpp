@@ -9,6 +9,7 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/Resize.h>
 #include <ATen/ops/_reshape_alias_native.h>
@@ -472,9 +473,13 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
 }
 
 // After a fork: a child has none of the threads that differentiate on the devices, and torch would not start them
-// again.
+// again. Each sets the number of its threads first, for which the first to do so in a child replaces a pool: two at once
+// would find none there.
 struct Engine : torch::autograd::Engine {
-  static void restart() { static_cast<Engine&>(get_default_engine()).start_device_threads(); }
+  static void restart() {
+    at::set_num_threads(at::get_num_threads());
+    static_cast<Engine&>(get_default_engine()).start_device_threads();
+  }
 };
 
 // torch has these already, for a backend of the device's own, and would warn of the change.
