@@ -77,7 +77,7 @@ def peak(config: Config) -> Peak:
         def backward(role: str) -> None:
             number, loss_of = (1, fake_loss) if role == FAKE else (EXPERT_UPDATE, expert_loss)
             with roles.active(role):
-                loss_of(draw(system, phase, 0, number, samples, [1.0], conditions), {}).backward()
+                loss_of(draw(system, phase, 0, number, samples, [1.0], conditions), {})[0].backward()
 
         names = [expert_role(each) for each in range(1, phase + 1)] + [FAKE]
         networks = [t for n in (*model.networks, *model.students) for t in (*n.parameters(), *n.buffers())]

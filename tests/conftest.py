@@ -1,11 +1,17 @@
 """One thread and no network, set before torch is imported; fixtures that several files share."""
 
+import ctypes
 import os
+import sys
 import tempfile
 
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's spinning threads are up to 500 times slower on a shared machine
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # diffusers copies custom pipelines there, all under one name
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
+if sys.platform == "linux":  # else the heap keeps the room of large tensors, until no process of its size can be forked
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 from collections.abc import Callable
 
