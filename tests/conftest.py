@@ -9,10 +9,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # torch's spinning threads are up to 500 ti
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # diffusers copies custom pipelines there, all under one name
 
-M_MMAP_THRESHOLD = -3  # of malloc.h
-if sys.platform == "linux":  # else the heap keeps the room of large tensors, until no process of its size can be forked
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
-
 from collections.abc import Callable
 
 import pytest
@@ -20,6 +16,9 @@ import torch
 from tiny import TinyCodec, TinyWan
 
 torch.set_num_threads(1)
+M_MMAP_THRESHOLD = -3  # of malloc.h
+if sys.platform == "linux":  # else the heap keeps the room of large tensors, until no process of its size can be forked
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 # What cannot pass on the pretended GPU (tests/pretend/run.py), by the beginning of its name, and why. Ten at most.
 PACKED = "bitsandbytes packs weights on a GPU by kernels of its own, in a library that is only there with CUDA"
