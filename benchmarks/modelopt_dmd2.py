@@ -140,7 +140,7 @@ def train(config: Config, options: Options, folder: Path) -> None:
             training.step(student, iteration)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
         rows.append({"phase": 1, "iteration": iteration + 1, "seconds": seconds, "cpu_seconds": cpu_seconds})
-    (folder / "timing.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "timing.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
     system = build_system(config, training.model, training.conditions.negative if training.conditions else {})
     run.save_expert(1, student_weights(training), expert_header(config, system, 1))
 

@@ -58,7 +58,7 @@ def main() -> None:
     options = Options(**dict(map(parsed, arguments.options)))
     row = tuned(arguments.recipe, options, arguments.updates, arguments.seed, arguments.samples, arguments.runs)
     print(json.dumps(row))
-    with arguments.output.open("a") as file:
+    with arguments.output.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 

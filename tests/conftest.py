@@ -1,6 +1,8 @@
 """One thread and no network, set before torch is imported; fixtures that several files share."""
 
+import ctypes
 import os
+import sys
 import tempfile
 
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's spinning threads are up to 500 times slower on a shared machine
@@ -14,6 +16,9 @@ import torch
 from tiny import TinyCodec, TinyWan
 
 torch.set_num_threads(1)
+M_MMAP_THRESHOLD = -3  # of malloc.h
+if sys.platform == "linux":  # else the heap keeps the room of large tensors, until no process of its size can be forked
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 # What cannot pass on the pretended GPU (tests/pretend/run.py), by the beginning of its name, and why. Ten at most.
 PACKED = "bitsandbytes packs weights on a GPU by kernels of its own, in a library that is only there with CUDA"

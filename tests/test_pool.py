@@ -229,7 +229,7 @@ def test_an_anchored_update_regresses_the_teachers_mean_velocity(gradient: str, 
         wanted = (system.roll_teacher(times, x, batch.condition) - x) / (stop - begin)
         moved = (system.roll(batch.path, x, batch.condition).x - x) / (stop - begin)
         loss = (moved - wanted).square().mean()
-        torch.testing.assert_close(regression_loss(batch, {}), loss, rtol=1e-4, atol=0)
+        torch.testing.assert_close(regression_loss(batch, {})[0], loss, rtol=1e-4, atol=0)
         plain = draw(system, phase, 2, EXPERT_UPDATE, range(4), [1.0], conditions, pool=pool)
         assert plain.taken is None  # the third update matches
 
@@ -277,7 +277,7 @@ def test_what_later_phases_match_never_reaches_an_anchored_expert(phases: int, t
     add_fake(system, phases, None)
     batch = draw(system, phases, 0, EXPERT_UPDATE, range(4), [1.0], conditions, pool=pool)
     with system.roles.active(expert_role(phases)):
-        expert_loss(batch, {}).backward()
+        expert_loss(batch, {})[0].backward()
     for phase in range(1, phases + 1):
         gradients = [p.grad for p in system.roles.parameters(expert_role(phase)).values()]
         assert all((gradient is None) == (phase < phases) for gradient in gradients)

@@ -52,8 +52,6 @@ def main() -> None:
     forks = compiled("forks.cpp", "-ldl")
     path = [str(HERE / "startup"), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ |= {"PRETEND_GPU": str(device), "PYTHONPATH": os.pathsep.join(path), "LD_PRELOAD": str(forks)}
-    # Else the heap keeps the room of large tensors that nobody wrote to, until no process of its size can be forked.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     os.execvp(sys.argv[1], sys.argv[1:])
 
 
