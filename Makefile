@@ -3,9 +3,6 @@
 PYTHON := python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
-PURE := maths
-comma := ,
-space := $(subst ,, )
 
 # Small models on several spinning threads are far slower than on one.
 export OMP_NUM_THREADS := 1
@@ -21,12 +18,14 @@ demo: .venv/.stamp-run ## Distil the embedded teacher in runs/demo, evaluate it,
 	$(BIN)/phased-dmd evaluate runs/demo --samples 400
 	$(BIN)/phased-dmd report runs/demo
 
+# Counting lines and checking shapes slows every test of a process. Files in their own order: one of few tests can be long.
 test: .venv/.stamp-dev ## Run the tests; the pure mathematics must be covered to 95 %
-	$(BIN)/pytest -n 2 --dist loadfile --jaxtyping-packages=$(subst $(space),$(comma),$(PURE:%=phased_dmd.%)),beartype.beartype \
-		$(PURE:%=--cov=phased_dmd.%) --cov-report=term-missing --cov-fail-under=95
+	$(BIN)/pytest -n 2 --dist loadfile tests/maths --jaxtyping-packages=phased_dmd.maths,beartype.beartype \
+		--cov=phased_dmd.maths --cov-report=term-missing --cov-fail-under=95
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/maths
 
 test-gpu-path: .venv/.stamp-dev ## Run the tests on a pretended GPU (g++, and a torch without CUDA)
-	$(BIN)/python tests/pretend/run.py $(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/python tests/pretend/run.py $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 mutants: .venv/.stamp-dev ## Change the mathematics in a thousand places; the tests must notice 95 % (docs/mutants.md)
 	rm -rf mutants
