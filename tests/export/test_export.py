@@ -50,8 +50,9 @@ def test_every_model_is_exported_and_verified(name: str, make: Make, tmp_path: P
     lines = export(make(name), tmp_path / "out", verify=True)
     files = [path.name for path in lora_files(tmp_path / "out")]
     stills = ("wan21_t2v", *pipelines.PICTURES)
-    task = {"ti2v_5b": "_t2v"}.get(name, "_t2i" if name in stills else "")
-    size = {"ti2v_5b": "5x32x64"}.get(name, "32x48" if name in stills else "5x32x48")
+    task = {"ti2v_5b": "_t2v", "qwen_image_edit": "_i2i"}.get(name, "_t2i" if name in stills else "")
+    sizes = {"ti2v_5b": "5x32x64", "qwen_image_edit": "64x96", "qwen_image_21": "32x64"}
+    size = sizes.get(name, "32x48" if name in stills else "5x32x48")
     noise = ("_high_noise", "_low_noise") if name.startswith("wan22") else ("", "")
     assert files == [f"{name}{task}_4step{noise[i]}_phase{i + 1}_rank4_{size}.safetensors" for i in (0, 1)]
     for file in files:
