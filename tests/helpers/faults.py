@@ -171,6 +171,7 @@ def group(count: int, action: Callable[[int], Any]) -> list[int]:
             import torch.distributed as dist
 
             dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
+            dist.barrier()  # one that is done may not leave while another still connects
             action(rank)
             dist.destroy_process_group()
 
