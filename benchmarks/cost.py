@@ -11,15 +11,14 @@ from typing import Any
 from contests import FAST, LEVER_SEEDS, PAPER, Contest, key
 from scipy.optimize import isotonic_regression
 
-from phased_dmd.config import Config, phase_plan
+from phased_dmd.config import Config
 from phased_dmd.lab.metrics.intervals import difference, ratio
 from phased_dmd.lab.reproduce.claim import Budget, Criterion, Variant
 from phased_dmd.lab.reproduce.results import read_rows, write_rows
 from phased_dmd.lab.reproduce.study import Study, plan_runs, rows_of, study_of
 from phased_dmd.lab.reproduce.verdict import compare, outcome
 from phased_dmd.lab.reproduce.workers import Workers
-from phased_dmd.plan.work import phase_forwards
-from phased_dmd.pool import pool_calls
+from phased_dmd.plan.work import pool_forwards, trained_forwards
 
 UNITS = ("calls", "cpu_seconds")
 TWICE = 2  # times fewer calls, at which diversity is compared
@@ -184,10 +183,7 @@ def point(contest: Contest, study: Study, label: str, runs: Path) -> dict[str, A
 
 def forwards(config: Config) -> float:
     """Returns the network calls of a run and its pool for one sample of the batch, in forwards of the network."""
-    plan, guidance = phase_plan(config), getattr(config.teacher, "guidance", (1.0,))
-    guided, phases = guidance[0] != 1, range(1, plan.num_phases + 1)
-    trained = sum(phase_forwards(config, plan, k, guided) for k in phases)
-    return trained + pool_calls(config, plan, guidance) / config.batch_size
+    return trained_forwards(config) + pool_forwards(config)
 
 
 def cpu_seconds(run: Path) -> float:

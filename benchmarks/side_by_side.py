@@ -19,8 +19,8 @@ from phased_dmd.config import Config
 from phased_dmd.config.overrides import changed
 from phased_dmd.engine.randomness import generator, normal
 from phased_dmd.maths.phases import shift_time, step_times
-from phased_dmd.maths.schedules import FlowSchedule, add_noise, renoise_times
-from phased_dmd.models.analytic import ExactMixture, PlainCodec, TimeMLP
+from phased_dmd.maths.schedules import FlowSchedule, renoise_times
+from phased_dmd.models.analytic import ExactMixture, PlainCodec, TimeMLP, fit_student
 from phased_dmd.networks.roles import System
 from phased_dmd.pool import teacher_times
 from phased_dmd.prompts import Prompt
@@ -134,19 +134,9 @@ class Chequered:
 
 def fitted(exact: ExactMixture, seed: int, steps: int = 3000) -> TimeMLP:
     """The network that students start from."""
-    rng = generator(seed, "fit")
     torch.manual_seed(seed)
     student = TimeMLP(2)
-    optimiser = torch.optim.Adam(student.parameters(), 2e-3)
-    decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, steps)
-    for _ in range(steps):
-        x_0, t = exact.sample(512, rng), renoise_times(torch.rand(512, generator=rng), 0.01, 0.999, 1.0)
-        x_t = add_noise(x_0, torch.randn(x_0.shape, generator=rng), torch.zeros(512), t, exact.schedule).float()
-        loss = (student(x_t, t) - exact(x_t, t)).square().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        decay.step()
+    fit_student(student, exact, steps, generator(seed, "fit"))
     return student
 
 

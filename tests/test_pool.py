@@ -17,6 +17,7 @@ from phased_dmd.checkpoint import RunFolder
 from phased_dmd.conditions import Conditions
 from phased_dmd.config import Config, phase_plan
 from phased_dmd.engine.randomness import normal
+from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import step_times
 from phased_dmd.models.loader import load_model
@@ -80,7 +81,7 @@ def test_states_are_those_of_the_guided_teachers_own_sampler(tmp_path: Path) -> 
     calls = pool.make([1, 2], nothing)
     assert calls == 6 * 8 * 2  # trajectories, steps of the base, guidance
     rows = [conditions.row(prompt, 0) for prompt in (0, 0, 1, 1, 2, 2)]
-    noise = normal(model.sample_shapes[0], range(6), config.seed, "pool", 0, "start")
+    noise = normal(model.sample_shapes[0], range(6), config.seed, "pool", 0, "start").to(device())
     x_0 = system.sample_teacher(noise, model.batch(rows), 8)
     torch.testing.assert_close(pool.end(2, 0, range(6)), x_0, rtol=0, atol=1e-6)
     half = system.roll_teacher(step_times(8, 5.0)[:5], noise, model.batch(rows))
@@ -199,7 +200,7 @@ def test_a_phase_begins_with_the_teachers_states_and_their_prompts(tmp_path: Pat
         assert torch.equal(batch.start(), states[list(entries)])
         assert [i % 2 for i in entries] == [0, 1, 0, 1] and entries[0] + 1 == entries[1]
         rows = [conditions.row(entry // 2, 0)["text"] for entry in entries]  # a pair's prompt is one of three
-        assert torch.equal(batch.condition["text"], torch.stack(rows))
+        assert torch.equal(batch.condition["text"].cpu(), torch.stack(rows))
         seen.update(entries)
     assert set(seen) == set(range(6))
     first = draw(system, 1, 0, EXPERT_UPDATE, range(4), [1.0], conditions, pool=pool)

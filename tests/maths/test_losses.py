@@ -465,6 +465,19 @@ def test_paper_weight(name, prediction, s, t):
     torch.testing.assert_close(gradient, torch.full_like(x_s, expected), rtol=1e-12, atol=1e-18)
 
 
+def of_two_gaussians(name, prediction, s, t):
+    """The arguments of `matching_gradient` at x_s, of exact predictions for two laws; x_s, and E[x_s | x_t] by the
+    joint Gaussian law of the teacher's x_0, and of the fake's.
+    """
+    x_s, eps = randn(2, 5, 3, 2)
+    laws = (), (-0.2, 0.4)
+    predictions = [exact_prediction(name, prediction, t, *law) for law in laws]
+    alpha_ts, variance_ts = transition(name, s, t)
+    x_t = alpha_ts * x_s + math.sqrt(variance_ts) * eps
+    means = [exact_x_s(name, s, t, *law)(x_t) for law in laws]
+    return (x_s, eps, *times(s, t, x_s), SCHEDULES[name], prediction, *predictions), x_s, *means
+
+
 @schedules
 @predictions
 @pytest.mark.parametrize(("s", "t"), [(0.0, 0.02), (0.0, 0.5), (0.3, 0.5), (0.75, 0.7501), (5 / 6, 0.95), (5 / 6, 1.0)])
@@ -476,14 +489,7 @@ def test_normalised_gradient_is_the_difference_of_posterior_means(name, predicti
     """
     if prediction == "eps" and alpha_sigma(name, t)[0] < 1e-6:
         return
-    x_s, eps = randn(2, 5, 3, 2)
-    arguments = (
-        x_s, eps, *times(s, t, x_s), SCHEDULES[name], prediction,
-        exact_prediction(name, prediction, t), exact_prediction(name, prediction, t, -0.2, 0.4),
-    )  # fmt: skip
-    alpha_ts, variance_ts = transition(name, s, t)
-    x_t = alpha_ts * x_s + math.sqrt(variance_ts) * eps
-    real, fake = exact_x_s(name, s, t)(x_t), exact_x_s(name, s, t, -0.2, 0.4)(x_t)
+    arguments, x_s, real, fake = of_two_gaussians(name, prediction, s, t)
     expected = (fake - real) / (x_s - real).abs().mean((1, 2), keepdim=True).clamp(min=1e-4)
     torch.testing.assert_close(gradient_of(*arguments), expected, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(gradient_of(*arguments, "posterior"), fake - real, rtol=1e-6, atol=1e-8)
@@ -707,14 +713,7 @@ def test_projected_is_normalised_without_its_component_along_the_residual(name, 
     """d - (<d, r> / <r, r>) r, by posterior means from joint Gaussian laws; at s = 0 those of x_0 itself, the published
     form. The divisor is that of `normalised`. Its figures: |r| / |d|, and the removed share of |d|^2.
     """
-    x_s, eps = randn(2, 5, 3, 2)
-    arguments = (
-        x_s, eps, *times(s, t, x_s), SCHEDULES[name], prediction,
-        exact_prediction(name, prediction, t), exact_prediction(name, prediction, t, -0.2, 0.4),
-    )  # fmt: skip
-    alpha_ts, variance_ts = transition(name, s, t)
-    x_t = alpha_ts * x_s + math.sqrt(variance_ts) * eps
-    real, fake = exact_x_s(name, s, t)(x_t), exact_x_s(name, s, t, -0.2, 0.4)(x_t)
+    arguments, x_s, real, fake = of_two_gaussians(name, prediction, s, t)
     d, r = fake - real, fake - x_s
     on, length = (d * r).sum((1, 2), keepdim=True), r.square().sum((1, 2), keepdim=True)
     expected = (d - on / length * r) / (x_s - real).abs().mean((1, 2), keepdim=True).clamp(min=1e-4)

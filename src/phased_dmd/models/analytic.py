@@ -103,9 +103,16 @@ def initial_student(config: AnalyticTeacher, seed: int, fit: bool) -> TimeMLP:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
         student = TimeMLP(exact.means.shape[1])
+    if fit:
+        fit_student(student, exact, config.fit_steps, rng)
+    return student
+
+
+def fit_student(student: TimeMLP, exact: ExactMixture, steps: int, rng: torch.Generator) -> None:
+    """Fits the MLP to the mixture's exact prediction."""
     optimiser = torch.optim.Adam(student.parameters(), lr=FIT_LR)
-    decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, config.fit_steps)
-    for _ in range(config.fit_steps if fit else 0):
+    decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, steps)
+    for _ in range(steps):
         x_0 = exact.sample(FIT_BATCH, rng)
         t = renoise_times(torch.rand(FIT_BATCH, generator=rng), 0.01, 0.999, 1.0)
         eps = torch.randn(x_0.shape, generator=rng)
@@ -115,7 +122,6 @@ def initial_student(config: AnalyticTeacher, seed: int, fit: bool) -> TimeMLP:
         loss.backward()
         optimiser.step()
         decay.step()
-    return student
 
 
 class AnalyticModel:

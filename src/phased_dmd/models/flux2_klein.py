@@ -78,9 +78,6 @@ class Flux2KleinCodec(PipelineCodec):
         absent: Any = {"scheduler": None, "text_encoder": None, "transformer": None}
         self.pipeline = Flux2KleinPipeline(vae=self.vae, tokenizer=source.load(AutoTokenizer, "tokenizer"), **absent)
 
-    def free(self) -> None:
-        self.pipeline.text_encoder = None
-
     def too_long(self, prompts: Sequence[str]) -> int:
         lengths = chat_lengths(self.pipeline.tokenizer, prompts, thinking=False)
         return sum(length > self.max_tokens for length in lengths)
@@ -88,9 +85,7 @@ class Flux2KleinCodec(PipelineCodec):
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Condition]:
         """Returns text [tokens, d] for each prompt, three layers' states side by side, with those of the padding."""
-        if self.pipeline.text_encoder is None:
-            encoder = self.source.load(Qwen3ForCausalLM, "text_encoder", dtype=self.text_dtype)
-            self.pipeline.text_encoder = encoder.to(self.device)
+        self.load_encoder(Qwen3ForCausalLM)
         rows = []
         for start in range(0, len(prompts), PROMPTS):
             text, _ = self.pipeline.encode_prompt(

@@ -72,6 +72,7 @@ class PipelineCodec:
     """
 
     takes_images = False
+    pipeline: Any  # the stock one, of what encodes and decodes alone
 
     def __init__(
         self, config: PipelineTeacher, source: Source, device: torch.device, kind: type, parts: Sequence[str],
@@ -90,6 +91,16 @@ class PipelineCodec:
     def fingerprint(self) -> str:
         self._fingerprint = self._fingerprint or self.source.fingerprint(*self._encoded_by)
         return self._fingerprint
+
+    def load_encoder(self, kind: Any) -> None:
+        """Gives the stock pipeline its text encoder, of a class, unless it has it."""
+        if self.pipeline.text_encoder is None:
+            encoder = self.source.load(kind, "text_encoder", dtype=self.text_dtype)
+            self.pipeline.text_encoder = encoder.to(self.device)
+
+    def free(self) -> None:
+        """Takes the text encoder from the stock pipeline, and its memory with it."""
+        self.pipeline.text_encoder = None
 
     def fits(self, image: Path) -> list[int]:
         """Lists no bucket, where a codec takes no pictures."""

@@ -88,9 +88,6 @@ class QwenImageCodec(PipelineCodec):
         if config.max_tokens > (most := self.pipeline.tokenizer_max_length):
             raise UserError(f"teacher.max_tokens: {config.max_tokens} is more than Qwen-Image's {most}")
 
-    def free(self) -> None:
-        self.pipeline.text_encoder = None
-
     def too_long(self, prompts: Sequence[str]) -> int:
         template, dropped = self.pipeline.prompt_template_encode, self.pipeline.prompt_template_encode_start_idx
         tokens = self.pipeline.tokenizer([template.format(prompt) for prompt in prompts]).input_ids
@@ -99,9 +96,7 @@ class QwenImageCodec(PipelineCodec):
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Condition]:
         """Returns text [tokens, d] for each prompt, the template's end included."""
-        if self.pipeline.text_encoder is None:
-            encoder = self.source.load(Qwen2_5_VLForConditionalGeneration, "text_encoder", dtype=self.text_dtype)
-            self.pipeline.text_encoder = encoder.to(self.device)
+        self.load_encoder(Qwen2_5_VLForConditionalGeneration)
         rows = []
         for start in range(0, len(prompts), PROMPTS):
             text, mask = self.pipeline.encode_prompt(

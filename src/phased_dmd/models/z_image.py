@@ -87,9 +87,6 @@ class ZImageCodec(PipelineCodec):
         absent: Any = {"scheduler": None, "text_encoder": None, "transformer": None}
         self.pipeline = ZImagePipeline(vae=self.vae, tokenizer=source.load(AutoTokenizer, "tokenizer"), **absent)
 
-    def free(self) -> None:
-        self.pipeline.text_encoder = None
-
     def too_long(self, prompts: Sequence[str]) -> int:
         lengths = chat_lengths(self.pipeline.tokenizer, prompts, thinking=True)
         return sum(length > self.max_tokens for length in lengths)
@@ -97,9 +94,7 @@ class ZImageCodec(PipelineCodec):
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Condition]:
         """Returns text [tokens, d] for each prompt, the template's tokens included."""
-        if self.pipeline.text_encoder is None:
-            encoder = self.source.load(Qwen3Model, "text_encoder", dtype=self.text_dtype)
-            self.pipeline.text_encoder = encoder.to(self.device)
+        self.load_encoder(Qwen3Model)
         rows = []
         for start in range(0, len(prompts), PROMPTS):
             texts, _ = self.pipeline.encode_prompt(

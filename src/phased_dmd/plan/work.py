@@ -7,8 +7,8 @@ from phased_dmd.config import Config
 from phased_dmd.config.teacher import PipelineTeacher, Teacher
 from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.models.loader import adapter_of
-from phased_dmd.plan.measure import Call, bucket_shapes, call, itemsizes, meta_model
-from phased_dmd.pool import begins_with_teacher
+from phased_dmd.plan.measure import Call, bucket_shapes, call, itemsizes, meta_model, plan_of
+from phased_dmd.pool import begins_with_teacher, pool_calls
 
 TEXT_TOKENS = 192  # of a prompt, where it is not padded to the most tokens: about 140 words
 ATTENTION = 2.5  # forwards of attention in its backward: two products become five, as its matrix is made again
@@ -81,6 +81,17 @@ def phase_forwards(config: Config, plan: PhasePlan, phase: int, guided: bool, *m
     counts = {True: anchored, False: iterations - anchored}
     works = {each: phase_work(config, plan, phase, guided, *more, anchored=each) for each in counts}
     return sum(count * works[each].forwards for each, count in counts.items())
+
+
+def trained_forwards(config: Config) -> float:
+    """Returns the forwards of all iterations of a run for one sample of the batch."""
+    plan, guided = plan_of(config), max(meta_model(config.teacher).guidance) > 1
+    return sum(phase_forwards(config, plan, phase, guided) for phase in range(1, plan.num_phases + 1))
+
+
+def pool_forwards(config: Config) -> float:
+    """Returns the forwards that make a run's pool, shared out over the samples of a batch as `trained_forwards` is."""
+    return pool_calls(config, plan_of(config), meta_model(config.teacher).guidance) / config.batch_size
 
 
 def gathered_bytes(config: Config, work: Work, gpus: int, score_calls: float) -> int:

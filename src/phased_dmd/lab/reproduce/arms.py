@@ -18,6 +18,7 @@ def phased(**overrides: Any) -> Variant:
 
 
 REFERENCE = "Phased"
+POOL = {"rollouts__pool": 512}  # at nano's budget the default of 1024 would take half of the calls
 TDM = {"ablation__target": "rollout", "objective": "public"}
 # TDM departs from these rows in that one network has all steps, trained in turn, and in the weight of the fake's loss.
 ARMS = {
@@ -38,7 +39,13 @@ ARMS = {
     "one fake update": Arm(phased(fake__updates=1), "the control of the row above"),
     "Fisher": Arm(phased(objective="fisher"), "the Fisher divergence within each subinterval"),
     "Fisher, stopped": Arm(phased(objective="fisher-stop-gradient"), "its form that stops at the teacher"),
-    # Here stand anchor + phases (anchor.updates) and phases at once (rollouts.start=teacher), once these are fields.
+    "anchored first phase": Arm(
+        phased(anchor__updates=[10**6, 0, 0, 0], **POOL),
+        "the first expert regresses the teacher's trajectories, and has no fake (DP-DMD)",
+    ),
+    "phases at once": Arm(
+        phased(rollouts__start="teacher", **POOL), "phases that begin with the teacher's states, not the experts'"
+    ),
 }
 WORLDS = {
     "toy-2d": (Criterion("mixture", "mode_histogram_kl"), Criterion("mixture", "distance_to_nearest_mode")),
@@ -52,8 +59,9 @@ METHOD_TABLE = Claim(
     says="Phased DMD, the methods that it is compared with, and later ones in its phases, at equal cost.",
     evidence="None: nobody has published this table.",
     how="Equal in all rows: teacher, prompts, batch, seeds, learning rates, rank, and the forwards of a network that "
-    "training takes (a backward counts as one or two of them), as `phased-dmd plan` counts them. A method whose update "
-    "takes more of them makes fewer updates. The rates are those that the recipes have for Phased; no row was tuned.",
+    "training and the pool of the teacher's trajectories take (a backward counts as one or two of them), as "
+    "`phased-dmd plan` counts them. A method whose update takes more of them makes fewer updates. The rates are those "
+    "that the recipes have for Phased; no row was tuned.",
     trials={
         recipe: Trial(
             criteria,

@@ -4,15 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from phased_dmd.config import Config
 from phased_dmd.lab.metrics.formats import markdown_table, number
 from phased_dmd.lab.reproduce.arms import ARMS, METHOD_TABLE, REFERENCE
-from phased_dmd.lab.reproduce.claim import Claim, Trial
+from phased_dmd.lab.reproduce.claim import Budget, Claim, Trial
 from phased_dmd.lab.reproduce.claim_page import HOW_COMPARED, IN_THE_FIGURE, comparison_table, made_by, measured_parts
 from phased_dmd.lab.reproduce.study import Study
 from phased_dmd.lab.reproduce.verdict import count_outcomes, judge, mirrored
-from phased_dmd.plan.measure import meta_model, plan_of
-from phased_dmd.plan.work import phase_work
+from phased_dmd.plan.work import pool_forwards, trained_forwards
 from phased_dmd.recipes import resolve
 
 SHARE = {"holds": "", "holds partly": " in part"}
@@ -36,26 +34,22 @@ PARTICLES = (
 )
 
 
-def at_equal_cost(claim: Claim) -> Claim:
-    """Returns the claim with such factors on the updates of each variant that all train in the reference's forwards."""
+def at_equal_cost(claim: Claim, budgets: Mapping[str, Budget]) -> Claim:
+    """Returns the claim with such factors on the updates of each variant that all take the reference's forwards.
+
+    budgets: by recipe. A pool takes the same whatever the budget, and is paid for in updates; one that takes more than
+    the whole budget leaves an update a phase.
+    """
     trials = {}
     for recipe, trial in claim.trials.items():
-        forwards = {label: run_forwards(resolve(recipe, v.overrides, v.method)) for label, v in trial.variants.items()}
+        configs = {label: resolve(recipe, v.overrides, v.method) for label, v in trial.variants.items()}
+        share, whole = budgets[recipe].updates, trained_forwards(configs[REFERENCE])
         variants = {
-            label: replace(variant, updates=forwards[REFERENCE] / forwards[label])
-            for label, variant in trial.variants.items()
+            label: replace(variant, updates=max(0.0, whole - pool_forwards(config) / share) / trained_forwards(config))
+            for (label, variant), config in zip(trial.variants.items(), configs.values(), strict=True)
         }
         trials[recipe] = Trial(trial.criteria, variants, trial.pairs)
     return replace(claim, trials=trials)
-
-
-def run_forwards(config: Config) -> float:
-    """Returns what a run's training takes for one sample of the batch, in forwards of a network."""
-    guided, plan = max(meta_model(config.teacher).guidance) > 1, plan_of(config)
-    return sum(
-        config.phase_iterations(phase) * phase_work(config, plan, phase, guided).forwards
-        for phase in range(1, plan.num_phases + 1)
-    )
 
 
 def row_verdicts(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:

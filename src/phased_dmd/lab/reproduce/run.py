@@ -53,7 +53,8 @@ def reproduce(
             paths.append(write_study(n, STUDIES[n], budgets[n][n], runs, results, about))
         elif n in TABLES:
             full = budgets[n] == budgets_of(n, "full")
-            paths.append(weigh(n, at_equal_cost(TABLES[n]), budgets[n], full, runs, results, about, tdm_study()))
+            table = at_equal_cost(TABLES[n], budgets[n])
+            paths.append(weigh(n, table, budgets[n], full, runs, results, about, tdm_study()))
         else:
             paths.append(decide(n, CLAIMS[n], budgets[n], is_full(CLAIMS[n], budgets[n]), runs, results, about))
     write_index(results, (*ALONE, *CLAIMS, *TABLES), (*STUDIES,))
@@ -92,7 +93,8 @@ def runs_of(name: str, budgets: Mapping[str, Budget], runs: Path) -> Sequence[Pl
     """Returns all runs of a claim or a study; claims that no distillation decides have none."""
     if name in STUDIES:
         return list(plan_runs(name, STUDIES[name], budgets[name], runs).values())
-    trials = CLAIMS[name].trials if name in CLAIMS else at_equal_cost(TABLES[name]).trials if name in TABLES else {}
+    claim = CLAIMS.get(name) or (at_equal_cost(TABLES[name], budgets) if name in TABLES else None)
+    trials = claim.trials if claim else {}
     planned = [plan_runs(recipe, trial.variants, budgets[recipe], runs) for recipe, trial in trials.items()]
     return [run for of_recipe in planned for run in of_recipe.values()]
 
