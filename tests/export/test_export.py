@@ -421,7 +421,7 @@ def test_a_pipeline_file_that_does_another_thing_is_not_verified(make: Make, tmp
     """It is a stranger's only way in, and is run as diffusers runs it."""
     run, path = make("wan21_t2v"), tmp_path / "out" / "pipeline.py"
     export(run, tmp_path / "out")
-    path.write_text(path.read_text().replace('fixed | few["unguided"]', 'fixed | {"guidance_scale": 1.5}'))
+    path.write_text(path.read_text().replace('few["fixed"] | few["unguided"]', '{"guidance_scale": 1.5}'))
     with pytest.raises(VerificationError, match="verification failed: samples"):
         verify(ExportedRun.open(run), tmp_path / "out")
 
@@ -464,7 +464,7 @@ def test_the_precision_is_the_widest_that_the_free_memory_holds() -> None:
 def test_the_weights_of_a_base_are_those_of_all_its_parts(name: str, make: Make) -> None:
     """As the stock pipeline holds them."""
     opened = ExportedRun.open(make(name))
-    pipe = DiffusionPipeline.from_pretrained(opened.teacher.path)
+    pipe = DiffusionPipeline.from_pretrained(opened.teacher.path, **opened.adapter.stock.parts(opened.source))
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     numbers = sum(p.numel() for module in modules for p in module.parameters())
     assert opened.source.count_weights() == pytest.approx(numbers, rel=0.02)  # tied embeddings are stored once

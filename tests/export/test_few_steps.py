@@ -387,8 +387,9 @@ def test_a_readers_own_loader_merges_each_file_as_it_was_trained(
     """diffusers: the stock pipeline's `load_lora_weights` and `fuse_lora`. peft: what a trainer does with the keys."""
     run, teacher = make(name), workshop / "teachers" / name
     export(run, tmp_path / "out")
-    for expert in ExportedRun.open(run).experts:
-        pipe = DiffusionPipeline.from_pretrained(teacher)
+    opened = ExportedRun.open(run)
+    for expert in opened.experts:
+        pipe = DiffusionPipeline.from_pretrained(teacher, **opened.adapter.stock.parts(opened.source))
         network = pipe.components[expert.part]
         if reader == "diffusers":
             second = {"load_into_transformer_2": True} if expert.part == "transformer_2" else {}

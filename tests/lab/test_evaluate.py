@@ -497,15 +497,20 @@ def test_a_video_file_is_read_as_its_frames(tmp_path: Path) -> None:
 def test_runs_and_exports_of_real_classes_are_evaluated_with_a_dino_folder(name: str, tmp_path: Path) -> None:
     """Random weights throughout; the export of a run gives the run's own figures."""
     dino(tmp_path / "dino", 3)
-    (tmp_path / "prompts.txt").write_text("a red fox\na boat at night\n")
+    picture = tmp_path / "given.png" if name == "qwen_image_edit" else None
+    if picture:
+        Image.effect_noise((96, 64), 80).convert("RGB").save(picture)
+    fox, boat = Prompt("a red fox", picture), Prompt("a boat at night", picture)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(f"{fox.line()}\n{boat.line()}\n")
     config = Config(
-        recipe="tiny", teacher=teacher(name, build(name, tmp_path / "pipeline")), prompts=str(tmp_path / "prompts.txt"),
+        recipe="tiny", teacher=teacher(name, build(name, tmp_path / "pipeline")), prompts=str(prompts),
         plan=Plan(steps=4, phases=2, shift=5.0),
         generator=Generator(lora=Lora(rank=2, alpha=2), lr=1e-2),
         fake=Fake(updates=1, lr=1e-3), iterations=1, batch_size=1,
     )  # fmt: skip
     run = distill(config, tmp_path / "run", quiet=True)
-    protocol = Protocol(prompts=str(tmp_path / "prompts.txt"), seeds=(0, 1, 2), features=str(tmp_path / "dino"), fps=16)
+    protocol = Protocol(prompts=str(prompts), seeds=(0, 1, 2), features=str(tmp_path / "dino"), fps=16)
     found = evaluate([run], protocol, cache=tmp_path / "base")[str(run)]
     assert found["nets"]["features"] == "dino, dinov3_vit"
     base, _, own = found["sets"]["prompts"]["rows"].values()
@@ -513,7 +518,7 @@ def test_runs_and_exports_of_real_classes_are_evaluated_with_a_dino_folder(name:
     expected |= {"optical_flow", "dynamic_degree", "frechet_video_paired"} if name == "wan22_t2v" else set()
     assert expected <= own.keys()
     sampler = load(run)
-    pixels = sampler.decode(sampler(["a red fox"] * 3 + ["a boat at night"] * 3, [0, 1, 2] * 2))
+    pixels = sampler.decode(sampler([fox] * 3 + [boat] * 3, [0, 1, 2] * 2))
     assert own["contrast"]["value"] == pytest.approx(float(pixels.mean(4).flatten(2).std(2).mean()), rel=1e-5)
     assert own["contrast"]["gap"] == pytest.approx(own["contrast"]["value"] - base["contrast"]["value"], rel=1e-9)
 

@@ -111,6 +111,10 @@ class FewSteps(Base):
             fixed["max_sequence_length"] = few["max_sequence_length"]
         return super().__call__(**few["size"] | call | fixed)
 
+    def _encode_vae_image(self, image: torch.Tensor, generator: Any) -> torch.Tensor:
+        """Encodes a picture in the VAE's own precision: pipelines that edit hand it over in the network's."""
+        return super()._encode_vae_image(image.to(self.vae.dtype), generator).to(image.dtype)  # type: ignore[attr-defined]
+
     def load_lora_weights(self, weights: Any, adapter_name: str | None = None, **options: Any) -> None:  # type: ignore[override]
         """Loads a LoRA of the user's own beside the experts; refuses the export's files, which are loaded already."""
         if self.is_of_export(weights, options.get("weight_name")):

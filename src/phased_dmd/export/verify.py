@@ -61,7 +61,8 @@ def verify(run: ExportedRun, folder: Path, dtype: torch.dtype | None = None) -> 
         prompts = [Prompt(text, picture if run.takes_images else None) for text in texts]
         noise, expected, bare = sample_run(run, prompts, size, dtype)
         stock, latents = run.adapter.stock, noise.shape[-2:]
-        options: dict[str, Any] = {"height": size.height, "width": size.width, "latents": stock.given(noise)}
+        given = stock.given(noise).to(dtype if stock.rounds else noise.dtype)
+        options: dict[str, Any] = {"height": size.height, "width": size.width, "latents": given}
         options |= {"num_frames": size.num_frames} if stock.frames else {}
         options |= {"image": read_picture(picture)} if run.takes_images else {}
         for load in (load_package, load_custom):

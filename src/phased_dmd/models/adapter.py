@@ -37,6 +37,7 @@ class Stock(NamedTuple):
     frames: bool = False  # whether it takes `num_frames` and gives `frames`
     cleans: bool = False  # whether it cleans prompts by ftfy
     limits: bool = True  # whether it takes `max_sequence_length`
+    rounds: bool = False  # whether latents that it is given must be of the network's dtype
     alone: bool = False  # whether a sample depends on how long the other prompts of its call are
     fixed: Mapping[str, Any] = {}  # arguments of every call, beside that of `unguided`
     parts: Callable[[Source], Mapping[str, Any]] = lambda _: {}  # that it is handed, where it cannot load them alone

@@ -78,9 +78,6 @@ class Krea2Codec(PipelineCodec):
             vae=self.vae, tokenizer=tokenizer, text_encoder_select_layers=layers, **absent
         )  # fmt: skip
 
-    def free(self) -> None:
-        self.pipeline.text_encoder = None
-
     def too_long(self, prompts: Sequence[str]) -> int:
         pipeline = self.pipeline
         around = pipeline.prompt_template_encode_num_suffix_tokens - pipeline.prompt_template_encode_start_idx
@@ -92,9 +89,7 @@ class Krea2Codec(PipelineCodec):
         """Returns text [tokens, layers, d] for each prompt, the template's end included, without the padding before it:
         the network gives all text one position.
         """
-        if self.pipeline.text_encoder is None:
-            encoder = self.source.load(Qwen3VLModel, "text_encoder", dtype=self.text_dtype)
-            self.pipeline.text_encoder = encoder.to(self.device)
+        self.load_encoder(Qwen3VLModel)
         rows = []
         for start in range(0, len(prompts), PROMPTS):
             text, mask = self.pipeline.encode_prompt(

@@ -82,9 +82,6 @@ class Lumina2Codec(PipelineCodec):
         absent: Any = {"scheduler": None, "text_encoder": None, "transformer": None}
         self.pipeline = Lumina2Pipeline(vae=self.vae, tokenizer=source.load(AutoTokenizer, "tokenizer"), **absent)
 
-    def free(self) -> None:
-        self.pipeline.text_encoder = None
-
     def full(self, prompt: str) -> str:
         """Returns a prompt behind the system's, and the negative prompt as it is."""
         return prompt if prompt == self.negative else f"{self.pipeline.system_prompt} <Prompt Start> {prompt}"
@@ -96,9 +93,7 @@ class Lumina2Codec(PipelineCodec):
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Condition]:
         """Returns text [tokens, d] for each prompt, the system's tokens included."""
-        if self.pipeline.text_encoder is None:
-            encoder = self.source.load(Gemma2Model, "text_encoder", dtype=self.text_dtype)
-            self.pipeline.text_encoder = encoder.to(self.device)
+        self.load_encoder(Gemma2Model)
         rows = []
         for start in range(0, len(prompts), PROMPTS):
             full = [self.full(prompt) for prompt in prompts[start : start + PROMPTS]]
@@ -127,7 +122,7 @@ ADAPTER = Adapter(
     TextEncoder(Gemma2Model, PROMPTS), condition, padded=False,
     stock=Stock(
         ("guidance_scale", 1.0), evenly_shifted, as_picture, as_picture, lambda x, *_: x[:, :, None],
-        lambda _, x, *__: x[:, :, None],
+        lambda _, x, *__: x[:, :, None], rounds=True,
     ),
     decoded=lambda shape: (*shape[:2], *shape[3:]), prefix="transformer.", sigmas=sigmas,
 )  # fmt: skip

@@ -97,9 +97,6 @@ class QwenImage21Codec(PipelineCodec):
         absent: Any = {"scheduler": None, "text_encoder": None, "transformer": None}
         self.pipeline: Any = processor and QwenImage21Pipeline(vae=self.vae, processor=processor, **absent)
 
-    def free(self) -> None:
-        self.pipeline.text_encoder = None
-
     def too_long(self, prompts: Sequence[str]) -> int:
         template, tokenizer = self.pipeline.prompt_template_t2i, self.pipeline.processor.tokenizer
         lengths = map(len, tokenizer([template.format(prompt) for prompt in prompts]).input_ids)
@@ -108,9 +105,7 @@ class QwenImage21Codec(PipelineCodec):
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Condition]:
         """Returns text [tokens, d] for each prompt, the ends of the chat's turns included."""
-        if self.pipeline.text_encoder is None:
-            encoder = self.source.load(Qwen3VLForConditionalGeneration, "text_encoder", dtype=self.text_dtype)
-            self.pipeline.text_encoder = encoder.to(self.device)
+        self.load_encoder(Qwen3VLForConditionalGeneration)
         rows = []
         for start in range(0, len(prompts), PROMPTS):
             text, mask, _ = self.pipeline.encode_prompt(list(prompts[start : start + PROMPTS]), device=self.device)

@@ -89,9 +89,6 @@ class QwenImageEditCodec(PipelineCodec):
         tokenizer, processor = source.load(Qwen2Tokenizer, "tokenizer"), source.load(PictureProcessor, "processor")
         self.pipeline = QwenImageEditPlusPipeline(vae=self.vae, tokenizer=tokenizer, processor=processor, **absent)
 
-    def free(self) -> None:
-        self.pipeline.text_encoder = None
-
     def too_long(self, prompts: Sequence[str]) -> int:
         return 0
 
@@ -105,9 +102,7 @@ class QwenImageEditCodec(PipelineCodec):
     @torch.no_grad()
     def encode_picture(self, prompt: str, picture: Path, bucket: int) -> Condition:
         """Returns text and negative_text [tokens, d], and image [16, 1, h, w]: the picture in the bucket's shape."""
-        if self.pipeline.text_encoder is None:
-            encoder = self.source.load(Qwen2_5_VLForConditionalGeneration, "text_encoder", dtype=self.text_dtype)
-            self.pipeline.text_encoder = encoder.to(self.device)
+        self.load_encoder(Qwen2_5_VLForConditionalGeneration)
         shown, size, processor = read_picture(picture), self.sizes[bucket], self.pipeline.image_processor
         small, large = (calculate_dimensions(area, size.width / size.height) for area in AREAS)
         seen: Any = [processor.resize(shown, small[1], small[0])]
