@@ -304,7 +304,10 @@ def test_distil_evaluate_report_sample_and_again(
     written = (folder / "evaluation.json").stat().st_mtime_ns
     assert run("evaluate", str(folder), "--samples", "64", monkeypatch=monkeypatch) == 0
     assert (folder / "evaluation.json").stat().st_mtime_ns == written
-    assert "already evaluated" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "already evaluated" in said and f"all measures: --wide, or {folder / 'evaluation.json'}" in said
+    assert run("evaluate", str(folder), "--samples", "64", "--wide", monkeypatch=monkeypatch) == 0
+    assert "| mixture: 64 samples | " in capsys.readouterr().out
     assert run("report", str(folder), monkeypatch=monkeypatch) == 0
     page = (folder / "report.html").read_text()
     assert ";base64," in page

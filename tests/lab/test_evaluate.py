@@ -1,6 +1,7 @@
 """`evaluate`: intervals against closed forms, the base against itself, the cache, folders of files, real pipelines."""
 
 import json
+import re
 import sys
 import time
 import weakref
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from pipelines import PICTURES, build, teacher
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_metrics import dino
 from tiny import draw, teacher_alone
@@ -31,6 +33,7 @@ from phased_dmd.lab.evaluate.measures import Reference, clip_features, measureme
 from phased_dmd.lab.evaluate.measures import statistics as measures_of
 from phased_dmd.lab.evaluate.sample_sets import SampleSet, deal_out, group_by_seed, sample_sets
 from phased_dmd.lab.evaluate.samples import Base, SampleFolder, SampleSource, weights_hash
+from phased_dmd.lab.evaluate.tables import FINER, WIDTH, show, title
 from phased_dmd.lab.metrics.distances import frechet, moments
 from phased_dmd.lab.metrics.features import load_features
 from phased_dmd.lab.metrics.intervals import interval, jackknife_half_width, leave_one_out
@@ -365,6 +368,25 @@ def test_a_run_is_measured_once_by_one_protocol(nano: Path, tmp_path: Path) -> N
     sampler = load(nano)
     assert torch.allclose(kept, sampler.decode(sampler(["a handwritten digit"], [3]))[0, 0].clamp(0, 1), atol=0.6 / 255)
     assert evaluate([nano], Protocol(samples=25), cache=tmp_path)[str(nano)]["protocol"]["samples"] == 25
+
+
+def test_what_matters_fits_a_terminal(nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row a measure, the finer ones left to the file and the whole table; values and gaps are the file's."""
+    evaluation = evaluate([nano], Protocol(samples=24), cache=tmp_path)[str(nano)]
+    show(evaluation, Console(width=WIDTH))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    for name, found in evaluation["sets"].items():
+        start = lines.index(next(line for line in lines if line.startswith(f"{name}: {found['about']}")))
+        measures = [measure for measure in found["rows"]["dmd, 4 steps"] if measure not in FINER]
+        assert FINER & found["rows"]["dmd, 4 steps"].keys()
+        for line, measure in zip(lines[start + 2 :], measures, strict=False):
+            base, _, ours = (row[measure] for row in found["rows"].values())
+            said, at_base, _, at_ours = re.split(r"\s{2,}", line.strip())
+            assert said == title(measure)
+            assert float(at_base.replace("−", "-")) == pytest.approx(base["value"], rel=0.05, abs=0.01)
+            gap = float(at_ours.partition("(")[2].rstrip(")").split()[0].replace("−", "-"))
+            assert gap == pytest.approx(ours["gap"], rel=0.05, abs=0.01)
 
 
 # Folders of files

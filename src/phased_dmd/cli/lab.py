@@ -1,5 +1,6 @@
 """Defines the commands that measure, decide the paper's claims, and train the networks that the package ships."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,6 +53,7 @@ def evaluate(
     cache: Annotated[Path | None, option("Folder of the base's samples (default: base, beside the subject).")] = None,
     output: Annotated[Path | None, option("Folder for the results (default: the subject's own).")] = None,
     again: Annotated[bool, typer.Option("--again", help="Evaluate even what was evaluated before.")] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="Print all measures, as Markdown.")] = False,
     lora: Loras = None,
     sigmas: Sigmas = None,
 ) -> None:  # fmt: skip
@@ -73,36 +75,55 @@ def evaluate(
         floor=floor, bucket=bucket,
     )  # fmt: skip
     if lora:
-        _measure_loras(subjects[0], lora, sigmas, protocol, again, base, cache, output or Path())
+        _measure_loras(subjects[0], lora, sigmas, protocol, again, base, cache, output or Path(), wide)
     else:
-        _measure(list(dict.fromkeys(subjects)), protocol, again, base, cache, output)
+        _measure(list(dict.fromkeys(subjects)), protocol, again, base, cache, output, wide)
 
 
 def _measure(
-    subjects: list[Path], protocol: Any, again: bool, base: Path | None, cache: Path | None, output: Path | None
-) -> None:
+    subjects: list[Path], protocol: Any, again: bool, base: Path | None, cache: Path | None, output: Path | None,
+    wide: bool,
+) -> None:  # fmt: skip
     """Evaluates each subject and prints its table; says of which ones nothing was written anew."""
-    from phased_dmd.lab.evaluate import evaluate, table
+    from phased_dmd.lab.evaluate import evaluate
 
     files = [(output or subject) / "evaluation.json" for subject in subjects]
     before = [file.stat().st_mtime_ns if file.exists() else None for file in files]
     found = evaluate(subjects, protocol, again, base=base, cache=cache, output=output)
     for file, stamp, (subject, result) in zip(files, before, found.items(), strict=True):
-        print(f"{subject}{': already evaluated' if file.stat().st_mtime_ns == stamp else ''}\n{table(result)}")
+        print(f"{subject}{': already evaluated' if file.stat().st_mtime_ns == stamp else ''}")
+        _print_table(result, wide, file)
+
+
+def _print_table(evaluation: Mapping[str, Any], wide: bool, file: Path) -> None:
+    """Prints all of an evaluation, or what matters and where the rest is."""
+    from rich.console import Console
+
+    from phased_dmd.lab.evaluate import table
+    from phased_dmd.lab.evaluate.tables import WIDTH, show
+
+    if wide:
+        print(table(evaluation))
+        return
+    console = Console()
+    console.width = min(WIDTH, console.width) if console.is_terminal else WIDTH
+    show(evaluation, console)
+    print(f"all measures: --wide, or {file}")
 
 
 def _measure_loras(
     recipe: Path, loras: list[Path], sigmas: str | None, protocol: Any, again: bool, base: Path | None,
-    cache: Path | None, output: Path,
+    cache: Path | None, output: Path, wide: bool,
 ) -> None:  # fmt: skip
     """Evaluates LoRA files of others on a recipe's base and prints the table."""
-    from phased_dmd.lab.evaluate import evaluate_loras, table
+    from phased_dmd.lab.evaluate import evaluate_loras
     from phased_dmd.sampling.others import parse_sigmas
 
     config, times = build(read_recipe(str(recipe))), parse_sigmas(sigmas) if sigmas else ()
     place = str(base) if base else None
     found = evaluate_loras(config, loras, output, times, protocol, again, base=place, cache=cache)
-    print(f"{', '.join(map(str, loras))}\n{table(found)}")
+    print(", ".join(map(str, loras)))
+    _print_table(found, wide, output / "evaluation.json")
 
 
 def report(

@@ -1,7 +1,11 @@
-"""What each measure is called and how it is read, and an evaluation as Markdown."""
+"""What each measure is called and how it is read, and an evaluation as tables."""
 
 from collections.abc import Mapping
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from phased_dmd.lab.evaluate.measures import Measurement
 from phased_dmd.lab.metrics.formats import markdown_table, number
@@ -45,6 +49,24 @@ NET_OF = {  # by measure: which of the evaluation's nets makes it
     "pairwise_cosine": "features", "pairwise_perceptual": "perceptual", "alignment": "alignment",
     "optical_flow": "flow", "dynamic_degree": "flow",
 }  # fmt: skip
+FINER = {  # measures that say little beside the others, and stand in the file and the whole table alone
+    "frechet_pca", "frechet_pca_paired", "frechet_video", "high_frequency_energy", "sharpness", "least_class_share",
+}  # fmt: skip
+WIDTH = 100  # columns that a terminal has at least, as most do
+
+
+def show(evaluation: Mapping[str, Any], console: Console) -> None:
+    """Prints what matters of an evaluation: a table a prompt set, a row a measure, and its gap to the base."""
+    for name, found in evaluation["sets"].items():
+        base, rows = found["base"], found["rows"]
+        measures = dict.fromkeys(measure for row in rows.values() for measure in row if measure not in FINER)
+        shown = Table("", *rows, title=f"{name}: {found['about']}", title_justify="left", box=None)
+        for measure in measures:
+            cells = [_format_cell(row.get(measure), column == base, True) for column, row in rows.items()]
+            shown.add_row(title(measure), *map(Text, cells))
+        console.print(shown)
+    nets = ", ".join(f"{name}: {net}" for name, net in evaluation["nets"].items())
+    console.print("(gap to the base)", nets, markup=False, highlight=False)
 
 
 def table(evaluation: Mapping[str, Any]) -> str:
@@ -67,10 +89,12 @@ def title(measure: str, nets: Mapping[str, str] | None = None) -> str:
     return f"{HEADINGS[measure][0]} ({net})" if net else HEADINGS[measure][0]
 
 
-def _format_cell(measurement: Measurement | None, is_base: bool) -> str:
+def _format_cell(measurement: Measurement | None, is_base: bool, value_alone: bool = False) -> str:
+    """Returns value ± half width (gap ± half width); value_alone: without the value's own."""
     if measurement is None:
         return ""
     text = _format_interval(measurement["value"], measurement["half_width"], False)
+    text = text.partition(" ")[0] if value_alone else text
     if is_base:
         return text
     return f"{text} ({_format_interval(measurement['gap'], measurement['gap_half_width'], True)})"
