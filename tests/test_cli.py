@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from commands import run
 from phased_dmd import __main__ as entry
 from phased_dmd.cli import app
 from phased_dmd.lab.reproduce.begin import begin_worker
-from phased_dmd.recipes import resolve
+from phased_dmd.recipes import RECIPES, resolve
 
 FAST = ["--set", "teacher.fit_steps=3", "--iterations", "2", "--set", "batch_size=8"]
 
@@ -69,7 +70,7 @@ def test_the_gpus_allocator_grows_its_segments_unless_the_user_says_otherwise(
 COMMANDS = {  # the least that each one takes
     "distill": ["toy-1d"], "sample": [".", "--output", "out"], "export": [".", "--output", "out"], "evaluate": ["."],
     "report": ["."], "plan": ["toy-1d", "--gpus", "1", "--memory-gb", "80"], "reproduce": ["all"],
-    "teach": ["nano", "--output", "out"], "config": [],
+    "teach": ["nano", "--output", "out"], "config": [], "recipes": [],
 }  # fmt: skip
 
 
@@ -343,3 +344,14 @@ def test_dry_run_prints_the_config_and_writes_nothing(
         run("distill", str(tmp_path / "again.json"), "--dry-run", "--output", str(folder), monkeypatch=monkeypatch) == 0
     )
     assert capsys.readouterr().out == shown
+
+
+def test_recipes_says_what_each_distils(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("recipes", monkeypatch=monkeypatch) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["recipe", "teacher", "prompts", "makes", "steps,", "phases"]
+    assert [line.split()[0] for line in lines] == list(RECIPES) and max(map(len, lines)) <= 100
+    told = {line.split()[0]: re.split(r"\s{2,}", line.strip())[1:] for line in lines}
+    assert told["toy-2d"] == ["a mixture of Gaussians", "points", "4, 4"]
+    assert told["wan22-i2v"] == ["Wan-AI/Wan2.2-I2V-A14B-Diffusers", "yours, with pictures", "clips", "4, 2"]
+    assert told["nano-t2i"] == ["nano", "nano-t2i", "pictures", "4, 4"]

@@ -244,7 +244,10 @@ def fitting(pipeline: str) -> str:
 
 
 def read_recipe(recipe: str | Path) -> dict[str, Any]:
-    """Returns all fields of a recipe, given by its name, or of a file, as JSON would hold them."""
+    """Returns all fields of a recipe, as JSON would hold them.
+
+    recipe: its name, or a YAML or JSON file: with a recipe's name, what differs from it, else a whole configuration.
+    """
     if not isinstance(recipe, str | Path):
         raise UserError(f"recipe: a name or a file is needed, not a {type(recipe).__name__}; a Config is resolved")
     if recipe in RECIPES:
@@ -252,11 +255,14 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     if Path(recipe).suffix not in (".yaml", ".yml", ".json"):
         raise UserError(f"recipe: unknown recipe {str(recipe)!r}{did_you_mean(str(recipe), list(RECIPES))}")
     data = read_file(Path(recipe))
-    for field in ("recipe", "teacher"):
-        if field not in data:
-            like = data.get("recipe") if data.get("recipe") in list(RECIPES) else "nano-t2i"
-            raise UserError(
-                f"{recipe}: {field} is missing: a file holds a whole configuration, and inherits from no recipe; "
-                f"`phased-dmd distill {like} --dry-run > my-run.json` writes one to begin with"
-            )
-    return build(data).model_dump(mode="json")
+    if "recipe" not in data:
+        raise UserError(f"{recipe}: recipe is missing: name the one that the rest of the file changes, as nano-t2i")
+    name = str(data["recipe"])
+    if name not in RECIPES:
+        if "teacher" not in data:
+            known = did_you_mean(name, list(RECIPES))
+            raise UserError(f"{recipe}: teacher is missing, and recipe: {name} is none to inherit it from{known}")
+        return build(data).model_dump(mode="json")
+    if odd := next((key for key in data if not isinstance(key, str)), None):
+        raise UserError(f"{recipe}: {odd!r}: unknown field")
+    return changed(RECIPES[name](), data).model_dump(mode="json")

@@ -394,19 +394,58 @@ def test_a_recipe_alone_resolves_to_itself(tmp_path: Path) -> None:
     assert resolve(tmp_path / "run.json") == RECIPES["nano-t2v"]()
 
 
+INHERITED = """
+recipe: nano-t2i
+iterations: 7
+plan: {steps: 8}
+generator.lora.rank: 8
+fake: {lora: {alpha: 3}}
+"""
+
+
+def test_a_file_inherits_what_it_does_not_name(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(INHERITED)
+    changes = {"iterations": 7, "plan.steps": 8, "generator.lora.rank": 8, "fake.lora.alpha": 3}
+    assert resolve(file) == resolve("nano-t2i", changes) != resolve("nano-t2i")
+    assert resolve(file, {"iterations": 9}, "dmd").plan.phases == 1
+    full = "prompts: null\ngenerator: {weights: full}\nfake: {weights: full}\n"
+    file.write_text("recipe: nano-t2i\nteacher: {kind: analytic, means: [[0]]}\n" + full)  # another kind, as a whole
+    assert resolve(file).teacher == AnalyticTeacher(means=((0.0,),))
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("wan22-i2v", "qwen-image-edit")])
+def test_a_file_of_a_whole_recipe_is_that_recipe(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(resolve(recipe).model_dump_json())
+    assert resolve(tmp_path / "run.json") == resolve(recipe)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("recipe: nano-t2v\niterations: 10\n", "teacher is missing: .* `phased-dmd distill nano-t2v --dry-run > "),
-        ("recipe: mine\n", "teacher is missing: .* `phased-dmd distill nano-t2i --dry-run > "),
-        ("teacher: {kind: analytic, means: [[0]]}\n", "recipe is missing: .* inherits from no recipe"),
+        (
+            "recipe: nano-t2\niterations: 10\n",
+            "teacher is missing, and recipe: nano-t2 is none .*; did you mean nano-t2",
+        ),
+        (
+            "teacher: {kind: analytic, means: [[0]]}\n",
+            "recipe is missing: name the one that the rest ",
+        ),
+        ("recipe: nano-t2i\n3: 4\n", "3: unknown field"),
     ],
 )
-def test_a_file_that_would_inherit_is_told_how_to_get_a_whole_one(text: str, says: str, tmp_path: Path) -> None:
+def test_a_file_that_inherits_from_nothing_is_told_so(text: str, says: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=f"^{file}: {says}"):
         resolve(str(file))
+
+
+def test_a_field_that_a_file_gets_wrong_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("recipe: nano-t2i\nplan: {step: 8}\n")
+    with pytest.raises(UserError, match=r"^plan\.step: unknown field; did you mean steps"):
+        resolve(file)
 
 
 # ---------------------------------------------------------------- methods

@@ -14,8 +14,9 @@ from phased_dmd.cli.messages import count, tell
 from phased_dmd.config import Config
 from phased_dmd.config.fields import as_markdown, as_text
 from phased_dmd.config.overrides import build
+from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.errors import OutOfMemory, UserError, refuse_full
-from phased_dmd.recipes import licence, read_recipe
+from phased_dmd.recipes import FIRST_FRAMES, RECIPES, licence, read_recipe
 
 Output = Annotated[
     Path | None, typer.Option(help="The run folder to write (default: runs/RECIPE).", show_default=False)
@@ -130,6 +131,30 @@ def _about(config: Config, folder: Path) -> str:
     plan = config.plan
     about = f"{config.method} on {config.recipe}, {count(plan.steps, 'step')} in {count(plan.phases, 'phase')}"
     return f"{folder}: {about}, {count(config.updates, 'update')} in all"
+
+
+def recipes() -> None:
+    """List the recipes: what each distils, and into how many steps."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recipe", "teacher", "prompts", "makes", "steps, phases", box=None)
+    for name, recipe in RECIPES.items():
+        table.add_row(name, *about(recipe()))
+    console = Console()
+    console.width = console.width if console.is_terminal else 100
+    console.print(table)
+
+
+def about(config: Config) -> tuple[str, str, str, str]:
+    """Returns a run's teacher, its prompts, what it makes, and in how many steps and phases."""
+    teacher, plan = config.teacher, config.plan
+    hops = f"{plan.steps}, {plan.phases}"
+    if not isinstance(teacher, PipelineTeacher):
+        return "a mixture of Gaussians", "", "points", hops
+    made = "clips" if teacher.sizes[0].num_frames > 1 else "pictures"
+    told = "yours, with pictures" if config.prompts == FIRST_FRAMES else str(config.prompts)
+    return teacher.path, told, made, hops
 
 
 def config(
