@@ -158,7 +158,9 @@ def test_a_base_of_an_unknown_licence_and_one_of_the_package_have_no_line() -> N
 
 
 @pytest.mark.filterwarnings("ignore:teacher.path")  # the base is not here
-@pytest.mark.parametrize("command", [("distill", "z-image", "--dry-run"), ("plan", "z-image")])
+@pytest.mark.parametrize(
+    "command", [("distill", "z-image", "--dry-run"), ("plan", "z-image", "--gpus", "1", "--memory-gb", "80")]
+)
 def test_the_command_says_the_licence_first(
     command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
