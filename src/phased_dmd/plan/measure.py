@@ -207,6 +207,17 @@ def with_numbers(func: Any, args: Any) -> Any:
     return args[0], indices
 
 
+class WithoutData(TorchDispatchMode):
+    """Makes the numbers that `pad_sequence` fills without data too: of tensors without data it makes one that has."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.full.default and (kwargs.get("dtype") or torch.bool).is_floating_point:
+            with FAKE_CPU:
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
 class Call(NamedTuple):
     """The cost of one network call.
 
@@ -261,7 +272,7 @@ def _count_call(teacher: Teacher, network: nn.Module, shape: tuple[int, ...], ba
     attention = {  # the one operation that torch's counter leaves out on a CPU
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
     }
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter, saved:
+    with WithoutData(), FlopCounterMode(display=False, custom_mapping=attention) as counter, saved:
         output = model.predict(network, x, t, condition)
     checkpointed, whole = saved.outside | saved.inputs, dict(saved.outside)
     for block in saved.blocks:
@@ -293,7 +304,7 @@ def block_bytes(teacher: Teacher, shape: tuple[int, ...], batch: int, lora: Lora
             parameter.register_post_accumulate_grad_hook(_forget)
     with FAKE_CPU:
         t = torch.zeros(batch, dtype=torch.float64)
-    with PeakBytes(network) as peak:
+    with WithoutData(), PeakBytes(network) as peak:
         output = model.predict(network, x, t, condition)
         waiting = peak.most = peak.now
         output.backward(torch.zeros_like(output))

@@ -21,6 +21,7 @@ from phased_dmd.models.source import BareSource, quiet, skeleton
 from phased_dmd.plan.measure import (
     FAKE_CPU,
     PeakBytes,
+    WithoutData,
     adapter,
     bucket_shapes,
     cached,
@@ -72,7 +73,7 @@ def rollout_bytes(teacher: Teacher, lora: Lora | None, shape: tuple[int, ...], b
     model = meta_model(teacher)
 
     def peak(network: nn.Module) -> int:
-        with torch.no_grad(), PeakBytes(network) as counted:
+        with torch.no_grad(), WithoutData(), PeakBytes(network) as counted:
             x, condition = fake_inputs(teacher, shape, batch)
             step = (Hop(0, 1.0, 0.9),)
             rollout(lambda _, x, t: model.predict(network, x, t, condition), x, step, model.schedule, model.prediction)
