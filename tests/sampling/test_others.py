@@ -166,7 +166,7 @@ def test_evaluate_measures_a_file_under_its_own_name_as_it_measures_the_run(
     ask = ["evaluate", "nano-t2i", "--lora", str(file), *few, "--output", str(out)]
     assert command(*ask, monkeypatch=monkeypatch) == 0
     shown = capsys.readouterr().out
-    assert "| nano-lightning, 4 steps |" in shown
+    assert "nano-lightning, 4 steps" in shown
     found, of_run = (json.loads((each / "evaluation.json").read_text()) for each in (out, tmp_path / "run"))
     assert found["subject"] == str(file) and found["method"] == "nano-lightning"
     for name, measured in found["sets"].items():
