@@ -140,14 +140,14 @@ def recipes() -> None:
 
     table = Table("recipe", "teacher", "prompts", "makes", "steps, phases", box=None)
     for name, recipe in RECIPES.items():
-        table.add_row(name, *about(recipe()))
+        table.add_row(name, *_row(recipe()))
     console = Console()
     console.width = console.width if console.is_terminal else 100
     console.print(table)
 
 
-def about(config: Config) -> tuple[str, str, str, str]:
-    """Returns a run's teacher, its prompts, what it makes, and in how many steps and phases."""
+def _row(config: Config) -> tuple[str, str, str, str]:
+    """Returns a recipe's teacher, its prompts, what it makes, and in how many steps and phases."""
     teacher, plan = config.teacher, config.plan
     hops = f"{plan.steps}, {plan.phases}"
     if not isinstance(teacher, PipelineTeacher):

@@ -208,7 +208,7 @@ def with_numbers(func: Any, args: Any) -> Any:
 
 
 class WithoutData(TorchDispatchMode):
-    """Makes the numbers that `pad_sequence` fills without data too: of tensors without data it makes one that has."""
+    """Keeps `pad_sequence` from making a tensor with data of tensors without: what it fills first gets none either."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
