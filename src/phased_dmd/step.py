@@ -229,7 +229,22 @@ def expert_loss(batch: Batch, states: States) -> Loss:
         end.x, batch.eps, batch.s, batch.t, model.schedule, model.prediction,
         teacher, fake, config.objective, end.x0.detach(),
     )  # fmt: skip
-    return batch.mean(loss), {name: batch.mean(of_each) for name, of_each in figures.items()}
+    figures |= thirds(batch, figures["fake_error"]) | {"size": end.x0.detach().square().flatten(1).mean(1)}
+    return batch.mean(loss), {name: batch.mean(of_each.float()) for name, of_each in figures.items()}
+
+
+def thirds(batch: Batch, of_each: Tensor) -> dict[str, Tensor]:
+    """Splits a figure [b] by the third of the phase's re-noise times that a sample's t is in, the least noisy first.
+
+    Returns for each third the figure, 0 for a sample of another one, and 1 for a sample of its own.
+    """
+    interval = batch.system.intervals[batch.phase - 1]
+    place = (batch.t - interval.low) / max(interval.high - interval.low, 1e-9)
+    found = {}
+    for third in range(3):
+        inside = ((place * 3).clamp(max=2.999).floor() == third).to(of_each)
+        found |= {f"fake_error_{third + 1}": of_each * inside, f"share_{third + 1}": inside}
+    return found
 
 
 def regression_loss(batch: Batch, states: States) -> Loss:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phased_dmd import health
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.conditions import Conditions, picture_hashes
 from phased_dmd.config import Config
@@ -51,6 +52,8 @@ from phased_dmd.step import (
 )
 from phased_dmd.trackers import Trackers
 
+STEP = "step"  # among an update's figures: the size of the change it made
+
 
 @dataclass
 class Position:
@@ -63,9 +66,11 @@ class Position:
     update: int = 0  # updates of the fake done in the next one
     fake_losses: list[float] = field(default_factory=list)
     fake_norm: float | None = None
+    fake_step: float | None = None
     clipped: int = 0
     counted: int = 0  # iterations since the last line, of which `clipped` were
     skipped: int = 0
+    figures: dict[str, float] = field(default_factory=dict)  # sums since the last line, see `health.add`
 
 
 @dataclass(frozen=True)
@@ -216,6 +221,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner | None) -> 
     run_on_first_rank(lambda: run.rewind_metrics(phase, at.iteration))
     done = sum(map(config.phase_iterations, range(1, phase)))
     job.trackers.begin(done + at.iteration)
+    told: set[str] = set()
 
     def fake_updates() -> int:
         return 0 if at.iteration < config.anchored(phase) else config.fake.updates
@@ -228,13 +234,14 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner | None) -> 
         while at.iteration < iterations:
             started, cpu_started = time.perf_counter(), time.process_time()
             rollouts: States = {}  # what the updates of this iteration share of them
+            logs = logs_after(config, at)
 
             # The fake follows the generator, then the expert is updated against it.
             for update in range(at.update + 1, fake_updates() + 1):
                 assert fake is not None
-                loss, norm, _ = train_step(job, at, update, fake, fake_loss, rollouts, state)
+                loss, norm, seen = train_step(job, at, update, fake, fake_loss, rollouts, state)
                 if norm is not None:
-                    at.fake_norm = norm
+                    at.fake_norm, at.fake_step = norm, seen.get(STEP, at.fake_step)
                     at.fake_losses.append(loss)
                 at.update = update
                 save_if_due(job, at, state)
@@ -243,6 +250,8 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner | None) -> 
                 loss_of = expert_loss if fake_updates() else regression_loss
                 loss, norm, figures = train_step(job, at, EXPERT_UPDATE, expert, loss_of, rollouts, state)
             at.clipped += norm is not None and norm > config.optimiser.clip
+            generator_step = figures.pop(STEP, None)
+            health.add(at.figures, figures)
             fake_losses = sum(at.fake_losses) / len(at.fake_losses) if at.fake_losses else None
             at.iteration, at.update, at.fake_losses, at.counted = at.iteration + 1, 0, [], at.counted + 1
             cpu_seconds += time.process_time() - cpu_started
@@ -250,15 +259,17 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner | None) -> 
             # What is seen of it: the bar, a line of metrics, a checkpoint, then a preview, which may need more memory.
             last = at.iteration == iterations
             show(at.iteration, f"fake {fake_losses or 0:.3g} generator {loss:.3g}")
-            if at.iteration % config.log_every == 0 or last:
+            if logs:
                 row = {
                     "phase": phase, "iteration": at.iteration, "fake_loss": fake_losses,
                     "generator_loss": None if norm is None else loss, "fake_gradient_norm": at.fake_norm,
-                    "generator_gradient_norm": norm, "clipped": at.clipped / at.counted, **figures,
+                    "generator_gradient_norm": norm, "fake_step": at.fake_step, "generator_step": generator_step,
+                    "clipped": at.clipped / at.counted, **health.line(at.figures),
                 }  # fmt: skip
                 row |= {"skipped": at.skipped} if config.skips else {}
                 run_on_first_rank(partial(log, run, row, time.perf_counter() - started, cpu_seconds))
-                at.clipped, at.counted, cpu_seconds = 0, 0, 0.0
+                run_on_first_rank(partial(tell_health, job, phase, told))
+                at.clipped, at.counted, at.figures, cpu_seconds = 0, 0, {}, 0.0
                 job.trackers.track(done + at.iteration, row)
             save_if_due(job, at, state, always=at.iteration % config.checkpoint_every == 0)
             if config.sample_every is not None and (at.iteration % config.sample_every == 0 or last):
@@ -269,11 +280,11 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner | None) -> 
 def train_step(
     job: Job, at: Position, update: int, learner: Learner, loss_of: Callable[[Batch, States], Loss], rollouts: States,
     state: Mapping[str, Tensor],
-) -> tuple[float, float | None, Mapping[str, float | None]]:  # fmt: skip
+) -> tuple[float, float | None, dict[str, float | None]]:  # fmt: skip
     """Makes one update of a network: forward and backward of every micro-batch, then clip and optimiser step.
 
     Returns the loss over all processes, the gradient's norm before it was clipped, or None for an update that was left
-    out, see `on_non_finite`, and the loss's figures over all processes.
+    out, see `on_non_finite`, and the loss's figures over all processes, with the size of the step before a line.
     """
     system, config, seen, figures = job.system, job.system.config, [], {}
     with system.roles.active(learner.role):  # which adapter is on is a state of the network: backward needs it, too
@@ -292,13 +303,30 @@ def train_step(
     try:
         norm = learner.checked_norm(mean_loss, f"phase {at.phase}, iteration {at.iteration}")
         learner.clip(norm)
-        learner.step(at.iteration)
-        return mean_loss, norm.item(), dict(zip(figures, means, strict=True))
+        found: dict[str, float | None] = dict(zip(figures, means, strict=True))
+        if logs_after(config, at):
+            found[STEP] = learner.step(at.iteration, measured=True)
+        else:
+            learner.step(at.iteration)
+        return mean_loss, norm.item(), found
     except NonFiniteError as error:
         on_non_finite(job, error, at, state)
         return mean_loss, None, dict.fromkeys(figures)
     finally:
         learner.optimiser.zero_grad()
+
+
+def logs_after(config: Config, at: Position) -> bool:
+    """Says whether a line of metrics follows the iteration that is being made."""
+    return (at.iteration + 1) % config.log_every == 0 or at.iteration + 1 == config.phase_iterations(at.phase)
+
+
+def tell_health(job: Job, phase: int, told: set[str]) -> None:
+    """Warns of what the phase's lines of metrics show to be wrong, of each cause once."""
+    for finding in health.current(job.run.metrics(), job.system.config, phase):
+        if finding.cause not in told:
+            told.add(finding.cause)
+            warn(f"health: {finding}")
 
 
 def end(job: Job, phase: int, expert: Learner) -> None:

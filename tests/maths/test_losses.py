@@ -39,6 +39,7 @@ from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.recipes import resolve
 
 S = (0.0, 0.3, 0.75, 5 / 6)
+AGREEMENT = {"teacher_error", "fake_error", "gap"}
 WEIGHTINGS = ("normalised", "projected", "paper", "posterior", "public")
 schedules = pytest.mark.parametrize("name", SCHEDULES)
 predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -722,7 +723,40 @@ def test_projected_is_normalised_without_its_component_along_the_residual(name, 
     d, r = ((each * each).sum((1, 2)) for each in (d, r))
     torch.testing.assert_close(figures.pop("residual_ratio"), (r / d).sqrt(), rtol=1e-6, atol=0)
     torch.testing.assert_close(figures.pop("removed_share"), on.flatten() ** 2 / (d * r), rtol=1e-6, atol=1e-12)
-    assert not figures and distribution_matching_loss(*arguments)[1] == {}
+    assert set(figures) == set(distribution_matching_loss(*arguments)[1]) == AGREEMENT
+
+
+@schedules
+@predictions
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize(("s", "t"), [(0.0, 0.5), (0.3, 0.5), (5 / 6, 0.95)])
+def test_errors_of_teacher_and_fake_are_those_of_posterior_means(name, prediction, weighting, s, t):
+    """|E_T[x_s | x_t] - x_s|^2, |E_F[x_s | x_t] - x_s|^2 and |E_F - E_T|^2, the means from joint Gaussian laws."""
+    arguments, x_s, real, fake = of_two_gaussians(name, prediction, s, t)
+    _, figures = matching_gradient(*arguments, weighting, x_s)
+    for found, difference in (("teacher_error", real - x_s), ("fake_error", fake - x_s), ("gap", fake - real)):
+        torch.testing.assert_close(figures[found], difference.square().mean((1, 2)), rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("part", [0.25, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize(("s", "t"), [(0.0, 0.5), (0.75, 0.9)])
+def test_errors_say_how_much_of_its_way_the_fake_has_gone(part, s, t):
+    """(teacher - fake) / gap is (2 - l) / l, where the fake's mean has gone the part l of the way from the teacher's to
+    that of the generator's own law; on 200,000 samples of that law.
+    """
+    own_law = -0.2, 0.4
+    x_0, *noise = randn(3, 200_000, 1)
+    (alpha, sigma), (alpha_ts, variance_ts) = alpha_sigma("flow", s), transition("flow", s, t)
+    x_s = alpha * (own_law[0] + own_law[1] * x_0) + sigma * noise[0]
+    teacher, own = (exact_prediction("flow", "flow", t, *law) for law in ((), own_law))
+
+    def fake(x_t: Tensor, time: Tensor) -> Tensor:
+        return teacher(x_t) + part * (own(x_t) - teacher(x_t))
+
+    _, figures = matching_gradient(x_s, noise[1], *times(s, t, x_s), SCHEDULES["flow"], "flow", teacher, fake)
+    found = {key: value.mean().item() for key, value in figures.items()}
+    gone = (found["teacher_error"] - found["fake_error"]) / found["gap"]
+    assert gone == pytest.approx((2 - part) / part, abs=0.15)
 
 
 def test_figures_where_fake_and_teacher_agree():

@@ -151,6 +151,21 @@ def without_component(x: Samples, along: Samples) -> Samples:
     return x - expand_like(_mean_per_sample(x * unit), x) * unit
 
 
+def _agreement_figures(difference: Samples, residual: Samples) -> Figures:
+    """Returns three mean squares [b]: how far the teacher's and the fake's E[x_s | x_t] lie from x_s, and from another.
+
+    difference: E_F[x_s | x_t] - E_T[x_s | x_t]. residual: E_F[x_s | x_t] - x_s. As the generator drew x_s, both errors
+    have the part that no denoiser can know, and (teacher - fake) / gap is, in the mean over x_s: 1 for a fake that is
+    right, (2 - l) / l for one that has gone the part l of the way from the teacher, at most 0 for one that does no
+    better than the teacher.
+    """
+    return {
+        "teacher_error": _mean_per_sample((residual - difference) ** 2),
+        "fake_error": _mean_per_sample(residual**2),
+        "gap": _mean_per_sample(difference**2),
+    }
+
+
 def _projection_figures(difference: Samples, residual: Samples) -> Figures:
     """Returns for each sample |residual| / |difference|, and the share of |difference|^2 that lies along the residual.
 
@@ -179,20 +194,21 @@ def matching_gradient(
     prediction of x_0, without which `public` is a ValueError.
     """
     with torch.no_grad():
-        x_t, figures = add_noise(x_s, eps, s, t, schedule), {}
+        x_t = add_noise(x_s, eps, s, t, schedule)
         psi_teacher, psi_fake = teacher(x_t, t), fake(x_t, t)
         alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
         alpha_ts, sigma_ts = schedule.transition(s, t)
         d = determinant(prediction, alpha_t, sigma_t)
+        kappa = expand_like(schedule.alpha(s) * sigma_ts**2 / sigma_t**2, x_s)
+        x0_difference = expand_like(sigma_t / d, x_s) * (psi_teacher - psi_fake)  # x0_F - x0_T
+        residual = x0_residual(psi_fake, x_s, eps, s, t, schedule, prediction)
+        figures = _agreement_figures(kappa * x0_difference, kappa * residual)
         if weighting == "paper":
             return expand_like(alpha_ts * alpha_t / (sigma_t * d), x_s) * (psi_teacher - psi_fake), figures
         x0_teacher = predicted_x0(psi_teacher, x_t, t, schedule, prediction)
-        x0_difference = expand_like(sigma_t / d, x_s) * (psi_teacher - psi_fake)  # x0_F - x0_T
         if weighting == "projected":
-            residual = x0_residual(psi_fake, x_s, eps, s, t, schedule, prediction)
-            figures = _projection_figures(x0_difference, residual)
+            figures |= _projection_figures(x0_difference, residual)
             x0_difference = without_component(x0_difference, residual)
-        kappa = expand_like(schedule.alpha(s) * sigma_ts**2 / sigma_t**2, x_s)
         if weighting == "posterior":
             return kappa * x0_difference, figures
         if weighting == "public":

@@ -145,14 +145,24 @@ class Learner:
         if norm + CLIP_EPS > self.config.clip:  # else it would multiply all gradients by 1
             clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
 
-    def step(self, iteration: int) -> None:
-        """Updates the weights at the learning rate of this iteration (from 0), and their average."""
+    def step(self, iteration: int, measured: bool = False) -> float | None:
+        """Updates the weights at the learning rate of this iteration (from 0), and their average.
+
+        Returns, if measured, the norm of the change of the first matrix among them, over that of the matrix.
+        """
+        matrix = next(p.detach() for p in self.parameters.values() if p.ndim > 1)
+        before = matrix.clone() if measured else None
         for group in self.optimiser.param_groups:
             group["lr"] = decayed(self.lr, self.config.decay, iteration, self.iterations)
         self.optimiser.step()
         if self.ema is not None and self.ema_decay is not None:
             averages = [_own(self.ema[name]) for name in self.parameters]
             torch._foreach_lerp_(averages, [_own(p.detach()) for p in self.parameters.values()], 1 - self.ema_decay)
+        if before is None:
+            return None
+        norms = (matrix - before).norm(), before.norm()
+        change, size = (float(x.full_tensor() if isinstance(x, DTensor) else x) for x in norms)
+        return change / size if size else None
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -1,0 +1,222 @@
+"""Whether a run is healthy: figures of its updates, and rules that say in words what they mean.
+
+The expert's update asks teacher and fake at x_t, noised from a sample x_s that the generator has just drawn. Both are
+denoisers of its law there: what no denoiser can know is in both errors, and their difference is free of it. With
+T = E_T[x_s | x_t], F = E_F[x_s | x_t] and the right mean M = E[x_s | x_t] under the generator's own law, in the mean
+teacher_error - fake_error = |T - M|^2 - |F - M|^2, while gap = |T - F|^2. See docs/health.md.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import pvariance
+from typing import Any
+
+from phased_dmd.config import Config
+from phased_dmd.config.teacher import PipelineTeacher
+from phased_dmd.recipes import RECIPES
+
+COUNT = "updates"
+THIRDS = 3
+Row = Mapping[str, Any]
+
+
+def add(sums: dict[str, float], figures: Mapping[str, float | None]) -> None:
+    """Adds an update's figures to the sums since the last line of metrics; those of one that was left out have none."""
+    there = {name: value for name, value in figures.items() if value is not None}
+    for name, value in there.items():
+        sums[name] = sums.get(name, 0.0) + value
+    if there:
+        sums[COUNT] = sums.get(COUNT, 0.0) + 1
+
+
+def line(sums: Mapping[str, float]) -> dict[str, float | None]:
+    """Returns the figures of a line of metrics: means since the last one, with `fake_gain` and `distance`.
+
+    The fake's error in a third of the phase's times is None where no t fell into it.
+    """
+    parts = {f"share_{third}" for third in range(1, THIRDS + 1)}
+    found: dict[str, float | None] = {
+        name: value / sums[COUNT] for name, value in sums.items() if name != COUNT and name not in parts
+    }
+    for third in range(1, THIRDS + 1):
+        if (share := f"share_{third}") in sums:
+            error = f"fake_error_{third}"
+            found[error] = sums[error] / sums[share] if sums[share] else None
+    if "gap" in sums:
+        found |= {"fake_gain": gain([found]), "distance": distance([found])}
+    return found
+
+
+def gain(rows: Sequence[Row]) -> float | None:
+    """Returns (teacher_error - fake_error) / gap over lines; None where the fake is the teacher.
+
+    It is 1 for a fake that is right, (2 - l) / l for one that has gone the part l of the way from the teacher to it,
+    between -1 and 0 for one that errs at random more than the teacher errs, and below -1 for one that errs as the
+    teacher does, only farther.
+    """
+    gap = sum(row["gap"] for row in rows)
+    return sum(row["teacher_error"] - row["fake_error"] for row in rows) / gap if gap > 0 else None
+
+
+def distance(rows: Sequence[Row]) -> float | None:
+    """Returns |T - M|^2, the square of how far the teacher lies from the generator's own law, of a fake on its way.
+
+    It is gap (1 + gain)^2 / 4 in the mean over lines: what gain and gap are at a part l of the way, solved for the
+    whole way.
+    """
+    if (found := gain(rows)) is None:
+        return None
+    return sum(row["gap"] for row in rows) / len(rows) * max(0.0, 1 + found) ** 2 / 4
+
+
+def spread(rows: Sequence[Row]) -> float:
+    """Returns the standard error of `gain` by the jackknife over lines; infinite for fewer than four."""
+    count, ahead = len(rows), [row["teacher_error"] - row["fake_error"] for row in rows]
+    if count < 4:
+        return math.inf
+    gaps = [row["gap"] for row in rows]
+    left = [(sum(ahead) - a) / (sum(gaps) - g) for a, g in zip(ahead, gaps, strict=True)]
+    return math.sqrt((count - 1) * pvariance(left))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Is what a rule found. cause: its name. words: what is wrong, and what to do. evidence: the figures."""
+
+    cause: str
+    words: str
+    evidence: str
+    phase: int
+    iteration: int
+
+    def __str__(self) -> str:
+        where = f"phase {self.phase}, iteration {self.iteration}: " if self.phase else ""
+        return f"{where}{self.words} ({self.evidence})"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Is one rule. sign: returns the evidence in words from the lines of one phase so far, or None.
+
+    settled: it looks at the settings, and says nothing of the figures.
+    """
+
+    cause: str
+    words: str
+    sign: Callable[[Sequence[Row], Config], str | None]
+    settled: bool = False
+
+
+SIGMAS = 2.5  # standard errors that a gain must lie beyond a bound
+STILL = 1e-9  # of a tensor's norm: an update of the fake that rounding swallows
+BIASED = -1.25  # a gain below what errs at random, -1 at the least
+RISE, OPENED = 3.0, 1.5  # times the phase's first distance, and its first gap
+OVERFLOW = 25.0  # mean square of predicted latents, which a VAE scales to about 1
+CLIPPED = 0.9  # share of updates
+DEPARTURE = 2.0  # times the recipe's own
+
+
+def _stands_still(rows: Sequence[Row], config: Config) -> str | None:
+    steps = [row["fake_step"] for row in rows if row.get("fake_step") is not None]
+    return f"an update changes it by {max(steps):.1g} of itself" if len(steps) > 1 and max(steps) < STILL else None
+
+
+def _lags(low: float, high: float) -> Callable[[Sequence[Row], Config], str | None]:
+    """Returns a sign for a gain that is surely below 0, and between the two bounds."""
+
+    def sign(rows: Sequence[Row], config: Config) -> str | None:
+        seen = [row for row in rows if row.get("gap")]
+        found, error = gain(seen), spread(seen)
+        if found is None or found + SIGMAS * error >= 0 or not low <= found < high:
+            return None
+        return f"fake_gain is {found:.2f}, give or take {error:.2f}, where 1 is right"
+
+    return sign
+
+
+def _moves_away(rows: Sequence[Row], config: Config) -> str | None:
+    seen = [row for row in rows if row.get("gap")]
+    if len(seen) < 3 or not (first := distance(seen[:1])):
+        return None
+    pairs = [seen[i : i + 2] for i in range(1, len(seen) - 1)]
+    farthest = max(pairs, key=lambda pair: distance(pair) or 0.0)
+    risen, opened = (distance(farthest) or 0.0) / first, sum(row["gap"] for row in farthest) / (2 * seen[0]["gap"])
+    if risen < RISE or opened < OPENED:
+        return None
+    return f"distance has risen {risen:.1f} times since the phase began, the gap {opened:.1f} times"
+
+
+def _grows(rows: Sequence[Row], config: Config) -> str | None:
+    size = max((row["size"] for row in rows if row.get("size") is not None), default=0.0)
+    return f"predicted samples have a mean square of {size:.3g}" if size > OVERFLOW else None
+
+
+def _is_clipped(rows: Sequence[Row], config: Config) -> str | None:
+    share = sum(row["clipped"] for row in rows) / len(rows)
+    return f"{share:.0%} of its updates" if len(rows) > 3 and share > CLIPPED else None
+
+
+def _departs(field: str, value: Callable[[Config], float]) -> Callable[[Sequence[Row], Config], str | None]:
+    def sign(rows: Sequence[Row], config: Config) -> str | None:
+        if config.recipe not in RECIPES:
+            return None
+        own, recipes = value(config), value(RECIPES[config.recipe]())
+        if max(own / recipes, recipes / own) <= DEPARTURE:
+            return None
+        return f"{field} is {own:g}, and {recipes:g} in the recipe {config.recipe}"
+
+    return sign
+
+
+def _guidance(config: Config) -> float:
+    return max(config.teacher.guidance) if isinstance(config.teacher, PipelineTeacher) else 1.0
+
+
+RULES = (
+    Rule("overflow", "numbers grow towards overflow: lower generator.lr", _grows),
+    Rule("still", "the fake stands still: raise fake.lr", _stands_still),
+    Rule("target", "the fake is drawn away from the generator's samples: is its target right? "
+         "ablation.target=unbiased is", _lags(-math.inf, BIASED)),
+    Rule("fake rate", "the fake denoises the generator's samples worse than the teacher does: lower fake.lr",
+         _lags(BIASED, 0.0)),
+    Rule("generator rate", "the generator moves away from the teacher: lower generator.lr, or raise fake.updates",
+         _moves_away),
+    Rule("clipped", "nearly all updates of the generator are clipped: lower generator.lr, or raise optimiser.clip",
+         _is_clipped),
+    Rule("guidance", "samples will be over-saturated if guidance is too high",
+         _departs("teacher.guidance", _guidance), settled=True),
+    Rule("shift", "the steps lie at noise levels that were not chosen for this base",
+         _departs("plan.shift", lambda config: config.plan.shift), settled=True),
+)  # fmt: skip
+RULE = {rule.cause: rule for rule in RULES}
+
+
+def current(rows: Sequence[Row], config: Config, phase: int) -> list[Finding]:
+    """Returns what the lines of one phase say now: of the run's settings, and the first rule that its figures fulfil.
+
+    The others then see its consequences.
+    """
+    of_phase, found = [row for row in rows if row["phase"] == phase], []
+    for rule in RULES:
+        if (rule.settled or all(RULE[each.cause].settled for each in found)) and (said := rule.sign(of_phase, config)):
+            found.append(Finding(rule.cause, rule.words, said, phase, of_phase[-1]["iteration"]))
+    return found
+
+
+def verdict(rows: Sequence[Row], config: Config) -> list[Finding]:
+    """Returns what is wrong with a run by its lines of metrics, each cause where it first shows.
+
+    A phase names one cause in its figures, the first that shows: what follows may be its consequence.
+    """
+    found: dict[str, Finding] = {}
+    for phase in sorted({row["phase"] for row in rows}):
+        of_phase, named = [row for row in rows if row["phase"] == phase], None
+        for upto in range(1, len(of_phase) + 1):
+            for finding in current(of_phase[:upto], config, phase):
+                if not RULE[finding.cause].settled:
+                    if named not in (None, finding.cause):
+                        continue
+                    named = finding.cause
+                found.setdefault(finding.cause, finding)
+    return list(found.values())
