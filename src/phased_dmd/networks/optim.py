@@ -148,9 +148,9 @@ class Learner:
     def step(self, iteration: int, measured: bool = False) -> float | None:
         """Updates the weights at the learning rate of this iteration (from 0), and their average.
 
-        Returns, if measured, the norm of the change of the first matrix among them, over that of the matrix.
+        Returns, if measured, how far the first matrix among them went, as the norm of its change over its own norm.
         """
-        matrix = next(p.detach() for p in self.parameters.values() if p.ndim > 1)
+        matrix = max(self.parameters.values(), key=lambda p: p.ndim).detach()
         before = matrix.clone() if measured else None
         for group in self.optimiser.param_groups:
             group["lr"] = decayed(self.lr, self.config.decay, iteration, self.iterations)
