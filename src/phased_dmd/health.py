@@ -9,6 +9,7 @@ teacher_error - fake_error = |T - M|^2 - |F - M|^2, while gap = |T - F|^2. See d
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import pvariance
 from typing import Any
 
@@ -113,7 +114,7 @@ class Rule:
 SIGMAS = 2.5  # standard errors that a gain must lie beyond a bound
 STILL = 1e-9  # of a tensor's norm: an update of the fake that rounding swallows
 BIASED = -1.25  # a gain below what errs at random, -1 at the least
-RISE, OPENED = 3.0, 1.5  # times the phase's first distance, and its first gap
+FARTHER, OPENED = 1.5, 2.0  # times the phase's first distance and gap; a fake that begins to follow opens the gap alone
 OVERFLOW = 25.0  # mean square of predicted latents, which a VAE scales to about 1
 CLIPPED = 0.9  # share of updates
 DEPARTURE = 2.0  # times the recipe's own
@@ -144,14 +145,15 @@ def _lags(low: float, high: float) -> Callable[[Sequence[Row], Config], str | No
 
 def _moves_away(rows: Sequence[Row], config: Config) -> str | None:
     seen = _scored(rows, config)
-    if len(seen) < 3 or not (first := distance(seen[:1])):
+    if len(seen) < 3:
         return None
-    pairs = [seen[i : i + 2] for i in range(1, len(seen) - 1)]
-    farthest = max(pairs, key=lambda pair: distance(pair) or 0.0)
-    risen, opened = (distance(farthest) or 0.0) / first, sum(row["gap"] for row in farthest) / (2 * seen[0]["gap"])
-    if risen < RISE or opened < OPENED:
+    apart = [(distance([row]) or 0.0, row["gap"]) for row in seen]
+    pairs = list(pairwise(apart[1:]))  # two lines in a row, by the lesser of each figure: one alone may be chance
+    farther = max(min(a[0], b[0]) for a, b in pairs) / max(apart[0][0], apart[0][1] / 2)
+    opened = max(min(a[1], b[1]) for a, b in pairs) / apart[0][1]
+    if farther < FARTHER or opened < OPENED:
         return None
-    return f"distance has risen {risen:.1f} times since the phase began, the gap {opened:.1f} times"
+    return f"since the phase began the gap has opened {opened:.1f} times, and the distance grown {farther:.1f} times"
 
 
 def _grows(rows: Sequence[Row], config: Config) -> str | None:
