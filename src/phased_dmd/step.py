@@ -230,7 +230,7 @@ def expert_loss(batch: Batch, states: States) -> Loss:
         teacher, fake, config.objective, end.x0.detach(),
     )  # fmt: skip
     figures |= thirds(batch, figures["fake_error"]) | {"size": end.x0.detach().square().flatten(1).mean(1)}
-    return batch.mean(loss), {name: batch.mean(of_each.float()) for name, of_each in figures.items()}
+    return batch.mean(loss), {name: batch.mean(of_each.to(loss)) for name, of_each in figures.items()}
 
 
 def thirds(batch: Batch, of_each: Tensor) -> dict[str, Tensor]:
