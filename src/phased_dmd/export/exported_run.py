@@ -20,7 +20,7 @@ from phased_dmd.models.pipeline import check_pipeline
 from phased_dmd.models.source import SHIPPED, BareSource, Source
 from phased_dmd.networks.build import check_shapes, expert_shapes
 from phased_dmd.recipes import APACHE, licence_of
-from phased_dmd.sampling.loading import Experts, read_run
+from phased_dmd.sampling.loading import EXPORT, Experts, read
 
 PARTS = ("transformer", "transformer_2")  # of a diffusers pipeline
 NOISE = ("high_noise", "low_noise")  # how vendors name the two networks
@@ -43,7 +43,7 @@ class ExportedExpert(NamedTuple):
 
 @dataclass(frozen=True)
 class ExportedRun:
-    """A finished run has a teacher's pipeline, and experts that are exported to files.
+    """A finished run, or a checkpoint of its last phase, has a teacher's pipeline, and experts to export to files.
 
     fused: the experts are exported as full transformers instead of LoRA files. dtype: of the exported weights.
     base_model: the hub id of a teacher that is a local folder.
@@ -60,12 +60,16 @@ class ExportedRun:
 
     @classmethod
     def open(cls, folder: Path, fused: bool = False, dtype: str | None = None, base_model: str | None = None) -> Self:
-        """Opens a finished run folder; raises UserError where no stock pipeline can run its teacher.
+        """Opens a finished run folder or a checkpoint; raises UserError where no stock pipeline can run its teacher.
 
         dtype: float32 or bfloat16; None takes the teacher's own.
         """
-        config, expert_tensors = read_run(folder)
+        if (folder / EXPORT).exists():
+            raise UserError(f"{folder}: an export already")
+        config, expert_tensors, last = read(folder)
         teacher = config.teacher
+        if last < config.plan.phases:
+            raise UserError(f"{folder}: phase {last} of {config.plan.phases}, which makes no whole samples to export")
         if config.plan.start != 1:
             start = f"{config.plan.start:g}"
             raise UserError(f"{folder}: starts at t = {start}; stock pipelines start from noise alone, at 1")
