@@ -14,7 +14,7 @@ from torch import Tensor
 
 from phased_dmd.checkpoint import HEADER, Reference, RunFolder, load_header, load_tensors, resolve_inside
 from phased_dmd.checkpoint.folders import read_part
-from phased_dmd.config import Config, phase_plan
+from phased_dmd.config import Config
 from phased_dmd.config.overrides import build
 from phased_dmd.config.teacher import PipelineTeacher, Section, Teacher
 from phased_dmd.engine.world import warn
@@ -60,8 +60,15 @@ def read(subject: Path, base: str | None = None) -> Trained:
 
 
 def assemble(trained: Trained, teacher: Own, bucket: int = 0, prompts: Sequence[Prompt] = ()) -> Sampler:
-    """Returns the sampler of what was trained. teacher, prompts: see `untrained`."""
+    """Returns the sampler of what was trained; warns where that makes no whole samples. teacher, prompts: see
+    `untrained`.
+    """
     sampler = untrained(trained.config, teacher, bucket, prompts, last=trained.last)
+    plan, last = sampler.system.plan, trained.last
+    if last < plan.num_phases:
+        warn(
+            f"samples are predictions of x_0 at the end of phase {last} of {plan.num_phases}, t = {plan.end(last):.3g}"
+        )
     for phase in range(1, trained.last + 1):
         load_expert(sampler.system, phase, trained.experts(phase), "experts")
     return sampler
@@ -112,9 +119,6 @@ def read_checkpoint(reference: Reference) -> Trained:
     config, last = run.config(), reference.phase
     if missing := [phase for phase in range(1, last) if not run.expert_path(phase).exists()]:
         raise UserError(f"{reference}: phase {missing[0]}, which comes before it, has no expert yet")
-    if last < config.plan.phases:
-        end = f"the end of phase {last} of {config.plan.phases}, t = {phase_plan(config).end(last):.3g}"
-        warn(f"{reference}: samples are predictions of x_0 at {end}")
 
     def expert(phase: int) -> dict[str, Tensor]:
         return checkpoint_expert(folder, phase) if phase == last else read_expert(run, phase)[0]
