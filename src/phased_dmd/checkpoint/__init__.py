@@ -3,7 +3,7 @@
 - `files`: single files, written atomically; safetensors with a header.
 - `folders`: one checkpoint: staged, summed, committed by a rename; verified before it is read.
 - `lock`: one writer at a time, or one after the other.
-- `checkpoints`: which of them is read, and which are kept.
+- `store`: which of them is read, and which are kept.
 - `runfolder`: all of it, as one run; with `same_run`, `logs` and `single_phases`.
 - `reference`: a checkpoint by the name that a user gives it.
 """

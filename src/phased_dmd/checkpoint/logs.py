@@ -1,10 +1,11 @@
 """The logs of a run: one JSON object a line, of which a kill may have cut the last one short."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from phased_dmd.checkpoint.files import write_atomically
 from phased_dmd.errors import UserError
 
 LOGS = METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
@@ -34,3 +35,9 @@ def read_log(path: Path) -> list[Row]:
 def encode_log(rows: Iterable[Row]) -> bytes:
     """Writes rows as the file that they were read from."""
     return "".join(row.line for row in rows).encode()
+
+
+def rewrite_log(path: Path, keeps: Callable[[Row], bool]) -> None:
+    """Drops the rows of a log, if it is there, that are not to be kept, and a line that was cut short."""
+    if path.exists():
+        write_atomically(path, encode_log(row for row in read_log(path) if keeps(row)))

@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from phased_dmd.checkpoint import same_run
-from phased_dmd.checkpoint.checkpoints import Checkpoints, is_kept
 from phased_dmd.checkpoint.files import partial_of, refuse_link, refuse_links, save_tensors, sync, write_atomically
 from phased_dmd.checkpoint.folders import Point, remove, write_folder
 from phased_dmd.checkpoint.lock import Busy, locked, wait_for_lock
-from phased_dmd.checkpoint.logs import METRICS, encode_log, read_log
+from phased_dmd.checkpoint.logs import METRICS, read_log, rewrite_log
 from phased_dmd.checkpoint.single_phases import join_phases, part_of
+from phased_dmd.checkpoint.store import Checkpoints, is_kept
 from phased_dmd.config import Config
 from phased_dmd.config.overrides import build
 from phased_dmd.engine.collectives import run_on_first_rank
@@ -60,6 +60,7 @@ class RunFolder:
         if self.only is not None and self.only > 1 and config.rollouts.start == "experts":
             before = f"phase {self.only} begins with the samples of the experts before it"
             raise UserError(f"--only-phase: {before}; rollouts.start=teacher begins it with the teacher's")
+        there = {*self.path.iterdir()} if self.path.is_dir() else set()  # before the config is: others may write it
         if self.config_path.exists():
             self._refuse_links()
             begun = self.config()
@@ -71,7 +72,7 @@ class RunFolder:
         elif self.path.exists():
             first = {self._prompts_path, self._contents_path}
             may_be = {self.lock_path, self.parts, *first, *map(partial_of, first), partial_of(self.config_path)}
-            if not self.path.is_dir() or set(self.path.iterdir()) - may_be:
+            if not self.path.is_dir() or there - may_be:
                 raise UserError(f"--output: {self.path} exists and is not a run folder")
 
     def _check_length(self, config: Config, begun: Config) -> None:
@@ -156,8 +157,7 @@ class RunFolder:
             sync(self.expert_path(last).parent)
             end = (last, begun.phase_iterations(last))
             if end[1] % config.log_every:  # a line for the end's sake, which a longer run has not had
-                rows = [row for row in read_log(self._metrics_path) if row.place != end]
-                write_atomically(self._metrics_path, encode_log(rows))
+                rewrite_log(self._metrics_path, lambda row: row.place != end)
 
     # ---------------------------------------------------------------- experts
 
@@ -242,7 +242,7 @@ class RunFolder:
         if partial_of(self.parts).exists() or (self.parts.exists() and self._has_experts(config)):
             with suppress(Busy), locked(self.lock_path):
                 join_phases(self.path, config.plan.phases)
-        if self.finished(config) and (unneeded := self.unneeded(config.keep_every)):
+        if self.finished(config) and (unneeded := RunFolder(self.path).unneeded(config.keep_every)):
             with suppress(UserError, OSError), locked(self.lock_path):  # on a disk that is read-only now, they stay
                 for folder in filter(Path.exists, unneeded):
                     remove(folder)
@@ -281,10 +281,8 @@ class RunFolder:
 
     def rewind_metrics(self, phase: int, iteration: int) -> None:
         """Drops the metrics that lie beyond (phase, iteration), and a line cut short."""
-        if self._metrics_path.exists():
-            upto = [row for row in read_log(self._metrics_path) if row.place <= (phase, iteration)]
-            with self._writing(self._metrics_path.name):
-                write_atomically(self._metrics_path, encode_log(upto))
+        with self._writing(METRICS):
+            rewrite_log(self._metrics_path, lambda row: row.place <= (phase, iteration))
 
     def log(self, name: str, row: Mapping[str, Any]) -> None:
         """Appends one JSON object to `metrics.jsonl` or `timing.jsonl`."""
