@@ -12,7 +12,7 @@ from phased_dmd.checkpoint import Reference, RunFolder, load_tensors, partial_of
 from phased_dmd.checkpoint.folders import remove
 from phased_dmd.checkpoint.logs import LOGS, encode_log
 from phased_dmd.checkpoint.same_run import first_difference
-from phased_dmd.checkpoint.single_phases import joined_log
+from phased_dmd.checkpoint.single_phases import joined_log, part_of
 from phased_dmd.config import Config, phase_plan
 from phased_dmd.config.overrides import changed
 from phased_dmd.errors import UserError, refuse_full
@@ -71,8 +71,9 @@ def _left_behind(run: RunFolder, config: Config, phase: int) -> list[Path]:
     paths = []
     for later in range(config.plan.phases, phase, -1):
         checkpoints = [run.checkpoints.place(point) for point in run.checkpoints.points(later)]
-        folders = run.path / "pool" / f"phase-{later}", run.path / "evaluations" / f"phase-{later}"
-        paths += [path for path in (run.expert_path(later), *checkpoints, *folders) if path.exists()]
+        folders = [run.path / kind / f"phase-{later}" for kind in ("pool", "evaluations")]
+        left = run.expert_path(later), *checkpoints, *folders, part_of(run.path, later)
+        paths += [path for path in left if path.exists()]
     return paths
 
 

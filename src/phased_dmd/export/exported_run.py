@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from phased_dmd.checkpoint import Reference
 from phased_dmd.config import Config, phase_plan
 from phased_dmd.config.teacher import AnyPipeline, PipelineTeacher, Size
 from phased_dmd.errors import UserError
@@ -84,6 +85,12 @@ class ExportedRun:
             raise UserError(f"--base-model: names the hub id of a teacher in a folder; {teacher.path} is its own name")
         written = torch.bfloat16 if (dtype or teacher.dtype) == "bfloat16" else torch.float32
         return cls(folder, fused, written, base_model, config, expert_tensors, teacher, source)
+
+    @property
+    def home(self) -> Path:
+        """Returns the run's folder, which is not the folder's name where that is a checkpoint's."""
+        reference = Reference.of(self.folder)
+        return self.folder if reference is None else reference.run
 
     @property
     def adapter(self) -> Adapter:
