@@ -29,6 +29,7 @@ from phased_dmd.networks.build import (
     add_expert,
     add_fake,
     build_system,
+    describe_expert,
     load_expert,
     remove_fake,
 )
@@ -269,9 +270,12 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner | None) -> 
                 row |= {"skipped": at.skipped} if config.skips else {}
                 run_on_first_rank(partial(log, run, row, time.perf_counter() - started, cpu_seconds))
                 run_on_first_rank(partial(tell_health, job, phase, told))
-                at.clipped, at.counted, at.figures, cpu_seconds = 0, 0, {}, 0.0
+                cpu_seconds = 0.0
+                if at.iteration % config.log_every == 0:  # a run that is made longer knows nothing of its former end
+                    at.clipped, at.counted, at.figures = 0, 0, {}
                 job.trackers.track(done + at.iteration, row)
-            save_if_due(job, at, state, always=at.iteration % config.checkpoint_every == 0)
+            kept = config.keep_every is not None and at.iteration % config.keep_every == 0
+            save_if_due(job, at, state, always=kept or at.iteration % config.checkpoint_every == 0)
             if config.sample_every is not None and (at.iteration % config.sample_every == 0 or last):
                 save_samples(job, at, expert)
             leave_if_asked(job, at, state)
@@ -359,14 +363,20 @@ def on_non_finite(job: Job, error: NonFiniteError, at: Position, state: Mapping[
 def save_if_due(job: Job, at: Position, state: Mapping[str, Tensor], always: bool = False) -> None:
     """Saves where `always`, or where `checkpoint_minutes` ask for it."""
     if job.timer.due() or always:
-        job.run.save_checkpoint(asdict(at), state, job.system.config.keep_last)
+        save(job, at, state)
         job.timer.saved()
+
+
+def save(job: Job, at: Position, state: Mapping[str, Tensor]) -> None:
+    """Makes a checkpoint, and removes those that need not be kept any more."""
+    config = job.system.config
+    job.run.save_checkpoint(asdict(at), state, config.keep_last, config.keep_every)
 
 
 def leave_if_asked(job: Job, at: Position, state: Mapping[str, Tensor]) -> None:
     """Saves and raises Stopped after a signal."""
     if number := job.signals.asked():
-        job.run.save_checkpoint(asdict(at), state, job.system.config.keep_last)
+        save(job, at, state)
         where = f"phase {at.phase}, iteration {at.iteration}" + (f", update {at.update}" if at.update else "")
         raise Stopped(number, f"{job.run.path}: stopped and saved at {where}; the same command goes on from there")
 
@@ -397,12 +407,5 @@ def leave_encoding(signals: Signals, folder: Path) -> None:
 
 
 def expert_header(config: Config, system: System, phase: int) -> dict[str, object]:
-    """Returns what a reader needs to run the expert: its place on the grid and, for LoRA, its scale."""
-    lora = config.generator.lora if config.generator.weights == "lora" else None
-    return {
-        "phase": phase, "steps": list(system.plan.steps(phase)), "grid": list(system.plan.times),
-        "shift": config.plan.shift, "boundary": system.plan.end(phase), "solver": config.ablation.solver,
-        "weights": config.generator.weights,
-        "rank": lora and lora.rank, "alpha": lora and lora.alpha, "method": config.method,
-        "weighting": config.objective,
-    }  # fmt: skip
+    """Returns what a reader needs to run the expert that a phase ends with."""
+    return describe_expert(config, system.plan, phase, config.phase_iterations(phase))

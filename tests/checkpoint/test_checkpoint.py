@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from phased_dmd.checkpoint import RunFolder, load_tensors, save_tensors, write_atomically
-from phased_dmd.checkpoint.folders import Manifest, Sum, verify, write_folder
+from phased_dmd.checkpoint.folders import Manifest, Sum, read_part, verify, write_folder
 from phased_dmd.engine.collectives import run_on_all_ranks, run_on_first_rank
 from phased_dmd.errors import UserError
 from phased_dmd.recipes import resolve
@@ -216,6 +216,15 @@ def test_checkpoints_keep_the_last_ones_of_all_phases_together(tmp_path: Path) -
         assert found(run, phase) == (iteration, update, phase + iteration + update)
     assert names(run) == ["phase-2-iteration-000005-update-3", "phase-2-iteration-000010-update-0"]
     assert found(run, 1) is None and found(run, 3) is None
+
+
+def test_checkpoints_that_are_kept_for_good_are_those_of_every_so_many_iterations(tmp_path: Path) -> None:
+    """Not those that a signal or the clock asked for between two updates, and none of iteration 0."""
+    run = RunFolder(tmp_path)
+    for phase, iteration, update in ((1, 0, 0), (1, 5, 0), (1, 10, 0), (1, 10, 2), (1, 15, 0), (2, 10, 0), (2, 15, 0)):
+        run.save_checkpoint(point(iteration, update, phase), state(iteration), keep_last=1, keep_every=10)
+    kept = [folder(run, point(iteration, phase=phase)).name for phase, iteration in ((1, 10), (2, 10), (2, 15))]
+    assert names(run) == kept
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
@@ -689,6 +698,14 @@ def test_two_processes_save_and_one_loads_and_the_other_way_round(tmp_path: Path
     assert_loads(tmp_path, 10)
 
 
+def test_one_process_reads_a_part_of_what_several_have_saved(tmp_path: Path) -> None:
+    saved = folder(RunFolder(tmp_path), point(10))
+    assert group(2, lambda _: write_folder(saved, point(10), sharded(10), file_bytes=32)) == [0, 0]
+    part = {name.removeprefix("un"): x for name, x in sharded(10).items() if name.startswith("un")}
+    assert local_bits(read_part(saved, "un")) == local_bits(part) and [*part] == ["even"]
+    assert read_part(saved, "nothing") == {}
+
+
 def test_a_checkpoint_of_many_files_is_read_by_another_number_of_processes(tmp_path: Path) -> None:
     """Its five tensors are of 48, 120, 8, 56 and 4 bytes, its files of 64: of two processes each writes 32."""
     saved = folder(RunFolder(tmp_path), point(10))
@@ -873,7 +890,7 @@ def test_a_run_may_go_on_with_another_engine(tmp_path: Path) -> None:
     assert run.config_path.read_bytes() == before
 
 
-@pytest.mark.parametrize("field", ["log_every", "sample_every", "checkpoint_every", "keep_last", "skips"])
+@pytest.mark.parametrize("field", ["log_every", "sample_every", "checkpoint_every", "keep_last", "keep_every", "skips"])
 def test_a_run_may_go_on_with_another_cadence(field: str, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.open(resolve("toy-1d", {}), [""])
@@ -961,8 +978,10 @@ def test_a_parent_that_is_a_file_is_a_user_error(tmp_path: Path) -> None:
 
 def test_a_run_is_finished_when_every_expert_is_there(tmp_path: Path) -> None:
     config, run = resolve("toy-1d", {}), RunFolder(tmp_path)
+    run.open(config, [""])
     assert not run.finished(config)
     save_tensors(run.expert_path(2), {}, {})
     assert not run.finished(config)
     save_tensors(run.expert_path(1), {}, {})
     assert run.finished(config)
+    assert not run.finished(resolve("toy-1d", {"iterations": config.iterations + 1}))

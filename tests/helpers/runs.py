@@ -34,5 +34,7 @@ def finished_run(folder: Path, config: Config) -> Path:
                 tensors[name] = noise * (0.1 if ".lora_B" in name else 0.5 * shape[1] ** -0.5)
             else:
                 tensors[name] = base[name].detach().to("cpu", torch.float32) * (1 + 0.1 * noise)
-        save_tensors(RunFolder(folder).expert_path(phase), tensors, {"phase": phase})
+        save_tensors(
+            RunFolder(folder).expert_path(phase), tensors, {"phase": phase, "iteration": config.phase_iterations(phase)}
+        )
     return folder

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageSequence
 
+from phased_dmd.checkpoint import RunFolder, save_tensors
 from phased_dmd.cli import main
 from phased_dmd.config import Config
 from phased_dmd.config.overrides import build
@@ -141,6 +142,7 @@ def make(tmp_path: Path) -> Make:
         evaluation = {
             "subject": str(folder), "recipe": recipe, "method": config.method, "seed": seed, "weighting": "normalised",
             "protocol": {"samples": samples}, "nets": {"features": "digits"} if nets is None else nets, "sets": sets,
+            "row": own, "experts": [config.phase_iterations(phase) for phase in range(1, config.plan.phases + 1)],
         }  # fmt: skip
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
         return folder
@@ -154,7 +156,7 @@ def write_run(folder: Path, config: Config) -> None:
     (folder / "config.json").write_text(config.model_dump_json())
     with (folder / "metrics.jsonl").open("w") as file:
         for phase in range(1, config.plan.phases + 1):
-            (folder / "experts" / f"phase-{phase}.safetensors").touch()
+            save_tensors(RunFolder(folder).expert_path(phase), {}, {"iteration": config.phase_iterations(phase)})
             for iteration in (1, 2):
                 losses = {"fake_loss": 1 / iteration, "generator_loss": 0.1 * phase}
                 file.write(json.dumps({"phase": phase, "iteration": iteration, **losses}) + "\n")

@@ -207,7 +207,7 @@ def test_checkpoints_weigh_what_was_worked_out_by_hand() -> None:
 def test_a_checkpoint_weighs_what_is_planned(folders: dict[str, Path], tmp_path: Path, ema: float | None) -> None:
     lora = Generator(lora=Lora(rank=4, alpha=4), ema=ema)
     config = tiny(
-        folders, "wan22_t2v", "bfloat16", generator=lora, fake=Fake(updates=1), iterations=1, checkpoint_every=1,
+        folders, "wan22_t2v", "bfloat16", generator=lora, fake=Fake(updates=1), iterations=1, keep_every=1,
         sample_every=None, plan=Plan(steps=2, phases=2), optimiser=Optimiser(second_moment="bfloat16"),
     )  # fmt: skip
     (tmp_path / "prompts.txt").write_text("a boat\n")

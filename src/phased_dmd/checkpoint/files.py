@@ -56,10 +56,18 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads the tensors and the header of a file that `save_tensors` wrote; anything else is a UserError."""
+    header = load_header(path)
+    try:
+        return load_file(path), header
+    except Exception as error:  # safetensors raises its own, OSError: all mean a bad file
+        raise UserError(f"{path}: not a file of this program, or damaged ({error})") from error
+
+
+def load_header(path: Path) -> dict[str, Any]:
+    """Reads the header alone of a file that `save_tensors` wrote; anything else is a UserError."""
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})[HEADER])
-        return load_file(path), header
+            return json.loads((file.metadata() or {})[HEADER])
     except Exception as error:  # safetensors raises its own, OSError, KeyError, ValueError: all mean a bad file
         raise UserError(f"{path}: not a file of this program, or damaged ({error})") from error
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
+import torch
 import torch.distributed.checkpoint as dcp
 from pydantic import Field
 from torch import Tensor
@@ -242,6 +243,22 @@ def read_folder(folder: Path, state: Mapping[str, Tensor]) -> None:
     run_on_all_ranks(lambda: _compare(folder, reader, state))
     with _plain_errors():
         dcp.load(dict(state), storage_reader=reader, no_dist=not sharded())
+
+
+def read_part(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """Returns the tensors of a verified checkpoint whose names begin so, whole and by the rest of their names.
+
+    For one process, however many have written it; {} if there are none.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and name.startswith(prefix)
+    }
+    with _plain_errors():
+        dcp.load(dict(state), storage_reader=reader, no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
 def _compare(folder: Path, reader: HuggingFaceStorageReader, state: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -11,41 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
+from phased_dmd.checkpoint import same_run
 from phased_dmd.checkpoint.files import partial_of, refuse_link, refuse_links, save_tensors, sync, write_atomically
-from phased_dmd.checkpoint.folders import (
-    Damaged,
-    Point,
-    check_folder,
-    points_in,
-    read_folder,
-    remove,
-    verify,
-    write_folder,
-)
+from phased_dmd.checkpoint.folders import Point, remove, write_folder
 from phased_dmd.checkpoint.lock import Busy, locked, wait_for_lock
+from phased_dmd.checkpoint.logs import METRICS, read_log, rewrite_log
+from phased_dmd.checkpoint.single_phases import join_phases, part_of
+from phased_dmd.checkpoint.store import Checkpoints, is_kept
 from phased_dmd.config import Config
 from phased_dmd.config.overrides import build
 from phased_dmd.engine.collectives import run_on_first_rank
-from phased_dmd.engine.world import warn
 from phased_dmd.errors import UserError
-
-# Fields of the config in which the same run may differ.
-CADENCES = {"log_every", "sample_every", "checkpoint_every", "checkpoint_minutes"}
-MAY_DIFFER = {"engine", "keep_last", "skips", "trackers", *CADENCES}
-PLACES = {"prompts": True, "teacher": {"path": True, "revision": True}, "init_experts": True}  # compared by content
-LONGEST = 60  # characters of a value that is shown
-LOGS = "metrics.jsonl", "timing.jsonl"
-
-
-def first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """Names the first field in which two nested mappings differ, and both its values."""
-    differing = [key for key in {**a, **b} if a.get(key) != b.get(key)]
-    key = "kind" if "kind" in differing else differing[0]
-    if isinstance(a.get(key), Mapping) and isinstance(b.get(key), Mapping):
-        return f"{key}.{first_difference(a[key], b[key])}"
-    values = (json.dumps(of.get(key), ensure_ascii=False) for of in (a, b))
-    there, here = (text if len(text) <= LONGEST else f"{text[:LONGEST]}..." for text in values)
-    return f"{key} is {there} there, {here} here"
 
 
 class RunFolder:
@@ -59,12 +34,10 @@ class RunFolder:
     def __init__(self, path: Path | str, only: int | None = None) -> None:
         self.path, self.only = Path(path), only
         self.parts = self.path / "phases"
-        self.own = self.path if only is None else self.parts / f"phase-{only}"  # where no other process writes
+        self.own = self.path if only is None else part_of(self.path, only)  # where no other process writes
         self.config_path, self.lock_path = self.path / "config.json", self.path / ".lock"
         self._prompts_path, self._contents_path = self.path / "prompts.jsonl", self.path / "contents.json"
-        self._metrics_path, self._checkpoints = self.own / "metrics.jsonl", self.own / "checkpoints"
-        self._damaged: set[Point] = set()  # checkpoints that were passed over
-        self._newest: Point | None = None  # the checkpoint that this process has saved last
+        self._metrics_path, self.checkpoints = self.own / METRICS, Checkpoints(self.own / "checkpoints")
 
     # ---------------------------------------------------------------- the run
 
@@ -77,49 +50,54 @@ class RunFolder:
             raise UserError(f"{self.path}: not a run folder: config.json cannot be read ({reason})") from error
 
     def check(self, config: Config) -> None:
-        """Raises a UserError where the folder holds another run, see MAY_DIFFER, or anything but a run; or where the
-        config's phases cannot be trained by themselves, if one is to be.
+        """Raises a UserError where the folder holds another run, see `same_run`, one that cannot become as long, or
+        anything but a run; or where the config's phases cannot be trained by themselves, if one is to be.
 
-        What PLACES lead to is not looked at. What a kill may leave before the config is written is no other run.
+        What its places lead to is not looked at. What a kill may leave before the config is written is no other run.
         """
         if self.only is not None and not 1 <= self.only <= config.plan.phases:
             raise UserError(f"--only-phase: {self.only} is none of the phases 1 to {config.plan.phases}")
         if self.only is not None and self.only > 1 and config.rollouts.start == "experts":
             before = f"phase {self.only} begins with the samples of the experts before it"
             raise UserError(f"--only-phase: {before}; rollouts.start=teacher begins it with the teacher's")
+        there = {*self.path.iterdir()} if self.path.is_dir() else set()  # before the config is: others may write it
         if self.config_path.exists():
             self._refuse_links()
-            other, left_out = self.config(), {**PLACES, **dict.fromkeys(MAY_DIFFER, True)}
-            mine, theirs = (each.model_dump(mode="json", exclude=left_out) for each in (config, other))
-            if mine != theirs:
-                onward = f", with --init-experts {self.path} to go on from its experts" if self.finished(other) else ""
-                where = f"--output: {self.path} holds another run of {other.recipe}"
-                raise UserError(f"{where}: {first_difference(theirs, mine)}; take another --output{onward}")
+            begun = self.config()
+            if difference := same_run.other_than(config, begun):
+                onward = f", with --init-experts {self.path} to go on from its experts" if self.finished(begun) else ""
+                where = f"--output: {self.path} holds another run of {begun.recipe}"
+                raise UserError(f"{where}: {difference}; take another --output{onward}")
+            self._check_length(config, begun)
         elif self.path.exists():
             first = {self._prompts_path, self._contents_path}
-            begun = {self.lock_path, self.parts, *first, *map(partial_of, first), partial_of(self.config_path)}
-            if not self.path.is_dir() or set(self.path.iterdir()) - begun:
+            may_be = {self.lock_path, self.parts, *first, *map(partial_of, first), partial_of(self.config_path)}
+            if not self.path.is_dir() or there - may_be:
                 raise UserError(f"--output: {self.path} exists and is not a run folder")
 
+    def _check_length(self, config: Config, begun: Config) -> None:
+        """Raises a UserError where the run, with the config's iterations, would not be the one that has had them from
+        its start.
+        """
+        if same_run.lengths(config) == same_run.lengths(begun):
+            return
+        if self.only is not None or self.parts.exists():
+            raise UserError(f"iterations: {self.path} trains its phases apart; it can be longer once they are done")
+        for phase in range(1, begun.plan.phases + 1):
+            reached = same_run.Reached(phase, self.expert_path(phase).exists(), self.checkpoints.newest(phase))
+            same_run.refuse_length(self.path, config, begun, reached)
+
     def moved(self, config: Config) -> bool:
-        """Says whether the run was begun under other PLACES than the config's."""
-        return config.model_dump(include=PLACES) != self.config().model_dump(include=PLACES)
+        """Says whether the run was begun with its inputs at other places than the config's."""
+        return config.model_dump(include=same_run.PLACES) != self.config().model_dump(include=same_run.PLACES)
 
     def compare(self, contents: Mapping[str, tuple[str, str]]) -> None:
         """Raises a UserError where something is not what it was when the run was begun.
 
         contents: by the name of each thing, what it is in words, and its hash.
         """
-        if not self.config_path.exists() or not self._contents_path.exists():
-            return
-        try:
-            kept = dict(json.loads(self._contents_path.read_bytes()))
-        except ValueError as error:
-            raise UserError(f"{self._contents_path}: damaged ({error})") from error
-        for name, (words, found) in contents.items():
-            if kept.get(name) != found:
-                was = f"{words} is not what it was when {self.path} was begun"
-                raise UserError(f"{was}; bring that back, or take another --output")
+        if self.config_path.exists() and self._contents_path.exists():
+            same_run.refuse_contents(self.path, self._contents_path, contents)
 
     def _refuse_links(self) -> None:
         """Raises a UserError if what a run reads again or appends to is a symlink; the run folder itself may be."""
@@ -148,7 +126,7 @@ class RunFolder:
         """Makes the folder with its config and prompts, lines of jsonl, or finds it holding the same run.
 
         contents: see `compare`; none yet where the folder is begun for a run to come. If the inputs of the run have
-        moved, its config has their new places from now on.
+        moved, or it is to be longer, its config says so from now on.
         """
         with wait_for_lock(self.parts / ".lock") if self.only is not None else nullcontext():  # others may open it, too
             self.check(config)
@@ -158,12 +136,28 @@ class RunFolder:
                 write_atomically(self._prompts_path, "".join(f"{prompt}\n" for prompt in prompts).encode())
                 if hashes:
                     write_atomically(self._contents_path, json.dumps(hashes, indent=2).encode())
-                begun = dict(self.config()) if self.config_path.exists() else {}
-                if not begun or self.moved(config):
-                    kept = config.model_copy(update={field: begun[field] for field in MAY_DIFFER if begun})
+                begun = self.config() if self.config_path.exists() else config
+                longer = same_run.lengths(begun) != same_run.lengths(config)
+                if longer:
+                    self._reopen(begun, config)
+                if longer or not self.config_path.exists() or self.moved(config):
+                    kept = config.model_copy(update={field: dict(begun)[field] for field in same_run.MAY_DIFFER})
                     write_atomically(self.config_path, (kept.model_dump_json(indent=2) + "\n").encode())
             except OSError as error:
                 raise UserError(f"--output: {self.path} cannot be written: {error.strerror}") from error
+
+    def _reopen(self, begun: Config, config: Config) -> None:
+        """Makes a finished run one whose last phase goes on; what is not begun is left as it is.
+
+        The expert goes first: whenever a kill comes, the command makes it again, with the old length or the new one.
+        """
+        last = begun.plan.phases
+        if self._has_experts(begun):
+            self.expert_path(last).unlink()
+            sync(self.expert_path(last).parent)
+            end = (last, begun.phase_iterations(last))
+            if end[1] % config.log_every:  # a line for the end's sake, which a longer run has not had
+                rewrite_log(self._metrics_path, lambda row: row.place != end)
 
     # ---------------------------------------------------------------- experts
 
@@ -171,8 +165,14 @@ class RunFolder:
         return self.path / "experts" / f"phase-{phase}.safetensors"
 
     def finished(self, config: Config) -> bool:
-        """Says whether every phase has its expert, and what single phases left behind is the run's, see `close`."""
-        return self._has_experts(config) and not self.parts.exists()
+        """Says whether every phase has its expert, of as many iterations as the config has, and what single phases left
+        behind is the run's, see `close`.
+        """
+        return (
+            self._has_experts(config)
+            and not self.parts.exists()
+            and same_run.lengths(config) == same_run.lengths(self.config())
+        )
 
     def _has_experts(self, config: Config) -> bool:
         return all(self.expert_path(phase).exists() for phase in range(1, config.plan.phases + 1))
@@ -194,41 +194,24 @@ class RunFolder:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def save_checkpoint(self, at: Mapping[str, Any], state: Mapping[str, Tensor], keep_last: int) -> None:
-        """Commits a checkpoint, then removes old ones: all but the last `keep_last`, of all phases counted together.
+    def save_checkpoint(
+        self, at: Mapping[str, Any], state: Mapping[str, Tensor], keep_last: int, keep_every: int | None = None
+    ) -> None:
+        """Commits a checkpoint, then removes old ones: all but the last `keep_last`, of all phases counted together,
+        and those whose iterations are multiples of `keep_every`.
 
         at: plain JSON with phase, iteration and update. state: tensors, sharded or not, the same names on all ranks.
         """
-        point = Point.of(at)
-        if point == self._newest:
-            return
         with self._writing("checkpoints"):
             run_on_first_rank(self._sync_metrics)
-            write_folder(self._folder(point), at, state)
-            self._damaged.discard(point)
-            run_on_first_rank(lambda: self._retire(point, keep_last))
-        self._newest = point
+            self.checkpoints.save(at, state, keep_last, keep_every)
 
     def load_checkpoint(self, phase: int, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Copies the newest whole checkpoint of the phase into the tensors; returns its `at`, or None if there is none.
 
         Damaged ones are passed over with a warning. One of other tensors is a UserError, and the state is as before.
         """
-        self._newest = None
-        points = [point for point in run_on_first_rank(lambda: points_in(self._checkpoints)) if point.phase == phase]
-        for point in reversed(points):
-            folder = self._folder(point)
-            try:
-                at = verify(folder)
-            except Damaged as error:
-                self._damaged.add(point)
-                warn(f"{error}; {point} is passed over")
-                continue
-            read_folder(folder, state)
-            return at
-        if points:
-            warn(f"{self._checkpoints}: none of phase {phase} is whole; the phase starts again")
-        return None
+        return self.checkpoints.load(phase, state)
 
     def save_failure(self, at: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
         """Writes what reproduces a failure, in the format of a checkpoint; the first of a point is kept for good."""
@@ -236,18 +219,6 @@ class RunFolder:
         with self._writing("failures"):
             write_folder(folder, at, state)
         return folder
-
-    def _folder(self, point: Point) -> Path:
-        return self._checkpoints / point.name
-
-    def _retire(self, newest: Point, keep_last: int) -> None:
-        """Removes what need not be kept, now that `newest` is whole; what lies beyond it was passed over, and stays
-        until the run gets there.
-        """
-        until = [point for point in points_in(self._checkpoints) if point <= newest]
-        whole = [point for point in until if point not in self._damaged]
-        for point in set(until) - set(whole[-keep_last:]):
-            remove(self._folder(point))
 
     # ---------------------------------------------------------------- single phases
 
@@ -262,39 +233,28 @@ class RunFolder:
         return own
 
     def close(self, config: Config) -> None:
-        """Makes one run of phases that were trained by themselves, once they are done and none of their processes holds
-        it; it is then like one that a single process made. A kill in between costs nothing: it is done again.
-        """
-        gone = partial_of(self.parts)
-        if gone.exists() or (self.parts.exists() and self._has_experts(config)):
-            with suppress(Busy), locked(self.lock_path):
-                shutil.rmtree(gone, ignore_errors=True)
-                if self.parts.exists():
-                    self._merge(config)
-                    self.parts.rename(gone)
-                    sync(self.path)
-                    shutil.rmtree(gone)
+        """Tidies a run whose phases are all done, unless another process holds it: makes one run of phases that were
+        trained by themselves, like one that a single process made, and removes the checkpoints that it does not need.
 
-    def _merge(self, config: Config) -> None:
-        """Joins the logs of all phases, in their order, and moves the rest of them to where a single process has it."""
-        folders = {phase: self.parts / f"phase-{phase}" for phase in range(1, config.plan.phases + 1)}
-        for name in LOGS:
-            places = {phase: (own if own.exists() else self.path) / name for phase, own in folders.items()}
-            lines = [line for k, path in places.items() for row, line in self._rows(path) if row["phase"] == k]
-            write_atomically(self.path / name, "".join(lines).encode())
-        for own in folders.values():
-            kept = {
-                path: path.relative_to(own) for kind in ("checkpoints", "failures") for path in own.glob(f"{kind}/p*")
-            }
-            kept |= {path: Path("tensorboard", own.name) for path in own.glob("tensorboard")}
-            for path, place in kept.items():
-                if not (self.path / place).exists():
-                    (self.path / place).parent.mkdir(exist_ok=True)
-                    path.rename(self.path / place)
-        for partial in (self.path / "checkpoints").glob(".*.partial"):  # half removed, when a kill came
-            shutil.rmtree(partial)
-        for point in points_in(self.path / "checkpoints")[: -config.keep_last]:
-            remove(self.path / "checkpoints" / point.name)
+        It keeps the newest of the last phase, from which it can become longer, and those that `keep_every` keeps.
+        A kill in between costs nothing: it is done again.
+        """
+        if partial_of(self.parts).exists() or (self.parts.exists() and self._has_experts(config)):
+            with suppress(Busy), locked(self.lock_path):
+                join_phases(self.path, config.plan.phases)
+        if self.finished(config) and (unneeded := RunFolder(self.path).unneeded(config.keep_every)):
+            with suppress(UserError, OSError), locked(self.lock_path):  # on a disk that is read-only now, they stay
+                for folder in filter(Path.exists, unneeded):
+                    remove(folder)
+
+    def unneeded(self, keep_every: int | None = None) -> list[Path]:
+        """Returns the checkpoints of phases that are done, and what was half written or removed of others, but for the
+        newest of the last phase and those that `keep_every` keeps.
+        """
+        kept = self.checkpoints.newest(self.config().plan.phases)
+        done = [point for point in self.checkpoints.points() if self.expert_path(point.phase).exists()]
+        points = [point for point in done if point != kept and not is_kept(point, keep_every)]
+        return [*self.checkpoints.folder.glob(".*.partial"), *map(self.checkpoints.place, points)]
 
     # ---------------------------------------------------------------- faults
 
@@ -311,35 +271,18 @@ class RunFolder:
         """Says where the next process begins, as far as names, sizes and manifests tell."""
         try:
             phase = self.only or next(phase for phase in itertools.count(1) if not self.expert_path(phase).exists())
-            for point in reversed(points_in(self._checkpoints)):
-                if point.phase == phase and point not in self._damaged:
-                    with suppress(UserError):
-                        check_folder(self._folder(point), summed=slice(0))
-                        return str(point)
+            if point := self.checkpoints.newest(phase):
+                return str(point)
         except OSError:
             return "its last checkpoint"
         return f"the start of phase {phase}"
 
     # ---------------------------------------------------------------- metrics
 
-    def _rows(self, path: Path) -> list[tuple[dict[str, Any], str]]:
-        """Reads the rows of a log with their lines, but for one that was cut short."""
-        try:
-            complete = (path.read_text("utf-8") if path.exists() else "").split("\n")[:-1]
-            return [(json.loads(line), f"{line}\n") for line in complete]
-        except ValueError as error:
-            raise UserError(f"{path}: damaged ({error})") from error
-
     def rewind_metrics(self, phase: int, iteration: int) -> None:
         """Drops the metrics that lie beyond (phase, iteration), and a line cut short."""
-        if self._metrics_path.exists():
-            upto = [
-                line
-                for row, line in self._rows(self._metrics_path)
-                if (row["phase"], row["iteration"]) <= (phase, iteration)
-            ]
-            with self._writing(self._metrics_path.name):
-                write_atomically(self._metrics_path, "".join(upto).encode())
+        with self._writing(METRICS):
+            rewrite_log(self._metrics_path, lambda row: row.place <= (phase, iteration))
 
     def log(self, name: str, row: Mapping[str, Any]) -> None:
         """Appends one JSON object to `metrics.jsonl` or `timing.jsonl`."""
@@ -348,7 +291,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Reads the rows of `metrics.jsonl`."""
-        return [row for row, _ in self._rows(self._metrics_path)]
+        return [row.content for row in read_log(self._metrics_path)]
 
     def _sync_metrics(self) -> None:
         """Forces the metrics to the disk before a checkpoint or an expert follows them."""

@@ -16,6 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from phased_dmd import __version__
+from phased_dmd.cli.checkpoints import branch, promote, prune
 from phased_dmd.cli.commands import config, distill, export, plan, recipes, sample
 from phased_dmd.cli.flags import FieldsCommand
 from phased_dmd.cli.lab import evaluate, report, reproduce, teach
@@ -49,8 +50,10 @@ def options(
 
 
 app.command(cls=FieldsCommand)(distill)
-for command in (sample, export, evaluate, report):
+for command in (sample, export, evaluate, report, promote):
     app.command()(command)
+app.command(cls=FieldsCommand)(branch)
+app.command()(prune)
 app.command(cls=FieldsCommand)(plan)
 for command in (recipes, config, reproduce, teach):
     app.command()(command)

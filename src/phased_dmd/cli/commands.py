@@ -173,8 +173,8 @@ def config(
 
 
 def sample(
-    run: Annotated[Path, typer.Argument(help="The run's folder, or an export's; or a recipe, for --lora.",
-                                        show_default=False)],
+    run: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint (RUN@phase-2/300), or an export's folder; "
+                                        "or a recipe, for --lora.", show_default=False)],
     output: Annotated[Path, typer.Option(help="New folder for pictures or clips and a contact sheet.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     image: Annotated[Path | None, typer.Option(help="First frame of every --prompt, for image-to-video.")] = None,
@@ -191,7 +191,7 @@ def sample(
     lora: Loras = None,
     sigmas: Sigmas = None,
 ) -> None:  # fmt: skip
-    """Sample a finished run or an export, or LoRA files of others.
+    """Sample a finished run, a checkpoint or an export, or LoRA files of others.
 
     Writes PNG pictures, or WebP clips, with a contact sheet.
     """
@@ -215,9 +215,10 @@ def sample(
         asked = prompts_for(config, asked)
         sampler = load_loras(config, lora, times, teacher, bucket, asked)
     else:
-        config, experts = read(run, teacher)
+        trained = read(run, teacher)
+        config = trained.config
         asked = prompts_for(config, asked)
-        sampler = assemble(config, experts, load_teacher(config, fit=False), bucket, asked)
+        sampler = assemble(trained, load_teacher(config, fit=False), bucket, asked)
     if image is not None and not sampler.codec.takes_images:
         raise UserError(f"--image: {config.recipe} takes no picture")
     for path in write_samples(sampler, asked, int(seeds), output, base):
@@ -225,7 +226,9 @@ def sample(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="The run's folder.", show_default=False, exists=True)],
+    run: Annotated[
+        Path, typer.Argument(help="The run's folder, or a checkpoint (RUN@phase-2/300).", show_default=False)
+    ],
     output: Annotated[Path, typer.Option(help="New folder to write.")],
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None,

@@ -14,6 +14,8 @@ from phased_dmd.errors import UserError
 from phased_dmd.prompts import read_prompts
 from phased_dmd.recipes import RECIPES, resolve
 
+CHECKPOINT = "@phase-"  # in the name of one, see `checkpoint.Reference`
+
 Recipe = Annotated[
     str,
     typer.Argument(help=f"The recipe to start from: {', '.join(RECIPES)}, or a YAML or JSON file.", show_default=False),
@@ -90,8 +92,10 @@ def resolved(
 
 
 def check_subject(subject: Path, loras: Sequence[Path] | None, sigmas: str | None) -> None:
-    """Refuses what is not there, where it is no recipe's name, and a grid that nothing takes."""
-    if not loras and not subject.exists():
+    """Refuses what is not there, where it is no recipe's name, and a grid that nothing takes; a checkpoint is looked
+    for where it is read.
+    """
+    if not (loras or subject.exists() or CHECKPOINT in str(subject)):
         raise UserError(f"{subject}: there is no such folder; with --lora FILE a recipe's name stands here")
     if sigmas and not loras:
         raise UserError("--sigmas: the grid of --lora; a run or an export has its own")

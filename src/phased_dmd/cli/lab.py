@@ -14,7 +14,10 @@ from phased_dmd.recipes import read_recipe
 
 Subjects = Annotated[
     list[Path],
-    typer.Argument(help="Runs, exports, or folders of samples; or a recipe, for --lora.", show_default=False),
+    typer.Argument(
+        help="Runs, checkpoints (RUN@phase-2/300), exports, or folders of samples; or a recipe, for --lora.",
+        show_default=False,
+    ),
 ]
 
 
@@ -57,9 +60,9 @@ def evaluate(
     lora: Loras = None,
     sigmas: Sigmas = None,
 ) -> None:  # fmt: skip
-    """Measure runs, exports, folders of samples, or LoRA files of others against a base.
+    """Measure runs, checkpoints, exports, folders of samples, or LoRA files of others against a base.
 
-    Writes evaluation.json into each.
+    Writes evaluation.json into each; of a checkpoint into RUN/evaluations.
     """
     for subject in subjects:
         check_subject(subject, lora, sigmas)
@@ -85,9 +88,9 @@ def _measure(
     wide: bool,
 ) -> None:  # fmt: skip
     """Evaluates each subject and prints its table; says of which ones nothing was written anew."""
-    from phased_dmd.lab.evaluate import evaluate
+    from phased_dmd.lab.evaluate import evaluate, results_of
 
-    files = [(output or subject) / "evaluation.json" for subject in subjects]
+    files = [(output or results_of(subject)) / "evaluation.json" for subject in subjects]
     before = [file.stat().st_mtime_ns if file.exists() else None for file in files]
     found = evaluate(subjects, protocol, again, base=base, cache=cache, output=output)
     for file, stamp, (subject, result) in zip(files, before, found.items(), strict=True):
@@ -127,17 +130,21 @@ def _measure_loras(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders of one teacher.", show_default=False, exists=True)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders and checkpoints (RUN@phase-2/300) of one teacher.", show_default=False),
+    ],
     output: Annotated[Path | None, option("HTML file to write (default, of one run: RUN/report.html).")] = None,
 ) -> None:
-    """Write a self-contained page that compares evaluated runs."""
+    """Write a self-contained page that compares evaluated runs and checkpoints."""
     if output is None and len(runs) > 1:
         raise UserError("--output: a page of several runs needs one, an HTML file")
     if output is not None and not output.absolute().parent.is_dir():
         raise UserError(f"--output: {output.parent} is no folder")
+    from phased_dmd.lab.evaluate import results_of
     from phased_dmd.lab.report import write_report
 
-    print(write_report(runs, output or runs[0] / "report.html"))
+    print(write_report(runs, output or results_of(runs[0]) / "report.html"))
 
 
 def reproduce(

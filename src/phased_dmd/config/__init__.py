@@ -186,7 +186,9 @@ class Config(Section):
     checkpoint_minutes: float | None = Field(default=30, gt=0, allow_inf_nan=False)
     """Most minutes of work that a kill may cost, or one update if that is longer; null counts iterations alone."""
     keep_last: Count = 2
-    """Newest checkpoints that are kept; older ones are removed."""
+    """Newest checkpoints that an unfinished run keeps; a finished one keeps the last."""
+    keep_every: Count | None = None
+    """Iterations between two checkpoints that are kept for good, to compare, promote and branch; null keeps none."""
     skips: int = Field(default=0, ge=0, le=10**9)
     """Updates of a phase with a loss or gradient that is not finite, to leave out before the run stops."""
     engine: Engine = Engine()

@@ -11,6 +11,7 @@ from phased_dmd.export.comfyui import base_files, obstacle
 from phased_dmd.export.exported_run import ExportedRun, format_times
 from phased_dmd.export.fused import stock_times
 from phased_dmd.models.loader import bare_model
+from phased_dmd.sampling.loading import experts_made_by
 from phased_dmd.sampling.sampler import preview_size
 
 TEMPLATES = Path(__file__).parents[1] / "assets" / "export"
@@ -18,7 +19,7 @@ WRONG_CALLS = "wrong-calls.png"
 
 
 def write_card(run: ExportedRun, folder: Path, repo: str | None = None, checked: str | None = None) -> None:
-    """Writes README.md and its pictures: the run's last preview, and what wrong calls look like.
+    """Writes README.md and its pictures: the run's preview of these experts, and what wrong calls look like.
 
     repo: the hub id of the export. checked: what its verification found.
     """
@@ -44,8 +45,10 @@ def write_card(run: ExportedRun, folder: Path, repo: str | None = None, checked:
 
 
 def last_preview(run: ExportedRun) -> Path | None:
-    """Finds the last picture that training made of its last phase's samples."""
-    return max((run.folder / "samples").glob(f"phase-{run.plan.num_phases}-*.png"), default=None)
+    """Finds the picture that training made of the last phase's samples at the iteration that is exported."""
+    made = experts_made_by(run.folder)[-1] or 0
+    path = run.home / "samples" / f"phase-{run.plan.num_phases}-iteration-{made:06d}.png"
+    return path if path.exists() else None
 
 
 def preview_prompts(run: ExportedRun) -> list[tuple[str, str]]:
@@ -53,7 +56,7 @@ def preview_prompts(run: ExportedRun) -> list[tuple[str, str]]:
 
     There are none where the run's prompts have first frames, which say which are chosen.
     """
-    path = run.folder / "prompts.jsonl"
+    path = run.home / "prompts.jsonl"
     if run.takes_images or not path.exists():
         return []
     prompts = [json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from phased_dmd.checkpoint import Reference
 from phased_dmd.config import Config, phase_plan
 from phased_dmd.config.teacher import AnyPipeline, PipelineTeacher, Size
 from phased_dmd.errors import UserError
@@ -20,7 +21,7 @@ from phased_dmd.models.pipeline import check_pipeline
 from phased_dmd.models.source import SHIPPED, BareSource, Source
 from phased_dmd.networks.build import check_shapes, expert_shapes
 from phased_dmd.recipes import APACHE, licence_of
-from phased_dmd.sampling.loading import Experts, read_run
+from phased_dmd.sampling.loading import EXPORT, Experts, read
 
 PARTS = ("transformer", "transformer_2")  # of a diffusers pipeline
 NOISE = ("high_noise", "low_noise")  # how vendors name the two networks
@@ -43,7 +44,7 @@ class ExportedExpert(NamedTuple):
 
 @dataclass(frozen=True)
 class ExportedRun:
-    """A finished run has a teacher's pipeline, and experts that are exported to files.
+    """A finished run, or a checkpoint of its last phase, has a teacher's pipeline, and experts to export to files.
 
     fused: the experts are exported as full transformers instead of LoRA files. dtype: of the exported weights.
     base_model: the hub id of a teacher that is a local folder.
@@ -60,12 +61,16 @@ class ExportedRun:
 
     @classmethod
     def open(cls, folder: Path, fused: bool = False, dtype: str | None = None, base_model: str | None = None) -> Self:
-        """Opens a finished run folder; raises UserError where no stock pipeline can run its teacher.
+        """Opens a finished run folder or a checkpoint; raises UserError where no stock pipeline can run its teacher.
 
         dtype: float32 or bfloat16; None takes the teacher's own.
         """
-        config, expert_tensors = read_run(folder)
+        if (folder / EXPORT).exists():
+            raise UserError(f"{folder}: an export already")
+        config, expert_tensors, last = read(folder)
         teacher = config.teacher
+        if last < config.plan.phases:
+            raise UserError(f"{folder}: phase {last} of {config.plan.phases}, which makes no whole samples to export")
         if config.plan.start != 1:
             start = f"{config.plan.start:g}"
             raise UserError(f"{folder}: starts at t = {start}; stock pipelines start from noise alone, at 1")
@@ -80,6 +85,12 @@ class ExportedRun:
             raise UserError(f"--base-model: names the hub id of a teacher in a folder; {teacher.path} is its own name")
         written = torch.bfloat16 if (dtype or teacher.dtype) == "bfloat16" else torch.float32
         return cls(folder, fused, written, base_model, config, expert_tensors, teacher, source)
+
+    @property
+    def home(self) -> Path:
+        """Returns the run's folder, which is not the folder's name where that is a checkpoint's."""
+        reference = Reference.of(self.folder)
+        return self.folder if reference is None else reference.run
 
     @property
     def adapter(self) -> Adapter:

@@ -27,7 +27,7 @@ from phased_dmd.models.source import quiet, repeated
 from phased_dmd.networks.build import load_teacher
 from phased_dmd.networks.roles import TEACHER
 from phased_dmd.prompts import Prompt
-from phased_dmd.sampling.loading import assemble, read_lora, read_shards, without_prefix
+from phased_dmd.sampling.loading import Trained, assemble, read_lora, read_shards, without_prefix
 
 TOLERANCE = 1e-4  # of latents, in full precision
 SHARE = 0.25  # of what the experts change, root mean square, in bfloat16: half of their scale would be twice that
@@ -132,7 +132,8 @@ def sample_run(
         lora = config.generator.lora.model_copy(update={"alpha": config.generator.lora.rank})
         generator = config.generator.model_copy(update={"lora": lora})
         config, experts = config.model_copy(update={"generator": generator}), run.written
-    sampler = assemble(config, experts, load_teacher(config, fit=False), prompts=prompts)
+    trained = Trained(config, experts, config.plan.phases)
+    sampler = assemble(trained, load_teacher(config, fit=False), prompts=prompts)
     system, known = sampler.system, sampler.encode(prompts)
     condition = system.model.batch([known[prompt] for prompt in prompts])
     noise = normal(system.model.sample_shapes[0], range(len(prompts)), "verify").to(device())

@@ -86,6 +86,20 @@ def load_expert(system: System, phase: int, tensors: dict[str, Tensor], where: s
         raise UserError(f"{where}: {error.args[0]}") from error
 
 
+def describe_expert(config: Config, plan: PhasePlan, phase: int, iteration: int) -> dict[str, object]:
+    """Returns the header of an expert's file, what a reader needs to run it: its place on the grid, the iterations that
+    have made it, and, for LoRA, its scale.
+    """
+    lora = lora_of(config.generator)
+    return {
+        "phase": phase, "steps": list(plan.steps(phase)), "grid": list(plan.times),
+        "shift": config.plan.shift, "boundary": plan.end(phase), "solver": config.ablation.solver,
+        "weights": config.generator.weights,
+        "rank": lora and lora.rank, "alpha": lora and lora.alpha, "method": config.method,
+        "weighting": config.objective, "iteration": iteration,
+    }  # fmt: skip
+
+
 def expert_shapes(config: Config, model: VelocityModel, plan: PhasePlan) -> dict[int, dict[str, torch.Size]]:
     """Returns the shapes of each phase's expert, by name; the model, on the meta device, is given the adapters."""
     phases = {k: sorted({expert.network for expert in plan.experts(k)}) for k in range(1, plan.num_phases + 1)}

@@ -71,7 +71,7 @@ def _of_ours(
     config: Config, model: VelocityModel, place: Path, plan: PhasePlan
 ) -> tuple[Changes, Sequence[float]]:  # fmt: skip
     """Returns the changes of a run or an export, and the times of its steps."""
-    other, experts = read(place, getattr(config.teacher, "path", None) if (place / EXPORT).exists() else None)
+    other, experts, _ = read(place, getattr(config.teacher, "path", None) if (place / EXPORT).exists() else None)
     there, shapes = phase_plan(other, model.switches), [parameter_shapes(network) for network in model.students]
 
     def of_network(phase: int, network: int) -> Change:

@@ -1,24 +1,28 @@
-"""Finished runs and exports are read back as a config, the expert of each phase, and a sampler."""
+"""Finished runs, checkpoints and exports are read back as a config, the expert of each phase, and a sampler."""
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phased_dmd.checkpoint import HEADER, RunFolder, load_tensors, resolve_inside
+from phased_dmd.checkpoint import HEADER, Reference, RunFolder, load_header, load_tensors, resolve_inside
+from phased_dmd.checkpoint.folders import read_part
 from phased_dmd.config import Config
 from phased_dmd.config.overrides import build
 from phased_dmd.config.teacher import PipelineTeacher, Section, Teacher
+from phased_dmd.engine.world import warn
 from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.models.loader import adapter_of
 from phased_dmd.networks.build import Own, add_expert, build_system, load_expert, load_teacher
+from phased_dmd.networks.roles import expert_role
 from phased_dmd.prompts import Prompt
 from phased_dmd.sampling.sampler import Sampler, encode
 
@@ -27,42 +31,57 @@ HEADER_FILE = f"{HEADER}.json"  # in the folder of an export's full transformer:
 Experts = Callable[[int], dict[str, Tensor]]  # the tensors of the expert of a phase
 
 
+class Trained(NamedTuple):
+    """Holds what was trained: its config, its experts, and the last phase that has one."""
+
+    config: Config
+    experts: Experts
+    last: int
+
+
 def load(run: Path | str, own: Own | None = None, base: str | None = None, bucket: int = 0) -> Sampler:
-    """Returns the sampler of a finished run folder or of an export.
+    """Returns the sampler of a finished run folder, of a checkpoint (RUN@phase-2/300), or of an export.
 
     own: the model and codec of a run with a teacher of the user's own. base: the teacher's folder, for an export whose
     teacher was a local one. bucket: the resolution bucket to sample in.
     """
-    config, experts = read(Path(run), base)
-    return assemble(config, experts, load_teacher(config, own, fit=False), bucket)
+    trained = read(Path(run), base)
+    return assemble(trained, load_teacher(trained.config, own, fit=False), bucket)
 
 
-def read(folder: Path, base: str | None = None) -> tuple[Config, Experts]:
-    """Returns the config and the experts of a run folder or of an export. base: see `load`."""
-    if (folder / EXPORT).exists():
-        return read_export(folder, base)
+def read(subject: Path, base: str | None = None) -> Trained:
+    """Returns what a run folder, a checkpoint or an export holds. base: see `load`."""
+    if (subject / EXPORT).exists():
+        return read_export(subject, base)
     if base is not None:
-        raise UserError(f"{folder}: a run, which names its teacher itself; another base is for exports of a local one")
-    return read_run(folder)
+        raise UserError(f"{subject}: a run, which names its teacher itself; another base is for exports of a local one")
+    reference = Reference.of(subject)
+    return read_run(subject) if reference is None else read_checkpoint(reference)
 
 
-def assemble(
-    config: Config, experts: Experts, teacher: Own, bucket: int = 0, prompts: Sequence[Prompt] = ()
-) -> Sampler:  # fmt: skip
-    """Returns the sampler of a config and of the experts of its phases. teacher, prompts: see `untrained`."""
-    sampler = untrained(config, teacher, bucket, prompts)
-    for phase in range(1, sampler.system.plan.num_phases + 1):
-        load_expert(sampler.system, phase, experts(phase), "experts")
+def assemble(trained: Trained, teacher: Own, bucket: int = 0, prompts: Sequence[Prompt] = ()) -> Sampler:
+    """Returns the sampler of what was trained; warns where that makes no whole samples. teacher, prompts: see
+    `untrained`.
+    """
+    sampler = untrained(trained.config, teacher, bucket, prompts, last=trained.last)
+    plan, last = sampler.system.plan, trained.last
+    if last < plan.num_phases:
+        warn(
+            f"samples are predictions of x_0 at the end of phase {last} of {plan.num_phases}, t = {plan.end(last):.3g}"
+        )
+    for phase in range(1, trained.last + 1):
+        load_expert(sampler.system, phase, trained.experts(phase), "experts")
     return sampler
 
 
 def untrained(
-    config: Config, teacher: Own, bucket: int = 0, prompts: Sequence[Prompt] = (), times: Sequence[float] = ()
+    config: Config, teacher: Own, bucket: int = 0, prompts: Sequence[Prompt] = (), times: Sequence[float] = (),
+    last: int | None = None,
 ) -> Sampler:  # fmt: skip
     """Returns the sampler of a config whose experts compute what its teacher does, from the teacher's model and codec.
 
     prompts: some that will be sampled. They are encoded before the networks are loaded, and others beside them, later.
-    times: of a generator of one phase, down to 0, in place of the plan's.
+    times: of a generator of one phase, down to 0, in place of the plan's. last: see `Sampler`.
     """
     model, codec = teacher
     if bucket >= len(model.sample_shapes):
@@ -72,21 +91,45 @@ def untrained(
     system = build_system(config, model, negative)
     if times:
         system = replace(system, plan=PhasePlan(tuple(times), switches=tuple(model.switches)))
-    for phase in range(1, system.plan.num_phases + 1):
+    sampler = Sampler(system, codec, bucket, known, last)
+    for phase in range(1, sampler.last + 1):
         add_expert(system, phase, trainable=False)
-    return Sampler(system, codec, bucket, known)
+    return sampler
 
 
-def read_run(folder: Path) -> tuple[Config, Experts]:
-    """Returns the config and the experts of a run folder; raises UserError for one that is not finished."""
+def read_run(folder: Path) -> Trained:
+    """Returns what a run folder holds; raises UserError for one that is not finished."""
     run = RunFolder(folder)
     resolve_inside(folder, run.config_path)
     config = run.config()
     if not run.finished(config):
         raise UserError(
-            f"{folder}: the run is not finished; `phased-dmd distill` with the same arguments goes on with it"
+            f"{folder}: the run is not finished; `phased-dmd distill` with the same arguments goes on with it, and "
+            f"{folder}@phase-K/N is its checkpoint after N iterations of phase K"
         )
-    return config, lambda phase: read_expert(run, phase)[0]
+    return Trained(config, lambda phase: read_expert(run, phase)[0], config.plan.phases)
+
+
+def read_checkpoint(reference: Reference) -> Trained:
+    """Returns a checkpoint's expert, averaged if it is, behind the run's experts of the phases before.
+
+    Phases behind it have none: those that the run may have by now were trained on what its last iteration made.
+    """
+    folder, run = reference.find(), RunFolder(reference.run)
+    config, last = run.config(), reference.phase
+    if missing := [phase for phase in range(1, last) if not run.expert_path(phase).exists()]:
+        raise UserError(f"{reference}: phase {missing[0]}, which comes before it, has no expert yet")
+
+    def expert(phase: int) -> dict[str, Tensor]:
+        return checkpoint_expert(folder, phase) if phase == last else read_expert(run, phase)[0]
+
+    return Trained(config, expert, last)
+
+
+def checkpoint_expert(folder: Path, phase: int) -> dict[str, Tensor]:
+    """Returns the expert that a phase would end with at a verified checkpoint: averaged, if the run averages it."""
+    role = expert_role(phase)
+    return read_part(folder, f"{role}/ema/") or read_part(folder, f"{role}/weights/")
 
 
 def read_expert(run: RunFolder, phase: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -96,6 +139,19 @@ def read_expert(run: RunFolder, phase: int) -> tuple[dict[str, Tensor], dict[str
     if (found := header.get("phase")) != phase:
         raise UserError(f"{path}: its header says phase {found}, not {phase}; was it renamed?")
     return tensors, header
+
+
+def experts_made_by(subject: Path) -> list[int | None]:
+    """Returns how many iterations have made each expert of a run, or of a checkpoint; [] of what is no run.
+
+    One that `promote` has chosen, or that goes on in a longer run, was made by another number than before.
+    """
+    reference = Reference.of(subject)
+    run = RunFolder(subject if reference is None else reference.run)
+    before = itertools.count(1) if reference is None else range(1, reference.phase)
+    paths = itertools.takewhile(Path.exists, map(run.expert_path, before))
+    made = [load_header(resolve_inside(run.path, path)).get("iteration") for path in paths]
+    return made if reference is None else [*made, reference.iteration]
 
 
 class ExportEntry(Section):
@@ -133,8 +189,8 @@ class ExportIndex(Section):
     config: dict[str, Any]
 
 
-def read_export(folder: Path, base: str | None) -> tuple[Config, Experts]:
-    """Returns the config and the experts of an export."""
+def read_export(folder: Path, base: str | None) -> Trained:
+    """Returns what an export holds."""
     try:
         index = ExportIndex.model_validate_json(resolve_inside(folder, folder / EXPORT).read_text("utf-8"))
         teacher = dict(index.config["teacher"]) | {"path": base or index.base}
@@ -153,7 +209,7 @@ def read_export(folder: Path, base: str | None) -> tuple[Config, Experts]:
         tensors = {entry.network: read_entry(folder, entry, config.teacher) for entry in entries}
         return {f"{network}.{name}": tensor for network, own in tensors.items() for name, tensor in own.items()}
 
-    return config, expert
+    return Trained(config, expert, config.plan.phases)
 
 
 def read_entry(folder: Path, entry: ExportEntry, teacher: Teacher) -> dict[str, Tensor]:

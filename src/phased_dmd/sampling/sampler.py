@@ -33,19 +33,27 @@ NANO_FPS, WAN_FPS = 8.0, 16.0
 class Sampler:
     """A sampler runs the few-step generator of a run, or its teacher on the same grid, in one resolution bucket.
 
-    known: conditions of prompts that were encoded before.
+    known: conditions of prompts that were encoded before. last: the last phase that has an expert; where others should
+    follow it, samples are what it predicts of x_0 at its end, as in a preview.
     """
 
     def __init__(
-        self, system: System, codec: Codec, bucket: int = 0, known: Mapping[Prompt, Condition] | None = None
+        self, system: System, codec: Codec, bucket: int = 0, known: Mapping[Prompt, Condition] | None = None,
+        last: int | None = None,
     ) -> None:  # fmt: skip
         self.system, self.codec, self.bucket = system, codec, bucket
+        self.last = last or system.plan.num_phases
         self._known = dict(known or {})
 
     def __repr__(self) -> str:
         config, plan = self.system.config, self.system.plan
         steps = f"{plan.num_steps} steps in {plan.num_phases} phase{'s' if plan.num_phases > 1 else ''}"
         return f"Sampler({config.recipe}, {config.method}, {steps}, samples {list(self.shape)}, bucket {self.bucket})"
+
+    @property
+    def calls(self) -> int:
+        """Returns the network calls that a sample of the generator takes."""
+        return self.system.plan.steps(self.last).stop
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,7 +87,8 @@ class Sampler:
         for i in range(0, len(asked), size):
             rows, part = [known[prompt] for prompt in asked[i : i + size]], numbers[i : i + size]
             if teacher_steps is None:
-                yield self._roll(self.system.plan.num_phases, rows, part).x.cpu()
+                end = self._roll(self.last, rows, part)
+                yield (end.x if self.last == self.system.plan.num_phases else end.x0).cpu()
             else:
                 noise, condition = self._noise(part), self.system.model.batch(rows)
                 yield self.system.sample_teacher(noise, condition, int(teacher_steps), times).cpu()

@@ -1,10 +1,10 @@
 """`evaluate`: what a few-step generator makes beside what its base makes, in numbers and pictures.
 
-A subject is a run, an export, or a folder of samples. All rows of its tables have the same prompts and seeds; gaps are
-taken to the row of the base at its own number of steps. Where a set has a seed for each sample, Fréchet distances are
-measured twice: to the base's samples of other seeds, where the base's own row shows how far apart two sets of one
-distribution are, and (`paired`) to those of the same seeds, where a student that keeps to the base's trajectories may
-come closer than that. In the paper's protocol, of few seeds, only the second is there.
+A subject is a run, a checkpoint, an export, or a folder of samples. All rows of its tables have the same prompts and
+seeds; gaps are taken to the row of the base at its own number of steps. Where a set has a seed for each sample, Fréchet
+distances are measured twice: to the base's samples of other seeds, where the base's own row shows how far apart two
+sets of one distribution are, and (`paired`) to those of the same seeds, where a student that keeps to the base's
+trajectories may come closer than that. In the paper's protocol, of few seeds, only the second is there.
 """
 
 import json
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from phased_dmd.checkpoint import RunFolder, write_atomically
+from phased_dmd.checkpoint import Reference, RunFolder, write_atomically
 from phased_dmd.config import Config
 from phased_dmd.config.teacher import AnalyticTeacher, PipelineTeacher
 from phased_dmd.errors import UserError
@@ -26,13 +26,13 @@ from phased_dmd.lab.evaluate.tables import HEADINGS, NET_OF, table, title
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.models.hashes import file_hash
 from phased_dmd.networks.build import Own
-from phased_dmd.sampling.loading import EXPORT, load
+from phased_dmd.sampling.loading import EXPORT, experts_made_by, load
 from phased_dmd.sampling.others import load_loras
 from phased_dmd.sampling.sampler import Sampler
 
 __all__ = [
-    "HEADINGS", "NET_OF", "Measurement", "Protocol", "evaluate", "evaluate_loras", "parse_seeds", "slug", "table",
-    "title",
+    "HEADINGS", "NET_OF", "Measurement", "Protocol", "evaluate", "evaluate_loras", "parse_seeds", "results_of",
+    "slug", "table", "title",
 ]  # fmt: skip
 FLOOR_SEEDS = 1_000_000  # added to a set's seeds for the base's other samples
 
@@ -41,12 +41,12 @@ def evaluate(
     subjects: Sequence[Path | str], protocol: Protocol | None = None, again: bool = False, *,
     base: Path | None = None, cache: Path | None = None, output: Path | None = None, own: Own | None = None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Writes `evaluation.json` and pictures into each subject; returns the evaluations by subject.
+    """Writes `evaluation.json` and pictures into each subject, see `results_of`; returns the evaluations by subject.
 
-    A run or export already evaluated by the same protocol is left alone unless `again`. base: a folder of samples that
-    folders of samples are compared with, or the teacher's folder for exports of a local one. cache: where the base's
-    samples are kept (the folder `base` beside the subject). output: another folder than the subject's own. own: the
-    model and codec of runs with a teacher of the user's own. Raises UserError for what the user can mend.
+    What was evaluated by the same protocol, and with the same experts, is left alone unless `again`. base: a folder of
+    samples that folders of samples are compared with, or the teacher's folder for exports of a local one. cache: where
+    the base's samples are kept (the folder `base` beside the run). output: another folder than the subject's own. own:
+    the model and codec of runs with a teacher of the user's own. Raises UserError for what the user can mend.
     """
     protocol = protocol or Protocol()
     if output is not None and len(subjects) > 1:
@@ -54,17 +54,18 @@ def evaluate(
     done: dict[str, dict[str, Any]] = {}
     seen: dict[str, Readings] = {}
     for subject in dict.fromkeys(map(Path, subjects)):
-        path = (output or subject) / "evaluation.json"
-        about = {"subject": str(subject), "protocol": json.loads(json.dumps(asdict(protocol)))}
-        is_folder = not (RunFolder(subject).config_path.exists() or (subject / EXPORT).exists())
-        sought = {"protocol": about["protocol"]} if output is None else about
+        path, reference = (output or results_of(subject)) / "evaluation.json", Reference.of(subject)
+        about: dict[str, Any] = {"subject": str(subject), "protocol": json.loads(json.dumps(asdict(protocol)))}
+        about["experts"] = experts_made_by(subject)
+        is_folder = not (reference or RunFolder(subject).config_path.exists() or (subject / EXPORT).exists())
+        sought = {key: value for key, value in about.items() if key != "subject" or output is not None}
         if not (again or is_folder) and (known := _known(path, sought)):
             done[str(subject)] = known
             continue
         if is_folder:
             found = _of_folder(subject, base, protocol, path.parent)
         else:
-            kept = cache or subject.absolute().parent / "base"
+            kept = cache or (reference.run if reference else subject).absolute().parent / "base"
             teacher = str(base) if base is not None and (subject / EXPORT).exists() else None
             found = _of_sampler(load(subject, own, teacher, protocol.bucket), protocol, path.parent, kept, seen)
         done[str(subject)] = about | found
@@ -91,6 +92,14 @@ def evaluate_loras(
     found = about | _of_sampler(sampler, protocol, output, cache or output.absolute().parent / "base", {}, name)
     write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
     return found
+
+
+def results_of(subject: Path) -> Path:
+    """Returns the folder that the evaluation of a subject is written to: its own, or of a checkpoint one in the run, as
+    RUN/evaluations/phase-2/300.
+    """
+    reference = Reference.of(subject)
+    return subject if reference is None else reference.results
 
 
 def _known(path: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -122,6 +131,9 @@ def _of_sampler(
     is sampled, in place of the method's.
     """
     config, base, tools = sampler.system.config, Base(sampler, cache), None
+    whole = sampler.last == config.plan.phases
+    name = name or (config.method if whole else f"{config.method} to the end of phase {sampler.last}")
+    row = f"{name}, {sampler.calls} step{'s' * (whole or sampler.calls > 1)}"
     few, many, clips = config.plan.steps, config.teacher.base_steps, False
     if isinstance(config.teacher, PipelineTeacher):
         clips = config.teacher.sizes[protocol.bucket].num_frames > 1
@@ -131,7 +143,7 @@ def _of_sampler(
     for sample_set in sample_sets(config, protocol, sampler.codec.takes_images):
         prompts, seeds = sample_set.prompts, sample_set.seeds
         sources = {f"base, {steps} steps": base.samples(prompts, seeds, steps) for steps in (many, few)}
-        sources[f"{name or config.method}, {few} steps"] = generate(sampler, sample_set)
+        sources[row] = generate(sampler, sample_set)
         if tools is None:
             exact = sampler.system.model.networks[0]
             assert isinstance(exact, ExactMixture)
@@ -141,6 +153,6 @@ def _of_sampler(
         floor = base.samples(prompts, others, many) if sample_set.floor else None
         sets[sample_set.name] = compare_media(sources, sample_set, floor, tools, folder / "samples", seen)
     return {
-        "recipe": config.recipe, "method": name or config.method, "seed": config.seed,
+        "recipe": config.recipe, "method": name, "row": row, "seed": config.seed,
         "weighting": config.objective, "nets": tools.nets(clips) if tools else {}, "sets": sets,
     }  # fmt: skip

@@ -118,7 +118,7 @@ def generate(sampler: Sampler, sample_set: SampleSet) -> SampleSource:
     started = time.perf_counter()
     latents = sampler(sample_set.prompts, sample_set.seeds)
     seconds = (time.perf_counter() - started) / len(latents)
-    return _decoded_by(sampler, latents, sampler.system.plan.num_steps, seconds)
+    return _decoded_by(sampler, latents, sampler.calls, seconds)
 
 
 def _decoded_by(sampler: Sampler, latents: Tensor, calls: int, seconds: float, key: str | None = None) -> SampleSource:

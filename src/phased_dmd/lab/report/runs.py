@@ -6,24 +6,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phased_dmd.checkpoint import RunFolder
+from phased_dmd.checkpoint import Reference, RunFolder
 from phased_dmd.config import Config
 from phased_dmd.errors import UserError
-from phased_dmd.lab.evaluate import Measurement
+from phased_dmd.lab.evaluate import Measurement, results_of
+from phased_dmd.sampling.loading import experts_made_by
 
-NO_METHOD = {"recipe", "seed", "log_every", "checkpoint_every", "sample_every", "trackers"}  # fields of a config
+NO_METHOD = {  # fields of a config
+    "recipe", "seed", "log_every", "checkpoint_every", "keep_last", "keep_every", "sample_every", "trackers",
+}  # fmt: skip
 NO_BASE = {"fit_steps", "lora_targets"}  # fields of a teacher
 
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """A finished and evaluated run: its config, `evaluation.json`, the lines of `metrics.jsonl`.
+    """A finished and evaluated run, or an evaluated checkpoint: its config, `evaluation.json`, the lines of
+    `metrics.jsonl` up to there. path: where it was evaluated. checkpoint: after which iterations, or the end.
 
     shown: by prompt set, the prompt and the seed of each sample that the evaluation left on disk.
     """
 
     path: Path
     config: Config
+    checkpoint: str
     evaluation: dict[str, Any]
     metrics: list[dict[str, Any]]
     shown: dict[str, list[dict[str, Any]]]
@@ -31,7 +36,7 @@ class EvaluatedRun:
     @property
     def row(self) -> str:
         """Returns the name of its own generator's row in the evaluation."""
-        return f"{self.config.method}, {self.config.plan.steps} steps"
+        return self.evaluation["row"]
 
     def measurements(self, name: str, row: str) -> dict[str, Measurement]:
         """Returns the measurements of a row in a prompt set, by measure."""
@@ -39,8 +44,9 @@ class EvaluatedRun:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Returns its config by dotted names, without the fields that do not change the method."""
-        return flatten({k: v for k, v in self.config.model_dump(mode="json").items() if k not in NO_METHOD})
+        """Returns its config by dotted names, without the fields that do not change the method, and its checkpoint."""
+        fields = {k: v for k, v in self.config.model_dump(mode="json").items() if k not in NO_METHOD}
+        return flatten(fields | {"checkpoint": self.checkpoint})
 
     @property
     def basis(self) -> dict[str, Any]:
@@ -135,19 +141,25 @@ def _short(value: Any) -> str:
 
 
 def _read(path: Path) -> EvaluatedRun:
-    folder = RunFolder(path)
-    config = folder.config()
-    if not folder.finished(config):
+    reference, place = Reference.of(path), results_of(path)
+    folder = RunFolder(path) if reference is None else reference.folder
+    config = RunFolder(folder.path).config()
+    if reference is None and not folder.finished(config):
         raise UserError(f"{path}: the run is not finished")
-    if not (path / "evaluation.json").exists():
+    if not (place / "evaluation.json").exists():
         raise UserError(f"{path}: not evaluated yet; {_evaluating(path, config)} first")
-    evaluation = _json(path / "evaluation.json")
-    if "protocol" not in evaluation:
+    evaluation = _json(place / "evaluation.json")
+    if not {"protocol", "row", "experts"} <= evaluation.keys():
         raise UserError(f"{path}: evaluated by an older version; {_evaluating(path, config, again=True)}")
-    files = {name: path / "samples" / name / "shown.json" for name in evaluation["sets"]}
-    return EvaluatedRun(
-        path, config, evaluation, folder.metrics(), {name: _json(f) for name, f in files.items() if f.exists()}
-    )
+    if evaluation["experts"] != experts_made_by(path):
+        raise UserError(f"{path}: evaluated before its experts became what they are; {_evaluating(path, config)}")
+    rows, at = folder.metrics(), "the end"
+    if reference is not None:
+        at = f"phase {reference.phase}, iteration {reference.iteration}"
+        rows = [row for row in rows if (row["phase"], row["iteration"]) <= (reference.phase, reference.iteration)]
+    files = {name: place / "samples" / name / "shown.json" for name in evaluation["sets"]}
+    shown = {name: _json(file) for name, file in files.items() if file.exists()}
+    return EvaluatedRun(place, config, at, evaluation, rows, shown)
 
 
 def _evaluating(path: Path, config: Config, again: bool = False) -> str:

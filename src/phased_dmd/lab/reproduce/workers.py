@@ -18,6 +18,7 @@ from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate import Protocol, evaluate
 from phased_dmd.lab.reproduce.begin import begin_worker
 from phased_dmd.prompts import read_prompts
+from phased_dmd.sampling.loading import experts_made_by
 from phased_dmd.train import distill
 
 Log = Callable[[str], object]  # takes a line for the user
@@ -109,7 +110,8 @@ def unique_runs(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 def is_evaluated(run: PlannedRun) -> bool:
     """Says whether `evaluate` would leave the run alone."""
     path, asked = run.folder / "evaluation.json", json.loads(json.dumps(asdict(Protocol(samples=run.samples))))
-    return path.exists() and json.loads(path.read_text("utf-8")).get("protocol") == asked
+    about = {"protocol": asked, "experts": experts_made_by(run.folder)}
+    return path.exists() and about.items() <= json.loads(path.read_text("utf-8")).items()
 
 
 def inherit(run: PlannedRun) -> None:
