@@ -283,17 +283,16 @@ def exact_teacher(seed: int) -> tuple[Any, ExactMixture]:
     return model, exact
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_distilling_an_exact_eps_teacher_beats_its_own_undistilled_steps(seed: int, tmp_path: Path) -> None:
+def test_distilling_an_exact_eps_teacher_beats_its_own_undistilled_steps(tmp_path: Path) -> None:
     """Fréchet distance of 4,000 samples to the mixture's own mean and covariance: 4 steps of each, the same noise."""
-    model, exact = exact_teacher(seed)
+    model, exact = exact_teacher(0)
     own = model, PlainCodec()
     check_model(*own, exact.sample(256, torch.Generator().manual_seed(0)), start=0.98)
     config = Config(
         recipe="own-mixture", teacher=OwnTeacher(), plan=Plan(shift=1.0, start=0.98, gradient="all"),
         generator=Generator(weights="full", lr=5e-4, ema=0.95),
         fake=Fake(lr=2e-3), optimiser=Optimiser(decay="linear"),
-        seed=seed, **BRIEF | {"iterations": 100, "batch_size": 128, "log_every": 100, "checkpoint_every": 100},
+        seed=0, **BRIEF | {"iterations": 100, "batch_size": 128, "log_every": 100, "checkpoint_every": 100},
     )  # fmt: skip
     sampler = load(distill(config, tmp_path / "run", quiet=True, own=own), own=own)
     centre = MEANS.double() - MEANS.double().mean(0)

@@ -71,7 +71,6 @@ def lengths(case: Case) -> tuple[int, int]:
 NAMES = [
     ("wan22-t2v", "full", 2, 64),
     ("wan22-t2v", "lora", 1, 8),
-    ("wan21-t2i", "full", 2, 1),
     ("qwen-image", "full", 1, 1),
 ]
 if os.environ.get("FAKE_GPU") == "all":

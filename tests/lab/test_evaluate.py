@@ -525,9 +525,9 @@ def test_runs_and_exports_of_real_classes_are_evaluated_with_a_dino_folder(name:
     fox, boat = Prompt("a red fox", picture), Prompt("a boat at night", picture)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(f"{fox.line()}\n{boat.line()}\n")
+    base = teacher(name, build(name, tmp_path / "pipeline")).model_copy(update={"base_steps": 8})
     config = Config(
-        recipe="tiny", teacher=teacher(name, build(name, tmp_path / "pipeline")), prompts=str(prompts),
-        plan=Plan(steps=4, phases=2, shift=5.0),
+        recipe="tiny", teacher=base, prompts=str(prompts), plan=Plan(steps=4, phases=2, shift=5.0),
         generator=Generator(lora=Lora(rank=2, alpha=2), lr=1e-2),
         fake=Fake(updates=1, lr=1e-3), iterations=1, batch_size=1,
     )  # fmt: skip

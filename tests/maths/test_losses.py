@@ -746,7 +746,7 @@ def test_errors_say_how_much_of_its_way_the_fake_has_gone(part, s, t):
     """
     own_law = -0.2, 0.4
     x_0, *noise = randn(3, 200_000, 1)
-    (alpha, sigma), (alpha_ts, variance_ts) = alpha_sigma("flow", s), transition("flow", s, t)
+    alpha, sigma = alpha_sigma("flow", s)
     x_s = alpha * (own_law[0] + own_law[1] * x_0) + sigma * noise[0]
     teacher, own = (exact_prediction("flow", "flow", t, *law) for law in ((), own_law))
 
