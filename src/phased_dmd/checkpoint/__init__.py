@@ -17,7 +17,7 @@ from phased_dmd.checkpoint.files import (
     save_tensors,
     write_atomically,
 )
-from phased_dmd.checkpoint.lock import claimed, wait_for_lock
+from phased_dmd.checkpoint.lock import claimed, is_held, wait_for_lock
 from phased_dmd.checkpoint.runfolder import RunFolder
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "RunFolder",
     "claimed",
     "wait_for_lock",
+    "is_held",
     "is_whole",
     "load_tensors",
     "partial_of",

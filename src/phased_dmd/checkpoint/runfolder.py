@@ -165,6 +165,10 @@ class RunFolder:
             except OSError as error:
                 raise UserError(f"--output: {self.path} cannot be written: {error.strerror}") from error
 
+    def prompts(self) -> list[str]:
+        """Reads the texts of the run's prompts; none where it takes none, or was not begun."""
+        return [row["prompt"] for row, _ in self._rows(self._prompts_path)]
+
     # ---------------------------------------------------------------- experts
 
     def expert_path(self, phase: int) -> Path:
@@ -186,11 +190,13 @@ class RunFolder:
             save_tensors(path, tensors, header)
 
     def save_samples(self, name: str, write: Callable[[Path], None]) -> None:
-        """Calls `write` with the path of that name among the run's samples."""
+        """Calls `write` with a path, whose file then takes that name among the run's samples, whole."""
         path = self.path / "samples" / name
         with self._writing(f"samples/{name}"):
             path.parent.mkdir(exist_ok=True)
-            write(path)
+            partial = path.with_name(f".{name}")  # its suffix tells the format
+            write(partial)
+            partial.replace(path)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -347,8 +353,28 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Reads the rows of `metrics.jsonl`."""
-        return [row for row, _ in self._rows(self._metrics_path)]
+        """Reads the rows of `metrics.jsonl`, and of phases that are trained by themselves."""
+        return self._read_logs("metrics.jsonl")
+
+    def timing(self) -> list[dict[str, Any]]:
+        """Reads the rows of `timing.jsonl`, see `metrics`."""
+        return self._read_logs("timing.jsonl")
+
+    def _read_logs(self, name: str) -> list[dict[str, Any]]:
+        return [row for folder in self._folders() for row, _ in self._rows(folder / name)]
+
+    def _folders(self) -> list[Path]:
+        """Lists the run's own folder, and those of phases that are trained by themselves."""
+        return [self.path, *sorted(self.parts.glob("phase-*"))]
+
+    def failures(self) -> list[Point]:
+        """Lists where an update could not be made because a number was not finite, in the order of training."""
+        return sorted(point for folder in self._folders() for point in points_in(folder / "failures"))
+
+    def last_word(self) -> float:
+        """Returns when the run last wrote a log, or was begun, in seconds since 1970."""
+        files = [self.config_path, *(folder / name for folder in self._folders() for name in LOGS)]
+        return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
     def _sync_metrics(self) -> None:
         """Forces the metrics to the disk before a checkpoint or an expert follows them."""
