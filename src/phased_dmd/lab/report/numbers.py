@@ -30,9 +30,8 @@ def make_tables(groups: Sequence[Group], tones: Mapping[tuple[str, str], str]) -
                 "figures": combine([run.measurements(name, run.row) for run in group.runs]),
                 "tone": tones[group.label, name],
             })  # fmt: skip
-        measures = [
-            measure for measure in dict.fromkeys((*COSTS, *HEADINGS)) if any(measure in row["figures"] for row in rows)
-        ]
+        found = {measure for row in rows for measure in row["figures"]}
+        measures = [measure for measure in dict.fromkeys((*COSTS, *HEADINGS)) if measure in found]
         nets = {measure: known[NET_OF[measure]] for measure in measures if NET_OF.get(measure) in known}
         about = {"name": name, "about": of_set["about"], "base": of_set["base"]}
         tables.append(about | {"measures": measures, "nets": nets, "rows": rows})
