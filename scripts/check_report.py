@@ -92,12 +92,12 @@ def check(browser: Browser, path: Path, device: str) -> tuple[int, int]:
     page, problems = _open(context, path.resolve().as_uri())
     broken = page.evaluate(PICTURES)
     expect(not broken, f"pictures that do not load: {broken}")
+    page.screenshot(path=path.with_name(f"{path.stem}-{device}.png"), full_page=True)
     switches = _switch_all(page)
     for summary in page.locator("summary").all():
         summary.click()
     _expect_no_sideways_scroll(page, "with all details open")
     expect(all(page.evaluate(STICKY)), "the first column of a table scrolls away")
-    page.screenshot(path=path.with_name(f"{path.stem}-{device}.png"))
     expect(not any(problems), "; ".join(filter(None, problems)))
     pictures = page.locator("img").count()
     context.close()

@@ -1,7 +1,7 @@
 """What a page finds: the calls that a generator takes, and how much of the gap that few steps leave it has closed."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from phased_dmd.lab.evaluate import HEADINGS, Measurement
@@ -15,11 +15,12 @@ DECISIVE = ("frechet_features", "frechet_features_paired", "frechet_video_paired
 class Closed(NamedTuple):
     """Says which share of the base's loss in few steps a generator is spared, with half of its 95 % interval.
 
-    measure: the distance that says so. own, few: the gap to the base of the generator, and of the base in few steps.
+    measure: the distance that says so. share: None where the base loses nothing in few steps that shows. own, few: the
+    measurement of the generator, and of the base in few steps.
     """
 
     measure: str
-    share: float
+    share: float | None
     half_width: float | None
     own: Measurement
     few: Measurement
@@ -27,7 +28,7 @@ class Closed(NamedTuple):
     @property
     def worse(self) -> bool:
         """Says whether the generator is farther from the base than the base in as few steps, beyond both intervals."""
-        return _low(self.own) > _high(self.few)
+        return _low(self.own) > max(0.0, _high(self.few))
 
 
 class Finding(NamedTuple):
@@ -38,21 +39,25 @@ class Finding(NamedTuple):
 
 
 def closed(group: Group, name: str) -> Closed | None:
-    """Returns what a method closed of the gap on a prompt set; None where the base loses nothing in few steps."""
+    """Returns what a method closed of the gap on a prompt set; None where nothing decisive was measured."""
     run = group.runs[0]
     few = run.sets[name]["rows"].get(f"base, {run.config.plan.steps} steps", {})
     own = combine([each.measurements(name, each.row) for each in group.runs])
     measure = next((measure for measure in DECISIVE if measure in own and measure in few), None)
-    if measure is None or _low(few[measure]) <= 0:
+    if measure is None:
         return None
     a, b = _gap(own[measure]), _gap(few[measure])
+    if _low(few[measure]) <= 0:
+        return Closed(measure, None, None, own[measure], few[measure])
     widths = [own[measure]["gap_half_width"], few[measure]["gap_half_width"]]
     half = None if None in widths else math.hypot(widths[0] / b, a * widths[1] / b**2)  # type: ignore[operator]
     return Closed(measure, 1 - a / b, half, own[measure], few[measure])
 
 
 def tone(found: Closed | None) -> str:
-    """Returns good where a gap is closed beyond doubt, bad where it has grown, and nothing in between."""
+    """Returns good where the generator is nearer to the base than few steps of that beyond both intervals, bad where it
+    is farther, and nothing in between.
+    """
     if found is None:
         return ""
     return "bad" if found.worse else "good" if _high(found.own) < _low(found.few) else ""
@@ -67,17 +72,21 @@ def _sentence(group: Group, named: bool) -> Finding:
     run = group.runs[0]
     known = {name: found for name in run.sets if (found := closed(group, name))}
     calls = f"{group.label}: {_calls(group)}" if named else _calls(group)
-    if not known:
+    several = len(run.sets) > 1
+
+    def listed(sets: Mapping[str, Closed], say: Callable[[Closed], str]) -> str:
+        what = HEADINGS[next(iter(sets.values())).measure][0]
+        parts = [say(found) + (f" on “{name}”" if several else "") for name, found in sets.items()]
+        return f"{' and '.join(parts)} ({what})"
+
+    if worse := {name: found for name, found in known.items() if found.worse}:
+        return Finding(f"{calls}, and worse than the base in as few steps: {listed(worse, _distances)}", "bad")
+    shares = {name: found for name, found in known.items() if found.share is not None}
+    if not shares:
         return Finding(f"{calls}; the base in as few steps is as good, as far as this evaluation tells")
-    tones, where = {tone(found) for found in known.values()}, len(run.sets) > 1
-    shown = {name: found for name, found in known.items() if found.worse} or known
-    gaps = " and ".join(_gap_of(found) + (f" on “{name}”" if where else "") for name, found in shown.items())
-    what = HEADINGS[next(iter(shown.values())).measure][0]
-    if "bad" in tones:
-        return Finding(f"{calls}, and worse than the base in as few steps: {gaps} ({what})", "bad")
-    steps, most = run.config.plan.steps, run.config.teacher.base_steps
-    gap = f"of the gap between {steps} steps of the base and {most} ({what})"
-    return Finding(f"{calls}: closes {gaps} {gap}", "good" if tones == {"good"} else "")
+    gap = f"of the gap between {run.config.plan.steps} steps of the base and {run.config.teacher.base_steps}"
+    good = {tone(found) for found in shares.values()} == {"good"}
+    return Finding(f"{calls}: closes {gap} {listed(shares, _share)}", "good" if good else "")
 
 
 def _calls(group: Group) -> str:
@@ -90,12 +99,17 @@ def _calls(group: Group) -> str:
     return f"{own['value']:g} network calls instead of {base['value']:g}"
 
 
-def _gap_of(found: Closed) -> str:
-    """Returns the share that is closed, or both distances where it has grown."""
-    if found.worse:
-        return f"{number(_gap(found.own))} from it, instead of {number(_gap(found.few))}"
+def _share(found: Closed) -> str:
+    """Returns the share of a gap that is closed, and says where none is beyond doubt."""
+    assert found.share is not None
     half = f" ± {number(100 * found.half_width, 2)}" if found.half_width else ""
-    return f"{number(100 * found.share, scale=100 * (found.half_width or 0))}{half} %"
+    share = f"{number(100 * found.share, scale=100 * (found.half_width or 0))}{half} %"
+    return share if tone(found) == "good" else f"nothing that shows ({share})"
+
+
+def _distances(found: Closed) -> str:
+    """Returns how far the generator is from the base, and how far few steps of the base are."""
+    return f"{number(_gap(found.own))} from it, instead of {number(max(0.0, _gap(found.few)))}"
 
 
 def _gap(one: Measurement) -> float:
