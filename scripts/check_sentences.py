@@ -22,7 +22,9 @@ NO_VERBS = frozenset(  # words in s that are nouns, or can be
     + ("pixels", "points", "prompts", "samples", "seconds", "shapes", "steps", "this", "times", "weights", "whats")
 )
 ARTICLES = frozenset(("the", "a", "an", "eq", "from"))
-IMPERATIVES = frozenset(("distil", "write", "say", "print", "train", "measure", "sample", "export", "list", "decide"))
+IMPERATIVES = frozenset(
+    ("distil", "write", "say", "show", "print", "train", "measure", "sample", "export", "list", "decide")
+)
 
 
 def first_sentence(docstring: str) -> list[str]:

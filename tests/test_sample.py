@@ -19,13 +19,14 @@ from phased_dmd import media
 from phased_dmd.cli import main
 from phased_dmd.config import Config, Engine, Generator, Lora, Plan
 from phased_dmd.config.teacher import OwnTeacher
+from phased_dmd.contact_sheet import read_sheet
 from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate.samples import SampleFolder
-from phased_dmd.media import save_preview
 from phased_dmd.networks.build import add_expert, build_system
 from phased_dmd.plan.measure import meta_model
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.recipes import resolve
+from phased_dmd.sampling.previews import Preview
 from phased_dmd.sampling.sampler import Sampler, preview_shares, preview_size
 from phased_dmd.sampling.writing import write_samples
 
@@ -271,12 +272,15 @@ def test_processes_share_a_preview_and_call_the_networks_equally_often(processes
 def test_a_preview_of_any_recipe_opens_in_pillow(shape: tuple[int, int, int], tiny: Sampler, tmp_path: Path) -> None:
     count, sampler = 16 if shape[0] == 1 else 4, with_engine(tiny, micro_batch=1)
     sampler.codec = GreyCodec(*shape)
-    save_preview(tmp_path / "preview.png", sampler.preview(1, [tiny.system.negative] * count))
+    shown = sampler.preview(1, [tiny.system.negative] * count)
+    Preview(shown, shown, [], range(count)).save(tmp_path / "preview.png", "own", "base", [])
     with Image.open(tmp_path / "preview.png") as image:  # an error above 179 megapixels, a warning above 89
-        width, height = image.size
-    assert width * height == pytest.approx(2**22, rel=0.01)
-    columns, rows = (4, 4) if shape[0] == 1 else (9, 4)
-    assert width / columns / (height / rows) == pytest.approx(shape[2] / shape[1], rel=0.01)
+        assert image.width * image.height < 1.25 * 2 * 2**22
+    sheet = read_sheet(tmp_path / "preview.png")
+    assert sheet is not None and sheet[0].frames == (1 if shape[0] == 1 else 9)
+    width, height = sheet[0].tile
+    assert count * sheet[0].frames * width * height == pytest.approx(2**22, rel=0.01)
+    assert width / height == pytest.approx(shape[2] / shape[1], rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
 """Pictures, clips, contact sheets and scatter plots on disk; pictures are read as a viewer shows them."""
 
-import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -126,6 +125,11 @@ def to_images(frames: Tensor) -> list[Image.Image]:
     return [Image.fromarray(frame) for frame in to_bytes(frames).numpy()]
 
 
+def enlarged(frames: Tensor, factor: int) -> Tensor:
+    """Repeats every pixel of frames [n, h, w, 3] so often to each side."""
+    return frames.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+
+
 def shrunk(frames: Tensor, most: int) -> Tensor:
     """Shrinks frames [n, h, w, 3] that are higher than `most` pixels to that height."""
     h, w = frames.shape[1:3]
@@ -142,19 +146,10 @@ def thumbnails(pixels: Tensor, most: int) -> Tensor:
     return to_bytes(shrunk(few.flatten(0, 1), most)).unflatten(0, (n, -1))
 
 
-def grid(pixels: Tensor, most: int | None = None) -> Image.Image:
-    """Lays still pictures [n, 1, h, w, 3] side by side, or clips [n, f, h, w, 3] out as a contact sheet, a clip a row.
-
-    most: pixels of a picture's height; higher ones are shrunk.
-    """
-    n, f, h = pixels.shape[:3]
-    columns = f if f > 1 else math.ceil(math.sqrt(n))
-    cells = shrunk(pixels.flatten(0, 1), most or h)
-    h, w = cells.shape[1:3]
-    lines = -(-len(cells) // columns)
-    cells = torch.cat([cells, torch.zeros(lines * columns - len(cells), h, w, 3)])
-    sheet = cells.reshape(lines, columns, h, w, 3).transpose(1, 2).reshape(1, lines * h, columns * w, 3)
-    return to_images(sheet)[0]
+def strip(frames: Tensor, most: int | None = None) -> Image.Image:
+    """Lays frames [f, h, w, 3] side by side. most: pixels of their height; higher ones are shrunk."""
+    shown = shrunk(frames, most or frames.shape[1])
+    return to_images(torch.cat(list(shown), 1)[None])[0]
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -165,9 +160,7 @@ def save_image(image: Image.Image, path: Path) -> None:
 def save_clip(frames: Tensor, path: Path, fps: float) -> None:
     """Writes a clip [f, h, w, 3] as a looping animated WebP; a small one enlarged without smoothing, and lossless."""
     factor = max(1, round(CLIP_SIZE / frames.shape[1]))
-    if factor > 1:
-        frames = frames.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    first, *rest = to_images(frames)
+    first, *rest = to_images(enlarged(frames, factor))
     path.parent.mkdir(parents=True, exist_ok=True)
     first.save(
         path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, lossless=factor > 1,
@@ -175,33 +168,24 @@ def save_clip(frames: Tensor, path: Path, fps: float) -> None:
     )  # fmt: skip
 
 
-def save_points(path: Path, name: str, points: Tensor, about: Tensor | None = None) -> None:
-    """Plots samples [n, 1] as a histogram, or [n, 2] as a scatter plot, under their name.
+def save_points(path: Path, clouds: Mapping[str, Tensor], about: Tensor) -> None:
+    """Plots samples [n, 1] as histograms, or [n, 2] as scatter plots, side by side under their names.
 
-    about: [m, 1] or [m, 2], what the axes of every picture are laid around; None: the samples themselves.
+    about: [m, 1] or [m, 2], what the axes of every picture are laid around.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure((3.2, 3.2), layout="constrained")
-    panel = figure.subplots()
-    if points.shape[1] == 1:
-        panel.hist(points[:, 0].numpy(), bins=100)
-    else:
-        panel.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=2, alpha=0.4)
-        panel.set_aspect("equal")
-    if about is not None:
-        low, high = about.min(0).values - MARGIN, about.max(0).values + MARGIN
-        panel.set_xlim(low[0].item(), high[0].item())
-        if about.shape[1] > 1:
+    figure = Figure((3.2 * len(clouds), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(clouds), squeeze=False, sharey=True)[0]
+    low, high = about.min(0).values - MARGIN, about.max(0).values + MARGIN
+    for panel, (name, points) in zip(panels, clouds.items(), strict=True):
+        if points.shape[1] == 1:
+            panel.hist(points[:, 0].numpy(), bins=100)
+        else:
+            panel.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=2, alpha=0.4)
+            panel.set_aspect("equal")
             panel.set_ylim(low[1].item(), high[1].item())
-    panel.set_title(name, fontsize=9)
+        panel.set_xlim(low[0].item(), high[0].item())
+        panel.set_title(name, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-
-
-def save_preview(path: Path, samples: Tensor) -> None:
-    """Writes pixels [n, f, h, w, 3] as a grid, or an analytic model's points [n, d] as a plot."""
-    if samples.ndim == 5:
-        save_image(grid(samples), path)
-    else:
-        save_points(path, path.stem, samples[:, :2])

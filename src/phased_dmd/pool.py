@@ -87,8 +87,14 @@ class Pool:
         """Returns the condition of each entry's prompt: of all entries each prompt has as many as any other."""
         if self._conditions is None:
             return [{} for _ in entries]
+        return [self._conditions.row(prompt, bucket) for prompt in self.prompts(bucket, entries)]
+
+    def prompts(self, bucket: int, entries: Sequence[int]) -> list[int]:
+        """Returns the number of each entry's prompt among the run's; none for a model that takes none."""
+        if self._conditions is None:
+            return []
         prompts, count = self._conditions.eligible(bucket), self._counts[bucket]
-        return [self._conditions.row(prompts[i * len(prompts) // count], bucket) for i in self._keys(entries)]
+        return [prompts[i * len(prompts) // count] for i in self._keys(entries)]
 
     def begin(self, phase: int, bucket: int, entries: Sequence[int]) -> Tensor:
         """Returns x [b, ...] of entries at a phase's begin."""

@@ -20,7 +20,6 @@ from phased_dmd.engine.timer import SaveTimer
 from phased_dmd.engine.world import check_groups, out_of_memory, processes, rank, split_batch, warn
 from phased_dmd.errors import Stopped, UserError
 from phased_dmd.inputs import compare_finished, contents, prepare
-from phased_dmd.media import save_preview
 from phased_dmd.models.protocol import Codec
 from phased_dmd.networks.build import (
     Own,
@@ -39,7 +38,7 @@ from phased_dmd.pool import Pool, needs_pool
 from phased_dmd.progress import progress_bar
 from phased_dmd.sampling.initial import initial_expert
 from phased_dmd.sampling.loading import read_expert
-from phased_dmd.sampling.sampler import preview_samples
+from phased_dmd.sampling.previews import make_preview
 from phased_dmd.step import (
     EXPERT_UPDATE,
     Batch,
@@ -392,11 +391,18 @@ def log(run: RunFolder, row: Mapping[str, Any], seconds: float, cpu_seconds: flo
 
 
 def save_samples(job: Job, at: Position, expert: Learner) -> None:
-    """Writes a preview of what the generator predicts at the phase's end, by the averaged expert if it has one."""
+    """Writes a preview of what the generator predicts at the phase's end, by the averaged expert if it has one, below
+    what the base makes of the same noise.
+    """
+    run, steps = job.run, job.system.config.teacher.base_steps
     with expert.averaged(), out_of_memory(lambda: f"phase {at.phase}, iteration {at.iteration}, the preview"):
-        preview = preview_samples(job.system, job.codec, at.phase, job.conditions, job.odds, job.pool)
-    name = f"phase-{at.phase}-iteration-{at.iteration:06d}.png"
-    run_on_first_rank(lambda: job.run.save_samples(name, lambda path: save_preview(path, preview)))
+        preview = make_preview(
+            job.system, job.codec, at.phase, job.conditions, job.odds, run.path / "samples", job.pool
+        )
+    name, made = f"phase-{at.phase}-iteration-{at.iteration:06d}.png", f"iteration {at.iteration}"
+    run_on_first_rank(
+        lambda: run.save_samples(name, lambda path: preview.save(path, made, f"base, {steps} steps", run.prompts()))
+    )
 
 
 def leave_encoding(signals: Signals, folder: Path) -> None:

@@ -37,7 +37,7 @@ from phased_dmd.lab.evaluate.tables import FINER, WIDTH, show, title
 from phased_dmd.lab.metrics.distances import frechet, moments
 from phased_dmd.lab.metrics.features import load_features
 from phased_dmd.lab.metrics.intervals import interval, jackknife_half_width, leave_one_out
-from phased_dmd.media import grid, read_media, save_clip, save_image, to_images
+from phased_dmd.media import read_media, save_clip, save_image, strip, to_images
 from phased_dmd.models.analytic import AnalyticModel, PlainCodec
 from phased_dmd.networks.build import build_system
 from phased_dmd.prompts import Prompt
@@ -589,10 +589,10 @@ def test_fit_to_the_prompt_is_the_cosine_of_the_stock_models_embeddings(tmp_path
 
 
 def test_pictures_higher_than_a_strip_are_shrunk_in_it_and_small_ones_kept() -> None:
-    clip = torch.rand(1, 5, 64, 96, 3)
-    assert grid(clip).size == (5 * 96, 64) == grid(clip, most=64).size
-    assert grid(clip, most=32).size == (5 * 48, 32)
-    half = grid(torch.full((1, 2, 64, 96, 3), 0.5), most=32)
+    clip = torch.rand(5, 64, 96, 3)
+    assert strip(clip).size == (5 * 96, 64) == strip(clip, most=64).size
+    assert strip(clip, most=32).size == (5 * 48, 32)
+    half = strip(torch.full((2, 64, 96, 3), 0.5), most=32)
     assert half.getextrema() == ((128, 128),) * 3
 
 

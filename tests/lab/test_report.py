@@ -13,19 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageSequence
 
 from phased_dmd.checkpoint import RunFolder, save_tensors
+from phased_dmd.checkpoint.lock import locked
 from phased_dmd.cli import main
 from phased_dmd.config import Config
 from phased_dmd.config.overrides import build
+from phased_dmd.contact_sheet import Caption, save_sheet
 from phased_dmd.errors import UserError
-from phased_dmd.lab.evaluate import HEADINGS
+from phased_dmd.lab.evaluate import BETTER, HEADINGS
 from phased_dmd.lab.metrics.formats import number
 from phased_dmd.lab.report import write_report
 from phased_dmd.recipes import resolve
 
 BASE = ("base, 40 steps", "base, 4 steps")
+WAY = re.compile(" (↓ better|↑ better|≈ base)$")  # of a title: which way is better
 Colour = tuple[int, int, int]
 
 
@@ -68,8 +72,9 @@ class Page(HTMLParser):
 
     def numbers(self) -> dict[str, dict[str, str]]:
         """The cells of the first table of numbers, by row and title of the column."""
-        start = next(i for i, row in enumerate(self.rows) if "network calls" in row["cells"])
-        titles, result = self.rows[start]["cells"], {}
+        heads = [[WAY.sub("", cell) for cell in row["cells"]] for row in self.rows]
+        start = next(i for i, cells in enumerate(heads) if "network calls" in cells)
+        titles, result = heads[start], {}
         for row in self.rows[start + 1 :]:
             if not row["cells"][0]:  # the head of the next table
                 break
@@ -341,7 +346,7 @@ def test_what_cannot_be_compared_is_said_with_the_two_runs(
     assert not (tmp_path / "page.html").exists()
 
 
-def test_what_is_not_ready_is_said(make: Make, tmp_path: Path) -> None:
+def test_an_evaluation_that_cannot_be_read_is_said(make: Make, tmp_path: Path) -> None:
     run = make("a")
 
     def complaint() -> str:
@@ -358,10 +363,6 @@ def test_what_is_not_ready_is_said(make: Make, tmp_path: Path) -> None:
     assert "evaluated by an older version" in complaint() and "--again" in complaint()
     (run / "evaluation.json").write_text('{"recipe": ')
     assert "evaluation.json: cannot be read" in complaint()
-    (run / "evaluation.json").unlink()
-    assert "not evaluated yet" in complaint()
-    (run / "experts" / "phase-4.safetensors").unlink()
-    assert "the run is not finished" in complaint()
     with pytest.raises(UserError, match="is a folder"):
         write_report([run], tmp_path)
     assert not (tmp_path / "page.html").exists()
@@ -370,10 +371,188 @@ def test_what_is_not_ready_is_said(make: Make, tmp_path: Path) -> None:
 def test_a_run_of_ones_own_model_is_not_sent_to_a_command_that_cannot_evaluate_it(tmp_path: Path) -> None:
     teacher = {"kind": "own"}
     write_run(tmp_path / "run", build({"recipe": "mine", "teacher": teacher, "prompts": "nano-t2i"}))
-    with pytest.raises(UserError) as error:
-        write_report([tmp_path / "run"], tmp_path / "page.html")
-    call = f"call phased_dmd.lab.evaluate.evaluate(['{tmp_path / 'run'}'], own=(model, codec)) from Python first"
-    assert str(error.value) == f"{tmp_path / 'run'}: not evaluated yet; {call}"
+    text = html.unescape(write_report([tmp_path / "run"], tmp_path / "page.html").read_text())
+    call = f"call phased_dmd.lab.evaluate.evaluate(['{tmp_path / 'run'}'], own=(model, codec)) from Python"
+    assert f"Not evaluated yet: {call}." in text and "phased-dmd evaluate" not in text
+
+
+# ---------------------------------------------------------------- what a page opens with
+
+
+def opening(page: Path) -> str:
+    """What stands above the first heading of a section, without tags."""
+    text = page.read_text()
+    top = text[text.index('<section id="top"') : text.index('<section id="previews"')]
+    return " ".join(html.unescape(re.sub("<[^>]+>", " ", top)).split())
+
+
+def test_a_page_opens_with_the_calls_and_the_share_of_the_gap_that_is_closed(make: Make, tmp_path: Path) -> None:
+    """Few steps of the base are 19.25 from it, the run .5: 1 - .5 / 19.25 is closed, and .01 of each gap is doubt."""
+    page = write_report([make("a")], tmp_path / "page.html")
+    half = 100 * ((0.01 / 19.25) ** 2 + (0.5 * 0.01 / 19.25**2) ** 2) ** 0.5
+    share = f"97.4 ± {half:.3f} %"
+    closed = f"closes of the gap between 4 steps of the base and 40 {share} on “weak” and {share} on “specific”"
+    assert f"4 network calls instead of 80: {closed} (Fréchet, features)." in opening(page)
+    assert '<p class="finding good">' in page.read_text()
+
+
+def test_a_ruined_run_is_shown_as_ruined(make: Make, tmp_path: Path) -> None:
+    """Its distance is 143 where the base's in as few steps is 20.25 and its own floor 1."""
+    page = write_report([make("a", frechet=143.0), make("b", method="dmd")], tmp_path / "page.html")
+    worse = "phased, 4 steps: 4 network calls instead of 80, and worse than the base in as few steps"
+    gap = "142 from it, instead of 19.2"
+    assert f"{worse}: {gap} on “weak” and {gap} on “specific” (Fréchet, features)." in opening(page)
+    rows = {row["cells"][0]: row.get("class") for row in Page(page).rows if row.get("class")}
+    assert rows == {"phased, 4 steps": "own bad", "dmd, 4 steps": "own good"}
+    assert page.read_text().count('<p class="finding bad">') == 1
+
+
+def test_what_lies_within_its_interval_is_neither_good_nor_bad(make: Make, tmp_path: Path) -> None:
+    page = write_report([make("a", frechet=20.255)], tmp_path / "page.html").read_text()
+    assert '<p class="finding ">' in page and "finding good" not in page and "finding bad" not in page
+    assert "nothing that shows (−0.026 ± 0.073 %) on “weak”" in page
+
+
+def test_a_run_that_is_far_where_few_steps_of_the_base_are_near_is_bad(make: Make, tmp_path: Path) -> None:
+    """There is no gap to close, and one was opened."""
+    run = make("a", frechet=9.0)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    for of_set in evaluation["sets"].values():
+        of_set["rows"][BASE[1]]["frechet_features"] = figure(0.9, -0.1)
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    page = write_report([run], tmp_path / "page.html")
+    assert "worse than the base in as few steps: 8 from it, instead of 0 on “weak”" in opening(page)
+    for of_set in evaluation["sets"].values():
+        of_set["rows"]["phased, 4 steps"]["frechet_features"] = figure(1.0, 0.0)
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    write_report([run], page)
+    assert "the base in as few steps is as good, as far as this evaluation tells" in opening(page)
+
+
+def test_every_measure_says_which_way_is_better(make: Make, tmp_path: Path) -> None:
+    page = Page(write_report([make("a")], tmp_path / "page.html"))
+    heads = next(row["cells"] for row in page.rows if "network calls ↓ better" in row["cells"])
+    assert heads == ["", "network calls ↓ better", "Fréchet, features digits ↓ better"]
+    assert set(BETTER) < set(HEADINGS) and BETTER["faithfulness"] == "higher" and "contrast" not in BETTER
+
+
+def test_a_run_that_is_not_evaluated_has_a_page_that_says_so(make: Make, tmp_path: Path) -> None:
+    one, other = make("a"), make("b", method="dmd")
+    (other / "evaluation.json").unlink()
+    page = write_report([one, other], tmp_path / "page.html")
+    assert list(Page(page).numbers()) == [*BASE, "phased, 4 steps"]
+    assert f"Not evaluated yet: run `phased-dmd evaluate {other}`." in opening(page)
+    alone = write_report([other], tmp_path / "alone.html").read_text()
+    assert '<section id="numbers" hidden>' in alone and '<section id="samples" hidden>' in alone and "<svg" in alone
+
+
+def test_runs_of_two_teachers_are_not_compared_before_they_are_evaluated_either(make: Make, tmp_path: Path) -> None:
+    runs = [make("a"), make("b", teacher__guidance=2.0)]
+    for run in runs:
+        (run / "evaluation.json").unlink()
+    with pytest.raises(UserError, match=r"differ in teacher.guidance, \[1.5\] and \[2.0\]"):
+        write_report(runs, tmp_path / "page.html")
+
+
+# ---------------------------------------------------------------- unfinished runs, and previews
+
+
+def unfinished(make: Make, done: int) -> Path:
+    """A run of 4 phases of 120 updates, so many of whose third are logged, 2 seconds each, and 1 in those before."""
+    run = make("a", iterations=120, log_every=5)
+    (run / "evaluation.json").unlink()
+    for phase in (3, 4):
+        (run / "experts" / f"phase-{phase}.safetensors").unlink()
+    rows = [(1, 120), (2, 120), *((3, i) for i in range(5, done + 1, 5))]
+    losses = {"fake_loss": 0.5, "generator_loss": 0.1}
+    lines = [json.dumps({"phase": phase, "iteration": i, **losses}) for phase, i in rows]
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    timing = [{"phase": phase, "iteration": i, "seconds": 2.0 if phase == 3 else 1.0} for phase, i in rows]
+    timing.insert(1, {"phase": 2, "iteration": 0, "pool_calls": 9, "seconds": 1000.0})
+    (run / "timing.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in timing))
+    return run
+
+
+def test_a_page_says_how_far_a_run_is_and_how_long_it_takes_yet(make: Make, tmp_path: Path) -> None:
+    """90 of 120 updates of 2 s are left in the phase, and 120 more of it behind: 3 and 7 minutes."""
+    run = unfinished(make, 30)
+    with locked(run / ".lock"):
+        found = opening(write_report([run], tmp_path / "page.html"))
+    assert "Training: phase 3 of 4, iteration 30 of 120." in found
+    assert "About 3 min left in this phase, 7 min in all, if later phases take no longer." in found
+    assert "phase 2 120 / 120 phase 3 30 / 120 phase 4 0 / 120" in found
+    stopped = opening(write_report([run], tmp_path / "page.html"))
+    assert "Stopped in phase 3 of 4, iteration 30 of 120; the command that began it goes on" in stopped
+    assert "About" not in stopped
+
+
+def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
+    config = resolve("nano-t2i")
+    write_run(tmp_path / "run", config)
+    for path in ((tmp_path / "run").glob("experts/*"), [tmp_path / "run" / "metrics.jsonl"]):
+        [file.unlink() for file in path]
+    with locked(tmp_path / "run" / ".lock"):
+        assert "Begun: no update is logged yet" in opening(write_report([tmp_path / "run"], tmp_path / "page.html"))
+
+
+def test_a_failed_run_says_where_and_why_until_it_has_gone_on(make: Make, tmp_path: Path) -> None:
+    run = unfinished(make, 30)
+    (run / "failures" / "phase-3-iteration-000030-update-2").mkdir(parents=True)
+    found = opening(write_report([run], tmp_path / "page.html"))
+    assert "Failed in phase 3 of 4, iteration 30 of 120." in found
+    assert "phase 3, iteration 30, update 2: a loss or a gradient was not finite" in found and "fake.lr" in found
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"phase": 3, "iteration": 35, "skipped": 2}) + "\n")
+    found = opening(write_report([run], tmp_path / "page.html"))
+    assert "Stopped in phase 3 of 4, iteration 35" in found and "update 2:" not in found
+    assert "phase 3: updates left out because a loss or a gradient was not finite: 2" in found
+
+
+def previews(run: Path, steps: list[tuple[int, int]], frames: int = 1, base: bool = True) -> None:
+    """Two samples each; the base's have the phase's colour, the generator's that of the phase and the iteration."""
+    for phase, iteration in steps:
+        shades = ([colour(phase)] if base else []) + [colour(phase, iteration)]
+        rows = {
+            name: torch.tensor(shade).div(255).expand(2, frames, 32, 32, 3)
+            for name, shade in zip(["base, 40 steps", "iteration"][not base :], shades, strict=True)
+        }
+        path = run / "samples" / f"phase-{phase}-iteration-{iteration:06d}.png"
+        save_sheet(path, rows, [Caption("a <b>one</b>", 0), Caption("a two", 1)])
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_previews_stand_beside_the_bases_which_is_there_once_a_phase(frames: int, make: Make, tmp_path: Path) -> None:
+    steps = [(1, 40), (1, 120), (2, 40)]
+    run = unfinished(make, 30)
+    previews(run, steps, frames)
+    page = Page(write_report([run], tmp_path / "page.html"))
+    shown = [image for image in page.images if image["alt"].startswith(("base, 40", "phase"))]
+    expected = [colour(1), colour(1, 40), colour(1, 120)] * 2 + [colour(2), colour(2, 40)] * 2
+    assert [colours_of(image)[0] for image in shown] == expected
+    assert [image["alt"] for image in shown[:3]] == [
+        "base, 40 steps",
+        "phase 1, iteration 40",
+        "phase 1, iteration 120",
+    ]
+    assert "a &lt;b&gt;one&lt;/b&gt;" in page.html and 'data-steps="0 1"' in page.html and 'max="2"' in page.html
+
+
+def test_a_preview_without_the_bases_and_one_of_points_are_shown_too(make: Make, tmp_path: Path) -> None:
+    run = unfinished(make, 30)
+    previews(run, [(1, 40)], base=False)
+    Image.new("RGB", (300, 300), colour("points")).save(run / "samples" / "phase-2-iteration-000040.png")
+    page = Page(write_report([run], tmp_path / "page.html"))
+    assert [image["alt"] for image in page.images] == ["phase 2, iteration 40", *["phase 1, iteration 40"] * 2][::-1]
+    assert all(abs(a - b) < 8 for a, b in zip(colours_of(page.images[-1])[0], colour("points"), strict=True))
+
+
+def test_of_many_previews_the_last_and_others_are_shown(make: Make, tmp_path: Path) -> None:
+    run = unfinished(make, 30)
+    previews(run, [(1, i) for i in range(1, 51)])
+    text = write_report([run], tmp_path / "page.html").read_text()
+    titles = json.loads(html.unescape(re.search("data-titles='([^']*)'", text)[1]))  # type: ignore[index]
+    assert len(titles) == 40 and titles[-1] == "phase 1, iteration 50" and len(set(titles)) == 40
+    assert "10 previews between these are left out" in text
 
 
 def test_the_command_has_a_place_for_one_run_and_asks_for_that_of_several(

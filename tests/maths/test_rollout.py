@@ -23,8 +23,8 @@ from torch import Tensor
 from phased_dmd.config import Ablation
 from phased_dmd.maths.losses import distribution_matching_loss, subinterval_target
 from phased_dmd.maths.phases import Hop, PhasePlan
-from phased_dmd.maths.rollout import rollout
-from phased_dmd.maths.schedules import renoise_times
+from phased_dmd.maths.rollout import aimed_at, rollout
+from phased_dmd.maths.schedules import ddim_step, predicted_x0, renoise_times, times_like
 
 schedules = pytest.mark.parametrize("name", SCHEDULES)
 predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -432,3 +432,15 @@ def test_the_sampler_of_sgts_reaches_the_teacher(phases: int, fake_rollout: str 
 @pytest.mark.parametrize(("phases", "least"), [(1, 0.05), (2, 0.01)])
 def test_a_fake_of_the_same_exits_matches_their_mixture_and_not_the_sampler(phases: int, least: float) -> None:
     assert min(distilled_world(phases, "same")) > least
+
+
+@schedules
+@predictions
+def test_what_a_step_is_aimed_at_is_what_it_predicts(name: str, prediction: str) -> None:
+    """A step's own prediction is found again from where it ends, at t = 0 too, where that is its end."""
+    schedule, x, psi = SCHEDULES[name], randn(5, 3), randn(5, 3, seed=1)
+    for t, r in ((0.9, 0.4), (0.6, 0.55), (0.5, 0.0)):
+        t_, r_ = times_like(t, x), times_like(r, x)
+        end = ddim_step(psi, x, t_, r_, schedule, prediction)
+        expected = predicted_x0(psi, x, t_, schedule, prediction)
+        torch.testing.assert_close(aimed_at(x, end, t, r, schedule), expected, rtol=1e-9, atol=1e-9)

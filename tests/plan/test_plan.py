@@ -938,7 +938,8 @@ def test_what_fits_is_the_more_of_training_and_preview(folders: dict[str, Path])
         assert memory.preview > memory.training
         assert memory.gpu == memory.weights + memory.optimiser + memory.gathered + memory.preview
     assert [phase.previews for phase in plan.phases] == [4, 4]  # of 400 iterations, every 100th
-    assert plan.preview_hours == pytest.approx(4 * sum(phase.preview_seconds for phase in plan.phases) / 3600)
+    seconds = sum(4 * phase.preview_seconds + phase.base_seconds for phase in plan.phases)
+    assert plan.preview_hours == pytest.approx(seconds / 3600) and plan.phases[1].base_seconds > 0
     assert all(phase.preview_seconds > 0 for phase in plan.phases)
 
     tight = needs(config, 1, plan.phases[0].memory.preview / 0.92e9)

@@ -20,7 +20,7 @@ from phased_dmd.checkpoint.files import (
     save_tensors,
     write_atomically,
 )
-from phased_dmd.checkpoint.lock import claimed, wait_for_lock
+from phased_dmd.checkpoint.lock import claimed, is_held, wait_for_lock
 from phased_dmd.checkpoint.reference import Reference
 from phased_dmd.checkpoint.runfolder import RunFolder
 
@@ -31,6 +31,7 @@ __all__ = [
     "RunFolder",
     "claimed",
     "wait_for_lock",
+    "is_held",
     "is_whole",
     "load_header",
     "load_tensors",

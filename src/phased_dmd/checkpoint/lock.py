@@ -47,6 +47,24 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
                         folder.rmdir()
 
 
+def is_held(path: Path) -> bool | None:
+    """Says whether another process holds a lock on the file; None where this one cannot tell.
+
+    It takes the lock for an instant if it is free: see `_take`, which asks twice.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        taken = _try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+    return None if taken is None else not taken
+
+
 @contextmanager
 def wait_for_lock(path: Path, meanwhile: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Waits until no other process holds an exclusive `flock` on the file, and holds it; OSError if it cannot be made.
@@ -114,7 +132,11 @@ def _is_same(path: Path, descriptor: int) -> bool:
 
 def _take(path: Path, descriptor: int, shared: bool) -> bool:
     """Locks the file for this process; returns False if its former holder removed it after it was opened here."""
-    match _try_lock(descriptor, shared):
+    taken = _try_lock(descriptor, shared)
+    if taken is False:  # by who looks whether it is held, perhaps
+        time.sleep(POLL)
+        taken = _try_lock(descriptor, shared)
+    match taken:
         case False:
             holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
             who = f"process {holder}" if holder else "processes that share it"

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from phased_dmd.checkpoint import same_run
 from phased_dmd.checkpoint.files import partial_of, refuse_link, refuse_links, save_tensors, sync, write_atomically
-from phased_dmd.checkpoint.folders import Point, remove, write_folder
+from phased_dmd.checkpoint.folders import Point, points_in, remove, write_folder
 from phased_dmd.checkpoint.lock import Busy, locked, wait_for_lock
-from phased_dmd.checkpoint.logs import METRICS, read_log, rewrite_log
+from phased_dmd.checkpoint.logs import LOGS, METRICS, TIMING, read_log, rewrite_log
 from phased_dmd.checkpoint.single_phases import join_phases, part_of
 from phased_dmd.checkpoint.store import Checkpoints, is_kept
 from phased_dmd.config import Config
@@ -159,6 +159,10 @@ class RunFolder:
             if end[1] % config.log_every:  # a line for the end's sake, which a longer run has not had
                 rewrite_log(self._metrics_path, lambda row: row.place != end)
 
+    def prompts(self) -> list[str]:
+        """Reads the texts of the run's prompts; none where it takes none, or was not begun."""
+        return [row.content["prompt"] for row in read_log(self._prompts_path)]
+
     # ---------------------------------------------------------------- experts
 
     def expert_path(self, phase: int) -> Path:
@@ -186,11 +190,13 @@ class RunFolder:
             save_tensors(path, tensors, header)
 
     def save_samples(self, name: str, write: Callable[[Path], None]) -> None:
-        """Calls `write` with the path of that name among the run's samples."""
+        """Calls `write` with a path, whose file then takes that name among the run's samples, whole."""
         path = self.path / "samples" / name
         with self._writing(f"samples/{name}"):
             path.parent.mkdir(exist_ok=True)
-            write(path)
+            partial = path.with_name(f".{name}")  # its suffix tells the format
+            write(partial)
+            partial.replace(path)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -290,8 +296,28 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Reads the rows of `metrics.jsonl`."""
-        return [row.content for row in read_log(self._metrics_path)]
+        """Reads the rows of `metrics.jsonl`, and of phases that are trained by themselves."""
+        return self._read_logs(METRICS)
+
+    def timing(self) -> list[dict[str, Any]]:
+        """Reads the rows of `timing.jsonl`, see `metrics`."""
+        return self._read_logs(TIMING)
+
+    def _read_logs(self, name: str) -> list[dict[str, Any]]:
+        return [row.content for folder in self._folders() for row in read_log(folder / name)]
+
+    def _folders(self) -> list[Path]:
+        """Lists the run's own folder, and those of phases that are trained by themselves."""
+        return [self.path, *sorted(self.parts.glob("phase-*"))]
+
+    def failures(self) -> list[Point]:
+        """Lists where an update could not be made because a number was not finite, in the order of training."""
+        return sorted(point for folder in self._folders() for point in points_in(folder / "failures"))
+
+    def last_word(self) -> float:
+        """Returns when the run last wrote a log, or was begun, in seconds since 1970."""
+        files = [self.config_path, *(folder / name for folder in self._folders() for name in LOGS)]
+        return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
     def _sync_metrics(self) -> None:
         """Forces the metrics to the disk before a checkpoint or an expert follows them."""

@@ -21,6 +21,7 @@ from phased_dmd.cli.commands import config, distill, export, plan, recipes, samp
 from phased_dmd.cli.flags import FieldsCommand
 from phased_dmd.cli.lab import evaluate, report, reproduce, teach
 from phased_dmd.cli.messages import end, unusable
+from phased_dmd.cli.watch import watch
 from phased_dmd.errors import LostPeer, OutOfMemory, Stopped, UserError
 
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it reports what it could be faster with
@@ -50,7 +51,7 @@ def options(
 
 
 app.command(cls=FieldsCommand)(distill)
-for command in (sample, export, evaluate, report, promote):
+for command in (sample, export, evaluate, report, watch, promote):
     app.command()(command)
 app.command(cls=FieldsCommand)(branch)
 app.command()(prune)

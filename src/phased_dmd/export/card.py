@@ -7,12 +7,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from phased_dmd.contact_sheet import read_sheet
 from phased_dmd.export.comfyui import base_files, obstacle
 from phased_dmd.export.exported_run import ExportedRun, format_times
 from phased_dmd.export.fused import stock_times
-from phased_dmd.models.loader import bare_model
 from phased_dmd.sampling.loading import experts_made_by
-from phased_dmd.sampling.sampler import preview_size
 
 TEMPLATES = Path(__file__).parents[1] / "assets" / "export"
 WRONG_CALLS = "wrong-calls.png"
@@ -39,7 +38,7 @@ def write_card(run: ExportedRun, folder: Path, repo: str | None = None, checked:
         steps=sorted((step, expert) for expert in run.experts for step in expert.steps), image=run.takes_images,
         moves=run.teacher.sizes[0].num_frames > 1, stock=stock, gap=gap, obstacle=obstacle(run), here=repo or ".",
         bases=base_files(run), preview=preview, checked=checked,
-        prompts=preview_prompts(run) if preview else [],
+        prompts=preview_prompts(preview) if preview else [],
     )  # fmt: skip
     (folder / "README.md").write_text(text, "utf-8")
 
@@ -51,16 +50,13 @@ def last_preview(run: ExportedRun) -> Path | None:
     return path if path.exists() else None
 
 
-def preview_prompts(run: ExportedRun) -> list[tuple[str, str]]:
-    """Returns the prompts of a preview, each with its seeds, as `preview_samples` chooses them of all.
-
-    There are none where the run's prompts have first frames, which say which are chosen.
-    """
-    path = run.home / "prompts.jsonl"
-    if run.takes_images or not path.exists():
-        return []
-    prompts = [json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()]
-    count = preview_size(bare_model(run.teacher, run.config.seed).sample_shapes[0])
-    alike = itertools.groupby(range(count), lambda i: prompts[i * len(prompts) // count])
-    groups = [(list(seeds), prompt) for prompt, seeds in alike]
-    return [(f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0]), prompt) for seeds, prompt in groups]
+def preview_prompts(preview: Path) -> list[tuple[str, str]]:
+    """Returns the prompts of a preview, each with its seeds; none where it has none, or seeds say nothing."""
+    sheet = read_sheet(preview)
+    alike = itertools.groupby(sheet[0].captions if sheet else (), lambda caption: caption.prompt)
+    groups = [([caption.seed for caption in same], prompt) for prompt, same in alike if prompt]
+    return [
+        (f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0]), prompt)
+        for seeds, prompt in groups
+        if seeds[0] is not None
+    ]

@@ -26,6 +26,11 @@ def step_times(steps: int, shift: float, start: float = 1.0) -> tuple[float, ...
     return (start, *(shift_time(u_0 * (1 - i / steps), shift) for i in range(1, steps)), 0.0)
 
 
+def times_between(t: float, r: float, grid: Sequence[float]) -> tuple[float, ...]:
+    """Returns t, the times of a finer grid that lie between t and r < t, and r."""
+    return (t, *(u for u in grid if r + NEAR < u < t - NEAR), r)
+
+
 class Hop(NamedTuple):
     """A hop is one network call of a rollout: the expert of `step` takes x from time t to time r < t."""
 
@@ -104,8 +109,7 @@ class PhasePlan:
 
     def within(self, phase: int, grid: Sequence[float]) -> tuple[float, ...]:
         """Returns the phase's begin, the times of a finer grid that lie inside the phase, and its end."""
-        begin, end = self.begin(phase), self.end(phase)
-        return (begin, *(t for t in grid if end + NEAR < t < begin - NEAR), end)
+        return times_between(self.begin(phase), self.end(phase), grid)
 
     def network(self, t: float) -> int:
         """Returns the number of the teacher network whose range holds t."""

@@ -51,3 +51,14 @@ def rollout(
                     raise ValueError("the renoise solver needs a source of noise")
                 x = x + expand_like(schedule.sigma(r_), x) * noise(step)
     return Rollout(x, x0)
+
+
+def aimed_at(x: Tensor, end: Tensor, t: float, r: float, schedule: Schedule) -> Tensor:
+    """Returns the x_0 that a DDIM step must predict at x [b, ...] and t to reach `end` at r < t, [b, ...].
+
+    Both lie on one line, x = alpha_t x_0 + sigma_t eps and end = alpha_r x_0 + sigma_r eps.
+    """
+    t_, r_ = times_like(t, x), times_like(r, x)
+    alpha_t, alpha_r = (expand_like(schedule.alpha(time), x) for time in (t_, r_))
+    sigma_t, sigma_r = (expand_like(schedule.sigma(time), x) for time in (t_, r_))
+    return (sigma_t * end - sigma_r * x) / (sigma_t * alpha_r - sigma_r * alpha_t)

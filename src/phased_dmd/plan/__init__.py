@@ -32,7 +32,7 @@ from phased_dmd.plan.memory import (
     phase_memory,
     score_calls,
 )
-from phased_dmd.plan.preview import preview_cost
+from phased_dmd.plan.preview import base_steps, preview_cost
 from phased_dmd.plan.stages import Stage, stages
 from phased_dmd.plan.work import Work, forward_flops, gathered_bytes, mean_flops, phase_forwards, phase_work
 from phased_dmd.pool import begins_with_teacher, kept_ends, pool_calls
@@ -52,7 +52,7 @@ class PhaseCost:
     An iteration is one that matches distributions, unless all of the phase is anchored; the hours are those of training
     in all, of which the first `anchored` iterations regress the teacher. gathered: bytes of weights that reach each GPU
     in an iteration, and of gradients that leave it. previews, preview_seconds: how many previews are made, and the time
-    of each. checkpoint: bytes of one on disk.
+    of each. base_seconds: of what the base makes of their noise, once. checkpoint: bytes of one on disk.
     """
 
     phase: int
@@ -67,6 +67,7 @@ class PhaseCost:
     hours: float
     previews: int
     preview_seconds: float
+    base_seconds: float
     checkpoint: int
 
 
@@ -136,7 +137,7 @@ def needs(config: Config, gpus: int, memory_gb: float, utilisation: float = 0.4,
         forward_flops=dict(zip(buckets, forward_flops(config.teacher), strict=True)),
         phases=phases, stages=tuple(stages(config, gpus)), hours=sum(phase.hours for phase in phases), pool=pool,
         side_by_side=_side_by_side(config, phases, pool),
-        preview_hours=sum(phase.previews * phase.preview_seconds for phase in phases) / 3600,
+        preview_hours=sum(phase.previews * phase.preview_seconds + phase.base_seconds for phase in phases) / 3600,
         prompts=prompts, prompt_cache=prompt_cache(config, prompts), fits=fit,
         options=advice.flags(chosen) if chosen is not None else None,
         option_notes=tuple(f"{option.key}: {option.note}" for option in chosen or ()),
@@ -241,6 +242,7 @@ def _phase_cost(config: Config, phase: int, gpus: int, tflops: float, utilisatio
         hours=hours(total, gpus),
         previews=math.ceil(iterations / config.sample_every) if config.sample_every is not None else 0,
         preview_seconds=hours(len(plan.path(phase)) * shown.step + shown.decode, 1) * 3600,  # all GPUs do so at once
+        base_seconds=hours(base_steps(config, plan, phase) * shown.step, 1) * 3600,
         checkpoint=checkpoint_bytes(config, phase),
     )  # fmt: skip
 

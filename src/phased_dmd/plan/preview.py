@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from phased_dmd.config import Config, Lora
 from phased_dmd.config.teacher import PipelineTeacher, Teacher
-from phased_dmd.maths.phases import Hop
+from phased_dmd.maths.phases import Hop, PhasePlan
 from phased_dmd.maths.rollout import rollout
 from phased_dmd.models.loader import adapter_of
 from phased_dmd.models.source import BareSource, quiet, skeleton
@@ -32,7 +32,8 @@ from phased_dmd.plan.measure import (
     meta_model,
 )
 from phased_dmd.plan.work import forward_flops
-from phased_dmd.sampling.sampler import preview_batch, preview_size
+from phased_dmd.sampling.previews import base_calls, preview_count, shows_base
+from phased_dmd.sampling.sampler import preview_batch
 
 FRAMES = 3, 4  # of latents: by the third, a VAE that decodes one after the other costs the same for each
 COPIES = 3  # of the pixels, while a codec brings them to [0, 1]
@@ -56,8 +57,7 @@ def preview_cost(config: Config, gpus: int) -> PreviewCost:
     teacher, shapes = config.teacher, bucket_shapes(config.teacher)
     bucket = largest(shapes) if "image" in condition_shapes(teacher, shapes[0]) else 0
     shape, ways = shapes[bucket], config.engine.sequence_parallel
-    total = 512 if config.prompts is None and len(shape) == 1 else preview_size(shape)
-    share = math.ceil(total * ways / gpus)
+    share = math.ceil(preview_count(config, shape) * ways / gpus)
     batch = min(preview_batch(config, shape), share)
     steps, (vae, decode, flops) = (
         rollout_bytes(teacher, adapter(config.generator), shape, batch),
@@ -65,6 +65,14 @@ def preview_cost(config: Config, gpus: int) -> PreviewCost:
     )
     memory = vae + share * math.prod(shape) * 4 + max(steps // ways, decode)
     return PreviewCost(memory, share * (forward_flops(teacher)[bucket] // ways), flops * share // batch)
+
+
+def base_steps(config: Config, plan: PhasePlan, phase: int) -> int:
+    """Returns the network calls that the base's part of a phase's previews takes for each sample, once; 0 without."""
+    shape, guidance = bucket_shapes(config.teacher)[0], meta_model(config.teacher).guidance
+    count = preview_count(config, shape)
+    shown = config.sample_every is not None and shows_base(config, plan, guidance, phase, count)
+    return base_calls(config, plan, guidance, phase) if shown else 0
 
 
 @cached

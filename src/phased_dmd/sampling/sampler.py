@@ -2,27 +2,28 @@
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from phased_dmd.conditions import Conditions, fitting
+from phased_dmd.conditions import fitting
 from phased_dmd.config import Config
 from phased_dmd.config.teacher import WanTeacher
 from phased_dmd.engine.collectives import run_on_all_ranks
 from phased_dmd.engine.randomness import normal
 from phased_dmd.engine.world import BATCH, batch_size, device, rank, world_size
 from phased_dmd.errors import UserError
-from phased_dmd.maths.rollout import Rollout
+from phased_dmd.maths.phases import PhasePlan, step_times, times_between
+from phased_dmd.maths.rollout import Rollout, aimed_at
 from phased_dmd.media import FRAMES, thumbnails
 from phased_dmd.models.loader import stock_times
 from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.models.source import SHIPPED
 from phased_dmd.networks.roles import System
-from phased_dmd.pool import Pool, Taken, begins_with_teacher
+from phased_dmd.pool import Taken
 from phased_dmd.prompts import Prompt
 
 PREVIEWS, LEAST_PREVIEWS, PREVIEW_NUMBERS = 16, 4, 2**23  # samples of a preview, and the numbers that more may hold
@@ -111,25 +112,55 @@ class Sampler:
             raise UserError(f"latents: {found}, where a tensor [n, {', '.join(map(str, self.shape))}] is needed")
         return torch.cat([self.codec.decode(part).cpu() for part in latents.split(batch_size(self.shape))])
 
-    @torch.no_grad()
     def preview(self, phase: int, rows: Sequence[Condition], taken: Taken | None = None) -> Tensor:
         """Returns the generator's prediction of x_0 at a phase's end, one sample a condition, with seeds 0, 1, ...
 
         Points [n, d], or small pictures [n, k, h, w, 3] of few frames. The processes share the samples. taken: states
         that they begin the phase with, in place of first noise.
         """
+
+        def made(samples: Sequence[int], begin: Tensor | None) -> Tensor:
+            return self._roll(phase, [rows[i] for i in samples], samples, begin).x0
+
+        return self._shared(made, len(rows), taken)
+
+    def base_preview(self, phase: int, rows: Sequence[Condition], taken: Taken | None = None) -> Tensor:
+        """Returns what a preview is to come near: the x_0 that its last step would have to predict to end where the
+        teacher's own many steps end, from the same noise or states. At t = 0 that is the teacher's sample.
+        """
+
+        def made(samples: Sequence[int], begin: Tensor | None) -> Tensor:
+            system, steps = self.system, self.system.config.teacher.base_steps
+            grid = stock_times(system.config.teacher, self.bucket, steps) or base_grid(system.config)
+            x = system.start(self._noise(samples)) if begin is None else begin
+            hops, before = base_hops(system.plan, phase, grid, begin is not None), x
+            condition = system.model.batch([rows[i] for i in samples])
+            for times in hops:
+                before, x = x, system.roll_teacher(times, x, condition)
+            return aimed_at(before, x, hops[-1][0], hops[-1][-1], system.model.schedule)
+
+        return self._shared(made, len(rows), taken)
+
+    @torch.no_grad()
+    def _shared(
+        self, made: Callable[[Sequence[int], Tensor | None], Tensor], count: int, taken: Taken | None
+    ) -> Tensor:
+        """Returns a preview's pixels, or points, of which each process makes and decodes a share.
+
+        made: makes latents of the samples of these numbers, from the states that they begin with, if there are any.
+        """
         ways, size = self.system.config.engine.sequence_parallel, preview_batch(self.system.config, self.shape)
         ends = []
-        for samples, kept in preview_shares(len(rows), size, rank() // ways, world_size() // ways):
+        for samples, kept in preview_shares(count, size, rank() // ways, world_size() // ways):
             begin = None if taken is None else taken._replace(entries=[taken.entries[i] for i in samples]).begin()
-            ends.append(self._roll(phase, [rows[i] for i in samples], samples, begin).x0[:kept])
+            ends.append(made(samples, begin)[:kept])
         own = [end for end in ends if len(end)] if rank() % ways == 0 else []
 
         def small(pixels: Tensor) -> Tensor:
             if pixels.ndim != 5:
                 return pixels
             f, h, w = pixels.shape[1:4]
-            return thumbnails(pixels, int(math.sqrt(PREVIEW_PIXELS * h / (len(rows) * min(f, FRAMES) * w))))
+            return thumbnails(pixels, int(math.sqrt(PREVIEW_PIXELS * h / (count * min(f, FRAMES) * w))))
 
         shown = run_on_all_ranks(lambda: [small(self.codec.decode(end).cpu()) for end in own])
         pixels = torch.cat([part for parts in shown for part in parts])
@@ -221,24 +252,16 @@ def preview_shares(count: int, size: int, process: int, processes: int) -> Itera
         yield [min(i, count - 1) for i in batch], max(0, min(len(batch), count - start))
 
 
-def preview_samples(
-    system: System, codec: Codec, phase: int, conditions: Conditions | None, odds: Sequence[float],
-    pool: Pool | None = None,
-) -> Tensor:  # fmt: skip
-    """Samples a preview of training, in the first bucket that has odds: of prompts spread over all, or 512 points.
+def base_grid(config: Config) -> tuple[float, ...]:
+    """Returns the times of the base's own number of steps on the plan's shifted grid."""
+    return step_times(config.teacher.base_steps, config.plan.shift, config.plan.start)
 
-    A phase that begins with the teacher's states is shown from some of them on.
+
+def base_hops(
+    plan: PhasePlan, phase: int, grid: Sequence[float], from_begin: bool = False
+) -> list[tuple[float, ...]]:  # fmt: skip
+    """Returns for each of the generator's steps up to a phase's end the times of a finer grid that the teacher's own
+    sampler goes through meanwhile. from_begin: of the phase's own steps alone.
     """
-    bucket = next(i for i, each in enumerate(odds) if each)
-    shape = system.model.sample_shapes[bucket]
-    count = 512 if len(shape) == 1 and conditions is None else preview_size(shape)
-    taken = None
-    if pool is not None and begins_with_teacher(system.config, phase):
-        taken = pool.spread(phase, bucket, count)
-        rows = taken.rows()
-    elif conditions is None:
-        rows: list[Condition] = [{}] * count
-    else:
-        prompts = conditions.eligible(bucket)
-        rows = [conditions.row(prompts[i * len(prompts) // count], bucket) for i in range(count)]
-    return Sampler(system, codec, bucket).preview(phase, rows, taken)
+    path = plan.path(phase)[plan.steps(phase).start if from_begin else 0 :]
+    return [times_between(hop.t, hop.r, grid) for hop in path]

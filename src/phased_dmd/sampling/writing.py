@@ -9,12 +9,13 @@ import torch
 
 from phased_dmd.checkpoint import save_tensors, write_atomically
 from phased_dmd.config import Config
+from phased_dmd.contact_sheet import Caption, save_sheet
 from phased_dmd.errors import UserError, refuse_full
-from phased_dmd.media import grid, save_clip, save_image, save_preview, thumbnails
+from phased_dmd.media import save_clip, save_image, save_points, strip, thumbnails
 from phased_dmd.prompts import Prompt
 from phased_dmd.sampling.sampler import Sampler
 
-SHEET, SHEET_HEIGHT = 64, 96  # samples on a contact sheet, and the most pixels of their height
+SHEET, SHEET_HEIGHT = 64, 160  # samples on a contact sheet, and the most pixels of their height
 MANIFEST = "samples.jsonl"  # beside written samples: the prompt, seed and file of each
 
 
@@ -39,6 +40,7 @@ def write_samples(
     pairs = [(prompt, seed) for prompt in prompts for seed in range(seeds)]
     made = sampler.batches([prompt for prompt, _ in pairs], [seed for _, seed in pairs], teacher_steps)
     points, paths, lines, shown = [], [], "", []
+    captions = [Caption(prompt.text, seed) for prompt, seed in pairs]
     for i, ((prompt, seed), z) in enumerate(zip(pairs, (z for batch in made for z in batch), strict=True)):
         pixels = sampler.decode(z[None])
         if pixels.ndim != 5:
@@ -49,7 +51,7 @@ def write_samples(
         if moves:
             save_clip(pixels[0], path, sampler.fps)
         else:
-            save_image(grid(pixels), path)
+            save_image(strip(pixels[0]), path)
         paths.append(path)
         row = {"prompt": prompt.text, "seed": seed, "image": path.name}
         lines += f"{json.dumps(row, ensure_ascii=False)}\n"
@@ -58,10 +60,11 @@ def write_samples(
             shown.append(thumbnails(pixels, SHEET_HEIGHT))
     if points:
         samples = torch.cat(points)
-        save_preview(output / "samples.png", samples)
+        shown = samples[:, :2]
+        save_points(output / "samples.png", {"samples": shown}, shown)
         save_tensors(output / "samples.safetensors", {"samples": samples}, {"seeds": seeds})
         return [output / "samples.png", output / "samples.safetensors"]
-    save_image(grid(torch.cat(shown).float() / 255), output / "contact-sheet.png")
+    save_sheet(output / "contact-sheet.png", {"": torch.cat(shown).float() / 255}, captions[: len(shown)])
     return [*paths, output / MANIFEST, output / "contact-sheet.png"]
 
 

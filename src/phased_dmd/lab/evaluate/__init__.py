@@ -22,7 +22,7 @@ from phased_dmd.lab.evaluate.instruments import Readings, load_instruments
 from phased_dmd.lab.evaluate.measures import Measurement
 from phased_dmd.lab.evaluate.sample_sets import Protocol, parse_seeds, sample_sets
 from phased_dmd.lab.evaluate.samples import Base, SampleFolder, generate
-from phased_dmd.lab.evaluate.tables import HEADINGS, NET_OF, table, title
+from phased_dmd.lab.evaluate.tables import BETTER, COSTS, HEADINGS, NET_OF, table, title
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.models.hashes import file_hash
 from phased_dmd.networks.build import Own
@@ -31,7 +31,8 @@ from phased_dmd.sampling.others import load_loras
 from phased_dmd.sampling.sampler import Sampler
 
 __all__ = [
-    "HEADINGS", "NET_OF", "Measurement", "Protocol", "evaluate", "evaluate_loras", "parse_seeds", "results_of",
+    "BETTER", "COSTS", "HEADINGS", "NET_OF", "Measurement", "Protocol", "evaluate", "evaluate_loras", "parse_seeds",
+    "results_of",
     "slug", "table", "title",
 ]  # fmt: skip
 FLOOR_SEEDS = 1_000_000  # added to a set's seeds for the base's other samples

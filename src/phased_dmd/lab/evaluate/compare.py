@@ -11,7 +11,7 @@ from phased_dmd.lab.evaluate.instruments import Instruments, Readings
 from phased_dmd.lab.evaluate.measures import Measurement, Reference, measurements, mixture_statistics, statistics
 from phased_dmd.lab.evaluate.sample_sets import SampleSet
 from phased_dmd.lab.evaluate.samples import SampleSource
-from phased_dmd.media import grid, save_clip, save_image, save_points
+from phased_dmd.media import save_clip, save_image, save_points, strip
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.sampling.sampler import WAN_FPS
 
@@ -53,7 +53,7 @@ def compare_points(sources: Sources, sample_set: SampleSet, exact: ExactMixture,
     found = {name: mixture_statistics(cloud, exact) for name, cloud in points.items()}
     for name, cloud in points.items():
         path = folder / sample_set.name / slug(name) / "points.png"
-        save_points(path, name, cloud[:, :2], exact.means[:, :2].cpu())
+        save_points(path, {name: cloud[:, :2]}, exact.means[:, :2].cpu())
     return _as_json(sample_set, sources, measurements(found, next(iter(sources)), sample_set.groups))
 
 
@@ -84,6 +84,6 @@ def _save_media(source: SampleSource, sample_set: SampleSet, clips: bool, folder
         pixels = source.pixels([i])
         if clips:
             save_clip(pixels[0], folder / f"{place:02d}.webp", source.fps or WAN_FPS)
-            save_image(grid(pixels, most=STRIP), folder / f"{place:02d}-frames.png")
+            save_image(strip(pixels[0], STRIP), folder / f"{place:02d}-frames.png")
         else:
-            save_image(grid(pixels), folder / f"{place:02d}.png")
+            save_image(strip(pixels[0]), folder / f"{place:02d}.png")

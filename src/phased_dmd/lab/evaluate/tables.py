@@ -44,6 +44,12 @@ HEADINGS = {  # by measure: its title, and how to read it
     "agreement": ("digits read alike", "share of pictures of equal noise in which the same digit is read"),
     "deviation": ("deviation from the exact flow", "mean absolute, of trajectories; of `reproduce fig2`"),
 }
+COSTS = ("network_calls", "seconds_a_sample")  # what a sample takes, which has no interval
+BETTER = {  # by measure: which way is better; the others should be as the base's are
+    **{name: "lower" for name in HEADINGS if name.startswith("frechet")},
+    **{name: "lower" for name in ("mode_histogram_kl", "energy_distance", "distance_to_nearest_mode", *COSTS)},
+    **{name: "higher" for name in ("faithfulness", "direction", "alignment")},
+}  # fmt: skip
 NET_OF = {  # by measure: which of the evaluation's nets makes it
     **{name: "features" for name in HEADINGS if name.startswith("frechet") and "pca" not in name},
     "pairwise_cosine": "features", "pairwise_perceptual": "perceptual", "alignment": "alignment",

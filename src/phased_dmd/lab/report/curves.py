@@ -10,7 +10,10 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from phased_dmd.lab.report.runs import Group
 
-LOSSES = {"fake_loss": "fake (Eq. 13)", "generator_loss": "generator (Eq. 11)"}
+LINES = {  # of metrics.jsonl, a row of panels each
+    "fake_loss": "fake's loss", "generator_loss": "generator's loss", "fake_gradient_norm": "fake's gradient",
+    "generator_gradient_norm": "generator's gradient",
+}  # fmt: skip
 COLOURS = ("#3b82c4", "#e0802b", "#35a06b", "#c8553d", "#8e6bbf", "#a08a2c", "#d16aa5", "#5b98a0")  # on light and dark
 INK = "#010203"  # stands for the page's own colour
 
@@ -21,18 +24,22 @@ def colours(groups: Sequence[Group]) -> dict[str, str]:
 
 
 def make_curves(groups: Sequence[Group]) -> str:
-    """Draws the losses of all runs, a row a loss, a column a phase, a colour a method; "" where none was logged."""
+    """Draws losses and the norms of gradients of all runs, a row each, a column a phase, a colour a method; "" where
+    none was logged.
+    """
     phases = max(group.runs[0].config.plan.phases for group in groups)
-    if not any(run.metrics for group in groups for run in group.runs):
+    logged = [row for group in groups for run in group.runs for row in run.metrics]
+    lines = {key: title for key, title in LINES.items() if any(row.get(key) is not None for row in logged)}
+    if not lines:
         return ""
     ink = {f"{part}.color": INK for part in ("text", "xtick", "ytick")}
     axes = {"edgecolor": INK, "labelcolor": INK, "spines.top": False, "spines.right": False}
     style = ink | {f"axes.{key}": value for key, value in axes.items()}
     style |= {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "curves"}
     with matplotlib.rc_context(style):  # type: ignore[arg-type] every key is one of matplotlib's
-        figure = Figure((2.2 + 2 * max(phases, 2), 4.2), layout="constrained")
-        panels = figure.subplots(2, phases, squeeze=False, sharey="row", sharex="col")
-        for line, (key, title) in zip(panels, LOSSES.items(), strict=True):
+        figure = Figure((2.2 + 2 * max(phases, 2), 0.6 + 1.5 * len(lines)), layout="constrained")
+        panels = figure.subplots(len(lines), phases, squeeze=False, sharey="row", sharex="col")
+        for line, (key, title) in zip(panels, lines.items(), strict=True):
             line[0].set_ylabel(title)
             for phase, panel in enumerate(line, 1):
                 panel.set_yscale("log")
@@ -49,9 +56,10 @@ def make_curves(groups: Sequence[Group]) -> str:
 def _plot(panel: Axes, groups: Sequence[Group], key: str, phase: int) -> None:
     for group in groups:
         for run in group.runs:
-            rows = [row for row in run.metrics if row["phase"] == phase]
-            losses = [row[key] for row in rows]
-            panel.plot([row["iteration"] for row in rows], losses, color=colours(groups)[group.label], linewidth=1.1)
+            rows = [row for row in run.metrics if row["phase"] == phase and row.get(key) is not None]
+            marker = "." if len(rows) == 1 else ""  # a line of one point is not seen
+            x, y = [row["iteration"] for row in rows], [row[key] for row in rows]
+            panel.plot(x, y, color=colours(groups)[group.label], linewidth=1.1, marker=marker)
 
 
 def _svg(figure: Figure) -> str:

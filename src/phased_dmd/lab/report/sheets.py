@@ -12,7 +12,7 @@ from PIL import Image, ImageSequence
 
 from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate import slug
-from phased_dmd.lab.report.runs import EvaluatedRun, Group, base_rows
+from phased_dmd.lab.report.runs import Group, ReportedRun, base_rows
 from phased_dmd.media import as_shown, opened
 
 SMALL = 128  # pixels of the shorter side, up to which a file is taken as it is
@@ -44,12 +44,26 @@ def embed(path: Path, box: tuple[int, int] = BOX, shown: int = SHOWN) -> Picture
             duration = image.info.get("duration", 0)
     except UserError as error:
         raise UserError(f"{error}; evaluate the run again") from error
-    for frame in frames:
-        frame.thumbnail(box, Image.Resampling.LANCZOS)
+    return picture_of(frames, duration, box)
+
+
+def picture_of(frames: Sequence[Image.Image], duration: int, box: tuple[int, int] = BOX, shown: int = SHOWN) -> Picture:
+    """Embeds a picture, or a clip of frames of `duration` milliseconds: a small one without loss, another as a lossy
+    WebP that fits the box.
+    """
+    small = min(frames[0].size) <= SMALL
+    if not small:
+        for frame in frames:
+            frame.thumbnail(box, Image.Resampling.LANCZOS)
     buffer, (first, *rest) = io.BytesIO(), frames
-    animation = {"save_all": True, "append_images": rest, "duration": duration, "loop": 0} if rest else {}
-    first.save(buffer, "WEBP", quality=QUALITY, **animation)
-    return Picture(_data_url(buffer.getvalue(), "webp"), *first.size, pixelated=False)
+    animation: dict[str, Any] = {"append_images": rest, "duration": duration, "loop": 0, "save_all": True}
+    if small and not rest:
+        first.save(buffer, "PNG", optimize=True)
+    else:
+        first.save(buffer, "WEBP", quality=QUALITY, lossless=small, **(animation if rest else {}))
+    factor = max(1, round(shown / min(first.size))) if small else 1
+    kind = "webp" if rest or not small else "png"
+    return Picture(_data_url(buffer.getvalue(), kind), factor * first.width, factor * first.height, small)
 
 
 def _data_url(data: bytes, kind: str) -> str:
@@ -63,7 +77,7 @@ def make_sheets(groups: Sequence[Group]) -> list[dict[str, Any]]:
     is the training seed, `frames` are pictures of a clip's frames side by side.
     """
     sheets = []
-    for name, of_set in groups[0].runs[0].evaluation["sets"].items():
+    for name, of_set in (groups[0].runs[0].sets if groups else {}).items():
         shown = groups[0].runs[0].shown.get(name, [])
         rows = [
             {"name": row, "detail": "", "seed": None, **_files(run, name, row)}
@@ -81,7 +95,7 @@ def make_sheets(groups: Sequence[Group]) -> list[dict[str, Any]]:
     return sheets
 
 
-def _files(run: EvaluatedRun, name: str, row: str) -> dict[str, list[Picture]]:
+def _files(run: ReportedRun, name: str, row: str) -> dict[str, list[Picture]]:
     """Returns a row's pictures, and the frames of clips, in the order of the columns."""
     folder = run.path / "samples" / name / slug(row)
     if name not in run.shown:
