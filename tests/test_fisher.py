@@ -411,7 +411,7 @@ def pulls(config: Config, run: Path, bare: VelocityModel) -> Iterator[tuple[Weig
             change |= {name: p - change[name] for name, p in merged(role).items()}
 
     with watched_steps(before, after):
-        every = config.model_copy(update={"checkpoint_every": 1, "keep_every": 1})
+        every = config.model_copy(update={"checkpoint_every": 1, "keep_last": "all"})
         distill_own(every, run, model, TinyCodec())
     folders = sorted((run / "checkpoints").iterdir())
     for (role, fake, change), folder in zip(steps, folders, strict=True):

@@ -22,7 +22,7 @@ from phased_dmd.train import distill
 
 FIELDS = {
     "iterations": 6, "teacher.fit_steps": 20, "batch_size": 16, "generator.ema": 0.8, "fake.updates": 2,
-    "log_every": 2, "checkpoint_every": 2, "keep_every": 2, "sample_every": None,
+    "log_every": 2, "checkpoint_every": 2, "keep_last": "all", "sample_every": None,
 }  # fmt: skip
 
 
@@ -250,7 +250,7 @@ def test_a_branch_of_adapters_keeps_its_rank_and_may_have_other_prompts(tmp_path
     fields = {
         "iterations": 2, "batch_size": 2, "generator.lora.rank": 2, "fake.updates": 1, "log_every": 1, "plan.phases": 1,
         "plan.gradient": "last",
-        "sample_every": None, "keep_every": 1, "optimiser.decay": "constant",
+        "sample_every": None, "checkpoint_every": 1, "keep_last": "all", "optimiser.decay": "constant",
     }  # fmt: skip
     run = distill(resolve("nano-t2i", fields), tmp_path / "run", quiet=True)
     with pytest.raises(UserError, match="generator.lora.rank is 2 there, 4 here"):
@@ -341,13 +341,16 @@ def test_what_a_branch_shares_is_not_counted_as_freed(run: Path, tmp_path: Path)
 
 
 def test_a_finished_run_keeps_its_last_checkpoint_alone(tmp_path: Path) -> None:
-    """And those that are kept for good; a kill before they are removed costs nothing."""
-    run, config = tmp_path / "run", toy(keep_every=None, iterations=4)
+    """It loses the others when it ends, and then no more: a command that finds it done may ask for other ones."""
+    run, config = tmp_path / "run", toy(keep_last=2, iterations=4)
     with interrupted(lambda path: RunFolder(run).expert_path(2).exists() and "checkpoints" in path.parts):
         distill(config, run, quiet=True)
     assert len(checkpoints(run)) == 2
     distill(config, run, quiet=True)
-    assert checkpoints(run) == ["phase-2-iteration-000004"]
+    assert len(checkpoints(run)) == 2
+    whole = distill(config, tmp_path / "whole", quiet=True)
+    prune(run)
+    assert checkpoints(run) == checkpoints(whole) == ["phase-2-iteration-000004"]
 
 
 # ---------------------------------------------------------------- the commands

@@ -430,7 +430,7 @@ def test_an_exports_base_is_a_name_and_no_path(base: Any, exported: Path, tmp_pa
 
 
 def test_an_untouched_export_is_read(exported: Path) -> None:
-    config, experts = read_export(exported, None)
+    config, experts, _ = read_export(exported, None)
     assert config.recipe == "nano-t2i" and experts(1) and experts(2)
 
 

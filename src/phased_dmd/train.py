@@ -148,7 +148,7 @@ def distill(
                 if learners := begin(job, phase):
                     train_phase(job, phase, *learners)
                     end(job, phase, learners[0])
-        run_on_first_rank(lambda: run.close(config))
+        run_on_first_rank(lambda: finish(run, config))
     return run.path
 
 
@@ -159,6 +159,12 @@ def nothing_left(run: RunFolder, config: Config) -> bool:
         compare_finished(run, config)
         return True
     return run.only is not None and run.expert_path(run.only).exists()
+
+
+def finish(run: RunFolder, config: Config) -> None:
+    """Tidies a run whose phases are all done; for the first rank."""
+    run.close(config)
+    run.retire(config)
 
 
 def begin(job: Job, phase: int) -> tuple[Learner, Learner | None] | None:
@@ -273,8 +279,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner | None) -> 
                 if at.iteration % config.log_every == 0:  # a run that is made longer knows nothing of its former end
                     at.clipped, at.counted, at.figures = 0, 0, {}
                 job.trackers.track(done + at.iteration, row)
-            kept = config.keep_every is not None and at.iteration % config.keep_every == 0
-            save_if_due(job, at, state, always=kept or at.iteration % config.checkpoint_every == 0)
+            save_if_due(job, at, state, always=at.iteration % config.checkpoint_every == 0)
             if config.sample_every is not None and (at.iteration % config.sample_every == 0 or last):
                 save_samples(job, at, expert)
             leave_if_asked(job, at, state)
@@ -368,8 +373,7 @@ def save_if_due(job: Job, at: Position, state: Mapping[str, Tensor], always: boo
 
 def save(job: Job, at: Position, state: Mapping[str, Tensor]) -> None:
     """Makes a checkpoint, and removes those that need not be kept any more."""
-    config = job.system.config
-    job.run.save_checkpoint(asdict(at), state, config.keep_last, config.keep_every)
+    job.run.save_checkpoint(asdict(at), state, *job.system.config.kept)
 
 
 def leave_if_asked(job: Job, at: Position, state: Mapping[str, Tensor]) -> None:

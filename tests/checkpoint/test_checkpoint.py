@@ -890,7 +890,7 @@ def test_a_run_may_go_on_with_another_engine(tmp_path: Path) -> None:
     assert run.config_path.read_bytes() == before
 
 
-@pytest.mark.parametrize("field", ["log_every", "sample_every", "checkpoint_every", "keep_last", "keep_every", "skips"])
+@pytest.mark.parametrize("field", ["log_every", "sample_every", "checkpoint_every", "keep_last", "skips"])
 def test_a_run_may_go_on_with_another_cadence(field: str, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.open(resolve("toy-1d", {}), [""])

@@ -20,8 +20,8 @@ OWN = "phased, 2 steps"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fields = {
-        "iterations": 4, "teacher.fit_steps": 20, "batch_size": 16, "fake.updates": 2, "log_every": 2, "keep_every": 2,
-        "sample_every": None, "generator.lr": 1e-2,
+        "iterations": 4, "teacher.fit_steps": 20, "batch_size": 16, "fake.updates": 2, "log_every": 2,
+        "checkpoint_every": 2, "keep_last": "all", "sample_every": None, "generator.lr": 1e-2,
     }  # fmt: skip
     return distill(resolve("toy-1d", fields), tmp_path_factory.mktemp("made") / "run", quiet=True)
 

@@ -76,7 +76,7 @@ def config_of(plan: Plan, fake: Any = "full", **changes: Any) -> Config:
     return Config(
         recipe="routing", teacher=OwnTeacher(), plan=plan,
         generator=Generator(lora=Lora(rank=1, alpha=1)), fake=Fake(weights=fake, updates=2, lora=Lora(rank=1, alpha=1)),
-        iterations=6, batch_size=16, sample_every=None, checkpoint_every=6, keep_every=6, **changes,
+        iterations=6, batch_size=16, sample_every=None, checkpoint_every=6, keep_last="all", **changes,
     )  # fmt: skip
 
 

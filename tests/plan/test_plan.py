@@ -201,14 +201,18 @@ def test_checkpoints_weigh_what_was_worked_out_by_hand() -> None:
     saved = [stage for stage in plan.stages if stage.name == "checkpoint"]
     assert [stage.disk for stage in saved] == [3 * phase.checkpoint for phase in plan.phases]
     assert [stage.host for stage in saved] == [4 * 2**28] * 2
+    counted = needs(resolve("wan22-t2v", QUIET | {"keep_last": "all", "checkpoint_every": 150}), gpus=64, memory_gb=80)
+    first, second = (phase.checkpoint for phase in counted.phases)  # of 400 iterations two of every 150, and the newest
+    disks = [stage.disk for stage in counted.stages if stage.name == "checkpoint"]
+    assert disks == [2 * first + 2 * first, 2 * first + 2 * second + 2 * second]
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_a_checkpoint_weighs_what_is_planned(folders: dict[str, Path], tmp_path: Path, ema: float | None) -> None:
     lora = Generator(lora=Lora(rank=4, alpha=4), ema=ema)
     config = tiny(
-        folders, "wan22_t2v", "bfloat16", generator=lora, fake=Fake(updates=1), iterations=1, keep_every=1,
-        sample_every=None, plan=Plan(steps=2, phases=2), optimiser=Optimiser(second_moment="bfloat16"),
+        folders, "wan22_t2v", "bfloat16", generator=lora, fake=Fake(updates=1), iterations=1, checkpoint_every=1,
+        keep_last="all", sample_every=None, plan=Plan(steps=2, phases=2), optimiser=Optimiser(second_moment="bfloat16"),
     )  # fmt: skip
     (tmp_path / "prompts.txt").write_text("a boat\n")
     run = distill(config.model_copy(update={"prompts": str(tmp_path / "prompts.txt")}), tmp_path / "run", quiet=True)

@@ -234,7 +234,8 @@ def test_a_run_trains_on_from_there_and_its_fake_from_the_base(weights: str, run
     """Its steps are too small to move anything, so that it ends as it started; a checkpoint has its fake."""
     settings = {
         "fake.weights": weights, "fake.lr": 1e-30, "fake.updates": 1, "generator.lr": 1e-30, "iterations": 1,
-        "batch_size": 1, "keep_every": 1, "sample_every": None, "init_experts": str(run.folder),
+        "batch_size": 1, "checkpoint_every": 1, "keep_last": "all", "sample_every": None,
+        "init_experts": str(run.folder),
         "prompts": str(tmp_path / "prompts.txt"),
     }  # fmt: skip
     (tmp_path / "prompts.txt").write_text("a red fox in the snow\n")

@@ -56,4 +56,4 @@ class Reference(NamedTuple):
                 check_folder(folder, slice(None))
                 return folder
         there = ", ".join(f"phase-{p.phase}/{p.iteration}" for p in checkpoints.points()) or "none"
-        raise UserError(f"{self}: there is no such checkpoint; the run has {there} (keep_every keeps more)")
+        raise UserError(f"{self}: there is no such checkpoint; the run has {there} (keep_last=all keeps more)")

@@ -239,18 +239,18 @@ class RunFolder:
         return own
 
     def close(self, config: Config) -> None:
-        """Tidies a run whose phases are all done, unless another process holds it: makes one run of phases that were
-        trained by themselves, like one that a single process made, and removes the checkpoints that it does not need.
-
-        It keeps the newest of the last phase, from which it can become longer, and those that `keep_every` keeps.
-        A kill in between costs nothing: it is done again.
+        """Makes one run of phases that were trained by themselves, once they are done and none of their processes holds
+        it; it is then like one that a single process made. A kill in between costs nothing: it is done again.
         """
         if partial_of(self.parts).exists() or (self.parts.exists() and self._has_experts(config)):
             with suppress(Busy), locked(self.lock_path):
                 join_phases(self.path, config.plan.phases)
-        if self.finished(config) and (unneeded := RunFolder(self.path).unneeded(config.keep_every)):
-            with suppress(UserError, OSError), locked(self.lock_path):  # on a disk that is read-only now, they stay
-                for folder in filter(Path.exists, unneeded):
+
+    def retire(self, config: Config) -> None:
+        """Removes the checkpoints that a run which has just been finished does not need, see `unneeded`."""
+        if self.finished(config):
+            with suppress(Busy), locked(self.lock_path):
+                for folder in RunFolder(self.path).unneeded(config.kept[1]):
                     remove(folder)
 
     def unneeded(self, keep_every: int | None = None) -> list[Path]:

@@ -11,7 +11,7 @@ from phased_dmd.errors import UserError
 
 # Fields of the config in which the same run may differ.
 CADENCES = {"log_every", "sample_every", "checkpoint_every", "checkpoint_minutes"}
-MAY_DIFFER = {"engine", "keep_last", "keep_every", "skips", "trackers", *CADENCES}
+MAY_DIFFER = {"engine", "keep_last", "skips", "trackers", *CADENCES}
 PLACES = {"prompts": True, "teacher": {"path": True, "revision": True}, "init_experts": True}  # compared by content
 LENGTH = {"iterations", "phase_shares"}  # see `refuse_length`
 LONGEST = 60  # characters of a value that is shown

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from phased_dmd.cli import flags
 from phased_dmd.cli.flags import ChosenMethod, Loras, Prompts, Recipe, Settings, Sigmas, check_subject, flag, resolved
 from phased_dmd.cli.messages import count, tell
 from phased_dmd.config import Config
@@ -226,9 +227,7 @@ def sample(
 
 
 def export(
-    run: Annotated[
-        Path, typer.Argument(help="The run's folder, or a checkpoint (RUN@phase-2/300).", show_default=False)
-    ],
+    run: flags.Run,
     output: Annotated[Path, typer.Option(help="New folder to write.")],
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None,

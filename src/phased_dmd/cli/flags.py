@@ -52,6 +52,21 @@ Sigmas = Annotated[
 ]  # fmt: skip
 
 
+def check_there(subject: Path) -> Path:
+    """Returns a run's folder, if it is there; a checkpoint is looked for where it is read. Anything else is refused."""
+    if not subject.exists() and CHECKPOINT not in str(subject):
+        raise UserError(f"{subject}: there is no such folder")
+    return subject
+
+
+Run = Annotated[
+    Path,
+    typer.Argument(
+        help="The run's folder, or a checkpoint (RUN@phase-2/300).", show_default=False, callback=check_there
+    ),
+]
+
+
 def flag(field: str) -> Any:
     """Returns an option with the description of a field, given by its dotted name, as help."""
     return typer.Option(help=describe(field))
@@ -92,9 +107,7 @@ def resolved(
 
 
 def check_subject(subject: Path, loras: Sequence[Path] | None, sigmas: str | None) -> None:
-    """Refuses what is not there, where it is no recipe's name, and a grid that nothing takes; a checkpoint is looked
-    for where it is read.
-    """
+    """Refuses what is not there, where it is no recipe's name, and a grid that nothing takes."""
     if not (loras or subject.exists() or CHECKPOINT in str(subject)):
         raise UserError(f"{subject}: there is no such folder; with --lora FILE a recipe's name stands here")
     if sigmas and not loras:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from phased_dmd.cli.flags import Loras, Sigmas, check_prompts, check_subject
+from phased_dmd.cli.flags import Loras, Sigmas, check_prompts, check_subject, check_there
 from phased_dmd.config.overrides import build
 from phased_dmd.errors import UserError, did_you_mean
 from phased_dmd.lab.reproduce.claims import NAMES
@@ -137,6 +137,8 @@ def report(
     output: Annotated[Path | None, option("HTML file to write (default, of one run: RUN/report.html).")] = None,
 ) -> None:
     """Write a self-contained page that compares evaluated runs and checkpoints."""
+    for run in runs:
+        check_there(run)
     if output is None and len(runs) > 1:
         raise UserError("--output: a page of several runs needs one, an HTML file")
     if output is not None and not output.absolute().parent.is_dir():

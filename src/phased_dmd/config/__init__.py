@@ -185,10 +185,8 @@ class Config(Section):
     """Iterations between two checkpoints."""
     checkpoint_minutes: float | None = Field(default=30, gt=0, allow_inf_nan=False)
     """Most minutes of work that a kill may cost, or one update if that is longer; null counts iterations alone."""
-    keep_last: Count = 2
-    """Newest checkpoints that an unfinished run keeps; a finished one keeps the last."""
-    keep_every: Count | None = None
-    """Iterations between two checkpoints that are kept for good, to compare, promote and branch; null keeps none."""
+    keep_last: Count | Literal["all"] = 2
+    """Newest checkpoints that an unfinished run keeps (one when it is done), or all of checkpoint_every for good."""
     skips: int = Field(default=0, ge=0, le=10**9)
     """Updates of a phase with a loss or gradient that is not finite, to leave out before the run stops."""
     engine: Engine = Engine()
@@ -239,6 +237,11 @@ class Config(Section):
         if self.plan.phases == self.plan.steps:
             return "phased"
         return "phased-sgts" if self.plan.gradient == "last" else "phased-all"
+
+    @property
+    def kept(self) -> tuple[int, int | None]:
+        """Returns how many of the newest checkpoints are kept, and of every how many iterations, if any, for good."""
+        return (1, self.checkpoint_every) if self.keep_last == "all" else (self.keep_last, None)
 
     def phase_iterations(self, phase: int) -> int:
         """Returns the generator updates of a phase."""

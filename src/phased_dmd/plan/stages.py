@@ -60,12 +60,11 @@ def stages(config: Config, gpus: int, simulated: Simulated | None = None) -> Ite
             yield Stage("preview", phase, held + memory.gathered + memory.preview, memory.host, 0)
         saved, expert = checkpoint_bytes(config, phase), parameters_by_role(config)[expert_role(phase)]
         # A process writes its shards file by file; disk is needed for the last checkpoints, the new one, and all kept.
-        kept = 0
-        if config.keep_every is not None:
-            counts = {k: config.phase_iterations(k) // config.keep_every for k in range(1, phase + 1)}
-            kept = sum(count * checkpoint_bytes(config, k) for k, count in counts.items())
+        newest, every = config.kept
+        counts = {k: config.phase_iterations(k) // every for k in range(1, phase + 1)} if every else {}
+        kept = sum(count * checkpoint_bytes(config, k) for k, count in counts.items())
         copied = min(math.ceil(saved / gpus), FILES_AT_ONCE * FILE_BYTES)
-        yield Stage("checkpoint", phase, held, memory.host + copied, kept + (config.keep_last + 1) * saved)
+        yield Stage("checkpoint", phase, held, memory.host + copied, kept + (newest + 1) * saved)
         written = expert * itemsizes(teacher)[1]  # gathered, and written, by the first process alone
         yield Stage("expert", phase, held, memory.host + written, written)
 

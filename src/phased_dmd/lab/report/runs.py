@@ -14,7 +14,7 @@ from phased_dmd.lab.report.standing import Standing, stand
 from phased_dmd.sampling.loading import experts_made_by
 
 NO_METHOD = {  # fields of a config
-    "recipe", "seed", "log_every", "checkpoint_every", "keep_last", "keep_every", "sample_every", "trackers",
+    "recipe", "seed", "log_every", "checkpoint_every", "keep_last", "sample_every", "trackers",
 }  # fmt: skip
 NO_BASE = {"fit_steps", "lora_targets"}  # fields of a teacher
 
