@@ -47,7 +47,7 @@ RUNS: dict[str, list[dict[str, Any]]] = {  # of each page: its runs
     "toy-2d": [TOY, {**TOY, "plan.phases": 1}],
 }
 WATCHED = {  # long enough that the base's previews are made, and that a line can be seen before it is overtaken
-    "iterations": 24, "batch_size": 32, "log_every": 1, "sample_every": 8, "checkpoint_every": 16, "plan.phases": 2,
+    "iterations": 16, "batch_size": 32, "log_every": 1, "sample_every": 8, "checkpoint_every": 100, "plan.phases": 2,
     "teacher.base_steps": 8,
 }  # fmt: skip
 PLACE = re.compile(r"phase (\d) of \d, iteration (\d+) of")
@@ -195,7 +195,7 @@ def check_watch(browser: Browser, folder: Path) -> str:
         pages = [page for page, _ in opened]
         for page in pages:
             expect("no update is logged" in _words(page) or _place(page) > (0, 0), "a run that begins has no page")
-        _reach(pages, (1, 10))
+        _reach(pages, (1, 6))
         process.kill()
         process.wait()
         for page in pages:

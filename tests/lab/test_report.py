@@ -391,7 +391,7 @@ def test_a_page_opens_with_the_calls_and_the_share_of_the_gap_that_is_closed(mak
     page = write_report([make("a")], tmp_path / "page.html")
     half = 100 * ((0.01 / 19.25) ** 2 + (0.5 * 0.01 / 19.25**2) ** 2) ** 0.5
     share = f"97.4 ± {half:.3f} %"
-    closed = f"closes of the gap between 4 steps of the base and 40 {share} on “weak” and {share} on “specific”"
+    closed = f"closes {share} on “weak” and {share} on “specific” of the gap between 4 steps of the base and 40"
     assert f"4 network calls instead of 80: {closed} (Fréchet, features)." in opening(page)
     assert '<p class="finding good">' in page.read_text()
 
@@ -400,8 +400,8 @@ def test_a_ruined_run_is_shown_as_ruined(make: Make, tmp_path: Path) -> None:
     """Its distance is 143 where the base's in as few steps is 20.25 and its own floor 1."""
     page = write_report([make("a", frechet=143.0), make("b", method="dmd")], tmp_path / "page.html")
     worse = "phased, 4 steps: 4 network calls instead of 80, and worse than the base in as few steps"
-    gap = "142 from it, instead of 19.2"
-    assert f"{worse}: {gap} on “weak” and {gap} on “specific” (Fréchet, features)." in opening(page)
+    gaps = [f"142 from it on “{name}”, where that is 19.2" for name in ("weak", "specific")]
+    assert f"{worse}: {' and '.join(gaps)} (Fréchet, features)." in opening(page)
     rows = {row["cells"][0]: row.get("class") for row in Page(page).rows if row.get("class")}
     assert rows == {"phased, 4 steps": "own bad", "dmd, 4 steps": "own good"}
     assert page.read_text().count('<p class="finding bad">') == 1
@@ -410,7 +410,7 @@ def test_a_ruined_run_is_shown_as_ruined(make: Make, tmp_path: Path) -> None:
 def test_what_lies_within_its_interval_is_neither_good_nor_bad(make: Make, tmp_path: Path) -> None:
     page = write_report([make("a", frechet=20.255)], tmp_path / "page.html").read_text()
     assert '<p class="finding ">' in page and "finding good" not in page and "finding bad" not in page
-    assert "nothing that shows (−0.026 ± 0.073 %) on “weak”" in page
+    assert "nothing that shows on “weak” (−0.0260 ± 0.073 %)" in page
 
 
 def test_a_run_that_is_far_where_few_steps_of_the_base_are_near_is_bad(make: Make, tmp_path: Path) -> None:
@@ -421,7 +421,7 @@ def test_a_run_that_is_far_where_few_steps_of_the_base_are_near_is_bad(make: Mak
         of_set["rows"][BASE[1]]["frechet_features"] = figure(0.9, -0.1)
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     page = write_report([run], tmp_path / "page.html")
-    assert "worse than the base in as few steps: 8 from it, instead of 0 on “weak”" in opening(page)
+    assert "worse than the base in as few steps: 8 from it on “weak”, where that is 0" in opening(page)
     for of_set in evaluation["sets"].values():
         of_set["rows"]["phased, 4 steps"]["frechet_features"] = figure(1.0, 0.0)
     (run / "evaluation.json").write_text(json.dumps(evaluation))

@@ -74,19 +74,23 @@ def _sentence(group: Group, named: bool) -> Finding:
     calls = f"{group.label}: {_calls(group)}" if named else _calls(group)
     several = len(run.sets) > 1
 
-    def listed(sets: Mapping[str, Closed], say: Callable[[Closed], str]) -> str:
-        what = HEADINGS[next(iter(sets.values())).measure][0]
-        parts = [say(found) + (f" on “{name}”" if several else "") for name, found in sets.items()]
-        return f"{' and '.join(parts)} ({what})"
+    def listed(sets: Mapping[str, Closed], say: Callable[[Closed, str], str]) -> str:
+        return " and ".join(say(found, f" on “{name}”" if several else "") for name, found in sets.items())
 
     if worse := {name: found for name, found in known.items() if found.worse}:
-        return Finding(f"{calls}, and worse than the base in as few steps: {listed(worse, _distances)}", "bad")
+        text = f"{calls}, and worse than the base in as few steps: {listed(worse, _distances)}"
+        return Finding(f"{text} ({_measure(worse)})", "bad")
     shares = {name: found for name, found in known.items() if found.share is not None}
     if not shares:
         return Finding(f"{calls}; the base in as few steps is as good, as far as this evaluation tells")
     gap = f"of the gap between {run.config.plan.steps} steps of the base and {run.config.teacher.base_steps}"
     good = {tone(found) for found in shares.values()} == {"good"}
-    return Finding(f"{calls}: closes {gap} {listed(shares, _share)}", "good" if good else "")
+    return Finding(f"{calls}: closes {listed(shares, _share)} {gap} ({_measure(shares)})", "good" if good else "")
+
+
+def _measure(sets: Mapping[str, Closed]) -> str:
+    """Returns the title of the decisive measure, which is the same in all prompt sets of an evaluation."""
+    return HEADINGS[next(iter(sets.values())).measure][0]
 
 
 def _calls(group: Group) -> str:
@@ -99,17 +103,17 @@ def _calls(group: Group) -> str:
     return f"{own['value']:g} network calls instead of {base['value']:g}"
 
 
-def _share(found: Closed) -> str:
+def _share(found: Closed, on: str) -> str:
     """Returns the share of a gap that is closed, and says where none is beyond doubt."""
     assert found.share is not None
     half = f" ± {number(100 * found.half_width, 2)}" if found.half_width else ""
     share = f"{number(100 * found.share, scale=100 * (found.half_width or 0))}{half} %"
-    return share if tone(found) == "good" else f"nothing that shows ({share})"
+    return f"{share}{on}" if tone(found) == "good" else f"nothing that shows{on} ({share})"
 
 
-def _distances(found: Closed) -> str:
+def _distances(found: Closed, on: str) -> str:
     """Returns how far the generator is from the base, and how far few steps of the base are."""
-    return f"{number(_gap(found.own))} from it, instead of {number(max(0.0, _gap(found.few)))}"
+    return f"{number(_gap(found.own))} from it{on}, where that is {number(max(0.0, _gap(found.few)))}"
 
 
 def _gap(one: Measurement) -> float:
