@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import pkgutil
 import re
 import shlex
@@ -25,7 +26,7 @@ from phased_dmd.maths.phases import step_times
 from phased_dmd.recipes import RECIPES, resolve
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
+DOCS, NOTEBOOK = ROOT / "docs", ROOT / "examples" / "quickstart.ipynb"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined] of a group
 FIELDS = {"steps": "plan.steps", "phases": "plan.phases"} | {
@@ -38,6 +39,7 @@ PROMPTS = {
     ".jsonl": '{"prompt": "a boat", "image": "a.png"}\n',
 }
 BRIEF = ("--iterations", "1", "--batch-size", "4", "--fake.updates", "1", "--teacher.base_steps", "2")
+FEW = {"iterations": 1, "batch_size": 4, "fake.updates": 1, "teacher.base_steps": 2, "plan.phases": 2, "plan.steps": 2}
 CHEAP = {"--samples": "64", "--seeds": "2", "--base": "2"}
 
 
@@ -124,6 +126,7 @@ def test_every_command_on_a_page_is_one_that_there_is(
         assert given.get("claim", "all") in (*NAMES, "all")
 
 
+@pytest.mark.filterwarnings("ignore:teacher.path:UserWarning")  # no weights are here
 @pytest.mark.parametrize("page", AT_ONCE, ids=lambda page: page.name)
 def test_what_needs_nothing_runs_as_it_stands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the page's order, with fewer updates and samples; plans for a number of GPUs are in test_examples.py."""
@@ -146,6 +149,21 @@ def test_what_needs_nothing_runs_as_it_stands(page: Path, tmp_path: Path, monkey
 
 def test_the_quick_start_runs_at_once() -> None:
     assert DOCS / "quick-start.md" in AT_ONCE
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells as they stand, in one session, with fewer updates, steps and samples; committed without results."""
+    monkeypatch.chdir(tmp_path)
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    for given, brief in {'{"seed": 0}': repr(FEW), "samples=200": "samples=64"}.items():
+        assert code.count(given) == 1
+        code = code.replace(given, brief)
+    names: dict[str, Any] = {}
+    exec(compile(code, NOTEBOOK.name, "exec"), names)
+    assert names["sheet"].size == (8 * 32, 3 * 32) and len(set(names["sheet"].getdata())) > 100
+    assert (tmp_path / "runs" / "notebook-exported" / "export.json").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
