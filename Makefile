@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install -c constraints.txt
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu-path mutants bench chaos gpu check check-report reproduce clean
+.PHONY: help demo test test-gpu-path mutants bench chaos gpu check site check-report reproduce clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,12 +46,16 @@ bench: .venv/.stamp-bench ## Measure overhead, memory, sampling, what a quality 
 gpu: .venv/.stamp-dev ## Check on a real GPU, in ten minutes, what the tests only pretend; writes docs/results/gpu
 	$(BIN)/python scripts/gpu.py
 
-check: .venv/.stamp-dev ## Lint, formatting, types, the order of the layers, and docstrings that are sentences
+check: .venv/.stamp-dev ## Lint, formatting, types, the order of the layers, docstrings that are sentences, and the site
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_sentences.py
+	$(BIN)/python scripts/build_site.py
+
+site: .venv/.stamp-dev ## Build the documentation as a site, build/site/index.html; a link that leads nowhere is an error
+	$(BIN)/python scripts/build_site.py
 
 check-report: .venv/.stamp-dev ## Check report pages of tiny runs in a headless Chromium, the system's
 	$(BIN)/python scripts/check_report.py

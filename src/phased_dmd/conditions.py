@@ -6,10 +6,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from rich import get_console
+
 from phased_dmd.checkpoint import HashedFiles, is_whole, save_hashed, wait_for_lock
 from phased_dmd.engine.collectives import map_over_ranks, run_on_first_rank
+from phased_dmd.engine.world import world_size
 from phased_dmd.errors import UserError
 from phased_dmd.models.protocol import Codec, Condition
+from phased_dmd.progress import progress
 from phased_dmd.prompts import Prompt
 
 CHUNK = 64  # prompts a file, and a call of the encoder
@@ -33,12 +37,12 @@ class Conditions:
 
     def __init__(
         self, codec: Codec, prompts: Sequence[Prompt], negative: str, folder: Path,
-        between: Callable[[], object] = lambda: None, pictures: Sequence[str] | None = None,
+        between: Callable[[], object] = lambda: None, pictures: Sequence[str] | None = None, quiet: bool = True,
     ) -> None:  # fmt: skip
         """Encodes what is not in the folder yet, each process of a group a share of the files, and frees the encoder.
 
         between: called before each file, and while others are waited for; what it raises ends the encoding, which goes
-        on another time. pictures: see `picture_hashes`.
+        on another time. pictures: see `picture_hashes`. quiet: do not say how far it is.
         """
         self.folder, self.num_prompts = folder, len(prompts)
         self.buckets = fitting(codec, prompts)
@@ -58,7 +62,7 @@ class Conditions:
             for i in range(0, len(prompts), CHUNK)
         ]
         last = part("negative", 0, [Prompt(negative)], [""])
-        self._encode(codec, [*chunks, last], between)
+        self._encode(codec, [*chunks, last], between, quiet)
         codec.free()
         self._chunks = [chunk.path for chunk in chunks]
         self.negative = self._read(last.path, "0.")
@@ -73,7 +77,7 @@ class Conditions:
         image = self._read(file, f"{index}.{bucket}.") if self.buckets else {}
         return self._read(file, f"{index}.") | image
 
-    def _encode(self, codec: Codec, parts: Sequence[Part], between: Callable[[], object]) -> None:
+    def _encode(self, codec: Codec, parts: Sequence[Part], between: Callable[[], object], quiet: bool) -> None:
         """Writes the files that are not there. Of the runs that share the folder, one writes at a time."""
 
         def missing() -> list[int]:
@@ -85,7 +89,17 @@ class Conditions:
             map_over_ranks(
                 [self.folder / ".lock"], lambda lock: stack.enter_context(wait_for_lock(lock, between)), between
             )
-            map_over_ranks(run_on_first_rank(missing), lambda i: self._write(codec, *parts[i]), between)
+            left = run_on_first_rank(missing)
+            with progress(
+                "prompts encoded", sum(len(parts[i].prompts) for i in left), unit="prompts", quiet=quiet,
+                console=get_console(),
+            ) as show:  # fmt: skip
+
+                def write(i: int) -> None:
+                    self._write(codec, *parts[i])
+                    show(min(show.total, show.count + world_size() * len(parts[i].prompts)))  # the others' alike
+
+                map_over_ranks(left, write, between)
 
     def _write(self, codec: Codec, path: Path, first: int, prompts: Sequence[Prompt]) -> None:
         """Encodes the prompts of one file."""

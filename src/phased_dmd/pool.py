@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich import get_console
 from torch import Tensor
 
 from phased_dmd.checkpoint import HashedFiles, claimed, is_whole, save_hashed
@@ -21,6 +22,7 @@ from phased_dmd.maths.phases import PhasePlan, step_times
 from phased_dmd.models.analytic import build_mixture
 from phased_dmd.models.protocol import Condition
 from phased_dmd.networks.roles import System
+from phased_dmd.progress import progress
 
 POLL = 0.1  # seconds between two looks at what other jobs make
 NO_END = 2**52  # entries of an exact marginal: as many as a uniform number can name
@@ -133,12 +135,12 @@ class Pool:
 
     # ---------------------------------------------------------------- making entries
 
-    def make(self, phases: Iterable[int], between: Callable[[], object]) -> int:
+    def make(self, phases: Iterable[int], between: Callable[[], object], quiet: bool = True) -> int:
         """Makes what phases need and is not there; returns the network calls that it took, for single samples.
 
         The processes of a group call this together and share the files; so do several jobs of one run, each of which
         makes what no other does. between: called before each file, and while others are waited for; what it raises
-        ends the work, which goes on another time.
+        ends the work, which goes on another time. quiet: do not say how far it is.
         """
         calls = 0
         for phase in sorted({end for each in phases for end in kept_ends(self._config, each)}):
@@ -146,9 +148,16 @@ class Pool:
                 size = self._file_size(bucket)
                 firsts = range(0, count, size)
                 files = {self._path(phase, bucket, i // size): range(i, min(i + size, count)) for i in firsts}
-                while missing := run_on_first_rank(lambda files=files: [path for path in files if not is_whole(path)]):
-                    between()
-                    calls += self._make_some(phase, bucket, {path: files[path] for path in missing})
+                left = missing_of(files)
+                what, there = f"the teacher's states at the end of phase {phase}", count - sum(map(len, left.values()))
+                with progress(
+                    what, count, there, unit="states", quiet=quiet or not left, console=get_console()
+                ) as show:  # fmt: skip
+                    while left:
+                        between()
+                        calls += self._make_some(phase, bucket, left)
+                        left = missing_of(files)
+                        show(count - sum(map(len, left.values())))
             if rank() == 0:
                 for lock in (self._folder / f"phase-{phase}").glob(".*.lock"):  # of who was killed; none is needed now
                     lock.unlink(missing_ok=True)
@@ -200,6 +209,11 @@ class Pool:
 
     def _path(self, phase: int, bucket: int, number: int) -> Path:
         return self._folder / f"phase-{phase}" / f"{bucket}-{number:05d}.safetensors"
+
+
+def missing_of(files: Mapping[Path, range]) -> dict[Path, range]:
+    """Returns the files that are not whole, as the first process sees them."""
+    return {path: files[path] for path in run_on_first_rank(lambda: [path for path in files if not is_whole(path)])}
 
 
 def begins_with_teacher(config: Config, phase: int) -> bool:

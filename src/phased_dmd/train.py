@@ -101,7 +101,7 @@ def distill(
     config: Config, output: Path | str | None = None, quiet: bool = False, *,
     own: Own | None = None, cache: Path | None = None, strict: bool = False, only_phase: int | None = None,
 ) -> Path:  # fmt: skip
-    """Distils the config's teacher, phase by phase, into the run folder `output` (runs/<recipe>); returns the folder.
+    """Distils the config's teacher, phase by phase, into the run folder `output` (`runs/RECIPE`); returns the folder.
 
     An unfinished run of the same config goes on from its last checkpoint; a finished one is left as it is. Where its
     prompts, base and initial experts lie is no part of a config: they are compared by what they hold. In the processes
@@ -131,7 +131,7 @@ def distill(
             run_on_first_rank(lambda: run.open(config, lines, contents(config, prompts, pictures)))
             negative = config.teacher.negative_prompt
             with out_of_memory(lambda: "the encoding of the prompts"):
-                conditions = Conditions(codec, prompts, negative, kept, between, pictures) if prompts else None
+                conditions = Conditions(codec, prompts, negative, kept, between, pictures, quiet) if prompts else None
             with out_of_memory(lambda: "the teacher's networks"):  # loaded here: the encoders are gone by now
                 guide = conditions.negative if conditions else {}
                 system = run_with_heartbeat(lambda _: build_system(config, model, guide))
@@ -208,7 +208,7 @@ def make_pool(job: Job, phase: int) -> None:
             raise Stopped(number, f"{job.run.path}: stopped and saved at {where}; the same command goes on from there")
 
     started, cpu_started = time.perf_counter(), time.process_time()
-    if calls := job.pool.make(phases, leave):
+    if calls := job.pool.make(phases, leave, job.quiet):
         row = {
             "phase": phase, "iteration": 0, "pool_calls": calls,
             "seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started,

@@ -797,7 +797,9 @@ def test_what_cannot_be_simulated_is_a_user_error() -> None:
 def test_simulated_updates_stand_in_the_place_of_planned_ones() -> None:
     """By the command, of a small model with first frames on two GPUs; a bfloat16 moment is float32 for a moment."""
     arguments = ["plan", "nano-i2v", "--gpus", "2", "--memory-gb", "80", "--simulate", "--json"]
-    plan = json.loads(CliRunner().invoke(app, [*arguments, "--set", "plan.phases=1"]).output)
+    shown = CliRunner().invoke(app, [*arguments, "--set", "plan.phases=1"])
+    assert shown.stderr.splitlines()[-1].startswith("updates simulated: 2/2 in ")  # with three blocks and with four
+    plan = json.loads(shown.stdout)
     found = {stage["name"]: stage["gpu"] for stage in plan["stages"]}
     assert found.keys() >= {"fake updates", "generator updates"} and "updates" not in found
     states = plan["phases"][0]["memory"]["weights"] + plan["phases"][0]["memory"]["optimiser"]

@@ -207,21 +207,24 @@ def sample(
     asked = [Prompt(text, image) for text in prompt or []] + (read_prompts(prompts) if prompts is not None else [])
 
     from phased_dmd.networks.build import load_teacher
+    from phased_dmd.progress import progress
     from phased_dmd.sampling.loading import assemble, read
     from phased_dmd.sampling.others import load_loras, parse_sigmas
     from phased_dmd.sampling.writing import prompts_for, write_samples
 
-    if lora:
-        config, times = build(read_recipe(str(run))), parse_sigmas(sigmas) if sigmas else ()
-        asked = prompts_for(config, asked)
-        sampler = load_loras(config, lora, times, teacher, bucket, asked)
-    else:
-        trained = read(run, teacher)
-        config = trained.config
-        asked = prompts_for(config, asked)
-        sampler = assemble(trained, load_teacher(config, fit=False), bucket, asked)
-    if image is not None and not sampler.codec.takes_images:
-        raise UserError(f"--image: {config.recipe} takes no picture")
+    with progress(f"{run}: prompts encoded, networks loaded", 1) as show:
+        if lora:
+            config, times = build(read_recipe(str(run))), parse_sigmas(sigmas) if sigmas else ()
+            asked = prompts_for(config, asked)
+            sampler = load_loras(config, lora, times, teacher, bucket, asked)
+        else:
+            trained = read(run, teacher)
+            config = trained.config
+            asked = prompts_for(config, asked)
+            sampler = assemble(trained, load_teacher(config, fit=False), bucket, asked)
+        if image is not None and not sampler.codec.takes_images:
+            raise UserError(f"--image: {config.recipe} takes no picture")
+        show(1)
     for path in write_samples(sampler, asked, int(seeds), output, base):
         print(path)
 
@@ -252,10 +255,14 @@ def export(
     """
     from phased_dmd.export import export as write
     from phased_dmd.export import push as send
+    from phased_dmd.progress import progress
 
     if push is None and (public or dry_run):
         raise UserError(f"--{'public' if public else 'dry-run'}: is of --push, which is not given")
-    for line in write(run, output, fused, verify, dtype, base_model, push):
+    with progress(f"{output}: written{' and verified' if verify else ''}", 1) as show:
+        lines = write(run, output, fused, verify, dtype, base_model, push)
+        show(1)
+    for line in lines:
         print(line)
     for line in send(output, push, public, dry_run) if push else []:
         print(line)

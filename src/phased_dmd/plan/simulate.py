@@ -9,10 +9,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ from phased_dmd.plan.measure import (
     meta_model,
     with_numbers,
 )
+from phased_dmd.progress import progress
 
 aten = torch.ops.aten
 SMALL = 2**16  # numbers of a tensor of the host's, which has values: draws, times, masks
@@ -310,13 +312,22 @@ def extrapolated(short: Mapping[str, int], longer: Mapping[str, int], rest: int)
 def _ask(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Has another process run the cases: it sees no GPU, is none of torchrun's, and is patched for good."""
     environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
-    done = subprocess.run(
-        [sys.executable, "-c", "from phased_dmd.plan.simulate import main; main()"], encoding="utf-8",
-        capture_output=True, input="\n".join(map(json.dumps, cases)), env=environment | {"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    if len(answers) < len(cases):
-        raise UserError(f"--simulate: its process ended with {done.returncode}: {done.stderr.strip()[-200:]}")
+    command = [sys.executable, "-c", "from phased_dmd.plan.simulate import main; main()"]
+    answers: list[dict[str, Any]] = []
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said, progress("updates simulated", len(cases)) as show:
+        with subprocess.Popen(
+            command, encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
+            env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        ) as worker:  # fmt: skip
+            assert worker.stdin is not None and worker.stdout is not None
+            with suppress(BrokenPipeError), worker.stdin:
+                worker.stdin.write("\n".join(map(json.dumps, cases)))
+            for line in worker.stdout:
+                answers.append(json.loads(line))
+                show(len(answers))
+        if len(answers) < len(cases):
+            said.seek(0)
+            raise UserError(f"--simulate: its process ended with {worker.returncode}: {said.read().strip()[-200:]}")
     if error := next((answer["error"] for answer in answers if "error" in answer), None):
         raise UserError(f"--simulate: {error}")
     return answers

@@ -12,6 +12,7 @@ from phased_dmd.config import Config
 from phased_dmd.contact_sheet import Caption, save_sheet
 from phased_dmd.errors import UserError, refuse_full
 from phased_dmd.media import save_clip, save_image, save_points, strip, thumbnails
+from phased_dmd.progress import progress
 from phased_dmd.prompts import Prompt
 from phased_dmd.sampling.sampler import Sampler
 
@@ -41,23 +42,25 @@ def write_samples(
     made = sampler.batches([prompt for prompt, _ in pairs], [seed for _, seed in pairs], teacher_steps)
     points, paths, lines, shown = [], [], "", []
     captions = [Caption(prompt.text, seed) for prompt, seed in pairs]
-    for i, ((prompt, seed), z) in enumerate(zip(pairs, (z for batch in made for z in batch), strict=True)):
-        pixels = sampler.decode(z[None])
-        if pixels.ndim != 5:
-            points.append(pixels)
-            continue
-        moves = pixels.shape[1] > 1
-        path = output / f"{i // seeds:04d}-{file_stem(prompt.text)}-seed{seed}.{'webp' if moves else 'png'}"
-        if moves:
-            save_clip(pixels[0], path, sampler.fps)
-        else:
-            save_image(strip(pixels[0]), path)
-        paths.append(path)
-        row = {"prompt": prompt.text, "seed": seed, "image": path.name}
-        lines += f"{json.dumps(row, ensure_ascii=False)}\n"
-        write_atomically(output / MANIFEST, lines.encode())
-        if i < SHEET:
-            shown.append(thumbnails(pixels, SHEET_HEIGHT))
+    with progress("samples", len(pairs), unit="samples") as show:
+        for i, ((prompt, seed), z) in enumerate(zip(pairs, (z for batch in made for z in batch), strict=True)):
+            pixels = sampler.decode(z[None])
+            show(i + 1)
+            if pixels.ndim != 5:
+                points.append(pixels)
+                continue
+            moves = pixels.shape[1] > 1
+            path = output / f"{i // seeds:04d}-{file_stem(prompt.text)}-seed{seed}.{'webp' if moves else 'png'}"
+            if moves:
+                save_clip(pixels[0], path, sampler.fps)
+            else:
+                save_image(strip(pixels[0]), path)
+            paths.append(path)
+            row = {"prompt": prompt.text, "seed": seed, "image": path.name}
+            lines += f"{json.dumps(row, ensure_ascii=False)}\n"
+            write_atomically(output / MANIFEST, lines.encode())
+            if i < SHEET:
+                shown.append(thumbnails(pixels, SHEET_HEIGHT))
     if points:
         samples = torch.cat(points)
         shown = samples[:, :2]

@@ -26,6 +26,7 @@ from phased_dmd.lab.evaluate.tables import BETTER, COSTS, HEADINGS, NET_OF, tabl
 from phased_dmd.models.analytic import ExactMixture
 from phased_dmd.models.hashes import file_hash
 from phased_dmd.networks.build import Own
+from phased_dmd.progress import progress
 from phased_dmd.sampling.loading import EXPORT, experts_made_by, load
 from phased_dmd.sampling.others import load_loras
 from phased_dmd.sampling.sampler import Sampler
@@ -68,7 +69,10 @@ def evaluate(
         else:
             kept = cache or (reference.run if reference else subject).absolute().parent / "base"
             teacher = str(base) if base is not None and (subject / EXPORT).exists() else None
-            found = _of_sampler(load(subject, own, teacher, protocol.bucket), protocol, path.parent, kept, seen)
+            with progress(f"{subject}: networks loaded", 1) as show:
+                sampler = load(subject, own, teacher, protocol.bucket)
+                show(1)
+            found = _of_sampler(sampler, protocol, path.parent, kept, seen)
         done[str(subject)] = about | found
         write_atomically(path, (json.dumps(done[str(subject)], indent=1) + "\n").encode())
     return done
@@ -88,7 +92,9 @@ def evaluate_loras(
     about |= {"sigmas": list(sigmas), "files": [file_hash(file) for file in files]}
     if not again and (known := _known(path, about)):
         return known
-    sampler = load_loras(config, files, sigmas, base, protocol.bucket)
+    with progress(f"{config.recipe}: networks loaded", 1) as show:
+        sampler = load_loras(config, files, sigmas, base, protocol.bucket)
+        show(1)
     name = " + ".join(file.stem for file in files)
     found = about | _of_sampler(sampler, protocol, output, cache or output.absolute().parent / "base", {}, name)
     write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
@@ -143,15 +149,17 @@ def _of_sampler(
     sets = {}
     for sample_set in sample_sets(config, protocol, sampler.codec.takes_images):
         prompts, seeds = sample_set.prompts, sample_set.seeds
-        sources = {f"base, {steps} steps": base.samples(prompts, seeds, steps) for steps in (many, few)}
-        sources[row] = generate(sampler, sample_set)
+        told, rows = f"{folder.name}, {sample_set.name}: ", {f"base, {steps} steps": steps for steps in (many, few)}
+        sources = {of: base.samples(prompts, seeds, steps, told + of) for of, steps in rows.items()}
+        sources[row] = generate(sampler, sample_set, told + row)
         if tools is None:
             exact = sampler.system.model.networks[0]
             assert isinstance(exact, ExactMixture)
             sets[sample_set.name] = compare_points(sources, sample_set, exact, folder / "samples")
             continue
         others = [seed + FLOOR_SEEDS for seed in seeds]
-        floor = base.samples(prompts, others, many) if sample_set.floor else None
+        again = f"{told}base, {many} steps, other seeds"
+        floor = base.samples(prompts, others, many, again) if sample_set.floor else None
         sets[sample_set.name] = compare_media(sources, sample_set, floor, tools, folder / "samples", seen)
     return {
         "recipe": config.recipe, "method": name, "row": row, "seed": config.seed,

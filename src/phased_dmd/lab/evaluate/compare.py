@@ -29,17 +29,18 @@ def compare_media(
     not taken again.
     """
 
-    def read(source: SampleSource) -> Readings:
-        if source.key is None:
-            return tools.read(source, sample_set)
-        if source.key not in seen:
-            seen[source.key] = tools.read(source, sample_set)
-        return seen[source.key]
+    def read(name: str, source: SampleSource) -> Readings:
+        if source.key in seen:
+            return seen[source.key]
+        found = tools.read(source, sample_set, f"{folder.parent.name}, {sample_set.name}: {name}, measured")
+        if source.key is not None:
+            seen[source.key] = found
+        return found
 
-    readings, base = {name: read(source) for name, source in sources.items()}, next(iter(sources))
+    readings, base = {name: read(name, source) for name, source in sources.items()}, next(iter(sources))
     if len({of_row["features"].shape[1] for of_row in readings.values()}) > 1:
         raise UserError("the samples that are compared are clips of different lengths")
-    references = {"": Reference(read(floor))} if floor else {}
+    references = {"": Reference(read("other seeds", floor))} if floor else {}
     references["_paired"] = Reference(readings[base], references[""].basis if floor else None, paired=True)
     found = {name: statistics(r, sample_set, references, tools.real) for name, r in readings.items()}
     for name, source in sources.items():

@@ -19,6 +19,7 @@ from phased_dmd.lab.metrics.features import DIGIT_SIDE, DIGITS, EFFICIENTNET, Fe
 from phased_dmd.lab.metrics.motion import Flow, clip_flows, dynamic_clips, load_flow
 from phased_dmd.lab.metrics.pixels import contrast, displacement, high_frequency_energy, saturation, sharpness
 from phased_dmd.media import read_media
+from phased_dmd.progress import progress
 from phased_dmd.sampling.sampler import WAN_FPS
 
 Readings = dict[str, Tensor]  # by name, [n, ...]: what was read off each of n samples
@@ -60,17 +61,21 @@ class Instruments:
         return names
 
     @torch.no_grad()
-    def read(self, source: SampleSource, sample_set: SampleSet) -> Readings:
-        """Returns the readings of all samples of a source; a perceptual distance needs all of a prompt's at once."""
+    def read(self, source: SampleSource, sample_set: SampleSet, what: str) -> Readings:
+        """Returns the readings of all samples of a source; a perceptual distance needs all of a prompt's at once. what:
+        the work's name for the user.
+        """
         n, size = len(sample_set.prompts), source.size
         batches = whole_prompts(sample_set) if self.perceptual else [range(n)[i : i + size] for i in range(0, n, size)]
         parts = []
-        for batch in batches:
-            pixels = source.pixels(batch)
-            if pixels.ndim != 5:
-                raise UserError(f"the codec decodes to {pixels.ndim} dimensions; pictures and clips have 5")
-            texts = [sample_set.prompts[i].text for i in batch]
-            parts.append(self._batch(pixels, texts, self.fps or source.fps or WAN_FPS))
+        with progress(what, n, unit="samples") as show:
+            for batch in batches:
+                pixels = source.pixels(batch)
+                if pixels.ndim != 5:
+                    raise UserError(f"the codec decodes to {pixels.ndim} dimensions; pictures and clips have 5")
+                texts = [sample_set.prompts[i].text for i in batch]
+                parts.append(self._batch(pixels, texts, self.fps or source.fps or WAN_FPS))
+                show(show.count + len(batch))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _batch(self, pixels: Tensor, texts: Sequence[str], fps: float) -> Readings:

@@ -19,6 +19,7 @@ from phased_dmd.lab.evaluate.sample_sets import SampleSet, group_by_seed
 from phased_dmd.maths.phases import step_times
 from phased_dmd.media import MEDIA, read_media
 from phased_dmd.models.loader import stock_times
+from phased_dmd.progress import progress
 from phased_dmd.prompts import Prompt
 from phased_dmd.sampling.sampler import Sampler
 from phased_dmd.sampling.writing import MANIFEST
@@ -47,17 +48,25 @@ class Base:
         self.sampler, self.folder = sampler, folder
         self._weights = ""
 
-    def samples(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int) -> SampleSource:
+    def samples(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int, what: str = "base"
+    ) -> SampleSource:  # fmt: skip
         """Samples the base, or reads its samples; a file a batch, so that sampling that was stopped goes on.
 
-        The seconds are those of the time when it was sampled.
+        The seconds are those of the time when it was sampled. what: the samples' name for the user.
         """
         system = self.sampler.system
         size = batch_size(system.model.sample_shapes[self.sampler.bucket])
         fitting(self.sampler.codec, list(dict.fromkeys(prompts)))
         key = self._key(prompts, seeds, steps)
         lock, parts = self.folder / f".{key}.lock", [slice(i, i + size) for i in range(0, len(seeds), size)]
-        chunks = [self._chunk(prompts[part], seeds[part], steps, lock) for part in parts]
+        paths = [self.folder / f"{self._key(prompts[part], seeds[part], steps)}.safetensors" for part in parts]
+        missing = {path: len(seeds[part]) for path, part in zip(paths, parts, strict=True) if not path.exists()}
+        known, chunks = len(seeds) - sum(missing.values()), []
+        with progress(what, len(seeds), known, unit="samples", quiet=not missing) as show:
+            for path, part in zip(paths, parts, strict=True):
+                chunks.append(self._chunk(prompts[part], seeds[part], steps, path, lock))
+                show(show.count + missing.get(path, 0))
         latents = torch.cat([part for part, _ in chunks])
         times = self._own_times(steps) or step_times(steps, system.config.plan.shift, system.config.plan.start)
         calls = sum(2 if system.model.guidance[system.plan.network(t)] > 1 else 1 for t in times[:steps])
@@ -68,8 +77,9 @@ class Base:
         """Returns the times of the base's own pipeline, where they are not on the plan's grid."""
         return stock_times(self.sampler.system.config.teacher, self.sampler.bucket, steps)
 
-    def _chunk(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int, lock: Path) -> tuple[Tensor, float]:
-        path = self.folder / f"{self._key(prompts, seeds, steps)}.safetensors"
+    def _chunk(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int, path: Path, lock: Path
+    ) -> tuple[Tensor, float]:  # fmt: skip
         if not path.exists():
             with wait_for_lock(lock):  # another process may be sampling it
                 if not path.exists():
@@ -113,10 +123,14 @@ def weights_hash(sampler: Sampler) -> str:
     return digest.hexdigest()
 
 
-def generate(sampler: Sampler, sample_set: SampleSet) -> SampleSource:
-    """Samples a set with the sampler's own generator."""
-    started = time.perf_counter()
-    latents = sampler(sample_set.prompts, sample_set.seeds)
+def generate(sampler: Sampler, sample_set: SampleSet, what: str) -> SampleSource:
+    """Samples a set with the sampler's own generator. what: the samples' name for the user."""
+    started, parts = time.perf_counter(), []
+    with progress(what, len(sample_set.seeds), unit="samples") as show:
+        for part in sampler.batches(sample_set.prompts, sample_set.seeds):
+            parts.append(part)
+            show(show.count + len(part))
+    latents = torch.cat(parts)
     seconds = (time.perf_counter() - started) / len(latents)
     return _decoded_by(sampler, latents, sampler.calls, seconds)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -64,7 +63,7 @@ class Workers:
         missing = [run for run in unique_runs(runs) if not RunFolder(run.folder).finished(run.config)]
         # Runs that take experts from another run come after it.
         for wave in ([run for run in missing if not run.experts_from], [run for run in missing if run.experts_from]):
-            self._each(partial(_distill, quiet=self.jobs > 1), [[run] for run in wave], "distilled")
+            self._each(_distill, [[run] for run in wave], "distilled")
 
     def evaluate(self, runs: Sequence[PlannedRun]) -> None:
         """Evaluates the runs that are not evaluated yet.
@@ -126,10 +125,10 @@ def inherit(run: PlannedRun) -> None:
             write_atomically(folder.expert_path(phase), source.expert_path(phase).read_bytes())
 
 
-def _distill(lot: Sequence[PlannedRun], quiet: bool) -> None:
+def _distill(lot: Sequence[PlannedRun]) -> None:
     for run in lot:
         inherit(run)
-        distill(run.config, run.folder, quiet=quiet)
+        distill(run.config, run.folder)
 
 
 def _evaluate(lot: Sequence[PlannedRun]) -> None:
