@@ -174,6 +174,8 @@ def _read(path: Path, now: float) -> ReportedRun:
     metrics = rows = folder.metrics()
     evaluation = _evaluation(path, place, config) if reference or folder.finished(config) else None
     if reference is not None:
+        if evaluation is None:
+            raise UserError(f"{path}: not evaluated yet; {evaluating(path, config)} first")
         at = f"phase {reference.phase}, iteration {reference.iteration}"
         rows = [row for row in rows if (row["phase"], row["iteration"]) <= (reference.phase, reference.iteration)]
     files = {name: place / "samples" / name / "shown.json" for name in (evaluation["sets"] if evaluation else {})}
