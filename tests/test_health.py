@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from phased_dmd import health
 from phased_dmd.config import Config
@@ -132,6 +133,38 @@ def test_anchored_lines_and_fitted_fakes_are_not_judged() -> None:
     assert causes(rows, toy()) == []
     anchored = {"phase": 1, "clipped": 0.0, "fake_step": None}
     assert causes([anchored | {"iteration": i} for i in range(1, 6)]) == []
+
+
+def preview(iteration: int, phase: int = 1, **own: float) -> Row:
+    base = {"saturation": 0.2, "contrast": 0.25, "likeness": 0.3}
+    return {"phase": phase, "iteration": iteration, **base, **{f"base_{k}": v for k, v in base.items()}, **own}
+
+
+@pytest.mark.parametrize(
+    ("own", "cause"), [({"saturation": 0.3}, "colours"), ({"contrast": 0.4}, "contrast"), ({"likeness": 0.5}, "alike")]
+)
+def test_previews_that_drift_are_told_since_when(own: dict[str, float], cause: str) -> None:
+    """Two in a row to the last; not one alone, nor one that came back, nor another phase's, nor without the base."""
+    good, bad = [preview(i) for i in (10, 20)], [preview(i, **own) for i in (30, 40, 50)]
+    (finding,) = health.verdict(lines(5, 0.1, 0.02), nano(), good + bad)
+    assert (finding.cause, finding.phase, finding.iteration) == (cause, 1, 30) and "since iteration 30" in str(finding)
+    assert health.seen([*good, bad[0]]) == health.seen([*bad, preview(60)]) == health.seen(good) == []
+    assert health.seen([*bad, preview(10, phase=2)]) == []
+    alone = [{key: value for key, value in row.items() if not key.startswith("base_")} for row in bad]
+    assert health.seen(alone) == []
+
+
+def test_looks_are_of_pictures_and_of_the_bases() -> None:
+    """Half red and half black: saturation of red 1, of black 0; all alike. Points have none."""
+    red = torch.zeros(2, 1, 4, 4, 3)
+    red[..., :2, 0] = 1
+    grey = torch.rand(2, 1, 4, 4, 1, generator=torch.Generator().manual_seed(0)).expand(-1, -1, -1, -1, 3)
+    found = health.looks(red, grey)
+    assert found["saturation"] == pytest.approx(0.5) and found["likeness"] == pytest.approx(1)
+    assert found["contrast"] == pytest.approx(float(torch.tensor([1 / 3] * 8 + [0.0] * 8).std()))
+    assert found["base_saturation"] == pytest.approx(0) and abs(found["base_likeness"]) < 0.9
+    assert set(health.looks(red[:1], None)) == {"saturation", "contrast", "detail"}
+    assert health.looks(torch.zeros(5, 2), torch.zeros(5, 2)) == {}
 
 
 def test_a_run_logs_its_figures_and_warns_of_a_fake_that_stands_still(tmp_path: Path) -> None:

@@ -13,8 +13,11 @@ from itertools import pairwise
 from statistics import pvariance
 from typing import Any
 
+from torch import Tensor
+
 from phased_dmd.config import Config
 from phased_dmd.config.teacher import AnalyticTeacher, PipelineTeacher
+from phased_dmd.pixels import contrast, high_frequency_energy, likeness, saturation
 from phased_dmd.recipes import RECIPES
 
 COUNT = "updates"
@@ -198,7 +201,63 @@ RULES = (
     Rule("shift", "the steps lie at noise levels that were not chosen for this base",
          _departs("plan.shift", lambda config: config.plan.shift), settled=True),
 )  # fmt: skip
+DRIFT, ALIKE = 1.3, 0.15  # times the base's own figure; more than the base's own likeness
+LOOKS = {"saturation": saturation, "contrast": contrast, "detail": high_frequency_energy, "likeness": likeness}
+OF_BASE = "base_"
+
+
+@dataclass(frozen=True)
+class Look:
+    """Is a rule of previews. drifts: says from a preview's figures whether it differs too much from the base's."""
+
+    cause: str
+    words: str
+    figure: str
+    drifts: Callable[[float, float], bool]
+
+
+LOOK_RULES = (
+    Look("colours", "colours drift from the base's: stop near there, or lower guidance", "saturation",
+         lambda own, base: own > DRIFT * base > 0.02),
+    Look("contrast", "contrast drifts from the base's: stop near there, or lower guidance", "contrast",
+         lambda own, base: own > DRIFT * base),
+    Look("alike", "samples grow alike, and the base's of the same noise are not: stop before, or raise fake.updates",
+         "likeness", lambda own, base: own > base + ALIKE),
+)  # fmt: skip
 RULE = {rule.cause: rule for rule in RULES}
+
+
+def looks(pixels: Tensor, base: Tensor | None) -> dict[str, float]:
+    """Returns what a preview's pictures look like, and the base's of the same noise; {} for points.
+
+    pixels, base: [n, k, h, w, 3] in [0, 1]. saturation, contrast, detail (power above half the Nyquist frequency), and
+    likeness of two or more samples; those of the base begin with `OF_BASE`.
+    """
+    found: dict[str, float] = {}
+    for prefix, shown in (("", pixels), (OF_BASE, base)):
+        if shown is not None and shown.ndim == 5:
+            figures = {name: of for name, of in LOOKS.items() if name != "likeness" or len(shown) > 1}
+            found |= {f"{prefix}{name}": of(shown) for name, of in figures.items()}
+    return found
+
+
+def seen(previews: Sequence[Row]) -> list[Finding]:
+    """Returns what the previews of the last phase that has any show, each cause from the iteration where it began.
+
+    Two previews in a row must show it, up to the last one. What has no base beside it is not judged.
+    """
+    phase = max((row["phase"] for row in previews), default=0)
+    rows, found = [row for row in previews if row["phase"] == phase], []
+    for rule in LOOK_RULES:
+        of_base = f"{OF_BASE}{rule.figure}"
+        drifting = [of_base in row and rule.drifts(row[rule.figure], row[of_base]) for row in rows]
+        streak = len(drifting) - next((i for i in range(len(drifting), 0, -1) if not drifting[i - 1]), 0)
+        if streak < 2:
+            continue
+        since, own, base = rows[-streak]["iteration"], rows[-1][rule.figure], rows[-1][of_base]
+        evidence = f"{rule.figure} is {own:.3g}, the base's {base:.3g}, since iteration {since}"
+        found.append(Finding(rule.cause, rule.words, evidence, phase, since))
+    return found
 
 
 def current(rows: Sequence[Row], config: Config, phase: int) -> list[Finding]:
@@ -213,8 +272,8 @@ def current(rows: Sequence[Row], config: Config, phase: int) -> list[Finding]:
     return found
 
 
-def verdict(rows: Sequence[Row], config: Config) -> list[Finding]:
-    """Returns what is wrong with a run by its lines of metrics, each cause where it first shows.
+def verdict(rows: Sequence[Row], config: Config, previews: Sequence[Row] = ()) -> list[Finding]:
+    """Returns what is wrong with a run by its lines of metrics, each cause where it first shows, and by its previews.
 
     A phase names one cause in its figures, the first that shows: what follows may be its consequence.
     """
@@ -228,4 +287,4 @@ def verdict(rows: Sequence[Row], config: Config) -> list[Finding]:
                         continue
                     named = finding.cause
                 found.setdefault(finding.cause, finding)
-    return list(found.values())
+    return [*found.values(), *seen(previews)]

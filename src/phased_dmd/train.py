@@ -407,6 +407,11 @@ def save_samples(job: Job, at: Position, expert: Learner) -> None:
     run_on_first_rank(
         lambda: run.save_samples(name, lambda path: preview.save(path, made, f"base, {steps} steps", run.prompts()))
     )
+    if looks := health.looks(preview.pixels, preview.base):
+        row = {"phase": at.phase, "iteration": at.iteration, **looks}
+        run_on_first_rank(lambda: run.log("previews.jsonl", row))
+        done = sum(map(job.system.config.phase_iterations, range(1, at.phase)))
+        job.trackers.track(done + at.iteration, row)
 
 
 def leave_encoding(signals: Signals, folder: Path) -> None:

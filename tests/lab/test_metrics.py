@@ -29,7 +29,7 @@ from phased_dmd.lab.metrics.distances import (
 )
 from phased_dmd.lab.metrics.features import IMAGENET, load_features, preprocess
 from phased_dmd.lab.metrics.motion import clip_flows, dynamic_clips, load_flow
-from phased_dmd.lab.metrics.pixels import contrast, displacement, high_frequency_energy, saturation, sharpness
+from phased_dmd.pixels import contrast, displacement, high_frequency_energy, saturation, sharpness
 from phased_dmd.prompts import SHIPPED, read_prompts
 
 RNG = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from phased_dmd.checkpoint.files import write_atomically
 from phased_dmd.errors import UserError
 
-LOGS = METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+LOGS = METRICS, TIMING, PREVIEWS = "metrics.jsonl", "timing.jsonl", "previews.jsonl"
 
 
 class Row(NamedTuple):

@@ -14,7 +14,7 @@ from phased_dmd.checkpoint import same_run
 from phased_dmd.checkpoint.files import partial_of, refuse_link, refuse_links, save_tensors, sync, write_atomically
 from phased_dmd.checkpoint.folders import Point, points_in, remove, write_folder
 from phased_dmd.checkpoint.lock import Busy, locked, wait_for_lock
-from phased_dmd.checkpoint.logs import LOGS, METRICS, TIMING, read_log, rewrite_log
+from phased_dmd.checkpoint.logs import LOGS, METRICS, PREVIEWS, TIMING, read_log, rewrite_log
 from phased_dmd.checkpoint.single_phases import join_phases, part_of
 from phased_dmd.checkpoint.store import Checkpoints, is_kept
 from phased_dmd.config import Config
@@ -302,6 +302,11 @@ class RunFolder:
     def timing(self) -> list[dict[str, Any]]:
         """Reads the rows of `timing.jsonl`, see `metrics`."""
         return self._read_logs(TIMING)
+
+    def previews(self) -> list[dict[str, Any]]:
+        """Reads the rows of `previews.jsonl`, the last of each preview, in the order of training."""
+        last = {(row["phase"], row["iteration"]): row for row in self._read_logs(PREVIEWS)}
+        return [last[place] for place in sorted(last)]
 
     def _read_logs(self, name: str) -> list[dict[str, Any]]:
         return [row.content for folder in self._folders() for row in read_log(folder / name)]

@@ -17,8 +17,8 @@ from phased_dmd.lab.metrics.digit_classifier import DigitClassifier, classify, l
 from phased_dmd.lab.metrics.distances import LPIPS, Moments, PictureDistance, lpips, moments
 from phased_dmd.lab.metrics.features import DIGIT_SIDE, DIGITS, EFFICIENTNET, FeatureNet, load_features
 from phased_dmd.lab.metrics.motion import Flow, clip_flows, dynamic_clips, load_flow
-from phased_dmd.lab.metrics.pixels import contrast, displacement, high_frequency_energy, saturation, sharpness
 from phased_dmd.media import read_media
+from phased_dmd.pixels import contrast, displacement, high_frequency_energy, saturation, sharpness
 from phased_dmd.progress import progress
 from phased_dmd.sampling.sampler import WAN_FPS
 

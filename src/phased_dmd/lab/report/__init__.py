@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader
 from phased_dmd.checkpoint import write_atomically
 from phased_dmd.config import Config, phase_plan
 from phased_dmd.errors import UserError
+from phased_dmd.health import verdict
 from phased_dmd.lab.evaluate import BETTER, HEADINGS
 from phased_dmd.lab.metrics.formats import number
 from phased_dmd.lab.report.curves import colours, make_curves
@@ -57,8 +58,8 @@ def render_sections(runs: Sequence[Path | str]) -> dict[str, str]:
 
 
 def health(run: ReportedRun) -> list[str]:
-    """Returns what its figures say of a run, in words, the worst first."""
-    return []
+    """Returns what its figures say of a run, in words."""
+    return [f"{finding}." for finding in verdict(run.metrics, run.config, run.previews)]
 
 
 def _next(run: ReportedRun) -> str:

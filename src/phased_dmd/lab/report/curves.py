@@ -11,8 +11,8 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from phased_dmd.lab.report.runs import Group
 
 LINES = {  # of metrics.jsonl, a row of panels each
-    "fake_loss": "fake's loss", "generator_loss": "generator's loss", "fake_gradient_norm": "fake's gradient",
-    "generator_gradient_norm": "generator's gradient",
+    "distance": "distance to teacher", "fake_loss": "fake's loss", "generator_loss": "generator's loss",
+    "fake_gradient_norm": "fake's gradient", "generator_gradient_norm": "generator's gradient",
 }  # fmt: skip
 COLOURS = ("#3b82c4", "#e0802b", "#35a06b", "#c8553d", "#8e6bbf", "#a08a2c", "#d16aa5", "#5b98a0")  # on light and dark
 INK = "#010203"  # stands for the page's own colour

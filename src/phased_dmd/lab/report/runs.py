@@ -34,6 +34,7 @@ class ReportedRun:
     checkpoint: str
     standing: Standing
     metrics: list[dict[str, Any]]
+    previews: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
     shown: dict[str, list[dict[str, Any]]]
 
@@ -180,7 +181,8 @@ def _read(path: Path, now: float) -> ReportedRun:
         rows = [row for row in rows if (row["phase"], row["iteration"]) <= (reference.phase, reference.iteration)]
     files = {name: place / "samples" / name / "shown.json" for name in (evaluation["sets"] if evaluation else {})}
     shown = {name: _json(file) for name, file in files.items() if file.exists()}
-    return ReportedRun(place, config, at, stand(folder, config, metrics, now), rows, evaluation, shown)
+    standing, previews = stand(folder, config, metrics, now), [] if reference else folder.previews()
+    return ReportedRun(place, config, at, standing, rows, previews, evaluation, shown)
 
 
 def _evaluation(path: Path, place: Path, config: Config) -> dict[str, Any] | None:

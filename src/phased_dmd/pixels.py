@@ -32,6 +32,18 @@ def saturation(pixels: Tensor) -> float:
     return float(((most - least) / most.clamp(min=1e-6)).mean())
 
 
+def likeness(pixels: Tensor) -> float:
+    """Returns the mean cosine of two of the samples, each less its own mean: 1 where all are one picture.
+
+    A single sample is a ValueError.
+    """
+    if len(pixels) < 2:
+        raise ValueError("likeness: is of two samples or more")
+    flat = pixels.flatten(1).double()
+    flat = torch.nn.functional.normalize(flat - flat.mean(1, keepdim=True), dim=1)
+    return float(((flat @ flat.T).sum() - len(flat)) / (len(flat) * (len(flat) - 1)))
+
+
 def displacement(pixels: Tensor) -> Tensor:
     """Returns how far the ink's centre moves from a clip's first third to its last, [n, 2] pixels (right, down)."""
     ink = pixels.mean(4).clamp(min=0) ** 2  # squared, so that faint background counts little
