@@ -100,6 +100,10 @@ def test_a_damaged_checkpoint_and_one_behind_a_symlink_are_not_read(run: Path, t
     folder.symlink_to(tmp_path / "aside")
     with pytest.raises(UserError, match="symlink"):
         load(f"{run}@phase-2/4")
+    shutil.move(run / "config.json", tmp_path / "config.json")
+    (run / "config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(UserError, match="config.json: leads out of"):
+        load(f"{run}@phase-2/6")
 
 
 # ---------------------------------------------------------------- samples

@@ -48,7 +48,9 @@ class Reference(NamedTuple):
 
     def find(self) -> Path:
         """Returns the checkpoint's own folder, verified; a UserError that says which ones there are if it is not."""
-        RunFolder(self.run).config()  # a UserError if there is no run
+        run = RunFolder(self.run)
+        resolve_inside(self.run, run.config_path)
+        run.config()  # a UserError if there is none
         checkpoints = self.folder.checkpoints
         for point in checkpoints.points(self.phase):
             if point.iteration == self.iteration:
