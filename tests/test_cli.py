@@ -70,7 +70,7 @@ def test_the_gpus_allocator_grows_its_segments_unless_the_user_says_otherwise(
 COMMANDS = {  # the least that each one takes
     "distill": ["toy-1d"], "sample": [".", "--output", "out"], "export": [".", "--output", "out"], "evaluate": ["."],
     "report": ["."], "plan": ["toy-1d", "--gpus", "1", "--memory-gb", "80"], "reproduce": ["all"],
-    "teach": ["nano", "--output", "out"], "config": [], "recipes": [],
+    "teach": ["nano", "--output", "out"], "config": [], "recipes": [], "watch": ["."],
     "promote": ["run@phase-1/2"], "branch": ["run@phase-1/2", "--output", "out"], "prune": ["."],
 }  # fmt: skip
 
@@ -299,8 +299,8 @@ def test_distil_evaluate_report_sample_and_again(
     assert "already distilled" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (folder / "experts").iterdir()} == experts
 
-    assert run("report", str(folder), monkeypatch=monkeypatch) == 2
-    assert "not evaluated yet" in capsys.readouterr().err
+    assert run("report", str(folder), monkeypatch=monkeypatch) == 0
+    assert f"Not evaluated yet: run `phased-dmd evaluate {folder}`." in (folder / "report.html").read_text()
     assert run("evaluate", str(folder), "--samples", "64", monkeypatch=monkeypatch) == 0
     assert "energy distance" in capsys.readouterr().out
     written = (folder / "evaluation.json").stat().st_mtime_ns

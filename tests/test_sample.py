@@ -171,11 +171,13 @@ def test_samples_are_written_as_they_are_made_and_the_list_names_those_that_are_
 
 
 def test_one_decoded_clip_is_held_at_a_time_and_the_sheet_is_of_few_small_frames(tmp_path: Path) -> None:
-    """81 frames of 120 x 208; a row of the sheet is every tenth of them, 96 pixels high."""
-    sampler = Clips(81, 120, 208, 3)
+    """81 frames of 240 x 416; a row of the sheet is every tenth of them, 160 pixels high."""
+    sampler = Clips(81, 240, 416, 3)
     *_, sheet = write_samples(sampler, [Prompt(text) for text in TEXTS], 1, tmp_path)
     assert sampler.decoded == 8 and sampler.most <= 2, "the last one, and the one that takes its name"
-    assert Image.open(sheet).size == (9 * 166, 8 * 96)
+    shown = read_sheet(sheet)
+    assert shown is not None and (shown[0].frames, tuple(shown[0].tile)) == (9, (277, 160))
+    assert [str(caption) for caption in shown[0].captions] == [f"{text}, seed 0" for text in TEXTS]
 
 
 def test_frames_of_a_thumbnail_are_spread_over_the_clip() -> None:

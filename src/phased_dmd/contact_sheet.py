@@ -89,7 +89,8 @@ def _laid_out(
     across, down = frames * tile[0] + GAP, tile[1] + GAP // 2
     head = max(map(len, lines)) * line + GAP
     band = head + len(names) * down + GAP
-    columns = 1 if frames > 1 else next(c for c in range(1, count + 1) if _is_wide(c, count, across, band))
+    least = 1 if frames > 1 else next(c for c in range(1, count + 1) if _is_wide(c, count, across, band))
+    columns = next((c for c in range(least, 3 * least // 2 + 1) if count % c == 0), least)  # the last line full
     begins = [(left + i % columns * across, MARGIN + i // columns * band + head) for i in range(count)]
     places = [[(x, y + row * down) for x, y in begins] for row in range(len(names))]
     size = left + columns * across + MARGIN, 2 * MARGIN + math.ceil(count / columns) * band

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from recorded import Recorded
-from tiny import TinyCodec, TinyWan
+from tiny import TinyCodec, TinyWan, killed_after
 
 from phased_dmd.conditions import Conditions
 from phased_dmd.config import Config, Fake, Generator, Lora, Plan
@@ -20,6 +20,7 @@ from phased_dmd.prompts import Prompt
 from phased_dmd.recipes import resolve
 from phased_dmd.sampling.previews import Preview, make_preview
 from phased_dmd.sampling.sampler import Sampler, base_hops
+from phased_dmd.train import distill
 
 TEXTS = ["a seven", "a four moving", "a one"]
 LONG = {"iterations": 1000, "batch_size": 64}
@@ -113,3 +114,20 @@ def test_points_are_plotted_beside_the_bases(tmp_path: Path) -> None:
         Preview(points, base, [], []).save(tmp_path / f"{name}.png", "iteration 3", "base, 40 steps", [])
     alone, beside = (Image.open(tmp_path / f"{name}.png") for name in ("alone", "beside"))
     assert beside.size == (2 * alone.width, alone.height)
+
+
+def test_previews_change_nothing_of_a_run_and_a_killed_one_shows_the_same(tmp_path: Path) -> None:
+    """Of points, with the base's part: experts and metrics have the same bytes without previews."""
+    quick = {"iterations": 8, "batch_size": 128, "teacher.fit_steps": 3, "teacher.base_steps": 4, "checkpoint_every": 4}
+    for name, every in (("shown", 3), ("killed", 3), ("alone", None)):
+        config = resolve("toy-2d", {**quick, "sample_every": every, "plan.phases": 2})
+        if name == "killed":
+            with killed_after(2, 4):
+                distill(config, tmp_path / name, quiet=True)
+        distill(config, tmp_path / name, quiet=True)
+    files = ["experts/phase-1.safetensors", "experts/phase-2.safetensors", "metrics.jsonl"]
+    for file in files:
+        assert len({(tmp_path / name / file).read_bytes() for name in ("shown", "killed", "alone")}) == 1
+    shown, killed = (sorted((tmp_path / name / "samples").iterdir()) for name in ("shown", "killed"))
+    assert [path.name for path in shown] == [path.name for path in killed] and len(shown) == 2 * (3 + 1)
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(shown, killed, strict=True))

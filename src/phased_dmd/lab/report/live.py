@@ -5,9 +5,11 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from phased_dmd.checkpoint import RunFolder
@@ -37,8 +39,11 @@ class Page:
             return self._sections
 
     def whole(self) -> str:
-        """Returns the page, which asks for what is newer."""
-        sections = self.sections()
+        """Returns the page, which asks for what is newer; an empty one, which then says why, where there is none."""
+        try:
+            sections = self.sections()
+        except (UserError, OSError):
+            sections = {}
         return render_page(sections, versions_of(sections))
 
     def news(self, known: dict[str, list[str]]) -> dict[str, object]:
@@ -71,50 +76,50 @@ def serve(run: Path, port: int, ready: Callable[[str], object]) -> None:
 
 
 def make_server(run: Path, port: int) -> ThreadingHTTPServer:
-    """Returns the server of a run's page, which answers GET of / and /state alone, and only by its own names."""
-    page = Page(run)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            own = {f"{host}:{self.server.server_port}" for host in ("127.0.0.1", "localhost")}  # type: ignore[attr-defined]
-            if self.headers.get("Host") not in own:  # a name of another's that leads here (DNS rebinding)
-                self.send_error(HTTPStatus.FORBIDDEN)
-                return
-            asked = urlsplit(self.path)
-            match asked.path:
-                case "/":
-                    self._answer("text/html", self._page())
-                case "/state":
-                    self._answer("application/json", json.dumps(page.news(parse_qs(asked.query))))
-                case _:
-                    self.send_error(HTTPStatus.NOT_FOUND)
-
-        def _page(self) -> str:
-            try:
-                return page.whole()
-            except (UserError, OSError):  # a file that is being replaced: the page's own script says what it is
-                return render_page({}, {})
-
-        def _answer(self, kind: str, text: str) -> None:
-            data = text.encode()
-            self.send_response(HTTPStatus.OK)
-            headers = {
-                "Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(data)), "Cache-Control": "no-store",
-                "Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff",
-                "Referrer-Policy": "no-referrer",
-            }  # fmt: skip
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Says nothing: the terminal has the page's address."""
-
+    """Returns the server of a run's page on the loopback interface; a UserError where the port cannot be had."""
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        return ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, Page(run)))
     except OSError as error:
         raise UserError(f"--port: {port} cannot be had: {error.strerror}; 0 takes a free one") from error
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers GET of / and /state, and only by the server's own names."""
+
+    def __init__(self, page: Page, *connection: Any) -> None:
+        self.page = page
+        super().__init__(*connection)
+
+    def do_GET(self) -> None:
+        """Answers a request; the base class refuses those of other methods."""
+        port = self.connection.getsockname()[1]
+        if self.headers.get("Host") not in (f"127.0.0.1:{port}", f"localhost:{port}"):  # another's name (DNS rebinding)
+            self.send_error(HTTPStatus.FORBIDDEN)
+            return
+        asked = urlsplit(self.path)
+        match asked.path:
+            case "/":
+                self._answer("text/html", self.page.whole())
+            case "/state":
+                self._answer("application/json", json.dumps(self.page.news(parse_qs(asked.query))))
+            case _:
+                self.send_error(HTTPStatus.NOT_FOUND)
+
+    def _answer(self, kind: str, text: str) -> None:
+        data = text.encode()
+        self.send_response(HTTPStatus.OK)
+        headers = {
+            "Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(data)), "Cache-Control": "no-store",
+            "Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+        }  # fmt: skip
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing: the terminal has the page's address."""
 
 
 def keep_writing(run: Path, output: Path, every: float, ready: Callable[[str], object]) -> None:
