@@ -365,12 +365,12 @@ def test_what_is_not_ready_is_said(make: Make, tmp_path: Path) -> None:
     assert not (tmp_path / "page.html").exists()
 
 
-def test_a_run_of_ones_own_model_is_not_sent_to_a_command_that_cannot_evaluate_it(tmp_path: Path) -> None:
+def test_a_run_of_ones_own_model_is_sent_to_the_command_with_the_flag_that_it_needs(tmp_path: Path) -> None:
     teacher = {"kind": "own"}
     write_run(tmp_path / "run", build({"recipe": "mine", "teacher": teacher, "prompts": "nano-t2i"}))
     with pytest.raises(UserError) as error:
         write_report([tmp_path / "run"], tmp_path / "page.html")
-    call = f"call phased_dmd.lab.evaluate.evaluate(['{tmp_path / 'run'}'], own=(model, codec)) from Python first"
+    call = f"run `phased-dmd evaluate {tmp_path / 'run'} --own module:function` first"
     assert str(error.value) == f"{tmp_path / 'run'}: not evaluated yet; {call}"
 
 

@@ -16,9 +16,10 @@ import typer
 from typer.exceptions import TyperException
 
 from phased_dmd import __version__
-from phased_dmd.cli.commands import config, distill, export, plan, recipes, sample
+from phased_dmd.cli.commands import distill, export, plan, sample
 from phased_dmd.cli.flags import FieldsCommand
 from phased_dmd.cli.lab import evaluate, report, reproduce, teach
+from phased_dmd.cli.lists import config, prompts, recipes
 from phased_dmd.cli.messages import end, unusable
 from phased_dmd.errors import LostPeer, OutOfMemory, Stopped, UserError
 
@@ -52,7 +53,7 @@ app.command(cls=FieldsCommand)(distill)
 for command in (sample, export, evaluate, report):
     app.command()(command)
 app.command(cls=FieldsCommand)(plan)
-for command in (recipes, config, reproduce, teach):
+for command in (recipes, config, prompts, reproduce, teach):
     app.command()(command)
 
 
