@@ -71,6 +71,7 @@ COMMANDS = {  # the least that each one takes
     "distill": ["toy-1d"], "sample": [".", "--output", "out"], "export": [".", "--output", "out"], "evaluate": ["."],
     "report": ["."], "plan": ["toy-1d", "--gpus", "1", "--memory-gb", "80"], "reproduce": ["all"],
     "teach": ["nano", "--output", "out"], "config": [], "recipes": [],
+    "prompts": ["nano-t2i"],
 }  # fmt: skip
 
 

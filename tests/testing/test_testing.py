@@ -133,10 +133,13 @@ def test_what_is_only_unusual_passes(change: str) -> None:
 def test_nano_passes_on_digits_through_its_own_vae() -> None:
     model, codec = load_model(WanTeacher(path="nano", guidance=(1.5,), max_tokens=16), seed=0)
     digits, _ = load_digits(DATA)
-    pixels, captions, _ = image_batch(digits, 8, torch.Generator().manual_seed(0))
+    pixels, captions, _ = image_batch(digits, 16, torch.Generator().manual_seed(0))
     latents = codec.vae.encode(pixels.to(device()), return_dict=False)[0].mode()
     mean, std = statistics(codec.vae)
-    check_model(model, codec, (latents.cpu() - mean) / std, codec.encode_text(captions))
+    latents, conditions = (latents.cpu() - mean) / std, codec.encode_text(captions)
+    check_model(model, codec, latents, conditions)
+    with pytest.raises(ModelError, match="conditions: told each other's, samples are better predicted"):
+        check_model(model, codec, latents, [*conditions[1:], conditions[0]])
 
 
 def test_several_networks_pass_each_on_its_own_times() -> None:

@@ -40,7 +40,7 @@ def _row(config: Config) -> tuple[str, str, str, str]:
     teacher, plan = config.teacher, config.plan
     hops = f"{plan.steps}, {plan.phases}"
     if isinstance(teacher, OwnTeacher):
-        return "yours, by --own", "yours", "what it makes", hops
+        return "yours, by --own", "yours", "samples", hops
     if not isinstance(teacher, PipelineTeacher):
         return "a mixture of Gaussians", "", "points", hops
     made = "clips" if teacher.sizes[0].num_frames > 1 else "pictures"
