@@ -70,7 +70,7 @@ def test_the_gpus_allocator_grows_its_segments_unless_the_user_says_otherwise(
 COMMANDS = {  # the least that each one takes
     "distill": ["toy-1d"], "sample": [".", "--output", "out"], "export": [".", "--output", "out"], "evaluate": ["."],
     "report": ["."], "plan": ["toy-1d", "--gpus", "1", "--memory-gb", "80"], "reproduce": ["all"],
-    "teach": ["nano", "--output", "out"], "config": [], "recipes": [], "watch": ["."],
+    "teach": ["nano", "--output", "out"], "config": [], "recipes": [], "watch": ["."], "prompts": ["nano-t2i"],
     "promote": ["run@phase-1/2"], "branch": ["run@phase-1/2", "--output", "out"], "prune": ["."],
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import TinyCodec, TinyWan
 
 from phased_dmd import cli
 from phased_dmd.checkpoint import save_tensors
@@ -279,9 +280,22 @@ def test_initial_experts_must_fit_the_runs_own(change: str, message: str, tmp_pa
         dry_run(config)
 
 
-def test_a_model_given_from_python_has_no_dry_run() -> None:
-    with pytest.raises(UserError, match="teacher.kind: own needs a model given from Python"):
-        dry_run(Config(recipe="mine", teacher=OwnTeacher()))
+def test_a_model_of_ones_own_is_checked_as_it_is(tmp_path: Path) -> None:
+    """Told the run's prompts, of which there are two here; what passed is said."""
+    (tmp_path / "p.txt").write_text("a seven\na one, moving\n")
+    config = Config(recipe="mine", teacher=OwnTeacher(), prompts=str(tmp_path / "p.txt"))
+    with pytest.raises(UserError, match="teacher.kind: own is a model of yours: name it by --own module:function"):
+        dry_run(config)
+    said = dry_run(config, own=(TinyWan(), TinyCodec()))
+    assert said is not None and "3 prompts, each encoded as alone" in said  # the empty one is told without guidance
+    with pytest.raises(UserError, match=r"^teacher.weights: 1 for the model's 2 sample_shapes$"):
+        model = TinyWan()
+        model.sample_shapes = ((16, 1, 4, 4), (16, 1, 4, 8))
+        dry_run(config, own=(model, TinyCodec()))
+    spoilt = TinyWan()
+    spoilt.networks[0].train()
+    with pytest.raises(UserError, match=r"^--own: networks\[0\]: in train mode; call eval"):
+        dry_run(config, own=(spoilt, TinyCodec()))
 
 
 def test_a_plan_needs_no_weights_where_a_dry_run_does(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ def exact_teacher(seed: int) -> tuple[Any, ExactMixture]:
 
     fit(student, loss, steps=1500, lr=2e-3, seed=seed)
     model = unet.EpsUNet(UNetCall(exact), levels, (2,))
-    model.students, model.lora_targets = [UNetCall(student).to(device())], ()
+    model.students, model.lora_targets = [UNetCall(student).eval().to(device())], ()
     return model, exact
 
 

@@ -315,9 +315,9 @@ def test_a_model_of_ones_own_is_given_from_python_with_a_weight_for_each_of_its_
 
     for asked, own, message in (
         (config(1.0, 2.0), mine, "teacher.weights: 2 for the model's 1 sample_shapes"),
-        (config(1.0), None, "teacher.kind: own means a model given from Python: distill, load and evaluate of "
-         r"phased_dmd.lab take own=\(model, codec\), see docs/extending.md"),
-        (toy(), mine, "teacher.kind: analytic with a model given from Python"),
+        (config(1.0), None, "teacher.kind: own is a model of yours: name it by --own module:function, from Python by "
+         r"own=\(model, codec\); see docs/extending.md"),
+        (toy(), mine, "teacher.kind: analytic, which has a model already; one of your own is for the recipe own"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"^{message}$"):
             distill(asked, tmp_path / "run", quiet=True, own=own)

@@ -1,30 +1,39 @@
-"""`distill --dry-run` checks all of a run that can be checked without reading a weight, on the meta device."""
+"""`distill --dry-run` checks all of a run that can be checked without reading a weight, on the meta device; a model of
+the user's own by `check_model`.
+"""
 
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config, phase_plan, renoise_interval
-from phased_dmd.config.teacher import OwnTeacher, PipelineTeacher
+from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.engine.world import warn
 from phased_dmd.errors import UserError
-from phased_dmd.inputs import check_prompts
+from phased_dmd.inputs import check_prompts, prepare
 from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.maths.schedules import check_start
 from phased_dmd.models.loader import bare_codec, bare_model
 from phased_dmd.models.protocol import VelocityModel
 from phased_dmd.models.source import META, BareSource
+from phased_dmd.networks.build import Own, check_own
 from phased_dmd.networks.roles import FAKE, Roles, expert_role
 from phased_dmd.prompts import read_prompts
 from phased_dmd.sampling.initial import check_initial
+from phased_dmd.sampling.sampler import encode
+from phased_dmd.testing import ModelError, check_model
 from phased_dmd.trackers import check_trackers
 
+TOLD = 8  # prompts, at most, that a model of the user's own is checked with
 
-def dry_run(config: Config, strict: bool = False) -> None:
+
+def dry_run(config: Config, strict: bool = False, own: Own | None = None) -> str | None:
     """Builds the networks, experts and fakes of a run without values, and checks its inputs.
 
-    Raises UserError for what is wrong, and, if strict, for prompts that would be cut off. Warns where the base is no
-    folder of this machine: its shipped architecture, or its configurations on the hub, are checked instead.
+    own: the user's model and codec, which are checked as they are; what passed is returned in words. Raises UserError
+    for what is wrong, and, if strict, for prompts that would be cut off. Warns where the base is no folder of this
+    machine: its shipped architecture, or its configurations on the hub, are checked instead.
     """
-    if isinstance(config.teacher, OwnTeacher):
-        raise UserError("teacher.kind: own needs a model given from Python, see docs/extending.md")
+    check_own(config, own is not None)
+    if own is not None:
+        return check_run_of_own(config, own, strict)
     check_trackers(config.trackers)
     prompts = read_prompts(config.prompts) if config.prompts is not None else []
     source = BareSource(config.teacher, look=True) if isinstance(config.teacher, PipelineTeacher) else None
@@ -39,12 +48,28 @@ def dry_run(config: Config, strict: bool = False) -> None:
         check_initial(config, model)
     if source is None or source.on_disk:
         check_prompts(codec, prompts, strict)
-        return
+        return None
     fitting(codec, prompts)
     warn(
         f"teacher.path: {source.path} is no folder of this machine: its weights, and the lengths of prompts, "
         "are not checked"
     )
+    return None
+
+
+def check_run_of_own(config: Config, own: Own, strict: bool) -> str:
+    """Checks the inputs of a run of the user's own model, and the model told some of its prompts; says what passed."""
+    model, codec, prompts = prepare(config, own, strict)
+    fits = fitting(codec, prompts) or [[0]] * len(prompts)
+    told = [prompt for prompt, buckets in zip(prompts, fits, strict=True) if 0 in buckets][:TOLD]
+    conditions = list(encode(codec, told, bucket=0).values()) or [{}]
+    texts, start = [prompt.text for prompt in told], config.plan.start
+    try:
+        return str(check_model(
+            model, codec, None, conditions, start, texts, config.teacher.negative_prompt, quiet=True
+        ))  # fmt: skip
+    except ModelError as error:
+        raise UserError(f"--own: {error}") from error
 
 
 def add_roles(config: Config, model: VelocityModel, plan: PhasePlan) -> None:

@@ -86,6 +86,8 @@ VARIANTS = {  # a recipe, and what this one changes in it
     "nano-moe": (nano_t2i, ABOVE_SWITCH | {"teacher.path": "nano-moe", "plan.phases": 2, "iterations": 240}),
     # A teacher that is told the first of nine frames, which comes with the prompt.
     "nano-i2v": (nano_t2i, CLIP | {"teacher.path": "nano-i2v", "prompts": "nano-i2v"}),
+    # A model of the user's own, which `--own` names: the rates of a small network, and times that are evenly spaced.
+    "own": (nano_t2i, {"teacher": {"kind": "own"}, "prompts": None, "plan.shift": 1.0}),
 }  # fmt: skip
 
 

@@ -376,6 +376,7 @@ def test_what_matters_fits_a_terminal(nano: Path, tmp_path: Path, capsys: pytest
     show(evaluation, Console(width=WIDTH))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= WIDTH
+    assert "(gap to base, 3 steps: what its sampler makes, guided as the teacher is)" in lines
     for name, found in evaluation["sets"].items():
         start = lines.index(next(line for line in lines if line.startswith(f"{name}: {found['about']}")))
         measures = [measure for measure in found["rows"]["dmd, 4 steps"] if measure not in FINER]

@@ -368,12 +368,11 @@ def test_an_evaluation_that_cannot_be_read_is_said(make: Make, tmp_path: Path) -
     assert not (tmp_path / "page.html").exists()
 
 
-def test_a_run_of_ones_own_model_is_not_sent_to_a_command_that_cannot_evaluate_it(tmp_path: Path) -> None:
+def test_a_run_of_ones_own_model_is_sent_to_the_command_with_the_flag_that_it_needs(tmp_path: Path) -> None:
     teacher = {"kind": "own"}
     write_run(tmp_path / "run", build({"recipe": "mine", "teacher": teacher, "prompts": "nano-t2i"}))
     text = html.unescape(write_report([tmp_path / "run"], tmp_path / "page.html").read_text())
-    call = f"call phased_dmd.lab.evaluate.evaluate(['{tmp_path / 'run'}'], own=(model, codec)) from Python"
-    assert f"Not evaluated yet: {call}." in text and "phased-dmd evaluate" not in text
+    assert f"Not evaluated yet: run `phased-dmd evaluate {tmp_path / 'run'} --own module:function`." in text
 
 
 # ---------------------------------------------------------------- what a page opens with

@@ -1,6 +1,8 @@
 """`check_model`: right models of every type, schedule and family pass; each wrong one is told what is wrong with it."""
 
 import itertools
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,8 @@ class Model:
 
     def __init__(self, schedule: str = "flow", prediction: Any = "flow", scale: float = 1.0) -> None:
         self.schedule, self.prediction, self.scale = SCHEDULES[schedule], prediction, scale
-        self.networks: list[nn.Module] = [Network(self.schedule, prediction, scale).requires_grad_(False).to(device())]
+        network = Network(self.schedule, prediction, scale)
+        self.networks: list[nn.Module] = [network.eval().requires_grad_(False).to(device())]
         self.students, self.guidance = self.networks, [3.0]
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
@@ -80,7 +83,8 @@ def start(prediction: str) -> float:
 @pytest.mark.parametrize("prediction", ["flow", "x0", "eps", "v"])
 def test_an_exact_model_passes(schedule: str, prediction: str) -> None:
     model = Model(schedule, prediction, scale=1000.0)
-    check_model(model, PlainCodec(), samples(), start=start(prediction))
+    passed = check_model(model, PlainCodec(), samples(), start=start(prediction))
+    assert passed.rows["networks[0], reading"].startswith(f"{prediction} told t: x_0 is off by ")
     assert [name for name, _ in model.networks[0].named_modules()] == ["", "exact", "norm", "out"]  # no adapter left
     assert not any(p.requires_grad or p.grad is not None for p in model.networks[0].parameters())
 
@@ -119,7 +123,8 @@ def test_what_is_only_unusual_passes(change: str) -> None:
     elif change == "half precision":
         model.predict = lambda network, x, t, condition: network(x, t).bfloat16()
     else:
-        model.networks[0].add_module("block", nn.Sequential(nn.Linear(2, 2).requires_grad_(False)).to(device()))
+        block = nn.Sequential(nn.Linear(2, 2).requires_grad_(False))
+        model.networks[0].add_module("block", block.eval().to(device()))
         model.lora_targets, forward = ("out", "block.0"), model.predict
         model.predict = lambda network, x, t, c: forward(network, x, t, c) + 1e-3 * network.get_submodule("block")(x)
     check_model(model, samples=samples())
@@ -128,10 +133,13 @@ def test_what_is_only_unusual_passes(change: str) -> None:
 def test_nano_passes_on_digits_through_its_own_vae() -> None:
     model, codec = load_model(WanTeacher(path="nano", guidance=(1.5,), max_tokens=16), seed=0)
     digits, _ = load_digits(DATA)
-    pixels, captions, _ = image_batch(digits, 8, torch.Generator().manual_seed(0))
+    pixels, captions, _ = image_batch(digits, 16, torch.Generator().manual_seed(0))
     latents = codec.vae.encode(pixels.to(device()), return_dict=False)[0].mode()
     mean, std = statistics(codec.vae)
-    check_model(model, codec, (latents.cpu() - mean) / std, codec.encode_text(captions))
+    latents, conditions = (latents.cpu() - mean) / std, codec.encode_text(captions)
+    check_model(model, codec, latents, conditions)
+    with pytest.raises(ModelError, match="conditions: told each other's, samples are better predicted"):
+        check_model(model, codec, latents, [*conditions[1:], conditions[0]])
 
 
 def test_several_networks_pass_each_on_its_own_times() -> None:
@@ -147,7 +155,8 @@ def test_several_networks_pass_each_on_its_own_times() -> None:
             return torch.where(mine, super().forward(x, t), 100 * x)
 
     model = Model()
-    model.networks = model.students = [Half(*part).requires_grad_(False).to(device()) for part in ((0.6, 1), (0, 0.6))]
+    halves = [Half(*part).eval() for part in ((0.6, 1), (0, 0.6))]
+    model.networks = model.students = [half.requires_grad_(False).to(device()) for half in halves]
     model.switches, model.guidance = [0.6], [3.0, 2.0]
     check_model(model, samples=samples())
     model.switches = [0.3]
@@ -207,6 +216,17 @@ def test_latents_of_another_scale_are_seen(scale: float, message: str) -> None:
         check_model(Model(), samples=samples() * scale)
 
 
+def test_samples_that_are_decoded_to_themselves_must_be_points() -> None:
+    """A preview would fail on them, after the first updates."""
+    with pytest.raises(ModelError, match=r"codec.decode: \[1, 16, 1, 4, 4\]; must be \[b, frames, height, width, 3\]"):
+        check_model(TinyWan(), type("Still", (PlainCodec,), {"encode_text": TinyCodec.encode_text})())
+
+
+def test_samples_that_are_no_tensor_are_refused() -> None:
+    with pytest.raises(ModelError, match="samples: a tensor .* is needed, and this is a ndarray"):
+        check_model(Model(), samples=samples().numpy())  # type: ignore[arg-type]
+
+
 def test_pixels_in_the_place_of_latents_are_seen() -> None:
     with pytest.raises(ModelError, match="latents are meant, not pixels"):
         check_model(Model(), samples=torch.rand(4, 3, 8, 8))
@@ -237,6 +257,12 @@ def networks(count: int) -> list[nn.Module]:
     return Model().networks * count
 
 
+def half_trained() -> nn.Module:
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+    network[1].train()
+    return network
+
+
 def with_norm(network: nn.Module, x: Tensor, t: Tensor, training: bool) -> Tensor:
     return nn.functional.batch_norm(network(x, t), None, None, training=training) if len(x) > 1 else network(x, t)
 
@@ -252,7 +278,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no shapes": ({"sample_shapes": []}, "sample_shapes: there must be one"),
     "thawed": ({"networks": [nn.Linear(2, 2)]}, r"networks\[0\]: not frozen"),
-    "no student": ({"students": [Network(VPSchedule(), "flow").exact]}, r"students\[0\]: has no parameters"),
+    "train mode": (
+        {"networks": [nn.Sequential(nn.Dropout(0.1)).train()]}, r"networks\[0\]: in train mode; call eval\(\)"
+    ),
+    "train mode of a part": (
+        {"students": [half_trained()]}, r"students\[0\]: in train mode \(1\)"
+    ),
+    "one guidance": ({"guidance": 2.0}, "guidance: a list is needed, and this is 2.0"),
+    "one shape": ({"sample_shapes": (2,)}, r"sample_shapes: a list of shapes is needed, as \[\(2,\)\]"),
+    "no student": ({"students": [Network(VPSchedule(), "flow").eval().exact]}, r"students\[0\]: has no parameters"),
     "schedule's direction": ({"schedule": Rising()}, "schedule: alpha / sigma must fall from t = 0, data"),
     "schedule's precision": ({"schedule": Single()}, "schedule.alpha: torch.float32"),
     "schedule's values": ({"schedule": Infinite()}, "schedule.sigma: must be finite"),
@@ -291,7 +325,7 @@ def test_what_is_wrong_is_said(name: str) -> None:
     changes, message = WRONG[name]
     torch.manual_seed(0)  # dropout's
     model = Model()
-    model.networks[0].add_module("spare", nn.Linear(2, 2).requires_grad_(False).to(device()))
+    model.networks[0].add_module("spare", nn.Linear(2, 2).eval().requires_grad_(False).to(device()))
     for attribute, value in changes.items():
         setattr(model, attribute, value)
     with pytest.raises(ModelError, match=message):
@@ -352,12 +386,139 @@ def test_the_samples_conditions_are_told() -> None:
         )
 
 
+class Labelled(Model):
+    """Told which of the mixture's modes a sample is of, and exact for each of them."""
+
+    order: Sequence[int] = (0, 1, 2)  # of the modes that labels stand for
+
+    def batch(self, rows: Sequence[Condition]) -> Condition:
+        return {"label": torch.stack([row["label"] for row in rows]).to(device())}
+
+    def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        own = [
+            ExactMixture(MEANS[[mode]], STD, torch.ones(1), self.schedule, self.prediction).to(x.device)(x, t)
+            for mode in self.order
+        ]
+        picked = nn.functional.one_hot(condition["label"][:, 0].long(), 3)[..., None]
+        exact = (torch.stack(own, 1) * picked).sum(1).to(x.dtype)
+        return network.out(exact)  # type: ignore[operator] a linear layer that changes nothing
+
+
+def labelled(count: int = 96) -> tuple[Tensor, list[Condition]]:
+    """Samples of the three modes in turn, and the label of each."""
+    labels = torch.arange(count) % 3
+    points = MEANS[labels] + STD * draw(count, 2, seed=1)
+    return points, [{"label": torch.tensor([float(label)])} for label in labels]
+
+
+def test_samples_told_their_own_conditions_pass_and_the_margin_is_the_modes() -> None:
+    points, conditions = labelled()
+    passed = check_model(Labelled(), samples=points, conditions=conditions)
+    found = re.search(r"x_0 is off by (.*) times its error", passed.rows["networks[0], conditions"])
+    assert found and float(found[1]) > 3  # modes are 1.5 to 2.1 apart, and .3 wide
+
+
+@pytest.mark.parametrize("mistake", ["rolled by one", "a swapped label map", "two labels swapped"])
+def test_conditions_of_other_samples_are_seen(mistake: str) -> None:
+    model, (points, conditions) = Labelled(), labelled()
+    if mistake == "rolled by one":
+        conditions = [*conditions[1:], conditions[0]]
+    else:
+        model.order = (1, 2, 0) if mistake == "a swapped label map" else (1, 0, 2)
+    with pytest.raises(ModelError, match="conditions: told each other's, samples are better predicted"):
+        check_model(model, samples=points, conditions=conditions)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (lambda rows: rows[::-1], "batch: gives a sample the condition of the one beside it"),
+        (lambda rows: sorted(rows, key=lambda row: len(row["text"])), "batch: gives a sample the condition of the one"),
+        (lambda rows: rows[:1] * len(rows), "depends on the samples beside it: .*rows mixed up"),
+    ],
+    ids=["reversed", "sorted by length", "the first for all"],
+)
+def test_a_batch_that_mixes_rows_up_is_seen(batch: Callable[..., Any], message: str) -> None:
+    model = Told()
+    right = model.batch
+    model.batch = lambda rows: right(batch(rows))
+    with pytest.raises(ModelError, match=message):
+        check_model(model, Words(), quiet=True)
+
+
+def test_a_condition_that_changes_nothing_is_seen() -> None:
+    model = Told()
+    model.predict = lambda network, x, t, condition: network(x, t)
+    with pytest.raises(ModelError, match="does not depend on the condition: does batch, or predict, leave it out"):
+        check_model(model, Words(), quiet=True)
+
+
+class Closed(Words):
+    """Knows three prompts, and no others."""
+
+    def encode_text(self, prompts: Sequence[str]) -> list[Condition]:
+        if unknown := set(prompts) - {"none", "a one", "a big two"}:
+            raise KeyError(unknown.pop())
+        return super().encode_text(prompts)
+
+
+def test_a_codec_is_asked_for_the_users_prompts() -> None:
+    """In place of the check's own, and of the empty one."""
+    with pytest.raises(ModelError, match="fails for '', what is told in place of a prompt: give another negative_p"):
+        check_model(Told(), Closed(), quiet=True)
+    with pytest.raises(ModelError, match="fails for 'a longer .* words', the check's own: give yours as prompts"):
+        check_model(Told(), Closed(), negative_prompt="none", quiet=True)
+    with pytest.raises(ModelError, match="encode_text: fails for 'a three'; KeyError"):
+        check_model(Told(), Closed(), prompts=["a one", "a three"], negative_prompt="none", quiet=True)
+    passed = check_model(Told(), Closed(), prompts=["a one", "a big two"], negative_prompt="none", quiet=True)
+    assert passed.rows["codec, prompts"] == "3 prompts, each encoded as alone"
+
+
+def test_what_passed_is_printed_with_its_margins(capsys: pytest.CaptureFixture[str]) -> None:
+    passed = check_model(Model(), PlainCodec(), samples())
+    assert capsys.readouterr().out == f"{passed}\n"
+    first, *lines = str(passed).splitlines()
+    assert first == "check_model: passed" and len(lines) == len(passed.rows) == 9
+    assert check_model(Model(), PlainCodec(), samples(), quiet=True) == passed
+    assert not capsys.readouterr().out
+
+
+def test_without_samples_a_quiet_check_says_what_is_unchecked() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check_model(Model(), quiet=True).rows["reading"].startswith("not checked: without samples")
+
+
+@pytest.mark.parametrize(("schedule", "shift"), [("flow", 1.0), ("vp-cosine", 1.0), ("vp-linear", 0.35), ("ve", 1.7)])
+def test_the_first_guess_at_a_shift_is_where_signal_and_noise_are_equal(schedule: str, shift: float) -> None:
+    """Of samples of unit variance: t / (1 - t) at t = .5, .5, .26 (log alpha = -log(2) / 2) and log(50) / log(500)."""
+    model = Model(schedule)
+    assert check_model(model, quiet=True).shift == shift
+    points = samples()
+    ratio = points.std().item()
+    wide = check_model(Model("flow"), samples=points, quiet=True)
+    assert wide.shift == pytest.approx(ratio, rel=0.06)  # t with (1 - t) ratio = t
+
+
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "begin"),
+    [("flow", "eps", 0.99), ("vp-cosine", "eps", 0.99), ("vp-cosine", "v", 1.0), ("ve", "eps", 1.0)],
+)
+def test_the_first_guess_at_a_start_leaves_eps_prediction_some_signal(
+    schedule: str, prediction: str, begin: float
+) -> None:  # fmt: skip
+    """alpha / sigma is .0101 at .99 of flow, .0157 of cosine, and .1 at 1 of VE."""
+    assert check_model(Model(schedule, prediction), start=0.98, quiet=True).start == begin
+
+
 @pytest.mark.parametrize(
     ("attribute", "value", "message"),
     [
         ("pad", True, "encode_text: text depends on the prompts beside it"),
         ("device", "meta", "encode_text: text is on meta, not on the CPU"),
         ("encode_text", lambda prompts: [{}], "encode_text: 1 rows for 2 prompts"),
+        ("decode", lambda latents: torch.ones(len(latents), 1, 4, 4), r"decode: \[2, 1, 4, 4\]; must be \[b, frames"),
+        ("decode", lambda latents: torch.ones(1, 1, 4, 4, 3), r"decode: \[1, 1, 4, 4, 3\]; must be \[b, frames"),
         ("decode", lambda latents: latents[:, None], r"decode: \[2, 1, 2\]; must be \[b, frames"),
         ("scale", (1.0, 0.0), "decode: pixels from .*; must be in"),
         ("scale", (127.5, 127.5), "decode: pixels from .*; must be in"),

@@ -17,9 +17,10 @@ from typer.exceptions import TyperException
 
 from phased_dmd import __version__
 from phased_dmd.cli.checkpoints import branch, promote, prune
-from phased_dmd.cli.commands import config, distill, export, plan, recipes, sample
+from phased_dmd.cli.commands import distill, export, plan, sample
 from phased_dmd.cli.flags import FieldsCommand
 from phased_dmd.cli.lab import evaluate, report, reproduce, teach
+from phased_dmd.cli.lists import config, prompts, recipes
 from phased_dmd.cli.messages import end, unusable
 from phased_dmd.cli.watch import watch
 from phased_dmd.errors import LostPeer, OutOfMemory, Stopped, UserError
@@ -56,7 +57,7 @@ for command in (sample, export, evaluate, report, watch, promote):
 app.command(cls=FieldsCommand)(branch)
 app.command()(prune)
 app.command(cls=FieldsCommand)(plan)
-for command in (recipes, config, reproduce, teach):
+for command in (recipes, config, prompts, reproduce, teach):
     app.command()(command)
 
 

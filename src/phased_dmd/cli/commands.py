@@ -12,12 +12,11 @@ import typer
 from phased_dmd.cli import flags
 from phased_dmd.cli.flags import ChosenMethod, Loras, Prompts, Recipe, Settings, Sigmas, check_subject, flag, resolved
 from phased_dmd.cli.messages import count, tell
+from phased_dmd.cli.own import OwnModel, own_of
 from phased_dmd.config import Config
-from phased_dmd.config.fields import as_markdown, as_text
 from phased_dmd.config.overrides import build
-from phased_dmd.config.teacher import PipelineTeacher
 from phased_dmd.errors import OutOfMemory, UserError, refuse_full
-from phased_dmd.recipes import FIRST_FRAMES, RECIPES, licence, read_recipe
+from phased_dmd.recipes import licence, read_recipe
 
 Output = Annotated[
     Path | None, typer.Option(help="The run folder to write (default: runs/RECIPE).", show_default=False)
@@ -57,6 +56,7 @@ def distill(
     cache: Cache = None,
     strict: Strict = False,
     only_phase: OnlyPhase = None,
+    own: OwnModel = None,
     dry_run: DryRun = False,
 ) -> None:
     """Distil a teacher; on an unfinished run folder, go on with it."""
@@ -72,9 +72,9 @@ def distill(
     RunFolder(folder, only_phase).check(config)
     _tell_licence(config)
     if dry_run:
-        _check_all(config, folder, strict)
+        _check_all(config, folder, strict, own)
     else:
-        _run(config, folder, cache, strict, only_phase)
+        _run(config, folder, cache, strict, only_phase, own)
 
 
 def _tell_licence(config: Config) -> None:
@@ -83,18 +83,21 @@ def _tell_licence(config: Config) -> None:
         tell(line, sys.stderr)
 
 
-def _check_all(config: Config, folder: Path, strict: bool) -> None:
-    """Checks what can be known without weights, and prints the whole configuration as JSON."""
+def _check_all(config: Config, folder: Path, strict: bool, own: str | None) -> None:
+    """Checks what can be known without weights, or a model of the user's own; prints the configuration as JSON."""
     from phased_dmd.dry_run import dry_run
 
-    dry_run(config, strict)
+    if passed := dry_run(config, strict, own_of(config, own)):
+        tell(passed, sys.stderr)
     tell(_about(config, folder), sys.stderr)
     text = config.model_dump_json(indent=2)
     utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
     print(text if utf8 else json.dumps(json.loads(text), indent=2))  # a file of it is read as UTF-8 again
 
 
-def _run(config: Config, folder: Path, cache: Path | None, strict: bool, only_phase: int | None) -> None:
+def _run(
+    config: Config, folder: Path, cache: Path | None, strict: bool, only_phase: int | None, own: str | None
+) -> None:  # fmt: skip
     """Distils, or says that the folder holds the finished run."""
     from phased_dmd.checkpoint import RunFolder
     from phased_dmd.train import distill
@@ -102,15 +105,17 @@ def _run(config: Config, folder: Path, cache: Path | None, strict: bool, only_ph
     if RunFolder(folder).finished(config):
         tell(f"{distill(config, folder)}: already distilled")
         return
+    model = own_of(config, own)
     tell(_about(config, folder))
     try:
-        distill(config, folder, cache=cache, strict=strict, only_phase=only_phase)
+        distill(config, folder, cache=cache, strict=strict, only_phase=only_phase, own=model)
     except OutOfMemory as error:
         raise OutOfMemory(f"{error}; {_plan_of_this_machine(config)}") from error
     if not RunFolder(folder).finished(config):
         tell(f"{folder}: phase {only_phase} is done; the run is, once all others are")
         return
-    after = f"`phased-dmd sample {folder} --output FOLDER`, `phased-dmd evaluate {folder}`"
+    flag = f" --own {own}" if own else ""
+    after = f"`phased-dmd sample {folder} --output FOLDER{flag}`, `phased-dmd evaluate {folder}{flag}`"
     tell(f"{folder}: done; experts in {folder / 'experts'}; next: {after}")
 
 
@@ -134,45 +139,6 @@ def _about(config: Config, folder: Path) -> str:
     return f"{folder}: {about}, {count(config.updates, 'update')} in all"
 
 
-def recipes() -> None:
-    """List the recipes: what each distils, and into how many steps."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("recipe", "teacher", "prompts", "makes", "steps, phases", box=None)
-    for name, recipe in RECIPES.items():
-        table.add_row(name, *_row(recipe()))
-    console = Console()
-    console.width = console.width if console.is_terminal else 100
-    console.print(table)
-
-
-def _row(config: Config) -> tuple[str, str, str, str]:
-    """Returns a recipe's teacher, its prompts, what it makes, and in how many steps and phases."""
-    teacher, plan = config.teacher, config.plan
-    hops = f"{plan.steps}, {plan.phases}"
-    if not isinstance(teacher, PipelineTeacher):
-        return "a mixture of Gaussians", "", "points", hops
-    made = "clips" if teacher.sizes[0].num_frames > 1 else "pictures"
-    told = "yours, with pictures" if config.prompts == FIRST_FRAMES else str(config.prompts)
-    return teacher.path, told, made, hops
-
-
-def config(
-    recipe: Annotated[
-        str | None, typer.Argument(help="A recipe, or a YAML or JSON file, whose values to show.", show_default=False)
-    ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/configuration.md.")] = False,
-) -> None:
-    """List every field of the configuration, with its meaning.
-
-    Each has its dotted name, type, value and default; without a recipe the defaults are shown.
-    """
-    if markdown and recipe is not None:
-        raise UserError("--markdown: the page is of the defaults; leave out the recipe")
-    print(as_markdown() if markdown else as_text(None if recipe is None else read_recipe(recipe)), end="")
-
-
 def sample(
     run: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint (RUN@phase-2/300), or an export's folder; "
                                         "or a recipe, for --lora.", show_default=False)],
@@ -191,6 +157,7 @@ def sample(
     ] = None,
     lora: Loras = None,
     sigmas: Sigmas = None,
+    own: OwnModel = None,
 ) -> None:  # fmt: skip
     """Sample a finished run, a checkpoint or an export, or LoRA files of others.
 
@@ -198,7 +165,7 @@ def sample(
     """
     from phased_dmd.prompts import Prompt, read_prompts
 
-    check_subject(run, lora, sigmas)
+    check_subject(run, lora, sigmas, own)
     refuse_full(output)
     if not seeds.isdecimal() or int(seeds) < 1:
         raise UserError(f"--seeds: {seeds!r} is no count of samples; 8 makes those of seeds 0 to 7")
@@ -221,7 +188,7 @@ def sample(
             trained = read(run, teacher)
             config = trained.config
             asked = prompts_for(config, asked)
-            sampler = assemble(trained, load_teacher(config, fit=False), bucket, asked)
+            sampler = assemble(trained, load_teacher(config, own_of(config, own), fit=False), bucket, asked)
         if image is not None and not sampler.codec.takes_images:
             raise UserError(f"--image: {config.recipe} takes no picture")
         show(1)

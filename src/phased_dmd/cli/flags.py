@@ -106,8 +106,10 @@ def resolved(
     return config
 
 
-def check_subject(subject: Path, loras: Sequence[Path] | None, sigmas: str | None) -> None:
-    """Refuses what is not there, where it is no recipe's name, and a grid that nothing takes."""
+def check_subject(subject: Path, loras: Sequence[Path] | None, sigmas: str | None, own: str | None = None) -> None:
+    """Refuses what is not there, where it is no recipe's name, and a grid or a model that nothing takes."""
+    if loras and own:
+        raise UserError("--own: LoRA files are sampled on the base of a recipe")
     if not (loras or subject.exists() or CHECKPOINT in str(subject)):
         raise UserError(f"{subject}: there is no such folder; with --lora FILE a recipe's name stands here")
     if sigmas and not loras:

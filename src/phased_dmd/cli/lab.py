@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from phased_dmd.cli.flags import Loras, Sigmas, check_prompts, check_subject, check_there
+from phased_dmd.cli.own import OwnModel, call_own
 from phased_dmd.config.overrides import build
 from phased_dmd.errors import UserError, did_you_mean
 from phased_dmd.lab.reproduce.claims import NAMES
@@ -59,13 +60,14 @@ def evaluate(
     wide: Annotated[bool, typer.Option("--wide", help="Print all measures, as Markdown.")] = False,
     lora: Loras = None,
     sigmas: Sigmas = None,
+    own: OwnModel = None,
 ) -> None:  # fmt: skip
     """Measure runs, checkpoints, exports, folders of samples, or LoRA files of others against a base.
 
     Writes evaluation.json into each; of a checkpoint into RUN/evaluations.
     """
     for subject in subjects:
-        check_subject(subject, lora, sigmas)
+        check_subject(subject, lora, sigmas, own)
     check_prompts(prompts)
     if lora and (output is None or len(subjects) > 1):
         raise UserError("--lora: is evaluated on one recipe, into the folder that --output names")
@@ -80,19 +82,20 @@ def evaluate(
     if lora:
         _measure_loras(subjects[0], lora, sigmas, protocol, again, base, cache, output or Path(), wide)
     else:
-        _measure(list(dict.fromkeys(subjects)), protocol, again, base, cache, output, wide)
+        _measure(list(dict.fromkeys(subjects)), protocol, again, base, cache, output, wide, own)
 
 
 def _measure(
     subjects: list[Path], protocol: Any, again: bool, base: Path | None, cache: Path | None, output: Path | None,
-    wide: bool,
+    wide: bool, own: str | None,
 ) -> None:  # fmt: skip
     """Evaluates each subject and prints its table; says of which ones nothing was written anew."""
     from phased_dmd.lab.evaluate import evaluate, results_of
 
     files = [(output or results_of(subject)) / "evaluation.json" for subject in subjects]
     before = [file.stat().st_mtime_ns if file.exists() else None for file in files]
-    found = evaluate(subjects, protocol, again, base=base, cache=cache, output=output)
+    model = call_own(own) if own else None
+    found = evaluate(subjects, protocol, again, base=base, cache=cache, output=output, own=model)
     for file, stamp, (subject, result) in zip(files, before, found.items(), strict=True):
         print(f"{subject}{': already evaluated' if file.stat().st_mtime_ns == stamp else ''}")
         _print_table(result, wide, file)

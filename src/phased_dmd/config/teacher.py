@@ -199,7 +199,7 @@ class Lumina2Teacher(PipelineTeacher):
 
 
 class OwnTeacher(Section):
-    """Takes a model of the user's own, given to `distill` and `load` as Python objects."""
+    """Takes a model of the user's own, which `--own` names; in Python `distill`, `load` and `evaluate` are given it."""
 
     kind: Literal["own"] = "own"
     """The kind of teacher."""

@@ -145,8 +145,8 @@ class AnalyticModel:
                 student = TimeMLP(len(config.means[0]))
         else:
             student = copy.deepcopy(initial_student(config, seed, fit))  # pyright: ignore[reportArgumentType] (frozen)
-        self.students: Sequence[nn.Module] = [student.to(where)]
-        self.networks: Sequence[nn.Module] = [self.exact.to(where)]
+        self.students: Sequence[nn.Module] = [student.eval().to(where)]
+        self.networks: Sequence[nn.Module] = [self.exact.eval().to(where)]
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         return ()

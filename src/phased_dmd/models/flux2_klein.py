@@ -78,9 +78,8 @@ class Flux2KleinCodec(PipelineCodec):
         absent: Any = {"scheduler": None, "text_encoder": None, "transformer": None}
         self.pipeline = Flux2KleinPipeline(vae=self.vae, tokenizer=source.load(AutoTokenizer, "tokenizer"), **absent)
 
-    def too_long(self, prompts: Sequence[str]) -> int:
-        lengths = chat_lengths(self.pipeline.tokenizer, prompts, thinking=False)
-        return sum(length > self.max_tokens for length in lengths)
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
+        return chat_lengths(self.pipeline.tokenizer, prompts, thinking=False)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Condition]:

@@ -78,11 +78,11 @@ class Krea2Codec(PipelineCodec):
             vae=self.vae, tokenizer=tokenizer, text_encoder_select_layers=layers, **absent
         )  # fmt: skip
 
-    def too_long(self, prompts: Sequence[str]) -> int:
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
         pipeline = self.pipeline
         around = pipeline.prompt_template_encode_num_suffix_tokens - pipeline.prompt_template_encode_start_idx
         tokens = pipeline.tokenizer([pipeline.prompt_template_encode_prefix + prompt for prompt in prompts]).input_ids
-        return sum(len(ids) + around > self.max_tokens for ids in tokens)
+        return [len(ids) + around for ids in tokens]
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Condition]:

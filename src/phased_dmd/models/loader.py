@@ -56,7 +56,7 @@ def _builders(
             adapter = adapter_of(teacher)
             return partial(adapter.model, teacher, where, source), partial(adapter.codec, teacher, where, source)
         case OwnTeacher():
-            raise UserError("teacher.kind: own needs a model given from Python, see docs/extending.md")
+            raise UserError("teacher.kind: own is a model of yours, which cannot be built from files")
 
 
 def adapter_of(teacher: PipelineTeacher) -> Adapter:

@@ -86,9 +86,9 @@ class Lumina2Codec(PipelineCodec):
         """Returns a prompt behind the system's, and the negative prompt as it is."""
         return prompt if prompt == self.negative else f"{self.pipeline.system_prompt} <Prompt Start> {prompt}"
 
-    def too_long(self, prompts: Sequence[str]) -> int:
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
         tokens = self.pipeline.tokenizer([self.full(prompt) for prompt in prompts]).input_ids
-        return sum(len(ids) > self.max_tokens for ids in tokens)
+        return [len(ids) for ids in tokens]
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Condition]:

@@ -102,6 +102,14 @@ class PipelineCodec:
         """Takes the text encoder from the stock pipeline, and its memory with it."""
         self.pipeline.text_encoder = None
 
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
+        """Counts the tokens of each prompt as the encoder reads it, in its template if it has one."""
+        raise NotImplementedError
+
+    def too_long(self, prompts: Sequence[str]) -> int:
+        """Counts the prompts of more than `max_tokens` tokens, which are cut off."""
+        return sum(length > self.max_tokens for length in self.lengths(prompts))
+
     def fits(self, image: Path) -> list[int]:
         """Lists no bucket, where a codec takes no pictures."""
         return []

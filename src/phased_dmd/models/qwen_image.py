@@ -88,10 +88,10 @@ class QwenImageCodec(PipelineCodec):
         if config.max_tokens > (most := self.pipeline.tokenizer_max_length):
             raise UserError(f"teacher.max_tokens: {config.max_tokens} is more than Qwen-Image's {most}")
 
-    def too_long(self, prompts: Sequence[str]) -> int:
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
         template, dropped = self.pipeline.prompt_template_encode, self.pipeline.prompt_template_encode_start_idx
         tokens = self.pipeline.tokenizer([template.format(prompt) for prompt in prompts]).input_ids
-        return sum(len(ids) - dropped > self.max_tokens for ids in tokens)
+        return [len(ids) - dropped for ids in tokens]
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Condition]:

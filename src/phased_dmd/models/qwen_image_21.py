@@ -97,10 +97,10 @@ class QwenImage21Codec(PipelineCodec):
         absent: Any = {"scheduler": None, "text_encoder": None, "transformer": None}
         self.pipeline: Any = processor and QwenImage21Pipeline(vae=self.vae, processor=processor, **absent)
 
-    def too_long(self, prompts: Sequence[str]) -> int:
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
         template, tokenizer = self.pipeline.prompt_template_t2i, self.pipeline.processor.tokenizer
-        lengths = map(len, tokenizer([template.format(prompt) for prompt in prompts]).input_ids)
-        return sum(length - self.pipeline._drop_idx > self.max_tokens for length in lengths)
+        tokens = tokenizer([template.format(prompt) for prompt in prompts]).input_ids
+        return [len(ids) - self.pipeline._drop_idx for ids in tokens]
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Condition]:

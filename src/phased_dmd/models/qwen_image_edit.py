@@ -89,8 +89,11 @@ class QwenImageEditCodec(PipelineCodec):
         tokenizer, processor = source.load(Qwen2Tokenizer, "tokenizer"), source.load(PictureProcessor, "processor")
         self.pipeline = QwenImageEditPlusPipeline(vae=self.vae, tokenizer=tokenizer, processor=processor, **absent)
 
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self.pipeline.tokenizer(list(prompts)).input_ids]
+
     def too_long(self, prompts: Sequence[str]) -> int:
-        return 0
+        return 0  # nothing is cut off
 
     def encode_text(self, prompts: Sequence[str]) -> list[Condition]:
         """Returns nothing: a prompt is read beside its picture."""

@@ -163,9 +163,9 @@ class WanCodec(PipelineCodec):
     def free(self) -> None:
         self._encoder = None
 
-    def too_long(self, prompts: Sequence[str]) -> int:
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
         tokens = self.tokenizer([prompt_clean(prompt) for prompt in prompts]).input_ids
-        return sum(len(ids) > self.max_tokens for ids in tokens)
+        return [len(ids) for ids in tokens]
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Condition]:

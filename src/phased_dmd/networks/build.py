@@ -25,13 +25,7 @@ def load_teacher(config: Config, own: Own | None = None, fit: bool = True) -> Ow
 
     fit: see `load_model`.
     """
-    if own is None and config.teacher.kind == "own":
-        raise UserError(
-            "teacher.kind: own means a model given from Python: distill, load and evaluate of phased_dmd.lab take "
-            "own=(model, codec), see docs/extending.md"
-        )
-    if own is not None and config.teacher.kind != "own":
-        raise UserError(f"teacher.kind: {config.teacher.kind} with a model given from Python")
+    check_own(config, own is not None)
     model, codec = own or load_model(config.teacher, config.seed, fit)
     if own is not None:
         check_devices(model)
@@ -45,6 +39,18 @@ def load_teacher(config: Config, own: Own | None = None, fit: bool = True) -> Ow
     except ValueError as error:
         raise UserError(str(error)) from None
     return model, codec
+
+
+def check_own(config: Config, given: bool) -> None:
+    """Raises a UserError where a model of the user's own is given to a teacher of another kind, or not given to one."""
+    kind = config.teacher.kind
+    if kind == "own" and not given:
+        raise UserError(
+            "teacher.kind: own is a model of yours: name it by --own module:function, from Python by "
+            "own=(model, codec); see docs/extending.md"
+        )
+    if kind != "own" and given:
+        raise UserError(f"teacher.kind: {kind}, which has a model already; one of your own is for the recipe own")
 
 
 def check_devices(model: VelocityModel) -> None:

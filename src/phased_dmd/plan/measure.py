@@ -45,7 +45,7 @@ def cached(function: F) -> F:
 def meta_model(teacher: Teacher) -> VelocityModel:
     """Returns the teacher on the meta device; callers must not change it. Raises UserError where none can be made."""
     if isinstance(teacher, OwnTeacher):
-        raise UserError("teacher.kind: own has no plan, since its model is given from Python")
+        raise UserError("teacher.kind: own has no plan: only the recipes' pipelines can be built without their weights")
     return bare_model(teacher, seed=0)
 
 

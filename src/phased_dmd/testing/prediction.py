@@ -22,6 +22,7 @@ SIGNAL, PROBES = (0.25, 4.0), 6  # alpha / sigma, from one to the other, that sa
 TOLD = {"t": (1.0, 0.0), "1 - t": (-1.0, 1.0), "1000 t": (1000.0, 0.0), "t / 1000": (0.001, 0.0)}  # (a, b) of a t + b
 BETTER, SOONER = 0.9, 0.75  # of an error: what makes another reading, and another time, the right one
 LINE, POOR = 1.05, 1.25  # of a straight line's error: what a right reading keeps to, and what is none
+UNIT = "where the best straight line in x_t has 1"
 
 
 class ModelError(AssertionError):
@@ -71,6 +72,16 @@ def near(a: Tensor, b: Tensor, tolerance: float = 1e-3) -> bool:
     return bool((a.double() - b.double()).norm() <= tolerance * b.double().norm())
 
 
+def apart(a: Tensor, b: Tensor) -> float:
+    """Returns the norm of a - b over that of b."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def alike(a: Condition, b: Condition) -> bool:
+    """Tells whether two conditions are equal."""
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
 def tolerance_of(psi: Tensor, module: nn.Module) -> float:
     """Returns how far two computations of the same prediction may be apart, relative to its norm."""
     return 5e-2 if any(tensor.itemsize < 4 for tensor in (psi, *module.parameters())) else 1e-3
@@ -79,8 +90,12 @@ def tolerance_of(psi: Tensor, module: nn.Module) -> float:
 @torch.no_grad()
 def check_prediction(
     model: VelocityModel, part: Part, shape: tuple[int, ...], rows: Sequence[Condition]
-) -> None:  # fmt: skip
-    """Checks that the prediction is finite, repeatable, told t, and independent of the other samples of its batch."""
+) -> float:  # fmt: skip
+    """Checks that the prediction is finite, repeatable, told t and its condition, and independent of the other samples
+    of its batch; returns how far two calls were apart, over the most that is allowed.
+
+    rows: two conditions, which differ if there are several.
+    """
     t, x = part.times(0.9, 0.6), normal(shape, range(2), "check").to(device())
     kept, where = x.clone(), f"{part.name}, shape {shape}: predict"
     psi = predict(model, part, x, t, rows)
@@ -93,16 +108,42 @@ def check_prediction(
     tolerance = tolerance_of(psi, part.module)
     again = predict(model, part, x, t, rows)
     require(near(again, psi, tolerance), f"{where} is another at every call: dropout? call eval()")
-    alone = torch.cat([predict(model, part, x[i : i + 1], t[i : i + 1], rows[i : i + 1]) for i in range(2)])
-    neighbours = "the samples beside it: padding without a mask, one t for all, or no eval()"
-    require(near(alone, psi, tolerance), f"{where} depends on {neighbours}")
+    differ = check_neighbours(model, part, x, t, rows, tolerance, where)
     earlier = predict(model, part, x, part.times(0.1, 0.2), rows)
     require(not torch.equal(earlier, psi), f"{where} does not depend on t")
+    return max(apart(again, psi), differ) / tolerance
+
+
+def check_neighbours(
+    model: VelocityModel, part: Part, x: Tensor, t: Tensor, rows: Sequence[Condition], tolerance: float, where: str
+) -> float:  # fmt: skip
+    """Checks that two samples x [2, ...] are predicted as alone, told two conditions in either order; returns how far
+    they are from it, relative to the norm.
+    """
+
+    def alone(told: Sequence[Condition]) -> Tensor:
+        return torch.cat([predict(model, part, x[i : i + 1], t[i : i + 1], told[i : i + 1]) for i in range(2)])
+
+    orders, found = (list(rows), list(rows)[::-1]), []
+    right = [alone(order) for order in orders]
+    for order, own, other in zip(orders, right, right[::-1], strict=True):
+        psi = predict(model, part, x, t, order)
+        mixed = near(other, psi, tolerance) and not near(own, psi, tolerance)
+        require(not mixed, "batch: gives a sample the condition of the one beside it")
+        neighbours = "the samples beside it: padding without a mask, rows mixed up, one t for all, or no eval()"
+        require(near(own, psi, tolerance), f"{where} depends on {neighbours}")
+        found.append(apart(own, psi))
+    ignored = torch.equal(*right) and not alike(rows[0], rows[1])
+    require(not ignored, f"{where} does not depend on the condition: does batch, or predict, leave it out?")
+    return max(found)
 
 
 @torch.enable_grad()
-def check_gradient(model: VelocityModel, part: Part, rows: Sequence[Condition]) -> None:
-    """Checks that a backward reaches x and all that would be trained. part: a copy of a student, which is changed."""
+def check_gradient(model: VelocityModel, part: Part, rows: Sequence[Condition]) -> str:
+    """Checks that a backward reaches x and all that would be trained; says how exact it is.
+
+    part: a copy of a student, which is changed.
+    """
     student, targets, where = part.module, list(model.lora_targets), f"{part.name}: predict"
     student.requires_grad_(not targets)
     if targets:
@@ -124,21 +165,27 @@ def check_gradient(model: VelocityModel, part: Part, rows: Sequence[Condition]) 
             "does it call the network that it is given, and modules rather than their weights?",
         )
     if tolerance_of(psi, student) > 1e-2:
-        return
+        return "reaches all that trains; of half precision, so how exact it is was not measured"
     step = x.grad * (1e-3 * x.detach().norm() / x.grad.norm())
     with torch.no_grad():
         up, down = (predict(model, part, x + sign * step, t, rows).double() for sign in (1, -1))
-    true = math.isclose(((up - down) * along).sum() / 2, (x.grad * step).sum(), rel_tol=0.1)
+    measured, told = ((up - down) * along).sum().item() / 2, (x.grad * step).sum().item()
+    true = math.isclose(measured, told, rel_tol=0.1)
     require(true, f"{where}'s gradient in x is not that of what it computes: part of it is detached, or rounded")
+    return f"reaches all that trains, and is off by {abs(measured - told) / abs(measured):.1g} (allowed 0.1)"
 
 
 @torch.no_grad()
-def check_truth(model: VelocityModel, part: Part, samples: Tensor, rows: Sequence[Condition]) -> None:
-    """Checks that x_0, read from the prediction as declared, is nearer to the truth than under any other reading.
+def check_reading(
+    model: VelocityModel, part: Part, samples: Tensor, rows: Sequence[Condition]
+) -> tuple[float, str]:  # fmt: skip
+    """Checks that x_0, read from the prediction as declared, is nearer to the truth than under any other reading;
+    returns its error, and says that of the next best.
 
-    A right model's is E[x_0 | x_t], the best guess there is: no other type, sign or time can do better.
+    A right model's is E[x_0 | x_t], the best guess there is: no other type, sign or time can do better. Errors are in
+    units of those of the best guess that is a straight line in x_t.
     """
-    times = _probe_times(model, part)
+    times = probe_times(model, part)
     means: dict[Reading, float] = {}  # over the times, geometric
     for t, (told, (a, b)) in itertools.product(times, TOLD.items()):
         for (sign, kind), error in _errors(model, part, samples, rows, t, a * t + b).items():
@@ -148,14 +195,28 @@ def check_truth(model: VelocityModel, part: Part, samples: Tensor, rows: Sequenc
         close = [reading for reading, error in means.items() if error < 1.05 * best]
         told, sign, kind = min(close, key=lambda r: (r[0] != "t") + (r[1] != "") + (r[2] != model.prediction))
         raise ModelError(
-            f"{part.name}: this looks like {sign}{kind} prediction told {told}, not {model.prediction} told t; "
-            f"so read, x_0 is off by {best:.2g} of a straight line's error, and as declared by {declared:.2g}"
+            f"{part.name}: this looks like {sign}{kind} prediction told {told}, not {model.prediction} told t: "
+            f"x_0 has an error of {best:.2g} if it is read so, of {declared:.2g} as declared, {UNIT}"
         )
+    del means["t", "", model.prediction]
+    told, sign, kind = min(means, key=means.__getitem__)
+    of_next = f"{sign}{kind} told {told} by {means[told, sign, kind]:.2g}"
+    return declared, f"{model.prediction} told t: x_0 is off by {declared:.2g}, read as {of_next} ({UNIT})"
+
+
+@torch.no_grad()
+def check_accuracy(
+    model: VelocityModel, part: Part, samples: Tensor, rows: Sequence[Condition], declared: float
+) -> None:  # fmt: skip
+    """Checks that the error of x_0, of which `check_reading` has told the mean, is no worse than a trained network's,
+    and no better when the network is told another time.
+    """
     require(
         declared < POOR,
-        f"{part.name}: x_0 is off by {declared:.2g} of the error of a straight line in x_t: "
+        f"{part.name}: x_0 is off by {declared:.2g}, {UNIT}: "
         "is it trained, and on latents of this scale, with these conditions?",
     )
+    times = probe_times(model, part)
     for t in times:
         others = {told: _errors(model, part, samples, rows, t, told)["", model.prediction] for told in times}
         told = min(others, key=others.__getitem__)
@@ -163,7 +224,7 @@ def check_truth(model: VelocityModel, part: Part, samples: Tensor, rows: Sequenc
         require(others[told] >= SOONER * others[t], f"{part.name}: {better}")
 
 
-def _probe_times(model: VelocityModel, part: Part) -> list[float]:
+def probe_times(model: VelocityModel, part: Part) -> list[float]:
     """Returns times from little noise to much; with hardly any signal left even a trained network's x_0 is off."""
     t = part.times(*torch.linspace(0.001, 1, 1000).tolist())
     ratio = (model.schedule.alpha(t) / model.schedule.sigma(t)).log()

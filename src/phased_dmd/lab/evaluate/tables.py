@@ -13,12 +13,15 @@ from phased_dmd.lab.metrics.formats import markdown_table, number
 HEADINGS = {  # by measure: its title, and how to read it
     "class_entropy": ("class entropy", "nats, of the digits read; 2.30 when all ten are equally frequent"),
     "least_class_share": ("rarest class", "share of the samples read as the least frequent digit"),
-    "frechet_features": ("Fréchet, features", "of frames, to the base's many-step samples of other seeds"),
+    "frechet_features": ("Fréchet, features", "of frames, to the guided base's many-step samples of other seeds"),
     "frechet_video": ("Fréchet, clips", "of the mean feature of a clip and its mean change from frame to frame"),
     "frechet_pca": ("Fréchet, pixels", "the same in 32 principal components of the pixels"),
-    "frechet_features_paired": ("Fréchet, features, paired", "to the base's many-step samples of the same seeds"),
-    "frechet_video_paired": ("Fréchet, clips, paired", "to the base's many-step samples of the same seeds"),
-    "frechet_pca_paired": ("Fréchet, pixels, paired", "to the base's many-step samples of the same seeds"),
+    "frechet_features_paired": (
+        "Fréchet, features, paired",
+        "to the guided base's samples of the same seeds",
+    ),
+    "frechet_video_paired": ("Fréchet, clips, paired", "to the guided base's samples of the same seeds"),
+    "frechet_pca_paired": ("Fréchet, pixels, paired", "to the guided base's samples of the same seeds"),
     "frechet_real": ("Fréchet to real data", "of frames; for nano to held-out digits"),
     "high_frequency_energy": ("high-frequency energy", "mean power above half the Nyquist frequency"),
     "contrast": ("contrast", "standard deviation of grey values"),
@@ -62,7 +65,10 @@ WIDTH = 100  # columns that a terminal has at least, as most do
 
 
 def show(evaluation: Mapping[str, Any], console: Console) -> None:
-    """Prints what matters of an evaluation: a table a prompt set, a row a measure, and its gap to the base."""
+    """Prints what matters of an evaluation: a table a prompt set, a row a measure, and its gap to the base; and which
+    law the base's row is of.
+    """
+    base = ""
     for name, found in evaluation["sets"].items():
         base, rows = found["base"], found["rows"]
         measures = dict.fromkeys(measure for row in rows.values() for measure in row if measure not in FINER)
@@ -71,8 +77,11 @@ def show(evaluation: Mapping[str, Any], console: Console) -> None:
             cells = [_format_cell(row.get(measure), column == base, True) for column, row in rows.items()]
             shown.add_row(title(measure), *map(Text, cells))
         console.print(shown)
-    nets = ", ".join(f"{name}: {net}" for name, net in evaluation["nets"].items())
-    console.print("(gap to the base)", nets, markup=False, highlight=False)
+    law = ": what its sampler makes, guided as the teacher is" if "recipe" in evaluation else ""
+    console.print(f"(gap to {base}{law})", markup=False, highlight=False)
+    if evaluation["nets"]:
+        nets = ", ".join(f"{name}: {net}" for name, net in evaluation["nets"].items())
+        console.print(nets, markup=False, highlight=False)
 
 
 def table(evaluation: Mapping[str, Any]) -> str:

@@ -199,10 +199,8 @@ def _evaluation(path: Path, place: Path, config: Config) -> dict[str, Any] | Non
 
 def evaluating(path: Path, config: Config, again: bool = False) -> str:
     """Says what a user does to have a run evaluated."""
-    if config.teacher.kind != "own":
-        return f"run `phased-dmd evaluate {path}{' --again' if again else ''}`"
-    rest = ", again=True" if again else ""
-    return f"call phased_dmd.lab.evaluate.evaluate(['{path}'], own=(model, codec){rest}) from Python"
+    own = " --own module:function" if config.teacher.kind == "own" else ""
+    return f"run `phased-dmd evaluate {path}{own}{' --again' if again else ''}`"
 
 
 def _json(path: Path) -> Any:
