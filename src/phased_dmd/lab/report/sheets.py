@@ -5,6 +5,7 @@ import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,16 @@ class Picture:
 
 
 def embed(path: Path, box: tuple[int, int] = BOX, shown: int = SHOWN) -> Picture:
-    """Embeds a small file as it is, another as a lossy WebP that fits the box, animated as the file is."""
+    """Embeds a small file as it is, another as a lossy WebP that fits the box, animated as the file is.
+
+    A UserError says what is wrong with one that is no picture.
+    """
+    return _embedded(path, path.stat().st_mtime_ns if path.exists() else 0, box, shown)
+
+
+@lru_cache(maxsize=1024)
+def _embedded(path: Path, _changed: int, box: tuple[int, int], shown: int) -> Picture:
+    """Embeds a file, once for all pages that are made of it while it does not change."""
     try:
         with opened(path) as image:
             if min(image.size) <= SMALL:
