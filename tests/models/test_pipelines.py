@@ -798,6 +798,15 @@ def test_prompts_beyond_the_encoder_are_counted(tinies: Callable[[str], Tiny]) -
         assert tiny.codec.too_long(texts) == len(texts) - longest - 1
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("flux2_klein", "qwen_image_edit", "krea_2")])
+def test_lengths_are_those_of_the_rows_that_are_encoded(name: str, tinies: Callable[[str], Tiny]) -> None:
+    """Klein's rows keep their padding, Qwen-Image-Edit reads a prompt beside its picture, and Krea's template has a
+    number of tokens that only its own tokenizer makes of it.
+    """
+    codec, texts = tinies(name).codec, ["fox", "a red fox"]
+    assert codec.lengths(texts) == [len(row["text"]) for row in codec.encode_text(texts)]
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "prompts", "message"),
     [
