@@ -46,7 +46,7 @@ def check_conditions_of(codec: Codec, prompts: Sequence[str], rows: Sequence[Con
             require(tensor.device.type == "cpu", f"{where} is on {tensor.device}, not on the CPU")
             same = name in alone and tensor.shape == alone[name].shape and near(tensor, alone[name])
             require(same, f"{where} depends on the prompts beside it; rows are unpadded, `batch` pads")
-    return f"{len(prompts)} prompts, each encoded as alone"
+    return f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}, each encoded as alone"
 
 
 @torch.no_grad()
