@@ -383,7 +383,8 @@ def test_the_commands_say_what_they_did_and_what_comes_next(
     lines = said("prune", str(run), new, "--dry-run").splitlines()
     assert lines[0].startswith("/run: 3 checkpoints, 0.00") and lines[0].endswith(" GB would be removed")
     assert lines[1].endswith("GB would be removed") and lines[2].startswith("in all 0.00")
-    assert said("prune", str(tmp_path), status=2).startswith("phased-dmd: : not a run folder")
+    assert said("prune", str(run), str(tmp_path), status=2).startswith("phased-dmd: : not a run folder")
+    assert len(checkpoints(run)) == 3
 
 
 def test_a_checkpoint_of_a_phase_that_others_follow_is_not_exported(made: Path, tmp_path: Path) -> None:

@@ -71,8 +71,11 @@ def prune(
     Checkpoints of phases that are done (a finished run keeps its last), kept failures, what was half written, and the
     teacher's trajectories of finished runs.
     """
+    from phased_dmd.checkpoint import RunFolder
     from phased_dmd.onward import prune as remove
 
+    for run in runs:  # before anything is removed
+        RunFolder(run).config()
     total = 0
     for run in runs:
         pruned = remove(run, everything, dry_run)
