@@ -21,7 +21,7 @@ def line(iteration: int, teacher: float, fake: float, cosine: float = 1.0, **mor
     """A line of phase 1, where teacher and fake err by these lengths, at an angle of this cosine."""
     gap = teacher**2 + fake**2 - 2 * cosine * teacher * fake
     figures = {"teacher_error": UNKNOWN + teacher**2, "fake_error": UNKNOWN + fake**2, "gap": gap, "size": 0.5}
-    row = {"phase": 1, "iteration": iteration, **figures, "clipped": 0.0, "fake_step": 1e-3}
+    row = {"phase": 1, "iteration": iteration, **figures, "clipped": 0.0, "fake_step": 1e-3, "generator_step": 0.02}
     return row | {"fake_gain": health.gain([figures]), "distance": health.distance([figures])} | more
 
 
@@ -100,6 +100,7 @@ def test_a_healthy_run_is_left_alone() -> None:
     (lines(5, 0.1, 0.25, cosine=0.0), "fake rate"),
     (lines(5, 0.1, 0.2, cosine=1.0), "target"),
     ([line(i, 0.02 * 2**i, 0.005) for i in range(1, 6)], "generator rate"),
+    (lines(1, 0.1, 0.05, generator_step=0.2), "generator rate"),
     (lines(3, 0.1, 0.1, cosine=0.5, fake_step=1e-13), "still"),
     (lines(3, 0.1, 0.05, size=140.0), "overflow"),
     (lines(5, 0.1, 0.05, clipped=1.0), "clipped"),

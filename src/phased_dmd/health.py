@@ -118,6 +118,7 @@ SIGMAS = 2.5  # standard errors that a gain must lie beyond a bound
 STILL = 1e-9  # of a tensor's norm: an update of the fake that rounding swallows
 BIASED = -1.25  # a gain below what errs at random, -1 at the least
 FARTHER, OPENED = 1.5, 2.0  # times the phase's first distance and gap; a fake that begins to follow opens the gap alone
+STRIDE = 0.125  # of a matrix's norm: more than an update can change of it and leave it what it was
 OVERFLOW = 25.0  # mean square of predicted latents, which a VAE scales to about 1
 CLIPPED = 0.9  # share of updates
 DEPARTURE = 2.0  # times the recipe's own
@@ -144,6 +145,11 @@ def _lags(low: float, high: float) -> Callable[[Sequence[Row], Config], str | No
         return f"fake_gain is {found:.2f}, give or take {error:.2f}, where 1 is right"
 
     return sign
+
+
+def _strides(rows: Sequence[Row], config: Config) -> str | None:
+    widest = max((row["generator_step"] for row in rows if row.get("generator_step") is not None), default=0.0)
+    return f"an update changes the first matrix by {widest:.2g} of itself" if widest > STRIDE else None
 
 
 def _moves_away(rows: Sequence[Row], config: Config) -> str | None:
@@ -193,7 +199,7 @@ RULES = (
     Rule("fake rate", "the fake denoises the generator's samples worse than the teacher does: lower fake.lr",
          _lags(BIASED, 0.0)),
     Rule("generator rate", "the generator moves away from the teacher: lower generator.lr, or raise fake.updates",
-         _moves_away),
+         lambda rows, config: _strides(rows, config) or _moves_away(rows, config)),
     Rule("clipped", "nearly all updates of the generator are clipped: lower generator.lr, or raise optimiser.clip",
          _is_clipped),
     Rule("guidance", "samples will be over-saturated if guidance is too high",
