@@ -90,7 +90,7 @@ def page(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> str:
     lines = [
         "# The verdict on a run's health, on runs that were spoilt on purpose", "",
         f"`python benchmarks/health.py --seeds {' '.join(map(str, seeds))}`: {len(rows)} runs of {', '.join(RECIPES)}, "
-        "shortened. The rules and their thresholds were set on seeds 100, 101 and 200, of nano-t2i-fast for the most part.", "",
+        "shortened. The rules and their thresholds were set on seeds 100, 101 and 200.", "",
         f"**Spoilt: {right[0]} of {len(spoilt)} named rightly before half of their updates. "
         f"Good: {right[1]} of {len(good)} left alone.**", "",
         "A number is how many runs were told that cause; in bold, where it is right.", "",
