@@ -231,15 +231,13 @@ def _place(page: Page) -> tuple[int, int]:
 
 
 def _reach(pages: list[Page], place: tuple[int, int]) -> None:
-    """Waits until all pages show a place of the run or a later one, and must see several on the way."""
-    seen: set[tuple[int, int]] = set()
-
-    def there() -> bool:
-        seen.add(_place(pages[0]))
-        return all(_place(page) >= place for page in pages)
-
-    wait(there, f"the figures stop at {_place(pages[0])}, before {place}")
-    expect(len(seen) > 2, f"the figures do not move: {sorted(seen)}")
+    """Follows all pages until they show a place of the run or a later one; they must move, and show others before."""
+    steps = 0
+    while not all(_place(page) >= place for page in pages):
+        last = [_place(page) for page in pages]
+        wait(lambda last=last: [_place(page) for page in pages] != last, f"the figures stop at {last}, before {place}")
+        steps += 1
+    expect(steps > 2, f"the figures do not move on the way to {place}")
 
 
 def _check_previews(page: Page, device: str, folder: Path) -> None:
