@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import pvariance
+from statistics import fmean, pvariance
 from typing import Any
 
 from torch import Tensor
@@ -116,9 +116,9 @@ class Rule:
 # fitted to it: where the generator is right from the start, all that is seen is how well it was fitted.
 SIGMAS = 2.5  # standard errors that a gain must lie beyond a bound
 STILL = 1e-9  # of a tensor's norm: an update of the fake that rounding swallows
-BIASED = -1.25  # a gain below what errs at random, -1 at the least
+BIASED, WIDER = -1.25, 1.2  # a gain below that of random errors, -1 at the least; a phase's second half over its first
 FARTHER, OPENED = 1.5, 2.0  # times the phase's first distance and gap; a fake that begins to follow opens the gap alone
-STRIDE = 0.125  # of a matrix's norm: more than an update can change of it and leave it what it was
+STRIDE, FULL_STRIDE = 0.125, 0.006  # of a matrix's norm: more than an update may change of an adapter's, or a network's
 OVERFLOW = 25.0  # mean square of predicted latents, which a VAE scales to about 1
 CLIPPED = 0.9  # share of updates
 DEPARTURE = 2.0  # times the recipe's own
@@ -134,22 +134,47 @@ def _scored(rows: Sequence[Row], config: Config) -> list[Row]:
     return [row for row in rows if row.get("gap")] if not isinstance(config.teacher, AnalyticTeacher) else []
 
 
-def _lags(low: float, high: float) -> Callable[[Sequence[Row], Config], str | None]:
-    """Returns a sign for a gain that is surely below 0, and between the two bounds."""
+def _surely_behind(rows: Sequence[Row], config: Config) -> float | None:
+    """Returns the gain of a phase if it is surely below 0."""
+    seen = _scored(rows, config)
+    found, error = gain(seen), spread(seen)
+    return None if found is None or found + SIGMAS * error >= 0 else found
 
-    def sign(rows: Sequence[Row], config: Config) -> str | None:
-        seen = _scored(rows, config)
-        found, error = gain(seen), spread(seen)
-        if found is None or found + SIGMAS * error >= 0 or not low <= found < high:
-            return None
-        return f"fake_gain is {found:.2f}, give or take {error:.2f}, where 1 is right"
 
-    return sign
+def _is_drawn_away(rows: Sequence[Row], config: Config) -> str | None:
+    found, gaps = _surely_behind(rows, config), [row["gap"] for row in _scored(rows, config)]
+    if found is None or found >= BIASED:
+        return None
+    half = len(gaps) // 2
+    opened = fmean(gaps[-half:]) / fmean(gaps[:half])
+    return f"fake_gain is {found:.2f}, and the gap opens, {opened:.1f} times" if opened > WIDER else None
+
+
+def _rushes(rows: Sequence[Row], config: Config) -> str | None:
+    bound, widest = _stride(config, config.fake.weights), _widest(rows, "fake_step")
+    found = _surely_behind(rows, config)
+    if widest > bound or (found is not None and widest > bound / 2):
+        worse = "" if found is None else f", and fake_gain is {found:.2f}"
+        return f"an update changes its first matrix by {widest:.2g} of itself{worse}"
+    return None
 
 
 def _strides(rows: Sequence[Row], config: Config) -> str | None:
-    widest = max((row["generator_step"] for row in rows if row.get("generator_step") is not None), default=0.0)
-    return f"an update changes the first matrix by {widest:.2g} of itself" if widest > STRIDE else None
+    widest = _widest(rows, "generator_step")
+    wide = widest > _stride(config, config.generator.weights)
+    return f"an update changes its first matrix by {widest:.2g} of itself" if wide else None
+
+
+def _widest(rows: Sequence[Row], name: str) -> float:
+    """Returns the longest logged step of a network."""
+    return max((row[name] for row in rows if row.get(name) is not None), default=0.0)
+
+
+def _stride(config: Config, weights: str) -> float:
+    """Returns what an update may change of a matrix: no bound for networks that are no pipeline's, which may be tiny."""
+    if not isinstance(config.teacher, PipelineTeacher):
+        return math.inf
+    return STRIDE if weights == "lora" else FULL_STRIDE
 
 
 def _moves_away(rows: Sequence[Row], config: Config) -> str | None:
@@ -195,9 +220,8 @@ RULES = (
     Rule("overflow", "numbers grow towards overflow: lower generator.lr", _grows),
     Rule("still", "the fake stands still: raise fake.lr", _stands_still),
     Rule("target", "the fake is drawn away from the generator's samples: is its target right? "
-         "ablation.target=unbiased is", _lags(-math.inf, BIASED)),
-    Rule("fake rate", "the fake denoises the generator's samples worse than the teacher does: lower fake.lr",
-         _lags(BIASED, 0.0)),
+         "ablation.target=unbiased is", _is_drawn_away),
+    Rule("fake rate", "the fake learns too fast to stay right: lower fake.lr", _rushes),
     Rule("generator rate", "the generator moves away from the teacher: lower generator.lr, or raise fake.updates",
          lambda rows, config: _strides(rows, config) or _moves_away(rows, config)),
     Rule("clipped", "nearly all updates of the generator are clipped: lower generator.lr, or raise optimiser.clip",
