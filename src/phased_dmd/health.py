@@ -171,7 +171,7 @@ def _widest(rows: Sequence[Row], name: str) -> float:
 
 
 def _stride(config: Config, weights: str) -> float:
-    """Returns what an update may change of a matrix: no bound for networks that are no pipeline's, which may be tiny."""
+    """Returns what an update may change of a matrix; there is no bound for a network that is no pipeline's."""
     if not isinstance(config.teacher, PipelineTeacher):
         return math.inf
     return STRIDE if weights == "lora" else FULL_STRIDE
