@@ -166,11 +166,11 @@ def test_an_export_that_is_read_and_exported_again_has_the_same_bytes(
 ) -> None:
     """The experts that `load` reads of an export, put into a run of the export's own configuration."""
     export(make(name), tmp_path / "first", dtype=dtype)
-    config, experts = read_export(tmp_path / "first", str(workshop / "teachers" / name))
+    trained = read_export(tmp_path / "first", str(workshop / "teachers" / name))
     folder = RunFolder(tmp_path / "run")
     for phase in (1, 2):
-        save_tensors(folder.expert_path(phase), experts(phase), {"phase": phase})
-    folder.config_path.write_text(config.model_dump_json())
+        save_tensors(folder.expert_path(phase), trained.experts(phase), {"phase": phase})
+    folder.config_path.write_text(trained.config.model_dump_json())
     export(folder.path, tmp_path / "again", dtype=dtype)
     first, again = ([path.read_bytes() for path in lora_files(tmp_path / each)] for each in ("first", "again"))
     assert len(first) == 2 and first == again
