@@ -223,12 +223,12 @@ class Counted(Sampler):
 
     def __init__(self, sampler: Sampler, stopped_in: int = 0) -> None:
         super().__init__(sampler.system, sampler.codec)
-        self.calls: list[int] = []
+        self.asked: list[int] = []
         self.stopped_in = stopped_in
 
     def __call__(self, prompts: Any, seeds: Sequence[int], teacher_steps: int | None = None) -> Tensor:
-        self.calls.append(len(seeds))
-        if len(self.calls) == self.stopped_in:
+        self.asked.append(len(seeds))
+        if len(self.asked) == self.stopped_in:
             raise KeyboardInterrupt
         return super().__call__(prompts, seeds, teacher_steps)
 
@@ -239,10 +239,10 @@ def test_the_base_is_sampled_once_and_goes_on_where_it_was_stopped(nano: Path, t
     with pytest.raises(KeyboardInterrupt):
         Base(sampler, tmp_path).samples(prompts, seeds, 2)
     found = Base(sampler, tmp_path).samples(prompts, seeds, 2)
-    assert sampler.calls == [64, 64, 64, 2]  # the first batch was kept
+    assert sampler.asked == [64, 64, 64, 2]  # the first batch was kept
     other = Counted(load(nano))
     again = Base(other, tmp_path).samples(prompts, seeds, 2)
-    assert not other.calls and found.calls == again.calls == 4 and found.key == again.key
+    assert not other.asked and found.calls == again.calls == 4 and found.key == again.key
     assert torch.equal(found.pixels(everything), again.pixels(everything))
     alone = sampler.decode(sampler(prompts[:1], [129], 2))
     assert torch.allclose(found.pixels([129]), alone, atol=1e-4)
