@@ -196,8 +196,8 @@ def _grows(rows: Sequence[Row], config: Config) -> str | None:
 
 
 def _is_clipped(rows: Sequence[Row], config: Config) -> str | None:
-    share = sum(row["clipped"] for row in rows) / len(rows)
-    return f"{share:.0%} of its updates" if len(rows) > 3 and share > CLIPPED else None
+    shares = [row["clipped"] for row in rows if row.get("clipped") is not None]
+    return f"{fmean(shares):.0%} of its updates" if len(shares) > 3 and fmean(shares) > CLIPPED else None
 
 
 def _departs(field: str, value: Callable[[Config], float]) -> Callable[[Sequence[Row], Config], str | None]:
