@@ -61,9 +61,9 @@ def blocks(page: Path) -> list[Block]:
     """Those of a page that begin with a command; files, and what programs print, stand in blocks too."""
     found = []
     for before, language, text in fences(page):
-        lines = re.sub(r" && |&$", "\n", text.replace("\\\n", " "), flags=re.MULTILINE).splitlines()
-        commands = [words for line in lines if (words := shlex.split(line, comments=True))]
-        if not language and commands and commands[0][0].startswith(("phased-dmd", *OTHERS)):
+        if not language and text.lstrip().startswith(("phased-dmd", *OTHERS)):
+            lines = re.sub(r" && |&$", "\n", text.replace("\\\n", " "), flags=re.MULTILINE).splitlines()
+            commands = [words for line in lines if (words := shlex.split(line, comments=True))]
             above = before.rstrip().rsplit("\n\n", 1)[-1]
             found.append(Block(page, re.fullmatch(r"\*Needs: .+\*", above, re.DOTALL) is not None, commands))
     return found
@@ -102,8 +102,9 @@ def lay_out(words: list[str]) -> None:
         path = Path(word)
         if word.startswith("-") or word in RECIPES or path.is_absolute() or " " in word or "," in word:
             continue
-        if path.suffix in {".yaml", *PROMPTS, ".safetensors", ".png"}:
-            path.write_text(PROMPTS.get(path.suffix, "recipe: nano-t2i\n"))
+        if path.suffix in {".yaml", ".json", *PROMPTS, ".safetensors", ".png"}:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(PROMPTS.get(path.suffix, '{"recipe": "nano-t2i"}\n'))
         else:
             path.mkdir(parents=True, exist_ok=True)
 
