@@ -42,7 +42,7 @@ def make_curves(groups: Sequence[Group]) -> str:
     phases, colour_of, curves = max(group.runs[0].config.plan.phases for group in groups), colours(groups), []
     for group in groups:
         for run, key, phase in itertools.product(group.runs, LINES, range(1, phases + 1)):
-            rows = [row for row in run.metrics if row["phase"] == phase and row.get(key)]  # log axes have no place for 0
+            rows = [row for row in run.metrics if row["phase"] == phase and row.get(key)]  # a log has no 0
             if rows:
                 x, y = (tuple(row[name] for row in rows) for name in ("iteration", key))
                 curves.append(Curve(key, phase, colour_of[group.label], x, y))
