@@ -240,12 +240,12 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner | None) -> 
         while at.iteration < iterations:
             started, cpu_started = time.perf_counter(), time.process_time()
             rollouts: States = {}  # what the updates of this iteration share of them
-            logs = logs_after(config, at)
+            logs = (at.iteration + 1) % config.log_every == 0 or at.iteration + 1 == iterations
 
             # The fake follows the generator, then the expert is updated against it.
             for update in range(at.update + 1, fake_updates() + 1):
                 assert fake is not None
-                loss, norm, seen = train_step(job, at, update, fake, fake_loss, rollouts, state)
+                loss, norm, seen = train_step(job, at, update, fake, fake_loss, rollouts, state, logs)
                 if norm is not None:
                     at.fake_norm, at.fake_step = norm, seen.get(STEP, at.fake_step)
                     at.fake_losses.append(loss)
@@ -254,7 +254,7 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner | None) -> 
                 leave_if_asked(job, at, state)
             with job.system.roles.following(expert.role, config.fake.pull):
                 loss_of = expert_loss if fake_updates() else regression_loss
-                loss, norm, figures = train_step(job, at, EXPERT_UPDATE, expert, loss_of, rollouts, state)
+                loss, norm, figures = train_step(job, at, EXPERT_UPDATE, expert, loss_of, rollouts, state, logs)
             at.clipped += norm is not None and norm > config.optimiser.clip
             generator_step = figures.pop(STEP, None)
             health.add(at.figures, figures)
@@ -287,12 +287,12 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner | None) -> 
 
 def train_step(
     job: Job, at: Position, update: int, learner: Learner, loss_of: Callable[[Batch, States], Loss], rollouts: States,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor], measured: bool = False,
 ) -> tuple[float, float | None, dict[str, float | None]]:  # fmt: skip
     """Makes one update of a network: forward and backward of every micro-batch, then clip and optimiser step.
 
     Returns the loss over all processes, the gradient's norm before it was clipped, or None for an update that was left
-    out, see `on_non_finite`, and the loss's figures over all processes, with the size of the step before a line.
+    out, see `on_non_finite`, and the loss's figures over all processes; measured: with the size of the step.
     """
     system, config, seen, figures = job.system, job.system.config, [], {}
     with system.roles.active(learner.role):  # which adapter is on is a state of the network: backward needs it, too
@@ -312,21 +312,14 @@ def train_step(
         norm = learner.checked_norm(mean_loss, f"phase {at.phase}, iteration {at.iteration}")
         learner.clip(norm)
         found: dict[str, float | None] = dict(zip(figures, means, strict=True))
-        if logs_after(config, at):
-            found[STEP] = learner.step(at.iteration, measured=True)
-        else:
-            learner.step(at.iteration)
+        if (size := learner.step(at.iteration, measured)) is not None:
+            found[STEP] = size
         return mean_loss, norm.item(), found
     except NonFiniteError as error:
         on_non_finite(job, error, at, state)
         return mean_loss, None, dict.fromkeys(figures)
     finally:
         learner.optimiser.zero_grad()
-
-
-def logs_after(config: Config, at: Position) -> bool:
-    """Says whether a line of metrics follows the iteration that is being made."""
-    return (at.iteration + 1) % config.log_every == 0 or at.iteration + 1 == config.phase_iterations(at.phase)
 
 
 def tell_health(job: Job, phase: int, told: set[str]) -> None:
