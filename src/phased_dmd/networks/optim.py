@@ -160,9 +160,10 @@ class Learner:
             torch._foreach_lerp_(averages, [_own(p.detach()) for p in self.parameters.values()], 1 - self.ema_decay)
         if before is None:
             return None
-        norms = (matrix - before).norm(), before.norm()
-        change, size = (float(x.full_tensor() if isinstance(x, DTensor) else x) for x in norms)
-        return change / size if size else None
+        change, size = (matrix - before).norm(), before.norm()
+        if isinstance(change, DTensor) and isinstance(size, DTensor):
+            change, size = change.full_tensor(), size.full_tensor()
+        return (change / size).item() if size else None
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
