@@ -128,6 +128,7 @@ class Learner:
         self.optimiser = MomentumFreeAdamW(
             parameters.values(), lr, second_moment=second_moment, seed=seed_of(seed, role)
         )
+        self._matrix = max(parameters.values(), key=lambda p: p.ndim)  # the first of them
         self.ema = {name: p.detach().clone() for name, p in parameters.items()} if ema is not None else None
 
     def checked_norm(self, loss: float, where: str) -> Tensor:
@@ -150,7 +151,7 @@ class Learner:
 
         Returns, if measured, how far the first matrix among them went, as the norm of its change over its own norm.
         """
-        matrix = max(self.parameters.values(), key=lambda p: p.ndim).detach()
+        matrix = self._matrix.detach()
         before = matrix.clone() if measured else None
         for group in self.optimiser.param_groups:
             group["lr"] = decayed(self.lr, self.config.decay, iteration, self.iterations)
