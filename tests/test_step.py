@@ -30,7 +30,7 @@ from phased_dmd.networks.build import add_expert, add_fake, build_system, remove
 from phased_dmd.networks.roles import FAKE, TEACHER, expert_role
 from phased_dmd.plan.work import phase_work
 from phased_dmd.recipes import resolve
-from phased_dmd.step import EXPERT_UPDATE, Batch, States, draw, expert_loss, fake_loss, last_x0, roll_out
+from phased_dmd.step import EXPERT_UPDATE, Batch, States, draw, expert_loss, fake_loss, last_x0, roll_out, thirds
 from phased_dmd.train import distill
 
 QUICK = {
@@ -464,3 +464,17 @@ def test_with_every_lever_off_the_draws_are_what_they_always_were(
     found = batch.first_noise(), batch.eps, batch.t, roll_out(batch, len(batch.path), {})
     for tensor, numbers in zip(found, (start, eps, t, x_s), strict=True):
         assert tensor.flatten().tolist() == pytest.approx(numbers, abs=1e-6)
+
+
+def test_a_figure_is_split_by_the_thirds_of_the_phases_times() -> None:
+    """Of (.4, 1): .5 and .59 in the first, .61 in the second, .81 and the end in the third."""
+    t = torch.tensor([0.5, 0.59, 0.61, 0.81, 1.0], dtype=torch.float64)
+    interval = SimpleNamespace(low=0.4, high=1.0)
+    batch: Any = SimpleNamespace(system=SimpleNamespace(intervals=[interval]), phase=1, t=t)
+    found = thirds(batch, torch.arange(1.0, 6.0))
+    assert {name: of_each.tolist() for name, of_each in found.items()} == {
+        "fake_error_1": [1, 2, 0, 0, 0], "share_1": [1, 1, 0, 0, 0], "fake_error_2": [0, 0, 3, 0, 0],
+        "share_2": [0, 0, 1, 0, 0], "fake_error_3": [0, 0, 0, 4, 5], "share_3": [0, 0, 0, 1, 1],
+    }  # fmt: skip
+    interval.high = interval.low  # one time for all
+    assert thirds(batch, torch.ones(5))["share_1"].sum() + thirds(batch, torch.ones(5))["share_3"].sum() == 5

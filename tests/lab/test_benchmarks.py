@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import cost_page
+import health
 import performance
 import pytest
 from contests import CONTESTS, FAST, PAPER, key
@@ -139,3 +140,36 @@ def test_what_decides_are_the_seeds_of_the_contest(contest, tmp_path: Path) -> N
     budget = Budget(len(contest.seeds), contest.samples, first=contest.seeds.start)
     asked = plan_runs(contest.recipe, contest.variants(PAPER), budget, tmp_path)
     assert {run.config.seed for run in asked.values()} == set(contest.seeds)
+
+
+def test_a_spoilt_run_is_named_rightly_by_a_right_cause_first_and_before_half_of_it() -> None:
+    def right(kind: str, **named: float) -> bool:
+        causes = {name.replace("_", " "): share for name, share in named.items()}
+        return health.is_right({"kind": kind, "named": causes})
+
+    assert right("as it is") and not right("as it is", shift=0.1)
+    assert right("fake.lr x 10", fake_rate=0.4, generator_rate=0.5) and not right("fake.lr x 10")
+    assert not right("fake.lr x 10", fake_rate=0.6) and not right("fake.lr x 10", fake_rate=0.4, target=0.1)
+    assert right("both rates x 10", generator_rate=0.1) and right(health.BIASED, target=0.2)
+
+
+def test_what_a_run_is_spoilt_with_is_a_multiple_of_its_recipes_own() -> None:
+    for recipe in health.RECIPES:
+        own = health.config_of(recipe, "as it is", 7)
+        assert health.config_of(recipe, "guidance x 3", 7).teacher.guidance == tuple(  # type: ignore[union-attr]
+            3 * g
+            for g in own.teacher.guidance  # type: ignore[union-attr]
+        )
+        assert health.config_of(recipe, "both rates x 10", 7).fake.lr == pytest.approx(10 * own.fake.lr)
+        assert health.config_of(recipe, health.BIASED, 7).ablation.target == "biased" and own.seed == 7
+
+
+def test_the_verdicts_page_counts_runs_by_kind_and_cause() -> None:
+    rows = [
+        {"kind": "as it is", "named": {}}, {"kind": "as it is", "named": {"shift": 0.1}},
+        {"kind": "fake.lr x 10", "named": {"fake rate": 0.1}}, {"kind": "fake.lr x 10", "named": {}},
+    ]  # fmt: skip
+    text = health.page(rows, [7])
+    assert "Spoilt: 1 of 2 named rightly" in text and "Good: 1 of 2 left alone" in text
+    assert "| as it is | 2 | 1 |  |  |  |  |  |  |  | 1 |" in text
+    assert "| fake.lr x 10 | 2 | 1 |  |  |  | **1** |  |  |  |  |" in text

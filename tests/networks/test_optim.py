@@ -93,6 +93,16 @@ def test_an_update_launches_as_much_for_many_tensors_as_for_few() -> None:
     assert launched(200) == launched(3) < 25
 
 
+def test_a_measured_step_is_that_of_the_first_matrix_over_its_norm() -> None:
+    """AdamW's first step without momentum: lr times the sign, and the decay; of weights of 2 it is (.1 + .002) / 2."""
+    weights = {"bias": nn.Parameter(torch.full((3,), 9.0)), "matrix": nn.Parameter(torch.full((3, 2), 2.0))}
+    learner = Learner("fake", weights, Optimiser(), lr=0.1)
+    for p in weights.values():
+        p.grad = torch.ones_like(p)
+    assert learner.step(0, measured=True) == pytest.approx((0.1 + 0.1 * 0.01 * 2) / 2, rel=1e-5)
+    assert learner.step(1) is None
+
+
 def test_stores_no_first_moment() -> None:
     net = Net(torch.float32)
     optimiser = MomentumFreeAdamW(net.parameters(), lr=1e-3)
