@@ -32,7 +32,8 @@ def join_phases(run: Path, phases: int) -> None:
     if not parts.exists():
         return
     for name in LOGS:
-        write_atomically(run / name, encode_log(joined_log(run, phases, name)))
+        if lines := encode_log(joined_log(run, phases, name)):  # of pictures there need be none
+            write_atomically(run / name, lines)
     for phase in range(1, phases + 1):
         own = part_of(run, phase)
         kept = {path: path.relative_to(own) for kind in ("checkpoints", "failures") for path in own.glob(f"{kind}/p*")}
