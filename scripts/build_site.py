@@ -118,7 +118,7 @@ def main() -> None:
     config = (ROOT / "mkdocs.yml").read_text("utf-8").replace("paths: [src]", f"paths: [{ROOT / 'src'}]")
     CONFIG.write_text(f"{config}\ndocs_dir: {PAGES.name}\nsite_dir: {SITE.name}\n{navigation(index)}\n", "utf-8")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", CONFIG.name]
-    done = subprocess.run(command, cwd=BUILD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, cwd=BUILD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
     if done.returncode:
         sys.exit(done.stdout)
     for page in PAGES.rglob("*.md"):

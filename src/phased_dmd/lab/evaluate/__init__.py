@@ -58,12 +58,12 @@ def evaluate(
     for subject in dict.fromkeys(map(Path, subjects)):
         path, reference = (output or results_of(subject)) / "evaluation.json", Reference.of(subject)
         about: dict[str, Any] = {"subject": str(subject), "protocol": json.loads(json.dumps(asdict(protocol)))}
-        about["experts"] = experts_made_by(subject)
         is_folder = not (reference or RunFolder(subject).config_path.exists() or (subject / EXPORT).exists())
-        sought = {key: value for key, value in about.items() if key != "subject" or output is not None}
-        if not (again or is_folder) and (known := _known(path, sought)):
-            done[str(subject)] = known
-            continue
+        if not (again or is_folder) and path.exists():
+            sought = {"experts": experts_made_by(subject), "protocol": about["protocol"]}
+            if known := _known(path, sought | ({"subject": str(subject)} if output is not None else {})):
+                done[str(subject)] = known
+                continue
         if is_folder:
             found = _of_folder(subject, base, protocol, path.parent)
         else:
@@ -73,7 +73,7 @@ def evaluate(
                 sampler = load(subject, own, teacher, protocol.bucket)
                 show(1)
             found = _of_sampler(sampler, protocol, path.parent, kept, seen)
-        done[str(subject)] = about | found
+        done[str(subject)] = about | {"experts": experts_made_by(subject)} | found
         write_atomically(path, (json.dumps(done[str(subject)], indent=1) + "\n").encode())
     return done
 
