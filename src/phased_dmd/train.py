@@ -52,8 +52,6 @@ from phased_dmd.step import (
 )
 from phased_dmd.trackers import Trackers
 
-STEP = "step"  # among an update's figures: the size of the change it made
-
 
 @dataclass
 class Position:
@@ -66,11 +64,15 @@ class Position:
     update: int = 0  # updates of the fake done in the next one
     fake_losses: list[float] = field(default_factory=list)
     fake_norm: float | None = None
-    fake_step: float | None = None
+    fake_step: float | Tensor | None = None  # still on the device, until a line or a checkpoint needs it
     clipped: int = 0
     counted: int = 0  # iterations since the last line, of which `clipped` were
     skipped: int = 0
     figures: dict[str, float] = field(default_factory=dict)  # sums since the last line, see `health.add`
+
+    def plain(self) -> dict[str, Any]:
+        """Returns it as JSON holds it; waits for the device."""
+        return asdict(replace(self, fake_step=None if self.fake_step is None else float(self.fake_step)))
 
 
 @dataclass(frozen=True)
@@ -245,18 +247,19 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner | None) -> 
             # The fake follows the generator, then the expert is updated against it.
             for update in range(at.update + 1, fake_updates() + 1):
                 assert fake is not None
-                loss, norm, seen = train_step(job, at, update, fake, fake_loss, rollouts, state, logs)
+                loss, norm, _, step = train_step(job, at, update, fake, fake_loss, rollouts, state, logs)
                 if norm is not None:
-                    at.fake_norm, at.fake_step = norm, seen.get(STEP, at.fake_step)
+                    at.fake_norm, at.fake_step = norm, at.fake_step if step is None else step
                     at.fake_losses.append(loss)
                 at.update = update
                 save_if_due(job, at, state)
                 leave_if_asked(job, at, state)
             with job.system.roles.following(expert.role, config.fake.pull):
                 loss_of = expert_loss if fake_updates() else regression_loss
-                loss, norm, figures = train_step(job, at, EXPERT_UPDATE, expert, loss_of, rollouts, state, logs)
+                loss, norm, figures, generator_step = train_step(
+                    job, at, EXPERT_UPDATE, expert, loss_of, rollouts, state, logs
+                )
             at.clipped += norm is not None and norm > config.optimiser.clip
-            generator_step = figures.pop(STEP, None)
             health.add(at.figures, figures)
             fake_losses = sum(at.fake_losses) / len(at.fake_losses) if at.fake_losses else None
             at.iteration, at.update, at.fake_losses, at.counted = at.iteration + 1, 0, [], at.counted + 1
@@ -269,7 +272,8 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner | None) -> 
                 row = {
                     "phase": phase, "iteration": at.iteration, "fake_loss": fake_losses,
                     "generator_loss": None if norm is None else loss, "fake_gradient_norm": at.fake_norm,
-                    "generator_gradient_norm": norm, "fake_step": at.fake_step, "generator_step": generator_step,
+                    "generator_gradient_norm": norm, "fake_step": at.plain()["fake_step"],
+                    "generator_step": None if generator_step is None else generator_step.item(),
                     "clipped": at.clipped / at.counted, **health.line(at.figures),
                 }  # fmt: skip
                 row |= {"skipped": at.skipped} if config.skips else {}
@@ -288,11 +292,11 @@ def train_phase(job: Job, phase: int, expert: Learner, fake: Learner | None) -> 
 def train_step(
     job: Job, at: Position, update: int, learner: Learner, loss_of: Callable[[Batch, States], Loss], rollouts: States,
     state: Mapping[str, Tensor], measured: bool = False,
-) -> tuple[float, float | None, dict[str, float | None]]:  # fmt: skip
+) -> tuple[float, float | None, Mapping[str, float | None], Tensor | None]:  # fmt: skip
     """Makes one update of a network: forward and backward of every micro-batch, then clip and optimiser step.
 
     Returns the loss over all processes, the gradient's norm before it was clipped, or None for an update that was left
-    out, see `on_non_finite`, and the loss's figures over all processes; measured: with the size of the step.
+    out, see `on_non_finite`, the loss's figures over all processes, and if measured the size of the step.
     """
     system, config, seen, figures = job.system, job.system.config, [], {}
     with system.roles.active(learner.role):  # which adapter is on is a state of the network: backward needs it, too
@@ -311,13 +315,11 @@ def train_step(
     try:
         norm = learner.checked_norm(mean_loss, f"phase {at.phase}, iteration {at.iteration}")
         learner.clip(norm)
-        found: dict[str, float | None] = dict(zip(figures, means, strict=True))
-        if (size := learner.step(at.iteration, measured)) is not None:
-            found[STEP] = size
-        return mean_loss, norm.item(), found
+        step = learner.step(at.iteration, measured)
+        return mean_loss, norm.item(), dict(zip(figures, means, strict=True)), step
     except NonFiniteError as error:
         on_non_finite(job, error, at, state)
-        return mean_loss, None, dict.fromkeys(figures)
+        return mean_loss, None, dict.fromkeys(figures), None
     finally:
         learner.optimiser.zero_grad()
 
@@ -349,7 +351,7 @@ def on_non_finite(job: Job, error: NonFiniteError, at: Position, state: Mapping[
         warn(f"{error}; left out, {at.skipped} of at most {most} in this phase")
         return
     try:
-        kept = f"the state before it is in {job.run.save_failure(asdict(at), state)}"
+        kept = f"the state before it is in {job.run.save_failure(at.plain(), state)}"
     except UserError as problem:
         kept = str(problem)
     config = job.system.config
@@ -366,7 +368,7 @@ def save_if_due(job: Job, at: Position, state: Mapping[str, Tensor], always: boo
 
 def save(job: Job, at: Position, state: Mapping[str, Tensor]) -> None:
     """Makes a checkpoint, and removes those that need not be kept any more."""
-    job.run.save_checkpoint(asdict(at), state, *job.system.config.kept)
+    job.run.save_checkpoint(at.plain(), state, *job.system.config.kept)
 
 
 def leave_if_asked(job: Job, at: Position, state: Mapping[str, Tensor]) -> None:

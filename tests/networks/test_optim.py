@@ -93,13 +93,28 @@ def test_an_update_launches_as_much_for_many_tensors_as_for_few() -> None:
     assert launched(200) == launched(3) < 25
 
 
+class Waits(TorchDispatchMode):
+    """Counts where a number is asked of the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
 def test_a_measured_step_is_that_of_the_first_matrix_over_its_norm() -> None:
     """AdamW's first step without momentum: lr times the sign, and the decay; of weights of 2 it is (.1 + .002) / 2."""
     weights = {"bias": nn.Parameter(torch.full((3,), 9.0)), "matrix": nn.Parameter(torch.full((3, 2), 2.0))}
     learner = Learner("fake", weights, Optimiser(), lr=0.1)
     for p in weights.values():
         p.grad = torch.ones_like(p)
-    assert learner.step(0, measured=True) == pytest.approx((0.1 + 0.1 * 0.01 * 2) / 2, rel=1e-5)
+    with Waits() as waits:
+        step = learner.step(0, measured=True)
+    assert isinstance(step, Tensor) and step.item() == pytest.approx((0.1 + 0.1 * 0.01 * 2) / 2, rel=1e-5)
+    assert waits.count == 0, "a number is read where a line is written, not in the update"
     assert learner.step(1) is None
 
 

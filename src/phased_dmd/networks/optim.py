@@ -146,10 +146,11 @@ class Learner:
         if norm + CLIP_EPS > self.config.clip:  # else it would multiply all gradients by 1
             clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
 
-    def step(self, iteration: int, measured: bool = False) -> float | None:
+    def step(self, iteration: int, measured: bool = False) -> Tensor | None:
         """Updates the weights at the learning rate of this iteration (from 0), and their average.
 
-        Returns, if measured, how far the first matrix among them went, as the norm of its change over its own norm.
+        Returns, if measured, how far the first matrix among them went, as the norm of its change over its own norm: a
+        tensor on the device, which is not waited for.
         """
         matrix = self._matrix.detach()
         before = matrix.clone() if measured else None
@@ -164,7 +165,7 @@ class Learner:
         change, size = (matrix - before).norm(), before.norm()
         if isinstance(change, DTensor) and isinstance(size, DTensor):
             change, size = change.full_tensor(), size.full_tensor()
-        return (change / size).item() if size else None
+        return change / size.clamp(min=torch.finfo(size.dtype).tiny)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
