@@ -60,23 +60,24 @@ ALONE = {
     "reuse": {"rollouts.reuse": True}, "antithetic start": {"rollouts.antithetic": "start"},
     "2 fake updates": {"fake.updates": 2}, "1 fake update": {"fake.updates": 1}, "pull": {"fake.pull": 1.0},
     "slower fake": {"fake.lr": 1e-3}, "slower generator": SLOWER, "shares": SHARES,
-    "Fisher": {"objective": "fisher"},
+    "projected": {"objective": "projected"}, "Fisher": {"objective": "fisher"},
     "Fisher, stop gradient": {"objective": "fisher-stop-gradient"},
     "2 phases, SGTS": SGTS,
 }  # fmt: skip
 TOY = Contest(
-    recipe="toy-2d", seeds=range(16, 28), samples=4000, measures=(Criterion("mixture", "distance_to_nearest_mode"),),
+    recipe="toy-2d", seeds=range(30, 38), samples=4000, measures=(Criterion("mixture", "distance_to_nearest_mode"),),
     diversity=(MODES, Criterion("mixture", "energy_distance")),
-    ladders={PAPER: (0.25, 0.5, 0.75, 1.0), FAST: (0.4, 0.8, 1.2, 1.6)},
+    ladders={PAPER: (0.25, 0.5, 0.75, 1.0), FAST: (0.5, 0.75, 1.0, 2.0, 4.0)},
     tuned=SHARES | SLOWER, levers_of=PAPER, levers=ALONE, reference="none", share=0.5,
 )  # fmt: skip
 LEFT_OUT = {
     "no reuse": {"rollouts.reuse": False}, "5 fake updates": {"fake.updates": 5}, "no pull": {"fake.pull": 0.0},
-    "no antithetic start": {"rollouts.antithetic": None}, "equal phases": {"phase_shares": [1.0625] * 4},
+    "no antithetic start": {"rollouts.antithetic": None}, "normalised": {"objective": "normalised"},
+    "equal phases": {"phase_shares": [1.0625] * 4},
 }  # fmt: skip
 NANO = Contest(
-    recipe="nano-t2i", seeds=range(10), samples=2000, measures=(FRECHET, Criterion("specific", "frechet_features")),
-    diversity=DIVERSITY, ladders={PAPER: (0.25, 0.5, 0.75, 1.0), FAST: (0.5, 0.75, 1.0, 1.125)},
+    recipe="nano-t2i", seeds=range(20, 25), samples=2000, measures=(FRECHET, Criterion("specific", "frechet_features")),
+    diversity=DIVERSITY, ladders={PAPER: (0.5, 0.75, 1.0), FAST: (0.5, 0.75, 1.0, 2.0)},
     tuned={"generator.ema": 0.9, "fake.lr": 1.5e-4}, levers_of=FAST, levers=LEFT_OUT,
     reference="fast, x 0.5", share=0.5,
 )  # fmt: skip

@@ -246,13 +246,13 @@ def middle(drawn: Sequence[Any], figures: Callable[[Any], Mapping[str, float | N
 
 MATCHES = {
     "toy-2d": Match(
-        TOY, (*TOY.measures, *TOY.diversity), seeds=range(16, 22),
+        TOY, (*TOY.measures, *TOY.diversity), seeds=range(30, 36),
         ladder=dict.fromkeys((500, 1000, 2000, 4000), Options(lr=5e-4, fake_lr=1e-3, sample_type="sde")),
-        shares=(0.1, 0.2, 0.4, 0.8),
+        shares=(0.25, 0.5, 1.0, 2.0),
     ),
     "nano-t2i": Match(
-        NANO, NANO.measures, seeds=range(6),
+        NANO, NANO.measures, seeds=range(20, 25),
         ladder=dict.fromkeys((30, 60, 120), Options(lr=1e-3, fake_lr=4e-4, sample_type="sde", lora=32)),
-        shares=(0.125, 0.25, 0.5, 0.75),
+        shares=(0.25, 0.5, 1.0),
     ),
 }  # fmt: skip

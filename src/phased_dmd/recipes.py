@@ -65,8 +65,10 @@ def nano_t2i() -> Config:
     )  # fmt: skip
 
 
-# Of the two *-fast recipes, with less than half of the network calls: docs/results/performance.md weighs them.
-FEWER_CALLS = {"rollouts.reuse": True, "rollouts.antithetic": "start", "fake.pull": 1.0}
+# Of the two *-fast recipes, with a fraction of the network calls: docs/results/performance.md weighs them.
+FEWER_CALLS = {
+    "rollouts.reuse": True, "rollouts.antithetic": "start", "fake.pull": 1.0, "objective": "projected",
+}  # fmt: skip
 # Wan2.2 in the paper: while only the noisier network's steps are distilled, t is clamped to that network's range.
 ABOVE_SWITCH = {"renoise.above_switch": "clamp"}
 # On many GPUs each runs all networks in every update unless all samples of it are one network's.
@@ -75,11 +77,12 @@ CLIP = {"teacher.sizes": [{"num_frames": 9}], "iterations": 60, "batch_size": 24
 
 VARIANTS = {  # a recipe, and what this one changes in it
     "toy-2d-fast": (toy_2d, FEWER_CALLS | {
-        "generator.lr": 5e-4, "fake.lr": 1e-3, "fake.updates": 1,
+        "generator.lr": 5e-4, "fake.lr": 1e-3, "fake.updates": 1, "iterations": 200,
         "phase_shares": [0.125, 0.125, 0.25, 3.5],
     }),
     "nano-t2i-fast": (nano_t2i, FEWER_CALLS | {
-        "generator.ema": 0.9, "fake.lr": 1.5e-4, "fake.updates": 2, "phase_shares": [0.5, 0.5, 1.0, 2.25],
+        "generator.lr": 4e-3, "generator.ema": 0.9, "fake.lr": 1.5e-4, "fake.updates": 2, "iterations": 60,
+        "phase_shares": [0.5, 0.5, 1.0, 2.25],
     }),
     "nano-t2v": (nano_t2i, CLIP | {"prompts": "nano-t2v"}),
     # A teacher of two networks like Wan2.2's, and an expert on each: as many updates in all as nano-t2i.
