@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
 
-from contests import FAST, LEVER_SEEDS, PAPER, Contest, key
+from contests import FAST, LEVER_SEEDS, MARGINS, PAPER, Contest, key
 from scipy.optimize import isotonic_regression
 
 from phased_dmd.config import Config
@@ -106,18 +106,23 @@ def race(curves: Curves, measures: Sequence[Criterion], which: Sequence[int]) ->
 
 
 def likely(curves: Curves, measures: Sequence[Criterion], which: Sequence[int], draws: int = 1000) -> dict[str, Any]:
-    """Returns the middle 95 % of the ratios of `race` over bootstrap draws of the seeds, and their share of 2 and more.
-
-    A draw in which `fast` does not keep the target within its budgets counts as a ratio of zero.
+    """Returns, over bootstrap draws of the seeds, the share of them in which `fast` reaches and keeps the target within
+    its budgets, the middle 95 % of the ratios of those, and the share of all draws in which a ratio is 2 and more.
     """
     generator = random.Random(0)
     drawn = [race(curves, measures, generator.choices(which, k=len(which)))["ratios"] for _ in range(draws)]
-    ratios = {unit: sorted(ratio[unit] or 0.0 for ratio in drawn) for unit in UNITS}
-    tail = round(0.025 * draws)
+    ratios = {unit: sorted(ratio[unit] for ratio in drawn if ratio[unit] is not None) for unit in UNITS}
     return {
-        "middle": {unit: [found[tail], found[-1 - tail]] for unit, found in ratios.items()},
-        "twice": {unit: fmean(ratio >= TWICE for ratio in found) for unit, found in ratios.items()},
+        "reached_in": {unit: len(found) / draws for unit, found in ratios.items()},
+        "middle": {unit: middle_of(found) for unit, found in ratios.items()},
+        "twice": {unit: sum(ratio >= TWICE for ratio in found) / draws for unit, found in ratios.items()},
     }
+
+
+def middle_of(ordered: Sequence[float]) -> list[float] | None:
+    """Returns the range that 95 % of ordered values lie in, in the middle; None of none."""
+    tail = round(0.025 * len(ordered))
+    return [ordered[tail], ordered[-1 - tail]] if ordered else None
 
 
 def pairs(curves: Curves) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
@@ -142,10 +147,8 @@ def comparisons(
     """
     found = []
     for m in (*contest.measures, *contest.diversity):
-        rows = {side: studies[side].summary[m.table] for side in (FAST, PAPER)}
-        each = [
-            compare(m, rows[FAST][fast["label"]][m.name], rows[PAPER][paper["label"]][m.name]) for fast, paper in paired
-        ]
+        rows = {**studies[PAPER].summary[m.table], **studies[FAST].summary[m.table]}
+        each = [compare(m, rows, fast["label"], paper["label"]) for fast, paper in paired]
         by_seed = list(zip(*(c["values"] for c in each), strict=True))
         if m.scale == "ratio":
             together = ratio([geometric_mean(values) for values in by_seed], [1.0] * len(by_seed))
@@ -153,10 +156,17 @@ def comparisons(
             together = difference([fmean(values) for values in by_seed], [0.0] * len(by_seed))
         labels = [f"{fast['label']} against {paper['label']}" for fast, paper in paired]
         found.append({
-            "measure": key(m), **together, "shows": outcome(together),
+            "measure": key(m), **together, "shows": outcome(together), "margin": MARGINS[m.name],
+            "no_worse": no_worse(together, MARGINS[m.name]),
             "each": {label: {**c, "shows": outcome(c)} for label, c in zip(labels, each, strict=True)},
         })  # fmt: skip
     return found
+
+
+def no_worse(comparison: Mapping[str, Any], margin: float) -> bool:
+    """Says whether the whole interval is better than being worse by a margin, a factor or a difference."""
+    low, least = comparison["low"], 1 / margin if comparison["scale"] == "ratio" else -margin
+    return low is not None and low > least
 
 
 def weighed(contest: Contest, study: Study, label: str, runs: Path) -> dict[str, Any]:
@@ -164,7 +174,7 @@ def weighed(contest: Contest, study: Study, label: str, runs: Path) -> dict[str,
     shows = {}
     for m in (*contest.measures, *contest.diversity):
         rows = study.summary[m.table]
-        shows[key(m)] = outcome(compare(m, rows[label][m.name], rows[contest.reference][m.name]))
+        shows[key(m)] = outcome(compare(m, rows, label, contest.reference))
     return {**point(contest, study, label, runs), "shows": shows}
 
 

@@ -57,12 +57,12 @@ def line(found: Mapping[str, Any], names: Iterable[str]) -> str:
 def verdict(contest: Mapping[str, Any]) -> list[str]:
     told = [
         f"The paper's side has {json.dumps(contest['tuned'])[1:-1]}, which its own tuning found best. What it costs "
-        f"each side to reach the best of the paper's, and to keep it; seeds {seeds(contest)}. In brackets the middle "
-        "95 % of a thousand bootstrap draws of the seeds; a draw in which `fast` does not keep the target counts as 0.",
-        "",
-        "| decided by | target | paper's, forwards | fast, forwards | fewer calls | less CPU time | "
+        f"each side to reach the best of the paper's, and to keep it; seeds {seeds(contest)}. *Reached in*: the share "
+        "of a thousand bootstrap draws of the seeds in which `fast` does so within its budgets; in brackets the middle "
+        "95 % of those.", "",
+        "| decided by | target | paper's, forwards | fast, forwards | reached in | fewer calls | less CPU time | "
         "twice fewer calls in |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for i, found in enumerate(contest["races"]):
         paper, fast = (found["reached"][side]["calls"] for side in (PAPER, FAST))
@@ -70,7 +70,8 @@ def verdict(contest: Mapping[str, Any]) -> list[str]:
         cells = [
             ", ".join(found["targets"]), ", ".join(f"{target:.4g}" for target in found["targets"].values()),
             f"{paper:,.0f}", f"more than {most_trained:,.0f}" if fast is None else f"{fast:,.0f}",
-            *(times(found["ratios"][unit], *found["middle"][unit]) for unit in found["ratios"]),
+            f"{found['reached_in']['calls']:.1%}",
+            *(times(found["ratios"][unit], *(found["middle"][unit] or (None, None))) for unit in found["ratios"]),
             f"{found['twice']['calls']:.0%}",
         ]  # fmt: skip
         told.append("| " + " | ".join(cells if i else [f"**{cell}**" for cell in cells]) + " |")
@@ -82,19 +83,27 @@ def losses(contest: Mapping[str, Any]) -> list[str]:
     pairs = list(contest["comparisons"][0]["each"])
     told = [
         f"At half of the paper's calls at most, over all of its budgets for which `fast` has one ({', '.join(pairs)}), "
-        "the same seeds; above 1 for a ratio and 0 for a difference `fast` is better. With 95 % intervals over seeds:",
-        "", f"| measure | all | `fast` is | {' | '.join(pairs)} |", "|" + "---|" * (len(pairs) + 3),
+        "the same seeds; above 1 for a ratio and 0 for a difference `fast` is better. With 95 % intervals over seeds; "
+        "the margin was set before the runs, and `fast` is *no worse* where the whole interval is better than it:",
+        "", f"| measure | all | could tell | `fast` is | margin | by the margin | {' | '.join(pairs)} |",
+        "|" + "---|" * (len(pairs) + 6),
     ]  # fmt: skip
     for c in contest["comparisons"]:
         words = "not told apart" if c["shows"] == "nothing" else WORDS[c["shows"]]
         each = " | ".join(times(found["value"], found["low"], found["high"]) for found in c["each"].values())
         whole = times(c["value"], c["low"], c["high"])
-        told.append(f"| {c['measure']} ({c['scale']}) | {whole} | {words} | {each} |")
+        margin = f"{'x ' if c['scale'] == 'ratio' else ''}{c['margin']:g}"
+        by_it, could = "no worse" if c["no_worse"] else "open", c["detectable"]
+        told.append(
+            f"| {c['measure']} ({c['scale']}) | {whole} | {'-' if could is None else f'{could:.3g}'} | {words} | "
+            f"{margin} | {by_it} | {each} |"
+        )
     return told
 
 
-def times(ratio: float | None, low: float, high: float) -> str:
-    return f"{'-' if ratio is None else f'{ratio:.3g}'} ({low:.3g} to {high:.3g})"
+def times(ratio: float | None, low: float | None, high: float | None) -> str:
+    value = "-" if ratio is None else f"{ratio:.3g}"
+    return value if low is None or high is None else f"{value} ({low:.3g} to {high:.3g})"
 
 
 def draw(found: Mapping[str, Any], unit: str, path: Path) -> None:

@@ -11,7 +11,7 @@ import health
 import performance
 import pytest
 from contests import CONTESTS, FAST, PAPER, key
-from cost import UNITS, comparisons, cpu_seconds, forwards, likely, pairs, race, reach, smoothed
+from cost import UNITS, comparisons, cpu_seconds, forwards, likely, no_worse, pairs, race, reach, smoothed
 
 from phased_dmd.lab.reproduce.claim import Budget, Criterion
 from phased_dmd.lab.reproduce.study import Study, plan_runs
@@ -67,18 +67,21 @@ def test_a_race_over_draws_of_its_seeds_shows_what_a_seed_decides() -> None:
     curves = {
         PAPER: curve(measure, [100, 300], [[2, 2], [1, 1]]), FAST: curve(measure, [10, 100], [[3, 9], [1, 5]]),
     }  # fmt: skip
-    for seed, low in ((0, 3), (1, 0)):
-        sure = likely(curves, [measure], [seed])
-        assert sure == {"middle": {unit: [low, low] for unit in UNITS}, "twice": dict.fromkeys(UNITS, low == 3)}
+    for seed, middle in ((0, [3, 3]), (1, None)):
+        assert likely(curves, [measure], [seed]) == {
+            "reached_in": dict.fromkeys(UNITS, middle is not None), "middle": dict.fromkeys(UNITS, middle),
+            "twice": dict.fromkeys(UNITS, middle is not None),
+        }  # fmt: skip
     found = likely(curves, [measure], [0, 1])
-    assert found["middle"]["calls"] == [0, 3]
+    assert found["middle"]["calls"] == [3, 3]
+    assert found["reached_in"]["calls"] == found["twice"]["calls"]
     assert found["twice"]["calls"] == pytest.approx(1 / 4, abs=0.05), "where both draws are of seed 0"
     races = [race(curves, [measure], which) | likely(curves, [measure], which) for which in ([0], [1])]
     lines = cost_page.verdict({"tuned": {"a": 2}, "seeds": [3, 4], "races": races, "curves": curves})
     cell = "**3 (3 to 3)**"
     assert lines[-2:] == [
-        f"| **a/b** | **1** | **300** | **100** | {cell} | {cell} | **100%** |",
-        "| a/b | 1 | 300 | more than 100 | - (0 to 0) | - (0 to 0) | 0% |",
+        f"| **a/b** | **1** | **300** | **100** | **100.0%** | {cell} | {cell} | **100%** |",
+        "| a/b | 1 | 300 | more than 100 | 0.0% | - | - | 0% |",
     ]
 
 
@@ -92,19 +95,28 @@ def test_each_of_the_papers_budgets_is_paired_with_the_largest_of_half_its_calls
 
 def test_a_loss_is_told_over_all_pairs_that_no_single_one_shows() -> None:
     """In each of three pairs another seed has twice the divergence."""
-    contest = replace(CONTESTS[0], measures=(Criterion("a", "b"),), diversity=(Criterion("a", "c", "closer"),))
-    labels = [str(i) for i in range(3)]
-    paper = {label: {"b": {"values": [1.0] * 3}, "c": {"values": [1.0] * 3, "gaps": [0.3] * 3}} for label in labels}
+    b, c = "distance_to_nearest_mode", "pairwise_cosine"
+    contest = replace(CONTESTS[0], measures=(Criterion("a", b),), diversity=(Criterion("a", c, "closer"),))
+    count = range(3)
+    paper = {f"paper {i}": {b: {"values": [1.0] * 3}, c: {"values": [], "gaps": [0.3, 0.31, 0.29]}} for i in count}
     fast = {
-        label: {"b": {"values": [2.0 if i == j else 1.1 for i in range(3)]}, "c": {"values": [], "gaps": [-0.2] * 3}}
-        for j, label in enumerate(labels)
-    }
+        f"fast {j}": {b: {"values": [2.0 if i == j else 1.1 + 0.01 * i for i in count]},
+                      c: {"values": [], "gaps": [-0.2] * 3}}
+        for j in count
+    }  # fmt: skip
     studies = {side: Study("", Budget(3, 1), {}, {}, {"a": rows}) for side, rows in ((PAPER, paper), (FAST, fast))}
-    points = [({"label": label}, {"label": label}) for label in labels]
-    worse, closer = comparisons(contest, studies, points)
+    worse, closer = comparisons(contest, studies, [({"label": f"fast {i}"}, {"label": f"paper {i}"}) for i in count])
     assert worse["shows"] == "the reverse" and {c["shows"] for c in worse["each"].values()} == {"nothing"}
-    assert worse["value"] == pytest.approx((2 * 1.1 * 1.1) ** (-1 / 3))
-    assert closer["value"] == pytest.approx(0.1) and closer["shows"] == "as claimed"
+    assert worse["value"] == pytest.approx((2 * 1.11 * 1.11) ** (-1 / 3), abs=1e-3) and not worse["no_worse"]
+    assert closer["value"] == pytest.approx(0.1) and closer["shows"] == "as claimed" and closer["no_worse"]
+
+
+def test_no_worse_means_that_the_whole_interval_is_better_than_the_margin() -> None:
+    for scale, low, margin, expected in (
+        ("ratio", 0.81, 1.25, True), ("ratio", 0.79, 1.25, False), ("difference", -0.009, 0.01, True),
+        ("difference", -0.011, 0.01, False), ("ratio", None, 1.25, False),
+    ):  # fmt: skip
+        assert no_worse({"scale": scale, "low": low}, margin) is expected
 
 
 def test_the_committed_page_is_what_its_figures_say() -> None:

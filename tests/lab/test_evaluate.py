@@ -26,7 +26,7 @@ from phased_dmd.config import Config, Fake, Generator, Lora, Plan
 from phased_dmd.config.teacher import AnalyticTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.export import export
-from phased_dmd.lab.evaluate import Protocol, evaluate, parse_seeds, table
+from phased_dmd.lab.evaluate import FLOOR_SEEDS, Protocol, evaluate, parse_seeds, table
 from phased_dmd.lab.evaluate.compare import compare_media
 from phased_dmd.lab.evaluate.instruments import Readings, load_instruments, whole_prompts
 from phased_dmd.lab.evaluate.measures import Reference, clip_features, measurements, mixture_statistics
@@ -37,6 +37,7 @@ from phased_dmd.lab.evaluate.tables import FINER, WIDTH, show, title
 from phased_dmd.lab.metrics.distances import frechet, moments
 from phased_dmd.lab.metrics.features import load_features
 from phased_dmd.lab.metrics.intervals import interval, jackknife_half_width, leave_one_out
+from phased_dmd.lab.reproduce.workers import PlannedRun
 from phased_dmd.media import read_media, save_clip, save_image, strip, to_images
 from phased_dmd.models.analytic import AnalyticModel, PlainCodec
 from phased_dmd.networks.build import build_system
@@ -123,7 +124,7 @@ def test_the_base_has_no_gap_to_itself_and_other_samples_of_its_law_have_one_wit
     held = {"pairwise_cosine": 0, "contrast": 0}
     for seed in range(40):
         one, other = sampled(seed), sampled(seed + 500)
-        references = {"_paired": Reference(one, paired=True)}
+        references = {"_paired": Reference(one)}
         rows = {name: measures_of(r, the_set, references, None) for name, r in {"a": one, "b": other, "c": one}.items()}
         found = measurements(rows, "a", the_set.groups)
         assert all(figure["gap"] == 0 and figure["gap_half_width"] == 0 for figure in found["c"].values())
@@ -131,6 +132,46 @@ def test_the_base_has_no_gap_to_itself_and_other_samples_of_its_law_have_one_wit
         for name in held:
             held[name] += abs(found["b"][name]["gap"]) <= found["b"][name]["gap_half_width"]
     assert all(count >= 35 for count in held.values()), held
+
+
+def test_fewer_samples_read_no_larger_distance_and_its_interval_holds_the_truth() -> None:
+    """Two Gaussians in 16 dimensions at a distance of 1: 100 samples of each read as 1.9, and 1.0 debiased."""
+    shift = torch.zeros(16)
+    shift[0] = 1.0
+    held, values, plain = 0, [], []
+    for seed in range(40):
+        a, b = (draw(100, 16, seed=2 * seed + i) for i in range(2))
+        the_set = chosen(100, 1)
+        the_set = SampleSet("s", "", the_set.prompts, the_set.seeds, deal_out(100))
+        statistic = Reference({"features": a[:, None]}).distances({"features": (b + shift)[:, None]})
+        plain.append(statistic["frechet_features"](torch.arange(100)))
+        found = measurements({"b": statistic}, "b", the_set.groups)["b"]["frechet_features"]
+        values.append(found["value"])
+        held += abs(found["value"] - 1) <= found["half_width"]
+    assert sum(plain) / 40 > 1.6 and sum(values) / 40 == pytest.approx(1, abs=0.12) and held >= 34
+
+
+def test_a_histograms_divergence_and_entropy_have_no_bias_of_few_samples() -> None:
+    """250 exact samples of 25 equal modes: the plug-in reads (25 - 1) / (2 n) = .048, debiased nothing."""
+    means = tuple((float(x), float(y)) for x in range(5) for y in range(5))
+    exact = AnalyticModel(AnalyticTeacher(means=means, std=0.01), 0, fit=False).exact
+    plain, values = [], []
+    for seed in range(40):
+        points = exact.sample(250, torch.Generator().manual_seed(seed))
+        statistic = {"mode_histogram_kl": mixture_statistics(points, exact)["mode_histogram_kl"]}
+        plain.append(statistic["mode_histogram_kl"](torch.arange(250)))
+        values.append(measurements({"a": statistic}, "a", deal_out(250))["a"]["mode_histogram_kl"]["value"])
+    assert sum(plain) / 40 == pytest.approx(0.048, abs=0.01) and abs(sum(values) / 40) < 0.007
+
+
+def test_two_training_seeds_are_evaluated_with_no_noise_in_common() -> None:
+    config = resolve("nano-t2i", {})
+    sets = [
+        sample_sets(config, PlannedRun(config.model_copy(update={"seed": seed}), Path(), 4000).protocol, False)
+        for seed in (0, 1, 99)
+    ]
+    used = [seed + other for of_seed in sets for seed in of_seed[0].seeds for other in (0, FLOOR_SEEDS)]
+    assert len(set(used)) == len(used) == 2 * 3 * 4000
 
 
 def test_a_known_difference_is_the_signed_gap() -> None:
@@ -173,7 +214,7 @@ def test_frames_and_clips_have_distances_of_their_own() -> None:
 def test_the_mixtures_energy_distance_is_by_its_definition_of_whatever_samples_are_kept() -> None:
     """Also: exact samples are next to nothing away, and those moved by 3 nearly 6, as two points 3 apart are."""
     exact = AnalyticModel(AnalyticTeacher(means=((-1.0, 0.0), (1.0, 0.0)), std=0.1), 0, fit=False).exact
-    points, reference = draw(200, 2, seed=3).double(), exact.sample(200, torch.Generator().manual_seed(1_000_000))
+    points, reference = draw(200, 2, seed=3).double(), exact.sample(200, torch.Generator().manual_seed(10**9))
     energy = mixture_statistics(points, exact)["energy_distance"]
     for keep in (torch.arange(200), torch.arange(100)):
         within = [torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)) for x in (points[keep], reference.double())]
@@ -353,11 +394,8 @@ def test_a_run_is_measured_once_by_one_protocol(nano: Path, tmp_path: Path) -> N
     assert rows["base, 3 steps"]["network_calls"] == {
         "value": 6, "half_width": None, "gap": 0, "gap_half_width": None
     }  # fmt: skip
-    assert (
-        rows["base, 3 steps"]["frechet_features_paired"]["value"]
-        == 0
-        < rows["base, 3 steps"]["frechet_features"]["value"]
-    )
+    paired, other = (rows["base, 3 steps"][f"frechet_features{suffix}"]["value"] for suffix in ("_paired", ""))
+    assert paired == 0 != other
     assert first["nets"]["features"] == "digits" and "(digits)" in table(first)
     pictures = nano / "samples" / "weak"
     names = [sorted(path.name for path in (pictures / row).iterdir()) for row in ("base-3-steps", "dmd-4-steps")]
@@ -490,12 +528,16 @@ def test_the_distance_to_real_pictures_is_that_to_a_folder_of_them(tmp_path: Pat
     protocol = Protocol(features=str(tmp_path / "dino"), real=str(tmp_path / "real"))
     found = evaluate([tmp_path / "base"], protocol, base=tmp_path / "base")[str(tmp_path / "base")]
     features = load_features(str(tmp_path / "dino"))
-    real = [
-        moments(features(torch.cat([read_media(tmp_path / folder / f"{i}.png")[0] for i in range(5)])))
+    base, real = (
+        features(torch.cat([read_media(tmp_path / folder / f"{i}.png")[0] for i in range(5)]))
         for folder in ("base", "real")
-    ]
-    row = found["sets"]["samples"]["rows"]["samples"]
-    assert not net.training and row["frechet_real"]["value"] == pytest.approx(frechet(*real), rel=1e-4)
+    )
+    whole, *without = (
+        frechet(moments(base[keep]), moments(real))
+        for keep in (slice(None), *([i for i in range(5) if i != gone] for gone in range(5)))
+    )
+    distance = found["sets"]["samples"]["rows"]["samples"]["frechet_real"]["value"]
+    assert not net.training and distance == pytest.approx(5 * whole - 4 * sum(without) / 5, rel=1e-4), "debiased"
 
 
 def test_a_video_file_is_read_as_its_frames(tmp_path: Path) -> None:

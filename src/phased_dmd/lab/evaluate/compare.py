@@ -41,7 +41,7 @@ def compare_media(
     if len({of_row["features"].shape[1] for of_row in readings.values()}) > 1:
         raise UserError("the samples that are compared are clips of different lengths")
     references = {"": Reference(read("other seeds", floor))} if floor else {}
-    references["_paired"] = Reference(readings[base], references[""].basis if floor else None, paired=True)
+    references["_paired"] = Reference(readings[base], references[""].basis if floor else None)
     found = {name: statistics(r, sample_set, references, tools.real) for name, r in readings.items()}
     for name, source in sources.items():
         _save_media(source, sample_set, readings[base]["features"].shape[1] > 1, folder / sample_set.name / slug(name))
@@ -51,7 +51,7 @@ def compare_media(
 def compare_points(sources: Sources, sample_set: SampleSet, exact: ExactMixture, folder: Path) -> dict[str, Any]:
     """Measures an analytic teacher's samples against its exact mixture; returns the same as `compare_media`."""
     points = {name: source.pixels(range(len(sample_set.seeds))) for name, source in sources.items()}
-    found = {name: mixture_statistics(cloud, exact) for name, cloud in points.items()}
+    found = {name: mixture_statistics(cloud, exact, sample_set.seeds[0]) for name, cloud in points.items()}
     for name, cloud in points.items():
         path = folder / sample_set.name / slug(name) / "points.png"
         save_points(path, {name: cloud[:, :2]}, exact.means[:, :2].cpu())

@@ -17,13 +17,14 @@ from phased_dmd.lab.metrics.distances import (
     pairwise_cosine,
     principal_components,
 )
-from phased_dmd.lab.metrics.intervals import Statistic, jackknife_half_width, leave_one_out
+from phased_dmd.lab.metrics.intervals import Statistic, debiased, jackknife_half_width, leave_one_out
 from phased_dmd.models.analytic import ExactMixture
 
 COMPONENTS = 32  # of the pixels' principal component analysis
 FEWEST = 4  # samples, for a Fréchet distance: two at least are left when a group is left out
+BIASED = ("frechet", "mode_histogram_kl", "class_entropy")  # measures that few samples bias, in proportion to 1 / n
 MEANS = (*DRIFT, "optical_flow", "dynamic_degree", "alignment")  # readings that are averaged as they are
-EXACT_SEED = 1_000_000  # of the exact samples that those of an analytic teacher are compared with
+EXACT_SEED = 10**9  # added to a set's first seed for the exact samples that an analytic teacher's are compared with
 Measurement = dict[str, float | None]  # value, half_width, gap, gap_half_width; a half width may be None
 Basis = tuple[Tensor, Tensor]  # centre [d] and directions [d, k] of pixels
 
@@ -31,25 +32,25 @@ Basis = tuple[Tensor, Tensor]  # centre [d] and directions [d, k] of pixels
 class Reference:
     """The samples that Fréchet distances are taken to: frames and clips in features, and small pictures in pixels."""
 
-    def __init__(self, readings: Readings, basis: Basis | None = None, paired: bool = False) -> None:
-        """Takes the readings of the reference's samples.
-
-        basis: the basis of the pixels, by default their own principal components. paired: whether samples that are
-        left out of a row for its interval are left out of the reference too.
+    def __init__(self, readings: Readings, basis: Basis | None = None) -> None:
+        """Takes the readings of the reference's samples. basis: of the pixels, by default their own principal
+        components.
         """
         if basis is None and "grey" in readings:
             basis = principal_components(readings["grey"], min(COMPONENTS, len(readings["grey"]) - 1))
-        self.basis, self.paired = basis, paired
+        self.basis = basis
         self.parts = self._parts(readings)
-        self.whole = {name: moments(part.flatten(0, 1)) for name, part in self.parts.items()}
 
     def distances(self, readings: Readings) -> dict[str, Statistic]:
-        """Returns the Fréchet distances of a row's samples to the reference, by the measure's name."""
+        """Returns the Fréchet distances of a row's samples to the reference, by the measure's name.
+
+        Samples that are left out of a row are left out of the reference too, so that `debiased` sees both biases and
+        an interval holds the error of both.
+        """
 
         def distance(name: str, part: Tensor) -> Statistic:
             def of_kept(keep: Tensor) -> float:
-                reference = moments(self.parts[name][keep].flatten(0, 1)) if self.paired else self.whole[name]
-                return frechet(moments(part[keep].flatten(0, 1)), reference)
+                return frechet(*(moments(values[keep].flatten(0, 1)) for values in (part, self.parts[name])))
 
             return of_kept
 
@@ -101,12 +102,11 @@ def measurements(
 ) -> dict[str, dict[str, Measurement]]:
     """Returns {row: {measure: measurement}}: value and signed gap to the base's row, each with its 95 % half width.
 
-    The gap leaves the same groups out of both rows, and so gains from equal prompts and seeds. Samples of other seeds,
-    which Fréchet distances are taken to, stay as they are.
+    The gap leaves the same groups out of both rows, and so gains from equal prompts and seeds. Measures of BIASED are
+    debiased.
     """
     tried = {
-        row: {name: leave_one_out(statistic, groups) for name, statistic in found.items()}
-        for row, found in rows.items()
+        row: {name: _tried(name, statistic, groups) for name, statistic in found.items()} for row, found in rows.items()
     }
     result: dict[str, dict[str, Measurement]] = {}
     for row, found in tried.items():
@@ -118,6 +118,12 @@ def measurements(
                 "gap_half_width": jackknife_half_width([a - b for a, b in zip(without, without_base, strict=True)]),
             }  # fmt: skip
     return result
+
+
+def _tried(name: str, statistic: Statistic, groups: Tensor) -> tuple[float, list[float]]:
+    """Returns what `leave_one_out` does, and of the whole a value without the bias of few samples."""
+    value, without = leave_one_out(statistic, groups)
+    return debiased(value, without) if name.startswith(BIASED) else value, without
 
 
 def _mean(values: Tensor) -> Statistic:
@@ -158,14 +164,14 @@ def _named(texts: Sequence[Sequence[str]], words: Sequence[str]) -> Tensor:
     return torch.tensor([next(i for i, word in enumerate(words) if word in text) for text in texts])
 
 
-def mixture_statistics(points: Tensor, exact: ExactMixture) -> dict[str, Statistic]:
+def mixture_statistics(points: Tensor, exact: ExactMixture, first: int = 0) -> dict[str, Statistic]:
     """Returns the measures of an analytic teacher's samples [n, d], all of which compare with the exact mixture.
 
     They are the KL of the histogram over the modes, the energy distance to as many exact samples, and the mean
-    distance to a mode.
+    distance to a mode. first: the first seed of the set, which the exact samples depend on.
     """
     points, means, weights = points.double(), exact.means.cpu(), exact.weights.cpu()
-    reference = exact.sample(len(points), torch.Generator().manual_seed(EXACT_SEED)).double()
+    reference = exact.sample(len(points), torch.Generator().manual_seed(EXACT_SEED + first)).double()
     nearest = torch.cdist(points, means).min(1).values
     across, within = torch.cdist(points, reference).mean(1), torch.cdist(points, points)
     of_reference = float(torch.cdist(reference, reference).sum() / (len(points) * (len(points) - 1)))

@@ -23,14 +23,16 @@ BLOCKS = 10  # groups of samples, at most
 class Protocol:
     """What an evaluation is asked for; None stands for what the teacher's kind asks for, see `sample_sets`.
 
-    samples: the size of a set, for the embedded teachers and analytic ones. prompts: a shipped set's name or a file;
-    then every prompt is sampled with each of `seeds`. features: see `load_features`. perceptual: whether LPIPS is
-    measured. alignment: a CLIP model of transformers, hub id or folder. real: a folder of real pictures or clips.
-    flow: `dis` or `raft`. fps: frames a second of the clips, for the dynamic degree. floor: whether the base is sampled
-    with other seeds too, as it always is for the embedded teachers. bucket: which of the teacher's sizes is sampled.
+    samples: the size of a set, for the embedded teachers and analytic ones. first: the first of its seeds; sets that
+    share none have noise of their own. prompts: a shipped set's name or a file; then every prompt is sampled with each
+    of `seeds`. features: see `load_features`. perceptual: whether LPIPS is measured. alignment: a CLIP model of
+    transformers, hub id or folder. real: a folder of real pictures or clips. flow: `dis` or `raft`. fps: frames a
+    second of the clips, for the dynamic degree. floor: whether the base is sampled with other seeds too, as it always
+    is for the embedded teachers. bucket: which of the teacher's sizes is sampled.
     """
 
     samples: int = 1000
+    first: int = 0
     prompts: str | None = None
     seeds: tuple[int, ...] | None = None
     features: str | None = None
@@ -81,8 +83,8 @@ def sample_sets(config: Config, protocol: Protocol, takes_images: bool) -> list[
 
     Text-to-image: 21 prompts with seeds 0 to 7 (Sec. 3.1); text-to-video: 220 prompts with seed 42 (Sec. 3.2), and
     image-to-video as many, which need the user's pictures. The embedded teachers: `weak` leaves the digit open,
-    `specific` names all there is to name, each with seeds 0, 1, ...; image-to-video has specific ones only, on held-out
-    digits. Analytic teachers: samples without a prompt.
+    `specific` names all there is to name, each sample with a seed of its own; image-to-video has specific ones only,
+    on held-out digits. Analytic teachers: samples without a prompt.
     """
     frames = config.teacher.sizes[protocol.bucket].num_frames if isinstance(config.teacher, PipelineTeacher) else 1
     seeds = protocol.seeds or (PICTURE_SEEDS if frames == 1 else CLIP_SEEDS)
@@ -91,12 +93,12 @@ def sample_sets(config: Config, protocol: Protocol, takes_images: bool) -> list[
     if protocol.seeds is not None and (config.prompts is None or is_nano(config)):
         raise UserError("--seeds: needs --prompts here; without, every sample has a seed of its own")
     if isinstance(config.teacher, AnalyticTeacher):
-        return [_seed_a_sample("mixture", [Prompt("")], protocol.samples)]
+        return [_seed_a_sample("mixture", [Prompt("")], protocol)]
     if config.prompts is None:
-        return [_seed_a_sample("samples", [Prompt("")], protocol.samples)]
+        return [_seed_a_sample("samples", [Prompt("")], protocol)]
     if is_nano(config):
         sets = _nano_prompts(config, frames)
-        return [_seed_a_sample(name, prompts, protocol.samples) for name, prompts in sets.items()]
+        return [_seed_a_sample(name, prompts, protocol) for name, prompts in sets.items()]
     if takes_images:
         raise UserError(
             "--prompts: a model that takes pictures is evaluated on your own: a jsonl, csv or parquet with the columns "
@@ -153,12 +155,14 @@ def _every_prompt_and_seed(name: str, source: str, seeds: Sequence[int], floor: 
     return SampleSet(name, about, [p for p in prompts for _ in seeds], all_seeds, groups, floor)
 
 
-def _seed_a_sample(name: str, prompts: Sequence[Prompt], count: int) -> SampleSet:
-    """Goes round the prompts until there are `count` samples, each with a seed of its own."""
+def _seed_a_sample(name: str, prompts: Sequence[Prompt], protocol: Protocol) -> SampleSet:
+    """Goes round the prompts until there are as many samples as asked for, each with a seed of its own."""
+    count, first = protocol.samples, protocol.first
     about, prompts = f"{count} samples", prompts[:count]
     if prompts != [Prompt("")]:
         about += f" of {len(prompts)} prompts" if len(prompts) > 1 else f" of {prompts[0].text!r}"
-    return SampleSet(name, about, list(islice(cycle(prompts), count)), range(count), deal_out(count), floor=True)
+    seeds = range(first, first + count)
+    return SampleSet(name, about, list(islice(cycle(prompts), count)), seeds, deal_out(count), floor=True)
 
 
 def _nano_prompts(config: Config, frames: int) -> dict[str, list[Prompt]]:

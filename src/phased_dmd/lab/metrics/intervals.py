@@ -11,6 +11,7 @@ from torch import Tensor
 
 Statistic = Callable[[Tensor], float]  # of the indices of the samples that are kept
 LEAST = 1e-12  # stands for a zero, of which there is no logarithm
+POWER = 0.8  # of the effects that `detectable` states
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
@@ -21,21 +22,26 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "half_width": half, "values": list(values)}
 
 
-def ratio(larger: Sequence[float], smaller: Sequence[float]) -> dict[str, Any]:
+def ratio(larger: Sequence[float], smaller: Sequence[float], least: float = LEAST) -> dict[str, Any]:
     """Compares values of equal seeds by larger / smaller: geometric mean, 95 % interval and p by the logarithms.
 
-    It is for distances and divergences: they vary by factors, and their plain differences are far from normal.
+    It is for distances and divergences: they vary by factors, and their plain differences are far from normal. least:
+    what a smaller value counts as. `detectable`: the ratio that as many seeds tell in four of five cases.
     """
-    logs = [math.log(max(a, LEAST) / max(b, LEAST)) for a, b in zip(larger, smaller, strict=True)]
+    logs = [math.log(max(a, least) / max(b, least)) for a, b in zip(larger, smaller, strict=True)]
     test = _t_test(logs)
-    ends = {name: None if test[name] is None else math.exp(test[name]) for name in ("value", "low", "high")}
+    ends = {name: None if test[name] is None else math.exp(test[name]) for name in ENDS}
     return {"scale": "ratio", **ends, "p": test["p"], "values": [math.exp(value) for value in logs]}
+
+
+ENDS = ("value", "low", "high", "detectable")  # of a comparison, in its own scale
 
 
 def difference(larger: Sequence[float], smaller: Sequence[float]) -> dict[str, Any]:
     """Compares values of equal seeds by larger - smaller: mean, 95 % interval and p.
 
-    It is for shares and bounded scores, which may be zero.
+    It is for shares and bounded scores, which may be zero. `detectable`: the difference that as many seeds tell in four
+    of five cases.
     """
     values = [a - b for a, b in zip(larger, smaller, strict=True)]
     return {"scale": "difference", **_t_test(values), "values": values}
@@ -44,15 +50,16 @@ def difference(larger: Sequence[float], smaller: Sequence[float]) -> dict[str, A
 def _t_test(values: Sequence[float]) -> dict[str, Any]:
     """Returns the mean as `value`, the ends of its 95 % interval, and the one-sided p that it lies above zero.
 
-    One value has neither interval nor p: they are None.
+    One value, and values that do not differ, have no spread to tell an interval, p or detectable effect by: all None.
     """
     found = interval(values)
     mean, half = found["mean"], found["half_width"]
-    if half is None:
-        return {"value": mean, "low": None, "high": None, "p": None}
-    # Equal values have no spread, and so no t: they are sure, or show nothing.
-    p = student_t.sf(mean / half * t_quantile(len(values)), len(values) - 1) if half else mean <= 0
-    return {"value": mean, "low": mean - half, "high": mean + half, "p": float(p)}
+    if not half:
+        return {"value": mean, "low": None, "high": None, "detectable": None, "p": None}
+    error, freedom = half / t_quantile(len(values)), len(values) - 1
+    detectable = half + float(student_t.ppf(POWER, freedom)) * error
+    p = float(student_t.sf(mean / error, freedom))
+    return {"value": mean, "low": mean - half, "high": mean + half, "detectable": detectable, "p": p}
 
 
 def leave_one_out(statistic: Statistic, groups: Tensor) -> tuple[float, list[float]]:
@@ -62,6 +69,16 @@ def leave_one_out(statistic: Statistic, groups: Tensor) -> tuple[float, list[flo
     """
     keep, count = torch.arange(len(groups)), int(groups.max()) + 1
     return statistic(keep), [statistic(keep[groups != group]) for group in range(count if count > 2 else 0)]
+
+
+def debiased(value: float, without: Sequence[float]) -> float:
+    """Returns a statistic without the part of its bias that falls as 1 / n (Quenouille's jackknife).
+
+    value: of all samples. without: with one group after the other left out; the value is returned as it is where there
+    is none. Of a distance it may be below zero.
+    """
+    count = len(without)
+    return count * value - (count - 1) * statistics.fmean(without) if count else value
 
 
 def jackknife_half_width(without: Sequence[float]) -> float | None:

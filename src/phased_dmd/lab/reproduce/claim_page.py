@@ -20,16 +20,22 @@ CONTEXT = {  # by prompt set, the measures that are shown beside those that deci
 HOW_COMPARED = (
     "Equal seeds are compared: ratios by the geometric mean and the interval of their logarithms, claimed to lie above "
     "1; differences of shares, bounded scores and gaps to the base, whose sign is left out, claimed to lie above 0. "
-    "Intervals are of 95 %, by Student's t over the seeds."
+    "Intervals are of 95 %, by Student's t over the seeds. *Could tell*: the effect that as many seeds, as far apart "
+    "as these, tell in four of five cases."
+)
+HOW_EVALUATED = (
+    " Each training seed is evaluated with noise and a reference of its own, so that intervals hold the evaluation's "
+    "error too. Fréchet distances, KL and entropy have the bias of few samples taken out; a distance below what the "
+    "base reads as from itself counts as that."
 )
 IN_THE_FIGURE = (
     "Means with their intervals, a dot a seed where there is room; dotted, the base at its own number of steps. "
     "Samples are of the runs of seed 0, of the same noise in every row."
 )
 EQUAL = (
-    " Mean ± half width of the 95 % interval over seeds, in the base's rows over samples. Equal in all rows but the "
-    "base's, unless the label says otherwise: teacher, seeds, batch, rank and generator updates in all. A method of "
-    "more phases has more experts, and so more trainable parameters, which are counted over all of them."
+    " Mean ± half width of the 95 % interval over seeds. Equal in all rows but the base's, unless the label says "
+    "otherwise: teacher, seeds, batch, rank and generator updates in all. A method of more phases has more experts, "
+    "and so more trainable parameters, which are counted over all of them."
 )
 
 
@@ -39,7 +45,7 @@ def claim_page(
 ) -> list[str]:  # fmt: skip
     """Returns the parts of results/NAME.md."""
     parts = [f"# {name}", f"{claim.source}: {claim.says}", f"The evidence there: {claim.evidence}"]
-    parts += [verdict_line(verdict, comparisons, about), comparison_table(comparisons), HOW_COMPARED]
+    parts += [verdict_line(verdict, comparisons, about), comparison_table(comparisons), HOW_COMPARED + HOW_EVALUATED]
     parts += [f"![{name}]({name}.png)", IN_THE_FIGURE]
     if claim.how:
         parts.append(claim.how)
@@ -72,8 +78,9 @@ def verdict_line(verdict: str | None, comparisons: Sequence[Mapping[str, Any]], 
     size = {"digits" if c["recipe"].startswith("nano-") else "an exact mixture" for c in comparisons}
     return (
         f"Verdict: **{verdict}** at this size ({' and '.join(sorted(size, reverse=True))}): {_counted(comparisons)}. "
-        "A claim holds where every interval lies where it is claimed to; it holds partly where more do than are "
-        "reversed, one of them still after Bonferroni's correction for their number; else it does not hold. "
+        "A claim holds where every interval lies where it is claimed to. It holds partly where one does so even after "
+        "Bonferroni's correction for their number and none is reversed; it is mixed where one does so and others are "
+        "reversed; else it does not hold. "
         f"{made_by(about)}"
     )
 
@@ -94,12 +101,13 @@ def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> str:
     for c in comparisons:
         value, span = _value_and_span(c)
         measure = f"{title(c['measure'])}, {c['table']} {ARROWS[c['direction']]}"
-        lines.append([c["recipe"], measure, c["what"], value, span or "none of one seed", outcome(c) or "-"])
-    return markdown_table(["recipe", "measure", "compared", "", "95 % interval", "it shows"], lines)
+        told = "-" if c["detectable"] is None else number(c["detectable"])
+        lines.append([c["recipe"], measure, c["what"], value, span or "none", told, outcome(c) or "-"])
+    return markdown_table(["recipe", "measure", "compared", "", "95 % interval", "could tell", "it shows"], lines)
 
 
 def _value_and_span(comparison: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Writes a comparison's value and its interval (None from one seed); those of a difference with equal decimals."""
+    """Writes a comparison's value and its interval, if it has one; those of a difference with equal decimals."""
     value, low, high = (comparison[key] for key in ("value", "low", "high"))
     if low is None:
         return number(value), None
@@ -112,7 +120,7 @@ def decisive(comparisons: Sequence[Mapping[str, Any]]) -> str:
     first, counts = comparisons[0], _counted(comparisons)
     value, span = _value_and_span(first)
     text = f"{first['recipe']}, {title(first['measure'])}: {first['what']} = {value}"
-    return f"{text} ({span}); {counts}" if counts else f"{text} (one seed)"
+    return f"{text} ({span or 'no interval'}); {counts}" if counts else f"{text} (one seed)"
 
 
 def beside_paper(claim: Claim, studies: Mapping[str, Study]) -> str:

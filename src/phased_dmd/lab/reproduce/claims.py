@@ -27,8 +27,8 @@ OVER_BASELINES = (
     ("DMD", "DMD+SGTS"),
 )  # fmt: skip
 DIVERSITY = (
-    Criterion("weak", "pairwise_cosine"),
-    Criterion("weak", "class_entropy", "higher"),
+    Criterion("weak", "pairwise_cosine", "closer"),
+    Criterion("weak", "class_entropy", "closer"),
     Criterion("specific", "pairwise_cosine", "closer"),
 )
 MOTION = (
@@ -45,7 +45,8 @@ TABLE2 = Claim(
     "slightly lower diversity than vanilla DMD.",
     evidence="Figures of DINOv3 and LPIPS on 21 prompts, 8 seeds each, of one run a method.",
     how="Weak: the prompt that leaves the digit open, where a generator may lose digits; specific: ten prompts that "
-    "name it, where errors too look like diversity, so that closer to the base is better. Two controls give DMD+SGTS "
+    "name it. Errors too look like diversity, so that closer to the base is better, and more than the base's is no "
+    "merit. Two controls give DMD+SGTS "
     "the parameters of two experts: rank 64 where the others have 32, and nano-moe, whose two networks give both "
     "methods two experts, the paper's own argument with Wan2.2. Phased, of four experts, has four times the parameters "
     "of DMD+SGTS and no control of its own.",
@@ -101,7 +102,8 @@ COLLAPSE = Claim(
     "budget of the other claims.",
     trials={
         "nano-t2i": collapse_trial(
-            (Criterion("weak", "class_entropy", "higher"), Criterion("weak", "pairwise_cosine")), (0.25, 0.5, 1, 2)
+            (Criterion("weak", "class_entropy", "closer"), Criterion("weak", "pairwise_cosine", "closer")),
+            (0.25, 0.5, 1, 2),
         ),
         "toy-2d": collapse_trial((MODES,), (0.25, 0.5, 1)),
     },

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from phased_dmd.lab.metrics.digit_classifier import classify, load_classifier
 from phased_dmd.lab.metrics.intervals import LEAST
-from phased_dmd.lab.reproduce.workers import PlannedRun
+from phased_dmd.lab.reproduce.workers import PlannedRun, first_seed
 from phased_dmd.prompts import Prompt
 from phased_dmd.sampling.loading import load
 
@@ -21,9 +21,10 @@ NYQUIST = 0.5  # cycles a pixel
 
 
 def sample_pictures(folder: Path) -> Tensor:
-    """Returns pictures [n, 1, h, w, 3] of a run for the weak prompt, with seeds 0, 1, ..."""
+    """Returns pictures [n, 1, h, w, 3] of a run for the weak prompt, with noise of its training seed's own."""
     sampler = load(folder)
-    return sampler.decode(sampler([PROMPT] * SAMPLES, range(SAMPLES)))
+    first = first_seed(sampler.system.config.seed)
+    return sampler.decode(sampler([PROMPT] * SAMPLES, range(first, first + SAMPLES)))
 
 
 def changes(

@@ -7,7 +7,14 @@ from typing import Any
 from phased_dmd.lab.metrics.formats import markdown_table, number
 from phased_dmd.lab.reproduce.arms import ARMS, METHOD_TABLE, REFERENCE
 from phased_dmd.lab.reproduce.claim import Budget, Claim, Trial
-from phased_dmd.lab.reproduce.claim_page import HOW_COMPARED, IN_THE_FIGURE, comparison_table, made_by, measured_parts
+from phased_dmd.lab.reproduce.claim_page import (
+    HOW_COMPARED,
+    HOW_EVALUATED,
+    IN_THE_FIGURE,
+    comparison_table,
+    made_by,
+    measured_parts,
+)
 from phased_dmd.lab.reproduce.study import Study
 from phased_dmd.lab.reproduce.verdict import count_outcomes, judge, mirrored
 from phased_dmd.plan.work import pool_forwards, trained_forwards
@@ -15,9 +22,9 @@ from phased_dmd.recipes import resolve
 
 SHARE = {"holds": "", "holds partly": " in part"}
 RULE = (
-    f"A row is **better** than {REFERENCE} where every interval says so, and **better in part** where more say so than "
-    "the reverse, one of them still after Bonferroni's correction for their number; **worse** likewise; else it is "
-    "**not told apart**."
+    f"A row is **better** than {REFERENCE} where every interval says so, and **better in part** where some say so, one "
+    "of them still after Bonferroni's correction for their number, and none says the reverse; **worse** likewise; "
+    "**mixed** where one is sure and others say the reverse of it; else it is **not told apart**."
 )
 WHY_TDM = (
     "What the targets teach a fake on toy-2d, by exact means over the mixture, without networks. *Signal*: the "
@@ -62,6 +69,8 @@ def _verdict(comparisons: Sequence[Mapping[str, Any]]) -> str | None:
     better, worse = judge(comparisons), judge([mirrored(comparison) for comparison in comparisons])
     if better is None or worse is None:
         return None
+    if "mixed" in (better, worse):
+        return "mixed"
     if better in SHARE:
         return f"better{SHARE[better]}"
     return f"worse{SHARE[worse]}" if worse in SHARE else "not told apart"
@@ -82,7 +91,7 @@ def methods_page(
         "# methods", f"{METHOD_TABLE.says} {made_by(about)}", METHOD_TABLE.how,
         markdown_table(["", "what it is", f"against {REFERENCE}", "better, worse, open"], lines), RULE,
         "![methods](methods.png)", IN_THE_FIGURE,
-        "## Compared", comparison_table(comparisons), HOW_COMPARED,
+        "## Compared", comparison_table(comparisons), HOW_COMPARED + HOW_EVALUATED,
         "## Why TDM's departures do not hurt on toy-2d", WHY_TDM, bias_table(tdm), PARTICLES, end_table(tdm),
         "## Measured", *measured_parts(METHOD_TABLE, studies),
     ]  # fmt: skip

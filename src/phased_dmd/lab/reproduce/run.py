@@ -170,6 +170,6 @@ def write_study(
 def study_page(study: Study, about: Mapping[str, Any]) -> list[str]:
     """Returns the parts of results/RECIPE.md."""
     lead = f"`{about['command']}`, {about['date']}: {amounts(study)}; mean ± half width of the 95 % interval over "
-    lead += "seeds, in the base's rows over samples."
+    lead += "seeds."
     tables = [summary_table(kind, table, nets=study.nets) for kind, table in study.summary.items()]
     return [f"# {study.recipe}", lead, *tables]

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from phased_dmd.checkpoint import RunFolder
 from phased_dmd.config import Config
-from phased_dmd.lab.evaluate import Protocol, evaluate
+from phased_dmd.lab.evaluate import evaluate
 from phased_dmd.lab.metrics.intervals import interval
 from phased_dmd.lab.reproduce.claim import Budget, Variant
 from phased_dmd.lab.reproduce.workers import PlannedRun
@@ -27,7 +27,7 @@ class Study:
     """What the runs of a recipe's variants measure, as a page shows it.
 
     evaluations: by label and seed. sizes: of the runs of each label, see SIZES. summary: a table for each prompt set,
-    the base's rows first, whose intervals are of their samples, then a row a label.
+    the base's rows first, then a row a label.
     """
 
     recipe: str
@@ -81,7 +81,7 @@ def rows_of(recipe: str, runs: Mapping[tuple[str, int], PlannedRun]) -> list[dic
     """Returns a row for each run: its name, its config and what it measures; evaluates the runs that are not yet."""
     rows = []
     for (label, seed), run in runs.items():
-        (evaluation,) = evaluate([run.folder], Protocol(samples=run.samples)).values()
+        (evaluation,) = evaluate([run.folder], run.protocol).values()
         rows.append({
             "name": f"{recipe}-{re.sub(r'[^A-Za-z0-9.]+', '-', label)}-{seed}", "variant": label,
             "config": run.config.model_dump(mode="json"), **_sizes(run), **evaluation,
@@ -121,31 +121,31 @@ def study_of(recipe: str, budget: Budget, rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def summarise(evaluations: Mapping[tuple[str, int], Mapping[str, Any]]) -> dict[str, Table]:
-    """Returns a table of means over seeds for each prompt set: the bases' rows first, then a row a label."""
-    bases: dict[str, Table] = {}
-    found: dict[str, dict[str, dict[str, list[Mapping[str, Any]]]]] = {}
-    for (label, _), evaluation in evaluations.items():
+    """Returns a table of means over seeds for each prompt set: the bases' rows first, then a row a label.
+
+    All labels of a seed share its base, since they share the noise that they are evaluated with.
+    """
+    found: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}  # by set, row and seed
+    for (label, seed), evaluation in evaluations.items():
         for kind, of_set in evaluation["sets"].items():
             for row, measurements in of_set["rows"].items():
-                if row.startswith("base, "):
-                    cells = {name: _base_cell(measurement) for name, measurement in measurements.items()}
-                    bases.setdefault(kind, {}).setdefault(row, cells)
-                    continue
-                for name, measurement in measurements.items():
-                    found.setdefault(kind, {}).setdefault(label, {}).setdefault(name, []).append(measurement)
-    return {  # the base at the most steps, at which gaps are 0, comes first
-        kind: dict(sorted(bases[kind].items(), key=lambda base: -int(base[0].split()[1])))
-        | {label: {name: _cell(of_seeds) for name, of_seeds in measured.items()} for label, measured in labels.items()}
-        for kind, labels in found.items()
+                name = row if row.startswith("base, ") else label
+                found.setdefault(kind, {}).setdefault(name, {})[seed] = measurements
+    return {
+        kind: {row: _cells(list(rows[row].values())) for row in sorted(rows, key=_base_first)}
+        for kind, rows in found.items()
     }
 
 
-def _cell(of_seeds: Sequence[Mapping[str, Any]]) -> Cell:
-    gaps = [measurement["gap"] for measurement in of_seeds]
-    return interval([measurement["value"] for measurement in of_seeds]) | {"gaps": gaps}
+def _base_first(row: str) -> int:
+    """Returns what sorts the base before all labels, at the most steps, at which gaps are 0, before all others."""
+    return -int(row.split()[1]) if row.startswith("base, ") else 0
 
 
-def _base_cell(measurement: Mapping[str, Any]) -> Cell:
-    """Returns a cell of the base, which all seeds share, with the interval of its samples."""
-    value, half, gap = (measurement[key] for key in ("value", "half_width", "gap"))
-    return {"mean": value, "half_width": half, "values": [value], "gaps": [gap]}
+def _cells(of_seeds: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
+    """Returns the cells of a row by measure, from its measurements by seed."""
+    cells = {}
+    for name in of_seeds[0]:
+        values, gaps = ([measurements[name][key] for measurements in of_seeds] for key in ("value", "gap"))
+        cells[name] = interval(values) | {"gaps": gaps}
+    return cells

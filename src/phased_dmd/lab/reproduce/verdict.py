@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from phased_dmd.lab.metrics.intervals import difference, ratio
+from phased_dmd.lab.metrics.intervals import LEAST, difference, ratio
 from phased_dmd.lab.reproduce.claim import Criterion, Trial
 
 NEUTRAL = {"ratio": 1.0, "difference": 0.0}  # the value at which neither side is better
+FROM_ZERO = ("frechet", "mode_histogram_kl", "energy_distance")  # measures that are 0 for the base's own law
 CHANCE = 0.025  # that a 95 % interval lies above NEUTRAL where there is no difference
 
 
@@ -18,21 +19,35 @@ def compare_pairs(recipe: str, trial: Trial, summary: Mapping[str, Any]) -> list
             rows = summary[c.table]
             about = {"recipe": recipe, "table": c.table, "measure": c.name, "direction": c.direction}
             about |= {"better": better, "worse": worse, "what": _in_words(c, better, worse)}
-            result.append(about | compare(c, rows[better][c.name], rows[worse][c.name]))
+            result.append(about | compare(c, rows, better, worse))
     return result
 
 
-def compare(criterion: Criterion, better: Mapping[str, Any], worse: Mapping[str, Any]) -> dict[str, Any]:
-    """Says how far a criterion sets the better cell apart from the worse one: above NEUTRAL if it does as claimed.
+def compare(criterion: Criterion, rows: Mapping[str, Any], better: str, worse: str) -> dict[str, Any]:
+    """Says how far a criterion sets the better row apart from the worse one: above NEUTRAL if it does as claimed.
 
-    better, worse: cells of a summary, with the `values` by seed and their signed `gaps` to the base.
+    rows: a table of a summary, whose cells have the `values` by seed and their signed `gaps` to the base.
     """
+    good_cell, bad_cell = (rows[label][criterion.name] for label in (better, worse))
     if criterion.direction == "closer":
-        good, bad = ([abs(gap) for gap in cell["gaps"]] for cell in (better, worse))
+        good, bad = ([abs(gap) for gap in cell["gaps"]] for cell in (good_cell, bad_cell))
     else:
-        good, bad = better["values"], worse["values"]
+        good, bad = good_cell["values"], bad_cell["values"]
     larger, smaller = (good, bad) if criterion.direction == "higher" else (bad, good)
-    return (ratio if criterion.scale == "ratio" else difference)(larger, smaller)
+    if criterion.scale == "difference":
+        return difference(larger, smaller)
+    return ratio(larger, smaller, resolution(criterion, rows))
+
+
+def resolution(criterion: Criterion, rows: Mapping[str, Any]) -> float:
+    """Returns what a distance counts as at least: the most that the base has been read as against itself.
+
+    That is 0 but for the error of few samples, by which two distances below it differ.
+    """
+    base = next(iter(rows))
+    if not criterion.name.startswith(FROM_ZERO) or not base.startswith("base, "):
+        return LEAST
+    return max(LEAST, *(abs(value) for value in rows[base][criterion.name]["values"]))
 
 
 def _in_words(criterion: Criterion, better: str, worse: str) -> str:
@@ -44,10 +59,12 @@ def _in_words(criterion: Criterion, better: str, worse: str) -> str:
 
 
 def outcome(comparison: Mapping[str, Any]) -> str | None:
-    """Says what the interval shows: `as claimed`, `the reverse` or `nothing`; None from one seed, without interval."""
+    """Says what the interval shows: `as claimed`, `the reverse` or `nothing`, as where seeds do not differ at all; None
+    from one seed.
+    """
     low, high, neutral = comparison["low"], comparison["high"], NEUTRAL[comparison["scale"]]
     if low is None:
-        return None
+        return None if len(comparison["values"]) < 2 else "nothing"
     return "as claimed" if low > neutral else "the reverse" if high < neutral else "nothing"
 
 
@@ -73,9 +90,9 @@ def count_outcomes(comparisons: Sequence[Mapping[str, Any]]) -> tuple[int, int, 
 def judge(comparisons: Sequence[Mapping[str, Any]]) -> str | None:
     """Returns the verdict on comparisons that are claimed to lie above NEUTRAL; None where one has no interval.
 
-    The claim `holds` where every interval lies above. It `holds partly` where more do than lie below, and one of them
-    would even if the intervals were as wide as all of them together need (Bonferroni: p below CHANCE over their
-    number). Else it `does not hold`.
+    The claim `holds` where every interval lies above. Else one of them must do so even if the intervals were as wide as
+    all of them together need (Bonferroni: p below CHANCE over their number): it then `holds partly` where none is the
+    reverse, and is `mixed` where some are. Else it `does not hold`.
     """
     counts = count_outcomes(comparisons)
     if counts is None:
@@ -83,5 +100,7 @@ def judge(comparisons: Sequence[Mapping[str, Any]]) -> str | None:
     claimed, reverse, _ = counts
     if claimed == len(comparisons):
         return "holds"
-    sure = any(comparison["p"] < CHANCE / len(comparisons) for comparison in comparisons)
-    return "holds partly" if claimed > reverse and sure else "does not hold"
+    sure = any(c["p"] is not None and c["p"] < CHANCE / len(comparisons) for c in comparisons)
+    if not sure:
+        return "does not hold"
+    return "mixed" if reverse else "holds partly"

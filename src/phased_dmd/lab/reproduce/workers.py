@@ -20,6 +20,7 @@ from phased_dmd.prompts import read_prompts
 from phased_dmd.sampling.loading import experts_made_by
 from phased_dmd.train import distill
 
+MOST_SAMPLES = 10_000  # of a prompt set, so that two training seeds share no noise
 Log = Callable[[str], object]  # takes a line for the user
 
 
@@ -34,6 +35,11 @@ class PlannedRun:
     folder: Path
     samples: int
     experts_from: Path | None = None
+
+    @property
+    def protocol(self) -> Protocol:
+        """Says how the run is evaluated: each training seed with noise of its own, which its variants share."""
+        return Protocol(samples=self.samples, first=first_seed(self.config.seed))
 
 
 class Workers:
@@ -68,16 +74,13 @@ class Workers:
     def evaluate(self, runs: Sequence[PlannedRun]) -> None:
         """Evaluates the runs that are not evaluated yet.
 
-        One run of each recipe goes first, so that the base is sampled once. The others are dealt out in one lot a
-        worker, within which the readings of the base's samples are shared.
+        Runs of one teacher and seed are a lot, whose base is sampled and read once.
         """
         missing = [run for run in unique_runs(runs) if not is_evaluated(run)]
-        recipes = dict.fromkeys(run.config.recipe for run in missing)
-        lots = [[run for run in missing if run.config.recipe == recipe] for recipe in recipes]
-        if self._pool:
-            self._each(_evaluate, [lot[:1] for lot in lots], "evaluated")
-            lots = [lot[i :: self.jobs] for lot in lots for i in range(1, self.jobs + 1) if lot[i :: self.jobs]]
-        self._each(_evaluate, lots, "evaluated")
+        lots: dict[object, list[PlannedRun]] = {}
+        for run in missing:
+            lots.setdefault((run.config.teacher, run.protocol), []).append(run)
+        self._each(_evaluate, list(lots.values()), "evaluated")
 
     def _each(self, work: Callable[[Sequence[PlannedRun]], None], lots: Sequence[list[PlannedRun]], done: str) -> None:
         """Does the work for each lot of runs, and logs when one is done."""
@@ -96,6 +99,11 @@ class Workers:
             raise UserError("--jobs: a worker was killed, for want of memory perhaps; try fewer") from None
 
 
+def first_seed(training_seed: int) -> int:
+    """Returns the first of the seeds that a run is evaluated with."""
+    return MOST_SAMPLES * training_seed
+
+
 def default_jobs() -> int:
     """Returns 1 where there is an accelerator, else the number of CPU cores."""
     return 1 if torch.cuda.is_available() else multiprocessing.cpu_count()
@@ -108,7 +116,7 @@ def unique_runs(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 def is_evaluated(run: PlannedRun) -> bool:
     """Says whether `evaluate` would leave the run alone."""
-    path, asked = run.folder / "evaluation.json", json.loads(json.dumps(asdict(Protocol(samples=run.samples))))
+    path, asked = run.folder / "evaluation.json", json.loads(json.dumps(asdict(run.protocol)))
     about = {"protocol": asked, "experts": experts_made_by(run.folder)}
     return path.exists() and about.items() <= json.loads(path.read_text("utf-8")).items()
 
@@ -132,5 +140,4 @@ def _distill(lot: Sequence[PlannedRun]) -> None:
 
 
 def _evaluate(lot: Sequence[PlannedRun]) -> None:
-    for samples in dict.fromkeys(run.samples for run in lot):
-        evaluate([run.folder for run in lot if run.samples == samples], Protocol(samples=samples))
+    evaluate([run.folder for run in lot], lot[0].protocol)
