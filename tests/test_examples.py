@@ -34,7 +34,7 @@ from phased_dmd.engine.world import device
 from phased_dmd.lab.metrics.distances import frechet, moments
 from phased_dmd.maths.schedules import VPSchedule, renoise_times
 from phased_dmd.models.analytic import ExactMixture, PlainCodec, TimeMLP
-from phased_dmd.plan import needs
+from phased_dmd.plan import CARDS, needs, peak
 from phased_dmd.recipes import RECIPES, resolve
 from phased_dmd.sampling.loading import load
 from phased_dmd.testing import ModelError, check_model
@@ -417,3 +417,45 @@ def test_the_scripts_run_commands_that_are_valid_and_fit(
     if gpus == "1":
         assert config.fake.lr == config.generator.lr
         assert max(phase.checkpoint for phase in needed.phases) < 1e9 and 36 < needed.hours < 60
+
+
+# ---------------------------------------------------------------- one card
+
+ONE_GPU = (ROOT / "docs" / "one-gpu.md").read_text("utf-8")
+CARD_ROW = r"^\| (.*?) ?\| `(.+?)`.*? \| .+? \| ([\d.]+ of [\d.]+ GB) \| (\w+) \| (\d+ GB) \| ([\d.]+) \|$"
+CARD_ROWS = re.findall(CARD_ROW, ONE_GPU, re.MULTILINE)
+PLANNED_HERE = ("wan", "z-image")  # seconds each; the others' take a minute and more of CPU together
+
+
+def one_card() -> list[tuple[int, list[str]]]:
+    """The memory of a card, and the arguments of `phased-dmd` in its commands, in the order of docs/one-gpu.md."""
+    found = []
+    for memory, below in re.findall(r"^### (\d+) GB$(.*?)(?=^##)", ONE_GPU, re.DOTALL | re.MULTILINE):
+        (block,) = re.findall(r"```\n(.*?)```", below, re.DOTALL)
+        for words in map(shlex.split, block.replace("\\\n", " ").splitlines()):
+            if words[0] == "bash":
+                script = (ROOT / words[1]).read_text()
+                words = shlex.split(script[script.index("exec ") :].replace("\\\n", " "))[1:]
+            found.append((int(memory), words[1:]))
+    return found
+
+
+@pytest.mark.parametrize("row", range(len(one_card())), ids=lambda row: f"{one_card()[row][0]}-{one_card()[row][1][1]}")
+def test_the_table_of_cards_is_what_each_command_is_planned_to_take(row: int) -> None:
+    """Its rows and the commands have one order; a card's name stands in the first of its rows. Of some recipes the
+    figures are planned anew.
+    """
+    memory, words = one_card()[row]
+    assert len(CARD_ROWS) == len(one_card())
+    cards = [card.split(" GB")[0] for card, *_ in CARD_ROWS[: row + 1] if card]
+    _, recipe, held, stage, host, hours = CARD_ROWS[row]
+    assert (cards[-1], recipe) == (str(memory), words[1])
+    settings = dict(assignment(value) for flag, value in itertools.pairwise(words) if flag == "--set")
+    config = resolve(recipe, settings)
+    if not recipe.startswith(PLANNED_HERE):
+        return
+    plan = needs(config, 1, memory, tflops=CARDS[memory])
+    most = peak(plan.stages)
+    assert plan.fits and not plan.warnings
+    assert held == f"{most.gpu / 1e9:.1f} of {plan.usable / 1e9:.1f} GB" and stage == most.name
+    assert host == f"{max(each.host for each in plan.stages) / 1e9:.0f} GB" and hours == f"{plan.hours:.3g}"

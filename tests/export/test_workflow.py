@@ -23,8 +23,9 @@ from phased_dmd.engine.world import device
 from phased_dmd.export import export
 from phased_dmd.export.comfyui import Graph, obstacle, workflow
 from phased_dmd.export.exported_run import ExportedRun
+from phased_dmd.models.source import Source, architecture
 from phased_dmd.networks.roles import expert_role
-from phased_dmd.recipes import resolve
+from phased_dmd.recipes import SYSTEMS, large, resolve
 from phased_dmd.sampling.loading import load
 
 Latent = dict[str, Tensor]
@@ -264,3 +265,51 @@ def test_where_comfyui_cannot_serve_there_is_a_reason_instead_of_a_workflow(
         assert "workflow.json: ComfyUI, at exactly the trained times" in lines and "- comfyui\n" in card
     else:
         assert f"no workflow for ComfyUI: {found}" in lines and f"no workflow for ComfyUI: {found}." in card
+
+
+# ---------------------------------------------------------------- the page's tables
+
+PAGE = Path(__file__).parents[2] / "docs" / "export.md"
+
+
+def rows(head: str) -> dict[str, list[str]]:
+    """The cells of a table of docs/export.md, by the recipes that stand in the first one."""
+    lines = PAGE.read_text("utf-8").split(f"\n| {head}")[1].split("\n\n")[0].splitlines()[2:]
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {recipe: cells for first, *cells in split for recipe in re.findall(r"`([^`]+)`", first)}
+
+
+def named(graph: Graph, kind: str, key: str) -> list[Any]:
+    """An input of all nodes of a kind, in the graph's order."""
+    return [node["inputs"][key] for node in graph.values() if node["class_type"] == kind]
+
+
+@pytest.mark.parametrize("recipe", SYSTEMS)
+def test_the_pages_tables_are_what_the_recipes_workflows_hold(recipe: str) -> None:
+    """File by file and time by time, of the hub's configurations; recipes without a workflow are in neither table."""
+    files, settings = (rows(head) for head in ("recipe | `models/diffusion_models`", "recipe | first sampler"))
+    config, folder = large(recipe), architecture(SYSTEMS[recipe].path)
+    teacher: Any = config.teacher
+    source = Source(teacher)
+    assert folder is not None
+    source.folder = folder
+    run = ExportedRun(Path(), False, torch.bfloat16, None, config, lambda _: {}, teacher, source)
+    assert (obstacle(run) is None) == (recipe in files) == (recipe in settings)
+    if obstacle(run):
+        return
+    graph = workflow(run)
+    told = [[f"{name}.safetensors" for name in re.findall(r"`([^`]+)`", cell)] for cell in files[recipe]]
+    loaded = (("UNETLoader", "unet_name"), ("CLIPLoader", "clip_name"), ("VAELoader", "vae_name"))
+    assert told == [named(graph, *which) for which in loaded]
+
+    first, sigmas, second, rest, (kind, shift) = *settings[recipe][:4], settings[recipe][4].split(", ")
+    for name, file in zip((first, second), named(graph, "LoraLoaderModelOnly", "lora_name"), strict=True):
+        assert f"_4step_{name.split('`')[1]}_rank64_" in file
+    for told_sigmas, found in zip((sigmas, rest), named(graph, "ManualSigmas", "sigmas"), strict=True):
+        assert [float(number) for number in told_sigmas.split(", ")] == pytest.approx(
+            [float(number) for number in found.split(", ")], abs=5e-5
+        )
+    assert set(named(graph, kind, "shift")) == {float(shift)}
+    assert named(graph, "SamplerCustom", "add_noise") == [True, False]
+    assert set(named(graph, "SamplerCustom", "cfg")) == {1.0}
+    assert named(graph, "KSamplerSelect", "sampler_name") == ["euler"]
