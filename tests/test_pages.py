@@ -216,7 +216,7 @@ def test_links_are_moved_to_where_pages_stand() -> None:
     site = builder()
     text = site.moved(DOCS / "quick-start.md")
     assert "(repository/examples/quickstart.ipynb.md)" in text and "(images/nano-before-after.png)" in text
-    assert "(../LOG.md)" in site.moved(DOCS / "results" / "README.md")
+    assert "(../../LOG.md)" in site.moved(DOCS / "results" / "earlier" / "README.md")
     assert "(../quick-start.md)" in site.moved(ROOT / "README.md")
 
 
