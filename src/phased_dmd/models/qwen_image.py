@@ -15,7 +15,7 @@ from diffusers.loaders import QwenImageLoraLoaderMixin
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from phased_dmd.config.teacher import QwenImageTeacher
+from phased_dmd.config.teacher import QwenImageTeacher, Size
 from phased_dmd.errors import UserError
 from phased_dmd.models.adapter import Adapter, Comfy, Shape, Stock, TextEncoder
 from phased_dmd.models.pipeline import (
@@ -24,7 +24,9 @@ from phased_dmd.models.pipeline import (
     check_pictures,
     check_pipeline,
     decode_clip,
+    line_mu,
     pad_texts,
+    stock_sigmas,
 )
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import Source
@@ -141,6 +143,13 @@ def restored(tokens: Tensor, height: int, width: int) -> Tensor:
     return unpack(tokens, height // PATCH, width // PATCH)
 
 
+def sigmas(source: Source, size: Size, steps: int) -> Sequence[float]:
+    """Returns the times of the stock pipeline's steps at a size, and 0."""
+    side = PATCH * 2 ** len(source.config(AutoencoderKLQwenImage, "vae")["temperal_downsample"])
+    tokens = size.height * size.width // side**2
+    return stock_sigmas(source, steps, lambda config: line_mu(config, tokens))
+
+
 ADAPTER = Adapter(
     QwenImageModel, QwenImageCodec, QwenImageTransformer2DModel, AutoencoderKLQwenImage, QwenImageLoraLoaderMixin,
     TextEncoder(Qwen2_5_VLForConditionalGeneration, PROMPTS, TEMPLATE), condition, padded=False,
@@ -152,5 +161,6 @@ ADAPTER = Adapter(
         note="ComfyUI's Qwen-Image differs from diffusers' own where a side has an odd number of 16-pixel patches, by "
         "up to .03 of\nlatents of standard deviation .59, with a LoRA or without.",
     ),
+    sigmas=sigmas,
     alike=4,  # its last block, half of which gets no gradient, must be none of those that are counted
 )  # fmt: skip

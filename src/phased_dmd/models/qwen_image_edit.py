@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from phased_dmd.config.teacher import QwenImageEditTeacher, Size
+from phased_dmd.config.teacher import QwenImageEditTeacher
 from phased_dmd.media import read_picture
 from phased_dmd.models.adapter import Adapter, Shape, Stock, TextEncoder
 from phased_dmd.models.pipeline import (
@@ -25,12 +25,10 @@ from phased_dmd.models.pipeline import (
     decode_clip,
     evenly_shifted,
     fitting_sizes,
-    line_mu,
     pad_texts,
-    stock_sigmas,
 )
 from phased_dmd.models.protocol import NEGATIVE, Condition
-from phased_dmd.models.qwen_image import PATCH, QwenImageModel, pack, restored, unpack
+from phased_dmd.models.qwen_image import PATCH, QwenImageModel, pack, restored, sigmas, unpack
 from phased_dmd.models.source import Source
 
 STRIDE = 8  # pixels a side of a latent of Qwen-Image's VAE, for `plan`
@@ -131,13 +129,6 @@ def condition(config: Mapping[str, Any], tokens: int, shape: Shape) -> dict[str,
     return {
         "text": text, f"{NEGATIVE}text": text, "image": (shape[0], 1, height // STRIDE, width // STRIDE),
     }  # fmt: skip
-
-
-def sigmas(source: Source, size: Size, steps: int) -> Sequence[float]:
-    """Returns the times of the stock pipeline's steps at a size, and 0."""
-    side = PATCH * 2 ** len(source.config(AutoencoderKLQwenImage, "vae")["temperal_downsample"])
-    tokens = size.height * size.width // side**2
-    return stock_sigmas(source, steps, lambda config: line_mu(config, tokens))
 
 
 ADAPTER = Adapter(
