@@ -290,7 +290,7 @@ class Qwen2VLProcessor(PictureProcessor):
 
 
 def qwen_image_edit() -> QwenImageEditPlusPipeline:
-    """With a VAE of 16 pixels a latent whose encoder has few convolutions, since it is given pictures of a megapixel."""
+    """With a VAE of 16 pixels a latent and few convolutions, since the pipeline encodes pictures of a megapixel."""
     tokenizer = qwen_tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", template=EDIT)
     encoder = qwen_text_encoder()
     encoder.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
