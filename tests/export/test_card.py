@@ -2,12 +2,11 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from faults import forked
 from huggingface_hub import ModelCard
 from PIL import Image
 from runs import TINY, Make
@@ -22,12 +21,13 @@ def code_of(card: Path) -> list[str]:
 
 
 def run_in(folder: Path, code: str) -> None:
-    """Runs code in a process of its own, in the folder, as a reader of the card would."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import torch; torch.set_num_threads(1)\n{code}"], cwd=folder, capture_output=True,
-        text=True, env=dict(os.environ),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    """Runs code in the folder, as a reader of the card would: as a script, in a forked process of its own."""
+
+    def read() -> None:
+        os.chdir(folder)
+        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+    assert forked(read, seconds=300) == 0
 
 
 @pytest.mark.parametrize(

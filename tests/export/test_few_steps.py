@@ -302,10 +302,12 @@ for name, base, here in {places}:
         print(error)
 assert not any(name.startswith("phased_dmd") for name in sys.modules)
 """
-PUSH = "import sys, pathlib; from phased_dmd.export import push; print(push(pathlib.Path(sys.argv[1]), 'me/few')[-1])"
 OURS = """
-import torch
+import sys, pathlib, torch
 from phased_dmd import load_pipeline
+from phased_dmd.export import push
+torch.set_num_threads(1)
+print(push(pathlib.Path(sys.argv[1]), "me/few")[-1])
 noise = torch.load("{folder}/noise.pt", weights_only=True)
 pipe = load_pipeline("me/few", dtype=torch.float32)
 torch.save(pipe({prompts}, latents=noise, output_type="latent").frames.cpu(), "{folder}/ours.pt")
@@ -319,16 +321,16 @@ def child(code: str, environment: dict[str, str], *arguments: Path) -> subproces
 def test_strangers_who_know_only_diffusers_make_the_runs_samples_from_the_disk_and_the_hub(
     nano: Path, make: Make, tmp_path: Path
 ) -> None:
-    """Two exports in one process, whose files diffusers copies to one place, then the same uploaded; offline from ours.
-
-    And without being trusted diffusers runs none of it.
+    """Two exports in one process, whose files diffusers copies to one place, and one that another process uploaded and
+    has loaded back; neither has what the other downloaded. Without being trusted diffusers runs none of it.
     """
     export(make("nano-moe"), tmp_path / "pair")
     torch.save(noise(), tmp_path / "noise.pt")
     with local_hub() as hub:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_nobody"}
-        done = child(PUSH, environment, nano)
+        environment |= {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_nobody"}
+        ours, theirs = (environment | {"HF_HOME": str(tmp_path / "homes" / name)} for name in ("ours", "theirs"))
+        done = child(OURS.format(folder=tmp_path, prompts=PROMPTS), ours, nano)
         assert done.returncode == 0, done.stderr
         assert re.fullmatch(r"me/few: \d+ files, [\d,]+ bytes sent", done.stdout.strip())
         assert hub.asked[0] == ("/api/repos/create", [{"name": "few", "organization": "me", "visibility": "private"}])
@@ -340,16 +342,15 @@ def test_strangers_who_know_only_diffusers_make_the_runs_samples_from_the_disk_a
             ("pair", str(tmp_path / "pair" / "base"), str(tmp_path / "pair")),
             ("hub", str(nano / "base"), "me/few"),
         ]
-        done = child(STRANGER.format(places=places, folder=tmp_path, prompts=PROMPTS), environment)
+        done = child(STRANGER.format(places=places, folder=tmp_path, prompts=PROMPTS), theirs)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("load_few_steps loads the experts") == 3
-        done = child(OURS.format(folder=tmp_path, prompts=PROMPTS), environment)
-        assert done.returncode == 0, done.stderr
     expected = {"nano": make("nano", "phased"), "pair": make("nano-moe")}
     for name, run in (("nano", "nano"), ("pair", "pair"), ("hub", "nano"), ("ours", "nano")):
         found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         same(found, of_run(expected[run], noise()))
-    assert not list((tmp_path / "hf" / "hub").rglob("snapshots/*/wrong-calls.png")), "pictures are not asked for"
+    assert list((tmp_path / "homes").rglob("snapshots/*/export.json"))
+    assert not list((tmp_path / "homes").rglob("snapshots/*/wrong-calls.png")), "pictures are not asked for"
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         DiffusionPipeline.from_pretrained(nano / "base", custom_pipeline=str(nano))
 

@@ -183,7 +183,8 @@ def pretend() -> None:
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """Makes an update of the fake, and one of the expert; returns what the device held before, and what each took.
 
-    config: as JSON. phase, gpus. blocks: how many each network has. fault: one of `FAULTS`.
+    config: as JSON. phase, gpus. blocks: how many each network has. fault: one of `FAULTS`. updates: "fake", "expert",
+    or by default both. rollouts: whether what begins with a rollout without gradient makes it, as by default.
     """
     watch = Watch()
     with (
@@ -193,13 +194,19 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             fake,
         ),
         mock.patch.object(step, "choice", lambda count, *key: count - 1),  # the exit of the longest rollout
+        mock.patch.object(step, "roll_out", step.roll_out if case.get("rollouts", True) else first_noise),
         FAULTS[case["fault"]](list(fake.optimiser.state.values())) if "fault" in case else nullcontext(),
     ):
         found: dict[str, Any] = {"held": watch.now}
-        for name in simulate.UPDATES:
+        for name in case.get("updates", simulate.UPDATES):
             simulate.run_update(job, case["phase"], name, expert, fake, watch)
             found[name] = {key: getattr(watch, key) for key in COUNTS}
         return found
+
+
+def first_noise(batch: step.Batch, hops: int, states: step.States) -> Tensor:
+    """Stands in the place of a rollout, which holds less than the call with gradient that follows it."""
+    return batch.system.start(batch.first_noise())
 
 
 # Faults that are seeded in a case, each with the optimiser's states of the fake at hand

@@ -290,7 +290,7 @@ class Qwen2VLProcessor(PictureProcessor):
 
 
 def qwen_image_edit() -> QwenImageEditPlusPipeline:
-    """With a VAE of 16 pixels a latent, since the pipeline encodes pictures of a megapixel."""
+    """With a VAE of 16 pixels a latent and few convolutions, since the pipeline encodes pictures of a megapixel."""
     tokenizer = qwen_tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", template=EDIT)
     encoder = qwen_text_encoder()
     encoder.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
@@ -301,7 +301,7 @@ def qwen_image_edit() -> QwenImageEditPlusPipeline:
         tokenizer=tokenizer, processor=Qwen2VLProcessor(Qwen2VLImageProcessorPil(), tokenizer), text_encoder=encoder,
         vae=frozen(
             AutoencoderKLQwenImage(
-                base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
+                base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=0,
                 temperal_downsample=[False, True, True, True],
             )
         ),
