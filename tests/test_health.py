@@ -92,18 +92,18 @@ def test_a_line_holds_means_of_its_updates_whatever_order_they_came_in() -> None
 
 def test_a_healthy_run_is_left_alone() -> None:
     """A distance that falls; one that stays, while a fake sets out to follow and the gap opens 64 times; a slow fake's
-    errors, at random and in the teacher's direction.
+    errors, at random, and so small beside what nobody can know that their direction tells nothing.
     """
     assert causes([line(i, 0.3 / i, 0.05 / i, cosine=0.2) for i in range(1, 12)]) == []
     assert causes([line(i, 0.2, (1 - i / 8) * 0.2) for i in range(1, 9)]) == []
-    assert causes(lines(5, 0.1, 0.25, cosine=0.0)) == causes(lines(6, 0.1, 0.2)) == []
+    assert causes(lines(5, 0.1, 0.25, cosine=0.0)) == causes(lines(6, 0.001, 0.002)) == []
 
 
 @pytest.mark.parametrize(("rows", "cause"), [
     (lines(5, 0.1, 0.25, cosine=0.0, fake_step=0.004), "fake rate"), (lines(1, 0.1, 0.05, fake_step=0.01), "fake rate"),
-    ([line(i, 0.1, 0.2 + 0.02 * i) for i in range(1, 7)], "target"),
+    (lines(6, 0.1, 0.2), "target"),
     ([line(i, 0.02 * 2**i, 0.005) for i in range(1, 6)], "generator rate"),
-    (lines(1, 0.1, 0.05, generator_step=0.2), "generator rate"),
+    (lines(1, 0.1, 0.05, generator_step=0.25), "generator rate"),
     (lines(3, 0.1, 0.1, cosine=0.5, fake_step=1e-13), "still"),
     (lines(3, 0.1, 0.05, size=140.0), "overflow"),
     (lines(5, 0.1, 0.05, clipped=1.0), "clipped"),

@@ -116,7 +116,7 @@ class Rule:
 # fitted to it: where the generator is right from the start, all that is seen is how well it was fitted.
 SIGMAS = 2.5  # standard errors that a gain must lie beyond a bound
 STILL = 1e-9  # of a tensor's norm: an update of the fake that rounding swallows
-BIASED, WIDER = -1.25, 1.2  # a gain below that of random errors, -1 at the least; a phase's second half over its first
+RANDOM, FAINT = -1.0, 2.5e-4  # the least gain of random errors; a gap over the fake's error, below which no gain tells
 FARTHER, OPENED = 1.5, 2.0  # times the phase's first distance and gap; a fake that begins to follow opens the gap alone
 STRIDE, FULL_STRIDE = 0.2, 0.006  # of a matrix's norm: more than an update may change of an adapter's, or a network's
 OVERFLOW = 25.0  # mean square of predicted latents, which a VAE scales to about 1
@@ -142,12 +142,11 @@ def _surely_behind(rows: Sequence[Row], config: Config) -> float | None:
 
 
 def _is_drawn_away(rows: Sequence[Row], config: Config) -> str | None:
-    found, gaps = _surely_behind(rows, config), [row["gap"] for row in _scored(rows, config)]
-    if found is None or found >= BIASED:
+    found, seen = _surely_behind(rows, config), _scored(rows, config)
+    if found is None or found >= RANDOM:
         return None
-    half = len(gaps) // 2
-    opened = fmean(gaps[-half:]) / fmean(gaps[:half])
-    return f"fake_gain is {found:.2f}, and the gap opens, {opened:.1f} times" if opened > WIDER else None
+    share = fmean(row["gap"] for row in seen) / fmean(row["fake_error"] for row in seen)
+    return f"fake_gain is {found:.2f}, which no random errors make" if share > FAINT else None
 
 
 def _rushes(rows: Sequence[Row], config: Config) -> str | None:
