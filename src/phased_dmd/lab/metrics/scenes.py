@@ -13,7 +13,7 @@ COLOURS = {  # RGB in [0, 1], far apart in hue
     "red": (1.0, 0.12, 0.3), "green": (0.1, 0.85, 0.45), "blue": (0.2, 0.35, 1.0), "yellow": (1.0, 0.9, 0.1),
 }  # fmt: skip
 CELLS = {  # where the middle of a digit's path is, (right, down) pixels from the centre of the canvas
-    f"{row} {column}": (x, y) for row, y in (("top", -9.0), ("bottom", 9.0)) for column, x in (("left", -9.0), ("right", 9.0))
+    "top left": (-9.0, -9.0), "top right": (9.0, -9.0), "bottom left": (-9.0, 9.0), "bottom right": (9.0, 9.0),
 }  # fmt: skip
 PANS = {"camera still": 0.0, "camera pans left": -0.6, "camera pans right": 0.6}  # pixels a frame to the right
 STRIPES = 20  # pixels, the period of the background's

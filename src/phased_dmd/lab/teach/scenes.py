@@ -1,4 +1,4 @@
-"""Scenes of two or three coloured digits before stripes, as pictures and clips, with captions of a random specificity."""
+"""Scenes of two or three coloured digits before stripes, in pictures and clips, with captions of any specificity."""
 
 from dataclasses import replace
 
@@ -23,14 +23,12 @@ def picture_batch(digits: Digits, size: int, generator: torch.Generator) -> tupl
     return _batch(digits, size, generator, False)
 
 
-def scene_clip_batch(digits: Digits, size: int, generator: torch.Generator) -> tuple[Tensor, list[str], list[Scene]]:
+def clip_batch(digits: Digits, size: int, generator: torch.Generator) -> tuple[Tensor, list[str], list[Scene]]:
     """Draws clips of digits that move before a camera that may pan: (pixels [size, 3, 9, 40, 40], captions, scenes)."""
     return _batch(digits, size, generator, True)
 
 
-def _batch(
-    digits: Digits, size: int, generator: torch.Generator, clip: bool
-) -> tuple[Tensor, list[str], list[Scene]]:
+def _batch(digits: Digits, size: int, generator: torch.Generator, clip: bool) -> tuple[Tensor, list[str], list[Scene]]:
     index = torch.randint(len(digits.labels), (size, MOST), generator=generator)
     scenes = [draw_scene(labels, clip, generator) for labels in digits.labels[index].tolist()]
     pixels = render(digits.pixels[index], scenes, generator)
@@ -99,7 +97,7 @@ def render(pixels: Tensor, scenes: list[Scene], generator: torch.Generator) -> T
 
 
 def _cover(pixels: Tensor, shift: Tensor) -> Tensor:
-    """Returns how much of each pixel digits [b, 28, 28] cover, moved by shift [b, f, 2] from the centre: [b, 1, f, 40, 40]."""
+    """Returns how much digits [b, 28, 28], shift [b, f, 2] pixels from the centre, cover: [b, 1, f, 40, 40]."""
     b, f, _ = shift.shape
     theta = torch.zeros(b, f, 2, 3)
     theta[..., 0, 0] = theta[..., 1, 1] = SIDE / SPAN
@@ -107,3 +105,12 @@ def _cover(pixels: Tensor, shift: Tensor) -> Tensor:
     grid = F.affine_grid(theta.flatten(0, 1), [b * f, 1, SIDE, SIDE], align_corners=False)
     source = pixels[:, None, None].expand(b, f, 1, 28, 28).flatten(0, 1)
     return F.grid_sample(source, grid, align_corners=False).reshape(b, 1, f, SIDE, SIDE)
+
+
+def all_words() -> list[str]:
+    """Returns captions that hold every word, which the tokenizer is trained on."""
+    digits = [Digit(label, colour, cell) for label in WORDS for colour in COLOURS for cell in CELLS]
+    still = [caption(Scene((digit, digit)), False) for digit in digits]
+    moves = [replace(digits[0], direction=direction, speed=speed) for direction in DIRECTIONS for speed in SPEEDS]
+    moving = [caption(Scene((move, move), pan), True) for move in moves for pan in PANS]
+    return still + moving + [caption(Scene((Digit(),) * count), True) for count in (0, *COUNTS.values())]
