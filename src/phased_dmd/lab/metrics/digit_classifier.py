@@ -15,9 +15,9 @@ SPEEDS = {"slowly": 0.6, "fast": 1.3}  # pixels a frame
 
 
 class DigitClassifier(nn.Module):
-    """A small convolutional network over pictures [n, channels, side, side] in [0, 1], by default grey digits."""
+    """A small convolutional network over pictures [n, channels, *size] in [0, 1], by default grey digits."""
 
-    def __init__(self, channels: int = 1, side: int = 32, outputs: int = 10) -> None:
+    def __init__(self, channels: int = 1, size: tuple[int, int] = (32, 32), outputs: int = 10) -> None:
         super().__init__()
         widths = (channels, 16, 32, 64)
         blocks = [
@@ -25,7 +25,7 @@ class DigitClassifier(nn.Module):
             for a, b in zip(widths, widths[1:], strict=False)
         ]
         self.body = nn.Sequential(*[layer for block in blocks for layer in block], nn.Flatten())
-        self.features = nn.Sequential(nn.Linear(64 * (side // 8) ** 2, FEATURES), nn.ReLU())
+        self.features = nn.Sequential(nn.Linear(64 * (size[0] // 8) * (size[1] // 8), FEATURES), nn.ReLU())
         self.head = nn.Linear(FEATURES, outputs)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:

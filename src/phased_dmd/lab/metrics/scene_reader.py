@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from phased_dmd.checkpoint import load_tensors
 from phased_dmd.lab.metrics.digit_classifier import DIRECTIONS, SPEEDS, WORDS, DigitClassifier
-from phased_dmd.lab.metrics.scenes import CELLS, COLOURS, PANS, SIDE, STRIPES, Scene
+from phased_dmd.lab.metrics.scenes import CELLS, COLOURS, HEIGHT, PANS, STRIPES, WIDTH, Scene
 
 WEIGHTS = Path(__file__).parents[2] / "assets" / "scenes.safetensors"
 OUTPUTS = len(COLOURS) * (1 + len(WORDS) + len(CELLS))  # of the network over whole frames: what `targets` holds
-CROP, CROP_SIDE = 22, 32  # pixels of a frame about a digit, and of the picture of it that is classified
+CROP, CROP_SIDE = 21, 32  # pixels of a frame about a digit, and of the picture of it that is classified
 FAINT, FULL = 0.2, 0.8  # shares of a colour's saturation at which a pixel is not, and is wholly, of the digit
 LEAST = 6.0  # pixels that a digit has at least
 VISIBLE = 0.9  # share of its most pixels that a digit shows in a frame that tells where it is
@@ -27,14 +27,14 @@ Readings = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class SceneReader:
-    """The two networks: of digits cut out of frames [n, 1, 32, 32], and of whole frames [n, 3, 40, 40]."""
+    """The two networks: of digits cut out of frames [n, 1, 32, 32], and of whole frames [n, 3, 32, 48]."""
 
     digits: DigitClassifier
     frames: DigitClassifier
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Readings:
-        """Reads pictures or clips [n, f, 40, 40, 3] in [0, 1].
+        """Reads pictures or clips [n, f, 32, 48, 3] in [0, 1].
 
         By colour: `present` [n, 4], `label` and `cell` [n, 4]; of clips also `velocity` [n, 4, 2], before the
         background, and the camera's `pan` [n], in pixels a frame (right, down).
@@ -64,7 +64,7 @@ class SceneReader:
 def load_reader() -> tuple[SceneReader, dict[str, Tensor], dict[str, float]]:
     """Loads the shipped reader, the moments of its features of held-out scenes, and its accuracies."""
     tensors, header = load_tensors(WEIGHTS)
-    networks = {"digits": DigitClassifier(), "frames": DigitClassifier(3, SIDE, OUTPUTS)}
+    networks = {"digits": DigitClassifier(), "frames": DigitClassifier(3, (HEIGHT, WIDTH), OUTPUTS)}
     for name, network in networks.items():
         own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
         network.load_state_dict(own)
@@ -90,8 +90,8 @@ def places(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Frames in which much of a digit is hidden, or beyond the edge, weigh nothing.
     """
     mass = masks.sum((3, 4))
-    axis = torch.arange(SIDE) - (SIDE - 1) / 2
-    right, down = (masks.sum(3) * axis).sum(3), (masks.sum(4) * axis).sum(3)
+    x, y = (torch.arange(side) - (side - 1) / 2 for side in (WIDTH, HEIGHT))
+    right, down = (masks.sum(3) * x).sum(3), (masks.sum(4) * y).sum(3)
     position = torch.stack([right, down], 3) / mass[..., None].clamp(min=1e-6)
     most = mass.amax(1)
     weight = ((mass / most[:, None].clamp(min=1e-6)) >= VISIBLE).float()
@@ -126,12 +126,13 @@ def background_motion(pixels: Tensor) -> Tensor:
 
 
 def cut_out(masks: Tensor, position: Tensor, warp: Tensor | None = None) -> Tensor:
-    """Cuts digits out of masks [m, 40, 40] about positions [m, 2] from the centre: [m, 1, 32, 32].
+    """Cuts digits out of masks [m, 32, 48] about positions [m, 2] from the centre: [m, 1, 32, 32].
 
     warp: matrices [m, 2, 2] that the picture's coordinates are multiplied by, for training.
     """
-    square = (torch.eye(2) if warp is None else warp) * CROP / SIDE
-    theta = torch.cat([square.expand(len(masks), 2, 2), (2 * position / SIDE)[..., None]], dim=2)
+    size = torch.tensor([WIDTH, HEIGHT])
+    square = (torch.eye(2) if warp is None else warp) * (CROP / size)[:, None]
+    theta = torch.cat([square.expand(len(masks), 2, 2), (2 * position / size)[..., None]], dim=2)
     grid = F.affine_grid(theta, [len(masks), 1, CROP_SIDE, CROP_SIDE], align_corners=False)
     return F.grid_sample(masks[:, None], grid, align_corners=False)
 

@@ -7,13 +7,13 @@ from dataclasses import astuple, dataclass
 
 from phased_dmd.lab.metrics.digit_classifier import DIRECTIONS, SPEEDS, WORDS
 
-SIDE = 40  # pixels a side of the canvas
+HEIGHT, WIDTH = 32, 48  # pixels of the canvas: WanPipeline asks for multiples of 16
 COUNTS = {"two": 2, "three": 3}  # digits in a scene
 COLOURS = {  # RGB in [0, 1], far apart in hue
     "red": (1.0, 0.12, 0.3), "green": (0.1, 0.85, 0.45), "blue": (0.2, 0.35, 1.0), "yellow": (1.0, 0.9, 0.1),
 }  # fmt: skip
 CELLS = {  # where the middle of a digit's path is, (right, down) pixels from the centre of the canvas
-    "top left": (-9.0, -9.0), "top right": (9.0, -9.0), "bottom left": (-9.0, 9.0), "bottom right": (9.0, 9.0),
+    "top left": (-12.0, -7.5), "top right": (12.0, -7.5), "bottom left": (-12.0, 7.5), "bottom right": (12.0, 7.5),
 }  # fmt: skip
 PANS = {"camera still": 0.0, "camera pans left": -0.6, "camera pans right": 0.6}  # pixels a frame to the right
 STRIPES = 20  # pixels, the period of the background's

@@ -19,6 +19,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from phased_dmd.checkpoint import save_tensors
@@ -29,7 +30,7 @@ from phased_dmd.lab.teach.worlds import WIDE, TrainingBudget, World
 from phased_dmd.maths.phases import shift_time, unshift_time
 
 SHIFT = 3.0  # of the training times
-SAVED_EVERY = 1000  # steps of a transformer
+SAVED_EVERY = 200  # steps of a teacher's networks
 
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
@@ -46,10 +47,13 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
 
 
 def build_vae(world: World) -> AutoencoderKLWan:
-    return AutoencoderKLWan(
-        base_dim=world.vae_width, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-    )  # fmt: skip
+    vae = AutoencoderKLWan(
+        base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    if world.vae_start is not None:
+        start = AutoencoderKLWan.from_pretrained(world.vae_start, subfolder="vae", dtype=torch.float32)
+        vae.load_state_dict(start.state_dict())
+    return vae
 
 
 def build_text_encoder(world: World) -> UMT5EncoderModel:
@@ -75,13 +79,16 @@ class Descent:
     """AdamW whose learning rate warms up over a hundred steps and falls to zero by a cosine, with clipped gradients."""
 
     def __init__(
-        self, network: nn.Module, steps: int, lr: float, weight_decay: float = 0.01, clip: float = 1.0
-    ) -> None:
+        self, network: nn.Module, steps: int, lr: float, weight_decay: float = 0.01, clip: float = 1.0,
+        average: AveragedModel | None = None,
+    ) -> None:  # fmt: skip
+        """Begins a descent; average: of the network, which is kept with it."""
+
         def factor(step: int) -> float:
             ramp = min(1.0, (step + 1) / 100)
             return ramp * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / steps))))
 
-        self.network, self.clip = network, clip
+        self.network, self.clip, self.steps, self.average = network, clip, steps, average
         self.optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, factor)
 
@@ -92,28 +99,31 @@ class Descent:
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         self.optimiser.step()
         self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
 
-    def save(self, path: Path, average: nn.Module, generator: torch.Generator, step: int) -> None:
-        """Writes all that the descent goes on from, with the average of its network and the random numbers."""
-        state = {name: part.state_dict() for name, part in self._parts(average).items()}
+    def save(self, path: Path, generator: torch.Generator, step: int) -> None:
+        """Writes all that the descent goes on from after a step, now and then and at the end."""
+        if (step + 1) % SAVED_EVERY and step + 1 < self.steps:
+            return
+        state = {name: part.state_dict() for name, part in self._parts().items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state | {"generator": generator.get_state(), "step": step}, path.with_suffix(".new"))
+        torch.save(state | {"generator": generator.get_state(), "next": step + 1}, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
 
-    def load(self, path: Path, average: nn.Module, generator: torch.Generator) -> int:
+    def load(self, path: Path, generator: torch.Generator) -> int:
         """Reads what `save` wrote, if it is there; returns the step to go on with."""
         if not path.exists():
             return 0
         state = torch.load(path, weights_only=True)
-        for name, part in self._parts(average).items():
+        for name, part in self._parts().items():
             part.load_state_dict(state[name])
         generator.set_state(state["generator"])
-        return state["step"]
+        return state["next"]
 
-    def _parts(self, average: nn.Module) -> dict[str, Any]:
-        return {
-            "network": self.network, "average": average, "optimiser": self.optimiser, "schedule": self.schedule,
-        }  # fmt: skip
+    def _parts(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {"network": self.network, "optimiser": self.optimiser, "schedule": self.schedule}
+        return parts if self.average is None else parts | {"average": self.average}
 
 
 def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
@@ -126,13 +136,16 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 def train_vae(
-    world: World, digits: Digits, steps: int, generator: torch.Generator, say: Callable[[str], None]
+    world: World, digits: Digits, steps: int, generator: torch.Generator, say: Callable[[str], None], state: Path
 ) -> AutoencoderKLWan:
-    """Alternates 64 pictures and 8 clips: L1 + L2 reconstruction with a faint KL term."""
+    """Alternates 64 pictures and 8 clips: L1 + L2 reconstruction with a faint KL term.
+
+    state: a file of the training so far, from which it goes on.
+    """
     vae = build_vae(world).train()
     descent = Descent(vae, steps, lr=2e-3, weight_decay=0.0)
     started = time.monotonic()
-    for step in range(steps):
+    for step in range(descent.load(state, generator), steps):
         pixels, _, _ = world.vae_pictures(digits, 64, generator) if step % 2 else world.clips(digits, 8, generator)
         posterior = vae.encode(pixels, return_dict=False)[0]
         noise = torch.randn(posterior.mean.shape, generator=generator)
@@ -143,6 +156,7 @@ def train_vae(
         if step % 100 < 2:
             kind, took = "pictures" if step % 2 else "clips", time.monotonic() - started
             say(f"vae {step}/{steps} {kind} mse {squares.item():.4f} {took:.0f} s")
+        descent.save(state, generator, step)
     return vae.eval()
 
 
@@ -215,13 +229,11 @@ def train_transformer(
     the text encoder, if it is trained along. state: a file of the training so far, from which it goes on.
     """
     trained = nn.ModuleList([transformer] if encoder is None else [transformer, encoder]).train()
-    average = torch.optim.swa_utils.AveragedModel(
-        trained, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
-    )
-    descent = Descent(trained, steps, lr=1e-3)
+    average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    descent = Descent(trained, steps, lr=1e-3, average=average)
     low, high = (unshift_time(t, SHIFT) for t in interval)
     started = time.monotonic()
-    for step in range(descent.load(state, average, generator), steps):
+    for step in range(descent.load(state, generator), steps):
         clips = data[step % len(data)]
         index = torch.randint(len(clips.latents), (clips.size,), generator=generator)
         dropped = (torch.rand(clips.size, generator=generator) < 0.1).tolist()
@@ -236,11 +248,9 @@ def train_transformer(
         velocity = transformer(x_t, t * 1000, embed(texts)).sample
         loss = F.mse_loss(velocity, eps - x_0)
         descent.step(loss)
-        average.update_parameters(trained)
         if step % 200 < len(data):
             say(f"transformer {step}/{steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s")
-        if (step + 1) % SAVED_EVERY == 0 or step + 1 == steps:
-            descent.save(state, average, generator, step + 1)
+        descent.save(state, generator, step)
     trained.load_state_dict(average.module.state_dict())
     trained.eval()
 
@@ -285,11 +295,7 @@ def teach(
     torch.manual_seed(seed)
     rng, unfinished = torch.Generator().manual_seed(seed), output / "unfinished"
     training, _ = load_digits(data)
-    if (unfinished / "vae").exists():
-        vae = AutoencoderKLWan.from_pretrained(unfinished / "vae")
-    else:
-        vae = train_vae(world, training, budget.vae_steps, rng, say)
-        vae.save_pretrained(unfinished / "vae")
+    vae = train_vae(world, training, budget.vae_steps, rng, say, unfinished / "vae.pt")
     torch.manual_seed(seed + 1)  # a stage of its own: the VAE of another run may be put in
     rng.manual_seed(seed + 1)
     turns = encode_digits(world, vae, training, budget, rng, measure=True)

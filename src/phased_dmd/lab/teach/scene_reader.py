@@ -21,7 +21,7 @@ from phased_dmd.lab.metrics.scene_reader import (
     places,
     truth,
 )
-from phased_dmd.lab.metrics.scenes import SIDE, Scene
+from phased_dmd.lab.metrics.scenes import HEIGHT, WIDTH, Scene
 from phased_dmd.lab.teach.mnist import Digits, load_digits
 from phased_dmd.lab.teach.nano import Descent
 from phased_dmd.lab.teach.scenes import clip_batch, picture_batch
@@ -32,7 +32,7 @@ HELD_OUT_PICTURES, HELD_OUT_CLIPS = 4000, 2000  # that the accuracies are measur
 
 
 def draw_frames(digits: Digits, clips: bool, generator: torch.Generator) -> tuple[Tensor, list[Scene]]:
-    """Draws 48 pictures, or 8 clips, each more or less blurred: (pixels [b, f, 40, 40, 3] in [0, 1], scenes)."""
+    """Draws 48 pictures, or 8 clips, each more or less blurred: (pixels [b, f, 32, 48, 3] in [0, 1], scenes)."""
     pixels, _, scenes = clip_batch(digits, 8, generator) if clips else picture_batch(digits, 48, generator)
     blurred = F.avg_pool3d(pixels, (1, 3, 3), stride=1, padding=(0, 1, 1), count_include_pad=False)
     mixed = pixels.lerp(blurred, BLUR * torch.rand(len(scenes), 1, 1, 1, 1, generator=generator))
@@ -58,7 +58,7 @@ def train_digits(digits: Digits, steps: int, generator: torch.Generator) -> Digi
 
 def train_frames(digits: Digits, steps: int, generator: torch.Generator) -> DigitClassifier:
     """Trains the network of whole frames to tell which colours are there, and the digit and the cell of each."""
-    network = DigitClassifier(3, SIDE, OUTPUTS).train()
+    network = DigitClassifier(3, (HEIGHT, WIDTH), OUTPUTS).train()
     descent = Descent(network, steps, lr=2e-3, clip=math.inf)
     for step in range(steps):
         pixels, scenes = draw_frames(digits, step % 2 == 1, generator)

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from phased_dmd.lab.metrics.digit_classifier import DIRECTIONS, SPEEDS, WORDS
-from phased_dmd.lab.metrics.scenes import CELLS, COLOURS, COUNTS, PANS, SIDE, STRIPES, Digit, Scene, caption
+from phased_dmd.lab.metrics.scenes import CELLS, COLOURS, COUNTS, HEIGHT, PANS, STRIPES, WIDTH, Digit, Scene, caption
 from phased_dmd.lab.teach.mnist import NUM_FRAMES, Digits
 
-SPAN = 22  # pixels that a digit's 28 x 28 are drawn in: its strokes take up about 16
+SPAN = 21  # pixels that a digit's 28 x 28 are drawn in: its strokes take up about 15
 MOST = max(COUNTS.values())  # digits in a scene
 JITTER = 0.7  # pixels, standard deviation of a digit's distance from its cell's centre in each direction
 GREY, STRIPE = 0.12, 0.08  # the mean and the amplitude of the background
@@ -19,12 +19,12 @@ FEW, MANY = 0.2, 0.9  # between which lies the share of the attributes that anot
 
 
 def picture_batch(digits: Digits, size: int, generator: torch.Generator) -> tuple[Tensor, list[str], list[Scene]]:
-    """Draws pictures: (pixels [size, 3, 1, 40, 40], captions, scenes)."""
+    """Draws pictures: (pixels [size, 3, 1, 32, 48], captions, scenes)."""
     return _batch(digits, size, generator, False)
 
 
 def clip_batch(digits: Digits, size: int, generator: torch.Generator) -> tuple[Tensor, list[str], list[Scene]]:
-    """Draws clips of digits that move before a camera that may pan: (pixels [size, 3, 9, 40, 40], captions, scenes)."""
+    """Draws clips of digits that move before a camera that may pan: (pixels [size, 3, 9, 32, 48], captions, scenes)."""
     return _batch(digits, size, generator, True)
 
 
@@ -68,7 +68,7 @@ def leave_out(scene: Scene, clip: bool, generator: torch.Generator) -> Scene:
 
 
 def render(pixels: Tensor, scenes: list[Scene], generator: torch.Generator) -> Tensor:
-    """Draws scenes that are whole from their digits [b, 3, 28, 28]: [b, 3, f, 40, 40] in [-1, 1].
+    """Draws scenes that are whole from their digits [b, 3, 28, 28]: [b, 3, f, 32, 48] in [-1, 1].
 
     The last digit is in front. The frame moves with the camera, so that all else moves the other way in it.
     """
@@ -87,8 +87,8 @@ def render(pixels: Tensor, scenes: list[Scene], generator: torch.Generator) -> T
     middle += JITTER * torch.randn(middle.shape, generator=generator)
     velocity[..., 0] -= pan[:, None]
     phase = STRIPES * torch.rand(b, 1, generator=generator) - frames * pan[:, None]  # [b, f]
-    turn = 2 * torch.pi * (torch.arange(SIDE) - phase[..., None]) / STRIPES
-    canvas = (GREY + STRIPE * turn.cos())[:, None, :, None].expand(b, 3, len(frames), SIDE, SIDE)
+    turn = 2 * torch.pi * (torch.arange(WIDTH) - phase[..., None]) / STRIPES
+    canvas = (GREY + STRIPE * turn.cos())[:, None, :, None].expand(b, 3, len(frames), HEIGHT, WIDTH)
     for j in range(MOST):
         shift = middle[:, j, None] + frames[None, :, None] * velocity[:, j, None]
         cover = there[:, j].reshape(b, 1, 1, 1, 1) * _cover(pixels[:, j], shift)
@@ -97,14 +97,14 @@ def render(pixels: Tensor, scenes: list[Scene], generator: torch.Generator) -> T
 
 
 def _cover(pixels: Tensor, shift: Tensor) -> Tensor:
-    """Returns how much digits [b, 28, 28], shift [b, f, 2] pixels from the centre, cover: [b, 1, f, 40, 40]."""
+    """Returns how much digits [b, 28, 28], shift [b, f, 2] pixels from the centre, cover: [b, 1, f, 32, 48]."""
     b, f, _ = shift.shape
     theta = torch.zeros(b, f, 2, 3)
-    theta[..., 0, 0] = theta[..., 1, 1] = SIDE / SPAN
+    theta[..., 0, 0], theta[..., 1, 1] = WIDTH / SPAN, HEIGHT / SPAN
     theta[..., 2] = -2 * shift / SPAN
-    grid = F.affine_grid(theta.flatten(0, 1), [b * f, 1, SIDE, SIDE], align_corners=False)
+    grid = F.affine_grid(theta.flatten(0, 1), [b * f, 1, HEIGHT, WIDTH], align_corners=False)
     source = pixels[:, None, None].expand(b, f, 1, 28, 28).flatten(0, 1)
-    return F.grid_sample(source, grid, align_corners=False).reshape(b, 1, f, SIDE, SIDE)
+    return F.grid_sample(source, grid, align_corners=False).reshape(b, 1, f, HEIGHT, WIDTH)
 
 
 def all_words() -> list[str]:

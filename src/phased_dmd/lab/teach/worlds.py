@@ -35,9 +35,9 @@ class World:
     """What a teacher is taught.
 
     home: the package's folder of the teacher, whose VAE and text encoder its variants share. pictures, clips: draw a
-    batch of digits: (pixels [b, 3, f, side, side], captions, what they show). vae_pictures: those the VAE learns from.
+    batch of digits: (pixels [b, 3, f, h, w], captions, what they show). vae_pictures: those the VAE learns from.
     captions: lists every caption, or enough of them to hold every word. max_tokens: of a prompt, its end included.
-    vae_width: the channels of its first layer. text, transformer: what their sizes are. budget: of the shipped weights.
+    vae_start: a teacher's folder whose VAE this one's begins as. text, transformer: their sizes. budget: of what ships.
     """
 
     home: Path
@@ -46,7 +46,7 @@ class World:
     vae_pictures: Batch
     captions: Callable[[], list[str]]
     max_tokens: int
-    vae_width: int
+    vae_start: Path | None
     text: Mapping[str, int]
     transformer: Mapping[str, int]
     budget: TrainingBudget = TrainingBudget()
@@ -59,14 +59,14 @@ class World:
 
 DIGITS = World(
     NANO, mnist.image_batch, mnist.clip_batch, partial(mnist.image_batch, jitter=WIDE), mnist.all_captions,
-    max_tokens=16, vae_width=8,
+    max_tokens=16, vae_start=None,
     text={"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2},
     transformer={"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "num_layers": 4},
 )  # fmt: skip
 COLOURED = World(
     SCENES, scenes.picture_batch, scenes.clip_batch, scenes.picture_batch, scenes.all_words,
-    max_tokens=32, vae_width=12,
+    max_tokens=32, vae_start=NANO,
     text={"d_model": 96, "d_kv": 24, "d_ff": 256, "num_layers": 3},
-    transformer={"num_attention_heads": 5, "attention_head_dim": 32, "ffn_dim": 480, "num_layers": 5},
-    budget=TrainingBudget(),
+    transformer={"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "num_layers": 5},
+    budget=TrainingBudget(transformer_steps=10_000, switch_steps=(3000, 6500)),
 )  # fmt: skip
