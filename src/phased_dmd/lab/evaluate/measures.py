@@ -7,6 +7,7 @@ from torch import Tensor
 
 from phased_dmd.lab.evaluate.instruments import DRIFT, Readings
 from phased_dmd.lab.evaluate.sample_sets import SampleSet
+from phased_dmd.lab.evaluate.scene_measures import scene_statistics
 from phased_dmd.lab.metrics.digit_classifier import DIRECTIONS, SPEEDS, WORDS
 from phased_dmd.lab.metrics.distances import (
     Moments,
@@ -93,6 +94,8 @@ def statistics(
                 ids, keep, lambda i: float(distances[i][:, column[i]].sum()) / (len(i) * (len(i) - 1))
             )
     found |= {name: _mean(readings[name]) for name in MEANS if name in readings}
+    if "present" in readings:
+        found |= scene_statistics(readings, [prompt.text for prompt in sample_set.prompts])
     return found | (_digit_statistics(readings, sample_set) if "digit" in readings else {})
 
 

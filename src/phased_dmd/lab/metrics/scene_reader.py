@@ -61,7 +61,7 @@ class SceneReader:
         return scores.sum(1).argmax(2)
 
 
-def load_reader() -> tuple[SceneReader, dict[str, Tensor], dict[str, float]]:
+def load_reader() -> tuple[SceneReader, dict[str, Tensor], dict[str, dict[str, float]]]:
     """Loads the shipped reader, the moments of its features of held-out scenes, and its accuracies."""
     tensors, header = load_tensors(WEIGHTS)
     networks = {"digits": DigitClassifier(), "frames": DigitClassifier(3, (HEIGHT, WIDTH), OUTPUTS)}

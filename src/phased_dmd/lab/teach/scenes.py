@@ -1,5 +1,6 @@
 """Scenes of two or three coloured digits before stripes, in pictures and clips, with captions of any specificity."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -38,11 +39,13 @@ def _batch(digits: Digits, size: int, generator: torch.Generator, clip: bool) ->
 def draw_scene(labels: list[int], clip: bool, generator: torch.Generator) -> Scene:
     """Draws all that a caption can name but the classes of the digits, of which the first two or three are taken."""
 
-    def one(table: dict[str, object]) -> str:
-        return list(table)[int(torch.randint(len(table), (1,), generator=generator))]
+    def one(table: Iterable[str]) -> str:
+        names = list(table)
+        return names[int(torch.randint(len(names), (1,), generator=generator))]
 
-    def several(table: dict[str, object]) -> list[str]:
-        return [list(table)[i] for i in torch.randperm(len(table), generator=generator).tolist()]
+    def several(table: Iterable[str]) -> list[str]:
+        names = list(table)
+        return [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
 
     count, colours, cells = COUNTS[one(COUNTS)], several(COLOURS), several(CELLS)
     found = [Digit(WORDS[label], *at) for label, *at in zip(labels[:count], colours, cells, strict=False)]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +48,8 @@ class World:
     captions: Callable[[], list[str]]
     max_tokens: int
     vae_start: Path | None
-    text: Mapping[str, int]
-    transformer: Mapping[str, int]
+    text: Mapping[str, Any]
+    transformer: Mapping[str, Any]
     budget: TrainingBudget = TrainingBudget()
 
     @property
