@@ -53,11 +53,10 @@ class SceneReader:
     def _labels(self, masks: Tensor, position: Tensor, weight: Tensor, present: Tensor) -> Tensor:
         """Returns the classes [n, 4] by the mean log-probability over the frames that show the digit."""
         shown = (weight > 0) & present[:, None]  # [n, f, 4]
-        crops = cut_out(masks[shown], position[shown])
-        parts = [self.digits(part)[1].log_softmax(1) for part in crops.split(512)]
         scores = torch.zeros(*shown.shape, len(WORDS))
-        if parts:
-            scores[shown] = torch.cat(parts)
+        if shown.any():
+            crops = cut_out(masks[shown], position[shown])
+            scores[shown] = torch.cat([self.digits(part)[1].log_softmax(1) for part in crops.split(512)])
         return scores.sum(1).argmax(2)
 
 
