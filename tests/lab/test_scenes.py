@@ -10,11 +10,20 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
+from phased_dmd.lab.evaluate import evaluate
 from phased_dmd.lab.evaluate.sample_sets import Protocol, sample_sets, world_of
 from phased_dmd.lab.evaluate.scene_measures import OF_SPECIFIC, OF_WEAK, scene_statistics
 from phased_dmd.lab.evaluate.tables import BETTER, HEADINGS
 from phased_dmd.lab.metrics.digit_classifier import DIRECTIONS, SPEEDS, WORDS, DigitClassifier
-from phased_dmd.lab.metrics.scene_reader import OUTPUTS, SceneReader, colour_masks, named_motion, places, truth
+from phased_dmd.lab.metrics.scene_reader import (
+    OUTPUTS,
+    SceneReader,
+    colour_masks,
+    load_reader,
+    named_motion,
+    places,
+    truth,
+)
 from phased_dmd.lab.metrics.scenes import CELLS, COLOURS, HEIGHT, PANS, WIDTH, Digit, Scene, caption, parse
 from phased_dmd.lab.teach.mnist import Digits, load_digits
 from phased_dmd.lab.teach.nano import Descent, build_tokenizer, teach
@@ -24,6 +33,7 @@ from phased_dmd.lab.teach.variants import teach_moe
 from phased_dmd.lab.teach.worlds import COLOURED, DIGITS, TrainingBudget
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.recipes import RECIPES, resolve
+from phased_dmd.train import distill
 
 DATA = Path(__file__).parents[2] / "data" / "mnist_5k.csv.gz"
 TINY = TrainingBudget(vae_steps=2, num_images=16, num_clips=8, transformer_steps=3, switch_steps=(2, 2))
@@ -138,9 +148,25 @@ def test_all_but_the_class_is_read_without_a_network(
     assert min(share for name, share in found.items() if name not in ("label", "all")) > 0.97, found
 
 
-def test_nothing_is_read_of_an_empty_scene(untrained: SceneReader) -> None:
+def test_nothing_is_read_of_an_empty_scene_and_numbers_of_any(untrained: SceneReader) -> None:
+    """Grey frames, and noise in all colours, which hides the background."""
     found = untrained(torch.full((2, 9, HEIGHT, WIDTH, 3), 0.1))
-    assert not found["present"].any() and all(values.isfinite().all() for values in found.values())
+    noise = untrained(torch.rand(2, 9, HEIGHT, WIDTH, 3, generator=rng()) * torch.tensor([1.0, 0.0, 0.0]))
+    assert not found["present"].any()
+    assert all(values.isfinite().all() for each in (found, noise) for values in each.values())
+
+
+@pytest.mark.parametrize(("make", "count", "kind"), [(picture_batch, 500, "pictures"), (clip_batch, 100, "clips")])
+def test_the_shipped_reader_reads_held_out_scenes_as_well_as_it_says(
+    make: object, count: int, kind: str, held_out: Digits
+) -> None:
+    """Within four standard deviations of what was measured on other scenes, and at least what is asked of it."""
+    reader, _, said = load_reader()
+    assert min(said[kind].values()) > 0.95 and said[kind]["label"] > 0.98
+    pixels, _, scenes = make(held_out, count, rng())  # type: ignore[operator]
+    found = accuracies(reader(pixels.permute(0, 2, 3, 4, 1) / 2 + 0.5), truth(scenes))
+    for name, share in found.items():
+        assert share >= said[kind][name] - 4 * math.sqrt(max(said[kind][name] * (1 - said[kind][name]), 0.001) / count)
 
 
 def readings_of(scenes: list[Scene], clip: bool) -> dict[str, Tensor]:
@@ -245,6 +271,26 @@ def test_the_teachers_of_scenes_can_be_taught_again(tmp_path: Path) -> None:
         assert not (folder / "unfinished").exists()
 
 
+def test_a_run_on_scenes_is_evaluated_by_their_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher and a reader of a few steps in the place of those that ship: all measures are there."""
+    for name in ("HELD_OUT_PICTURES", "HELD_OUT_CLIPS"):
+        monkeypatch.setattr(f"phased_dmd.lab.teach.scene_reader.{name}", 12)
+    said: list[str] = []
+    teach_scenes_reader(tmp_path, DATA, 0, replace(TINY, reader_steps=(2, 2)), said.append)
+    assert "cell 1.0000" in said[0] and "pan 1.0000" in said[1]
+    teach(COLOURED, tmp_path / "scenes", DATA, 0, TINY, lambda _: None)
+    monkeypatch.setattr("phased_dmd.models.source.ASSETS", tmp_path)
+    monkeypatch.setattr("phased_dmd.lab.metrics.scene_reader.WEIGHTS", tmp_path / "scenes.safetensors")
+    small = {"iterations": 1, "batch_size": 2, "plan.phases": 2, "teacher.base_steps": 3, "generator.lora.rank": 2}
+    run = distill(resolve("scenes-t2v", small | {"fake.updates": 1}), tmp_path / "run", quiet=True)
+    found = evaluate([run], Protocol(samples=8))[str(run)]
+    assert found["nets"]["features"] == "scenes" and found["nets"]["reader"].startswith("scenes, ")
+    for name, expected in (("weak", OF_WEAK), ("specific", OF_SPECIFIC)):
+        for row in found["sets"][name]["rows"].values():
+            assert expected.keys() | {"frechet_features", "frechet_real", "optical_flow"} <= row.keys()
+            assert all(math.isfinite(measured["value"]) for measured in row.values())
+
+
 class StoppedError(Exception):
     pass
 
@@ -271,11 +317,3 @@ def test_teaching_goes_on_where_it_was_stopped(
     assert next(steps) == 4 + 4 + 3, "two steps of the one that was stopped are made again"
     for whole in (tmp_path / "whole").rglob("*.safetensors"):
         assert whole.read_bytes() == (tmp_path / "parts" / whole.relative_to(tmp_path / "whole")).read_bytes(), whole
-
-
-def test_the_reader_of_scenes_can_be_taught_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HELD_OUT_PICTURES", "HELD_OUT_CLIPS"):
-        monkeypatch.setattr(f"phased_dmd.lab.teach.scene_reader.{name}", 12)
-    said: list[str] = []
-    teach_scenes_reader(tmp_path, DATA, 0, replace(TINY, reader_steps=(2, 2)), said.append)
-    assert (tmp_path / "scenes.safetensors").exists() and "place" not in said[0] and "cell 1.0000" in said[0]

@@ -77,16 +77,14 @@ def _of_weak(found: Readings) -> dict[str, Statistic]:
         "colour_kl": (all_colours, present, len(COLOURS)),
         "place_kl": (found["cell"], present, len(CELLS)),
     }  # fmt: skip
-    statistics: dict[str, Statistic] = {
-        "possible_count": _share((counts >= least) & (counts <= most)),
-        "class_entropy": lambda keep: class_entropy(found["label"][keep][present[keep]], len(WORDS)),
-    }
+    statistics: dict[str, Statistic] = {"possible_count": _share((counts >= least) & (counts <= most))}
     if "velocity" in found:
         values["direction_kl"] = found["direction"], present, len(DIRECTIONS)
         values["speed_kl"] = found["speed"], present, len(SPEEDS)
         values["pan_kl"] = found["pan"], None, len(PANS)
         statistics["world_speed"] = _share_of(found["velocity"].norm(dim=2), present)
     divergences = {name: _divergence(*value) for name, value in values.items()}
+    statistics["class_entropy"] = lambda keep: math.log(len(WORDS)) - divergences["class_kl"](keep)
     statistics["law_kl"] = lambda keep: sum(divergence(keep) for divergence in divergences.values())
     return statistics | divergences
 

@@ -119,7 +119,8 @@ def background_motion(pixels: Tensor) -> Tensor:
     normal = waves.T @ (column * waves) + 1e-4 * torch.eye(3)
     found = torch.linalg.solve(normal, waves.T @ (weight * grey).sum(2).reshape(n * f, w, 1)).reshape(n, f, 3)
     wave = torch.complex(found[..., 1], found[..., 2])
-    phase = torch.cat([torch.zeros(n, 1), (wave[:, 1:] / wave[:, :-1]).angle().cumsum(1)], 1)
+    turns = (wave[:, 1:] * wave[:, :-1].conj()).angle()
+    phase = torch.cat([torch.zeros(n, 1), turns.cumsum(1)], 1)
     time = torch.arange(f) - (f - 1) / 2
     return (phase * time).sum(1) / time.square().sum() * STRIPES / (2 * torch.pi)
 

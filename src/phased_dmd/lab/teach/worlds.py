@@ -28,7 +28,7 @@ class TrainingBudget:
     switch_steps: tuple[int, int] = (3000, 7500)  # of the two networks of a variant, noisiest first
     first_frame_steps: int = 6000
     classifier_steps: int = 1500
-    reader_steps: tuple[int, int] = (3000, 3000)  # of the networks of single digits and of whole frames
+    reader_steps: tuple[int, int] = (3000, 2500)  # of the networks of single digits and of whole frames
 
 
 @dataclass(frozen=True)
