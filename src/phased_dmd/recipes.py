@@ -74,6 +74,12 @@ ABOVE_SWITCH = {"renoise.above_switch": "clamp"}
 # On many GPUs each runs all networks in every update unless all samples of it are one network's.
 TWO_NETWORKS = ABOVE_SWITCH | {"renoise.network": "update"}
 CLIP = {"teacher.sizes": [{"num_frames": 9}], "iterations": 60, "batch_size": 24}  # of a digit that moves
+SCENE = {"height": 32, "width": 48}  # of two or three coloured digits
+SCENES = {
+    "teacher.path": "scenes", "teacher.sizes": [SCENE], "teacher.guidance": [2.5], "teacher.max_tokens": 32,
+    "prompts": "scenes-t2i",
+}  # fmt: skip
+SCENE_CLIP = SCENES | CLIP | {"teacher.sizes": [SCENE | {"num_frames": 9}], "prompts": "scenes-t2v"}
 
 VARIANTS = {  # a recipe, and what this one changes in it
     "toy-2d-fast": (toy_2d, FEWER_CALLS | {
@@ -89,6 +95,12 @@ VARIANTS = {  # a recipe, and what this one changes in it
     "nano-moe": (nano_t2i, ABOVE_SWITCH | {"teacher.path": "nano-moe", "plan.phases": 2, "iterations": 240}),
     # A teacher that is told the first of nine frames, which comes with the prompt.
     "nano-i2v": (nano_t2i, CLIP | {"teacher.path": "nano-i2v", "prompts": "nano-i2v"}),
+    # The harder embedded teacher, and its variant of two networks: as many updates in all as scenes-t2v.
+    "scenes-t2i": (nano_t2i, SCENES),
+    "scenes-t2v": (nano_t2i, SCENE_CLIP),
+    "scenes-moe": (nano_t2i, SCENE_CLIP | ABOVE_SWITCH | {
+        "teacher.path": "scenes-moe", "plan.phases": 2, "iterations": 120,
+    }),
     # A model of the user's own, which `--own` names: the rates of a small network, and times that are evenly spaced.
     "own": (nano_t2i, {"teacher": {"kind": "own"}, "prompts": None, "plan.shift": 1.0}),
 }  # fmt: skip

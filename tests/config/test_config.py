@@ -616,7 +616,8 @@ def test_a_shipped_set_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_missing_prompts_list_the_shipped_sets(tmp_path: Path) -> None:
     """And nothing else that lies there, such as README.md and the pictures."""
-    sets = "default-t2i, default-t2v, nano-i2v, nano-i2v-held-out, nano-t2i, nano-t2v, paper-t2i, paper-t2v"
+    sets = "default-t2i, default-t2v, nano-i2v, nano-i2v-held-out, nano-t2i, nano-t2v, paper-t2i, paper-t2v, "
+    sets += "scenes-t2i, scenes-t2i-specific, scenes-t2v, scenes-t2v-specific"
     for source in ("digitz", str(tmp_path / "absent.txt"), str(tmp_path)):
         with pytest.raises(UserError) as error:
             read_prompts(source)

@@ -84,10 +84,10 @@ def test_the_shipped_prompts_are_captions_the_teacher_knows(name: str) -> None:
     assert len(set(prompts)) < len(prompts), "the weak prompt is drawn more often than a specific one"
 
 
-def test_the_package_ships_at_most_8_mb_and_as_much_for_the_variants() -> None:
+def test_the_package_ships_at_most_12_mb_and_as_much_for_the_variants() -> None:
     sizes = {file: file.stat().st_size for file in NANO.parent.rglob("*") if file.is_file()}
     variants = sum(size for file, size in sizes.items() if "-moe" in str(file) or "-i2v" in str(file))
-    assert variants <= 8e6 and sum(sizes.values()) - variants <= 8e6
+    assert variants <= 12e6 and sum(sizes.values()) - variants <= 12e6
 
 
 @pytest.fixture(scope="module")

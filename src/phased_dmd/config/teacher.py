@@ -83,7 +83,7 @@ class PipelineTeacher(Section):
     pipelines: ClassVar[tuple[str, ...]]
 
     path: Location = "nano"
-    """The pipeline's folder, hub id, or name inside the package: nano, nano-moe or nano-i2v."""
+    """The pipeline's folder, hub id, or name inside the package: nano, nano-moe, nano-i2v, scenes or scenes-moe."""
     revision: str | None = Field(default=None, pattern=r"^\w[\w-]*([./][\w-]+)*$", max_length=200)
     """The commit, tag or branch of a hub id; null takes the newest."""
     sizes: tuple[Size, ...] = Field(default=(Size(),), min_length=1)
@@ -105,7 +105,7 @@ class PipelineTeacher(Section):
 
 
 class WanTeacher(PipelineTeacher):
-    """Takes a `WanPipeline` or `WanImageToVideoPipeline`; nano, nano-moe and nano-i2v are inside the package."""
+    """Takes a `WanPipeline` or `WanImageToVideoPipeline`; those of nano and of the scenes are inside the package."""
 
     adapter, pipelines = "wan", ("WanPipeline", "WanImageToVideoPipeline")
     kind: Literal["wan"] = "wan"

@@ -28,7 +28,9 @@ from phased_dmd.models.trust import check_index, check_part, read_json
 from phased_dmd.recipes import fitting
 
 ASSETS = Path(__file__).parents[1] / "assets"
-SHIPPED = ("nano", "nano-moe", "nano-i2v")
+SHIPPED = {  # the teachers inside the package, and whose VAE, tokenizer and text encoder each has
+    "nano": "nano", "nano-moe": "nano", "nano-i2v": "nano", "scenes": "scenes", "scenes-moe": "scenes",
+}  # fmt: skip
 WEIGHED = ("transformer", "transformer_2", "text_encoder", "image_encoder", "vae")
 META = torch.device("meta")  # tensors there have shapes and no values
 REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # of `from_pretrained`: see `check_loaded`
@@ -70,9 +72,9 @@ class Source:
         return isinstance(named, list) and isinstance(named[0], str)
 
     def part_folder(self, name: str) -> Path:
-        """Finds the folder of a part; the variants of nano share most of theirs with nano."""
+        """Finds the folder of a part; the variants of an embedded teacher share most of theirs with it."""
         own = self.folder / name
-        found = own if own.exists() or self.path not in SHIPPED else ASSETS / "nano" / name
+        found = own if own.exists() or self.path not in SHIPPED else ASSETS / SHIPPED[self.path] / name
         if not found.is_dir():
             kind = self.index.get("_class_name")
             raise UserError(f"teacher.path: {self.folder} holds no {name}, a part of any {kind}; {fitting(str(kind))}")

@@ -34,7 +34,7 @@ from phased_dmd.models.pipeline import (
 from phased_dmd.models.protocol import Condition
 from phased_dmd.models.source import ASSETS, Source
 
-NANO = ASSETS / "nano"
+NANO, SCENES = ASSETS / "nano", ASSETS / "scenes"
 ORIGINAL = (  # names of Wan's layers in its own program, from those in diffusers
     (r"^blocks\.(\d+)\.attn1\.", r"blocks.\1.self_attn."),
     (r"^blocks\.(\d+)\.attn2\.", r"blocks.\1.cross_attn."),

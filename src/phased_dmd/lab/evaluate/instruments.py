@@ -1,7 +1,7 @@
 """The networks of an evaluation, and what they read off each sample: a batch of samples is read, then let go."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,19 +10,21 @@ from torch import Tensor
 
 from phased_dmd.config import Config
 from phased_dmd.errors import UserError
-from phased_dmd.lab.evaluate.sample_sets import Protocol, SampleSet, is_nano
+from phased_dmd.lab.evaluate.sample_sets import Protocol, SampleSet, World, world_of
 from phased_dmd.lab.evaluate.samples import SampleFolder, SampleSource
 from phased_dmd.lab.metrics.alignment import Alignment, load_alignment
-from phased_dmd.lab.metrics.digit_classifier import DigitClassifier, classify, load_classifier
+from phased_dmd.lab.metrics.digit_classifier import classify, load_classifier
 from phased_dmd.lab.metrics.distances import LPIPS, Moments, PictureDistance, lpips, moments
-from phased_dmd.lab.metrics.features import DIGIT_SIDE, DIGITS, EFFICIENTNET, FeatureNet, load_features
+from phased_dmd.lab.metrics.features import EFFICIENTNET, FeatureNet, load_features
 from phased_dmd.lab.metrics.motion import Flow, clip_flows, dynamic_clips, load_flow
+from phased_dmd.lab.metrics.scene_reader import load_reader
 from phased_dmd.media import read_media
 from phased_dmd.pixels import contrast, displacement, high_frequency_energy, saturation, sharpness
 from phased_dmd.progress import progress
 from phased_dmd.sampling.sampler import WAN_FPS
 
 Readings = dict[str, Tensor]  # by name, [n, ...]: what was read off each of n samples
+Reader = Callable[[Tensor], Readings]  # of pixels [n, f, h, w, 3]: what an embedded teacher's samples show
 DRIFT = {
     "high_frequency_energy": high_frequency_energy, "contrast": contrast, "sharpness": sharpness,
     "saturation": saturation,
@@ -35,8 +37,8 @@ class Instruments:
     """The networks of an evaluation.
 
     flow_name: the name of the optical flow. fps: frames a second of clips, where the user says so. perceptual: LPIPS.
-    reader: the digit classifier, and `accuracy` its share of real digits read right. real: the moments of the features
-    of real pictures. None stands for what is not measured.
+    reader: of an embedded teacher's samples, and `accuracy` how well it reads real ones. real: the moments of the
+    features of real pictures. None stands for what is not measured.
     """
 
     features: FeatureNet
@@ -45,9 +47,9 @@ class Instruments:
     fps: float | None
     perceptual: PictureDistance | None
     alignment: Alignment | None
-    reader: DigitClassifier | None
+    reader: Reader | None
     real: Moments | None
-    accuracy: float | None
+    accuracy: str | None
 
     def nets(self, clips: bool) -> dict[str, str]:
         """Returns the names of the networks, which stand beside the numbers."""
@@ -57,7 +59,7 @@ class Instruments:
         if self.alignment:
             names["alignment"] = self.alignment.name
         if self.accuracy is not None:
-            names["reader"] = f"{DIGITS}, {100 * self.accuracy:.1f} % of held-out real digits read right"
+            names["reader"] = self.accuracy
         return names
 
     @torch.no_grad()
@@ -94,9 +96,7 @@ class Instruments:
         if self.alignment:
             found["alignment"] = self.alignment(pixels, texts)
         if self.reader:
-            found["digit"] = classify(self.reader, pixels)[1].argmax(1)
-            found["displacement"] = displacement(pixels)
-            found["grey"] = pixels.mean(4).flatten(1)
+            found |= self.reader(pixels) | {"grey": pixels.mean(4).flatten(1)}
         return found
 
 
@@ -115,14 +115,14 @@ def load_instruments(protocol: Protocol, config: Config | None, clips: bool) -> 
 
     Raises UserError for what they lack, before anything is sampled.
     """
-    nano = config is not None and is_nano(config)
-    features = load_features(protocol.features or (DIGITS if nano else EFFICIENTNET))
-    features(torch.zeros(1, DIGIT_SIDE, DIGIT_SIDE, 3))
+    world = None if config is None else world_of(config)
+    features = load_features(protocol.features or world or EFFICIENTNET)
+    features(torch.zeros(1, *features.size, 3))
     flow, flow_name = load_flow(protocol.flow)
     if clips:
         flow(torch.zeros(64, 64, 3), torch.zeros(64, 64, 3))
-    reader, real, accuracy = load_classifier() if nano else (None, None, None)
-    of_real = (real["mean"], real["covariance"]) if real and features.name == DIGITS else None
+    reader, real, accuracy = _load_world(world) if world else (None, None, None)
+    of_real = real if features.name == world else None
     if protocol.real is not None:
         files = SampleFolder(Path(protocol.real)).files.values()
         real_features = torch.cat([features(read_media(file)[0]) for file in files])
@@ -132,3 +132,18 @@ def load_instruments(protocol: Protocol, config: Config | None, clips: bool) -> 
     perceptual = lpips() if protocol.perceptual and not clips else None
     alignment = load_alignment(protocol.alignment) if protocol.alignment else None
     return Instruments(features, flow, flow_name, protocol.fps, perceptual, alignment, reader, of_real, accuracy)
+
+
+def _load_world(world: World) -> tuple[Reader, Moments, str]:
+    """Loads the reader of a world, the moments of its net's features of real pictures, and its accuracy in words."""
+    if world == "scenes":
+        reader, real, shares = load_reader()
+        told = ", ".join(f"{100 * shares[kind]['all']:.1f} % of held-out real {kind}" for kind in shares)
+        return reader, (real["mean"], real["covariance"]), f"{world}, {told} read right in all"
+    classifier, real, accuracy = load_classifier()
+
+    def read(pixels: Tensor) -> Readings:
+        return {"digit": classify(classifier, pixels)[1].argmax(1), "displacement": displacement(pixels)}
+
+    told = f"{world}, {100 * accuracy:.1f} % of held-out real digits read right"
+    return read, (real["mean"], real["covariance"]), told

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from phased_dmd.lab.evaluate.instruments import DRIFT, Readings
 from phased_dmd.lab.evaluate.sample_sets import SampleSet
+from phased_dmd.lab.evaluate.scene_measures import scene_statistics
 from phased_dmd.lab.metrics.digit_classifier import DIRECTIONS, SPEEDS, WORDS
 from phased_dmd.lab.metrics.distances import (
     Moments,
@@ -22,7 +23,7 @@ from phased_dmd.models.analytic import ExactMixture
 
 COMPONENTS = 32  # of the pixels' principal component analysis
 FEWEST = 4  # samples, for a Fréchet distance: two at least are left when a group is left out
-BIASED = ("frechet", "mode_histogram_kl", "class_entropy")  # measures that few samples bias, in proportion to 1 / n
+BIASED = ("frechet", "_kl", "class_entropy")  # in the names of measures that few samples bias, in proportion to 1 / n
 MEANS = (*DRIFT, "optical_flow", "dynamic_degree", "alignment")  # readings that are averaged as they are
 EXACT_SEED = 10**9  # added to a set's first seed for the exact samples that an analytic teacher's are compared with
 Measurement = dict[str, float | None]  # value, half_width, gap, gap_half_width; a half width may be None
@@ -94,6 +95,8 @@ def statistics(
                 ids, keep, lambda i: float(distances[i][:, column[i]].sum()) / (len(i) * (len(i) - 1))
             )
     found |= {name: _mean(readings[name]) for name in MEANS if name in readings}
+    if "present" in readings:
+        found |= scene_statistics(readings, [prompt.text for prompt in sample_set.prompts])
     return found | (_digit_statistics(readings, sample_set) if "digit" in readings else {})
 
 
@@ -123,7 +126,7 @@ def measurements(
 def _tried(name: str, statistic: Statistic, groups: Tensor) -> tuple[float, list[float]]:
     """Returns what `leave_one_out` does, and of the whole a value without the bias of few samples."""
     value, without = leave_one_out(statistic, groups)
-    return debiased(value, without) if name.startswith(BIASED) else value, without
+    return debiased(value, without) if any(part in name for part in BIASED) else value, without
 
 
 def _mean(values: Tensor) -> Statistic:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,11 +13,16 @@ from phased_dmd.config import Config
 from phased_dmd.config.teacher import AnalyticTeacher, PipelineTeacher, Size, WanTeacher
 from phased_dmd.errors import UserError
 from phased_dmd.lab.metrics.digit_classifier import DIRECTIONS, SPEEDS, WORDS
+from phased_dmd.lab.metrics.scenes import HEIGHT, WIDTH, Scene, caption
 from phased_dmd.models.source import SHIPPED
 from phased_dmd.prompts import Prompt, read_prompts
 
 PICTURE_SEEDS, CLIP_SEEDS = tuple(range(8)), (42,)  # a prompt, Sec. 3.1 and 3.2
 BLOCKS = 10  # groups of samples, at most
+World = Literal["digits", "scenes"]  # what an embedded teacher makes: a digit, or a scene of several
+WORLDS: dict[tuple[str | None, int, int], World] = {  # by the teacher, and the height and width of what is read
+    ("nano", 32, 32): "digits", ("scenes", HEIGHT, WIDTH): "scenes",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,14 +96,14 @@ def sample_sets(config: Config, protocol: Protocol, takes_images: bool) -> list[
     seeds = protocol.seeds or (PICTURE_SEEDS if frames == 1 else CLIP_SEEDS)
     if protocol.prompts is not None:
         return [_every_prompt_and_seed("prompts", protocol.prompts, seeds, protocol.floor)]
-    if protocol.seeds is not None and (config.prompts is None or is_nano(config)):
+    if protocol.seeds is not None and (config.prompts is None or world_of(config)):
         raise UserError("--seeds: needs --prompts here; without, every sample has a seed of its own")
     if isinstance(config.teacher, AnalyticTeacher):
         return [_seed_a_sample("mixture", [Prompt("")], protocol)]
     if config.prompts is None:
         return [_seed_a_sample("samples", [Prompt("")], protocol)]
-    if is_nano(config):
-        sets = _nano_prompts(config, frames)
+    if world := world_of(config):
+        sets = _world_prompts(world, config, frames)
         return [_seed_a_sample(name, prompts, protocol) for name, prompts in sets.items()]
     if takes_images:
         raise UserError(
@@ -107,12 +113,12 @@ def sample_sets(config: Config, protocol: Protocol, takes_images: bool) -> list[
     return [_every_prompt_and_seed("paper", "paper-t2i" if frames == 1 else "paper-t2v", seeds, protocol.floor)]
 
 
-def is_nano(config: Config) -> bool:
-    """Says whether digits can be read from what the teacher makes."""
+def world_of(config: Config) -> World | None:
+    """Returns which world an embedded teacher makes, so that it can be read; None of all others."""
     match config.teacher:
-        case WanTeacher(path=name, sizes=(Size(height=32, width=32), *_)):
-            return name in SHIPPED
-    return False
+        case WanTeacher(path=name, sizes=(Size(height=height, width=width), *_)):
+            return WORLDS.get((SHIPPED.get(name), height, width))
+    return None
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -165,8 +171,11 @@ def _seed_a_sample(name: str, prompts: Sequence[Prompt], protocol: Protocol) -> 
     return SampleSet(name, about, list(islice(cycle(prompts), count)), seeds, deal_out(count), floor=True)
 
 
-def _nano_prompts(config: Config, frames: int) -> dict[str, list[Prompt]]:
+def _world_prompts(world: World, config: Config, frames: int) -> dict[str, list[Prompt]]:
     assert isinstance(config.teacher, WanTeacher)
+    if world == "scenes":
+        weak = [Prompt(caption(Scene(), frames > 1))]
+        return {"weak": weak, "specific": read_prompts(f"scenes-{'t2i' if frames == 1 else 't2v'}-specific")}
     if config.teacher.path == "nano-i2v":
         return {"specific": read_prompts("nano-i2v-held-out")}
     if frames == 1:

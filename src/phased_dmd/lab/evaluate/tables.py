@@ -11,6 +11,19 @@ from phased_dmd.lab.evaluate.measures import Measurement
 from phased_dmd.lab.metrics.formats import markdown_table, number
 
 HEADINGS = {  # by measure: its title, and how to read it
+    "law_kl": (
+        "KL to the law",
+        "nats, of what a scene's prompt leaves open: the sum of those that follow; 0 is right",
+    ),
+    "count_kl": ("KL of the counts", "nats, of two digits and of three"),
+    "class_kl": ("KL of the classes", "nats, of the digits in scenes"),
+    "colour_kl": ("KL of the colours", "nats"),
+    "place_kl": ("KL of the places", "nats, of the four corners"),
+    "direction_kl": ("KL of the directions", "nats"),
+    "speed_kl": ("KL of the speeds", "nats, of slow and fast"),
+    "pan_kl": ("KL of the pans", "nats, of the camera's three"),
+    "possible_count": ("possible counts", "share of the scenes that have two or three digits"),
+    "world_speed": ("speed", "of a scene's digits before its background, pixels a frame; .95 is right"),
     "class_entropy": ("class entropy", "nats, of the digits read; 2.30 when all ten are equally frequent"),
     "least_class_share": ("rarest class", "share of the samples read as the least frequent digit"),
     "frechet_features": ("Fréchet, features", "of frames, to the guided base's many-step samples of other seeds"),
@@ -27,7 +40,13 @@ HEADINGS = {  # by measure: its title, and how to read it
     "contrast": ("contrast", "standard deviation of grey values"),
     "sharpness": ("sharpness", "variance of the Laplacian"),
     "saturation": ("saturation", "of the HSV model"),
-    "faithfulness": ("faithfulness", "share of samples whose digit is read as the prompt names it"),
+    "faithfulness": ("faithfulness", "share of samples of which all is read as the prompt names it"),
+    "digits_right": ("digits", "share of the digits that a scene's prompt names, read as they are named"),
+    "colours_right": ("colours", "share of the colours named that are there"),
+    "places_right": ("places", "share of those named"),
+    "directions_right": ("directions", "share of those named"),
+    "speeds_right": ("speeds", "share of those named"),
+    "pan_right": ("pan", "share of clips whose camera moves as the prompt names it"),
     "direction": ("direction", "share of clips that move the way the prompt names"),
     "alignment": ("fit to the prompt", "cosine of picture and prompt"),
     "optical_flow": ("optical flow", "mean absolute, pixels a frame"),
@@ -51,7 +70,9 @@ COSTS = ("network_calls", "seconds_a_sample")  # what a sample takes, which has 
 BETTER = {  # by measure: which way is better; the others should be as the base's are
     **{name: "lower" for name in HEADINGS if name.startswith("frechet")},
     **{name: "lower" for name in ("mode_histogram_kl", "energy_distance", "distance_to_nearest_mode", *COSTS)},
-    **{name: "higher" for name in ("faithfulness", "direction", "alignment")},
+    **{name: "lower" for name in HEADINGS if name.endswith("_kl")},
+    **{name: "higher" for name in HEADINGS if name.endswith("_right")},
+    **{name: "higher" for name in ("faithfulness", "direction", "alignment", "possible_count")},
 }  # fmt: skip
 NET_OF = {  # by measure: which of the evaluation's nets makes it
     **{name: "features" for name in HEADINGS if name.startswith("frechet") and "pca" not in name},
@@ -60,6 +81,7 @@ NET_OF = {  # by measure: which of the evaluation's nets makes it
 }  # fmt: skip
 FINER = {  # measures that say little beside the others, and stand in the file and the whole table alone
     "frechet_pca", "frechet_pca_paired", "frechet_video", "high_frequency_energy", "sharpness", "least_class_share",
+    "count_kl", "class_kl", "colour_kl", "place_kl", "direction_kl", "speed_kl", "pan_kl",
 }  # fmt: skip
 WIDTH = 100  # columns that a terminal has at least, as most do
 

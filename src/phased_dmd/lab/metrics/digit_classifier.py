@@ -15,21 +15,21 @@ SPEEDS = {"slowly": 0.6, "fast": 1.3}  # pixels a frame
 
 
 class DigitClassifier(nn.Module):
-    """A small convolutional network over grey pictures [n, 1, 32, 32] in [0, 1]."""
+    """A small convolutional network over pictures [n, channels, *size] in [0, 1], by default grey digits."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 1, size: tuple[int, int] = (32, 32), outputs: int = 10) -> None:
         super().__init__()
-        widths = (1, 16, 32, 64)
+        widths = (channels, 16, 32, 64)
         blocks = [
             (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
             for a, b in zip(widths, widths[1:], strict=False)
         ]
         self.body = nn.Sequential(*[layer for block in blocks for layer in block], nn.Flatten())
-        self.features = nn.Sequential(nn.Linear(64 * 16, FEATURES), nn.ReLU())
-        self.head = nn.Linear(FEATURES, 10)
+        self.features = nn.Sequential(nn.Linear(64 * (size[0] // 8) * (size[1] // 8), FEATURES), nn.ReLU())
+        self.head = nn.Linear(FEATURES, outputs)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns features [n, 64] and logits [n, 10]."""
+        """Returns features [n, 64] and logits [n, outputs]."""
         features = self.features(self.body(pictures))
         return features, self.head(features)
 

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.lab.metrics.digit_classifier import load_classifier
+from phased_dmd.lab.metrics.scene_reader import load_reader
+from phased_dmd.lab.metrics.scenes import HEIGHT, WIDTH
 from phased_dmd.models.source import REPORTED, check_loaded, quiet
 
 BATCH = 16  # pictures a network call
-DIGIT_SIDE = 32  # pixels, of what the digit classifier reads
-DIGITS, EFFICIENTNET = "digits", "efficientnet-lite0"
+DIGITS, SCENES, EFFICIENTNET = "digits", "scenes", "efficientnet-lite0"
 RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # by Pillow's number, as preprocessors state it
 # Of the net's authors: [0, 255] to (x - 127) / 128, at the size it was trained at; oblong pictures are squeezed.
 IMAGENET = {"size": {"height": 224, "width": 224}, "resample": 3, "image_mean": [127 / 255] * 3}
@@ -31,6 +32,7 @@ class FeatureNet:
 
     name: str
     network: Callable[[Tensor], Tensor]  # [b, 3, h, w] in [0, 1] on the device to [b, d]
+    size: tuple[int, int] = (32, 32)  # height and width of a picture that it takes
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -40,12 +42,16 @@ class FeatureNet:
 
 
 def load_features(source: str) -> FeatureNet:
-    """Loads the net `digits`, `efficientnet-lite0`, or a vision model of transformers (DINOv2, DINOv3, ...).
+    """Loads the net `digits`, `scenes`, `efficientnet-lite0`, or a vision model of transformers (DINOv2, DINOv3, ...).
 
     The last is given by its hub id or local folder. Raises UserError that says what is missing.
     """
     if source == DIGITS:
-        return _digits()
+        classifier = load_classifier()[0].to(device())
+        return _of_one_size(source, lambda pictures: classifier(pictures.mean(1, keepdim=True))[0], (32, 32))
+    if source == SCENES:
+        frames = load_reader()[0].frames.to(device())
+        return _of_one_size(source, lambda pictures: frames(pictures)[0], (HEIGHT, WIDTH))
     return _efficientnet() if source == EFFICIENTNET else _transformers(source)
 
 
@@ -78,16 +84,16 @@ def _resized(shape: torch.Size, size: dict[str, int]) -> tuple[int, int]:
     return height, width
 
 
-def _digits() -> FeatureNet:
-    classifier = load_classifier()[0].to(device())
+def _of_one_size(name: str, network: Callable[[Tensor], Tensor], size: tuple[int, int]) -> FeatureNet:
+    """Returns a net that refuses pictures of any other size."""
 
-    def network(pictures: Tensor) -> Tensor:
-        if pictures.shape[2:] != (DIGIT_SIDE, DIGIT_SIDE):
-            size = " x ".join(map(str, pictures.shape[2:]))
-            raise UserError(f"features: {DIGITS} reads {DIGIT_SIDE} x {DIGIT_SIDE} pictures, and these are {size}")
-        return classifier(pictures.mean(1, keepdim=True))[0]
+    def checked(pictures: Tensor) -> Tensor:
+        if pictures.shape[2:] != size:
+            found, needed = (" x ".join(map(str, sides)) for sides in (pictures.shape[2:], size))
+            raise UserError(f"features: {name} reads {needed} pictures, and these are {found}")
+        return network(pictures)
 
-    return FeatureNet(DIGITS, network)
+    return FeatureNet(name, checked, size)
 
 
 def _efficientnet() -> FeatureNet:
@@ -109,7 +115,7 @@ def _transformers(source: str) -> FeatureNet:
     from transformers import AutoModel, ImageProcessingMixin
 
     where = f"features: {source}"
-    with loading(f"{where} is no {DIGITS}, {EFFICIENTNET}, hub id or folder that loads"):
+    with loading(f"{where} is no {DIGITS}, {SCENES}, {EFFICIENTNET}, hub id or folder that loads"):
         settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
         model, report = AutoModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **REPORTED)
     check_loaded(where, model, report)

@@ -1,11 +1,12 @@
-"""`phased-dmd teach nano`: trains the embedded teacher, a complete if tiny diffusers `WanPipeline` folder.
+"""`phased-dmd teach nano` and `teach scenes`: trains an embedded teacher, a tiny diffusers `WanPipeline` folder.
 
 Three stages, in order: the VAE on pictures and clips, the latents of many of them, and the transformer together with
-its text encoder by flow matching (Eq. 4). `teach nano-moe` and `teach nano-i2v` (`variants.py`) train new transformers
-around nano's VAE and text encoder; `teach digits` trains the classifier of the evaluation.
+its text encoder by flow matching (Eq. 4). `teach nano-moe`, `scenes-moe` and `nano-i2v` (`variants.py`) train new
+transformers around their VAE and text encoder; `teach digits` trains the classifier of nano's evaluation.
 """
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,60 +19,51 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from phased_dmd.checkpoint import save_tensors
 from phased_dmd.lab.metrics.digit_classifier import DigitClassifier, classify
 from phased_dmd.lab.metrics.distances import moments
-from phased_dmd.lab.teach.mnist import Digits, all_captions, clip_batch, image_batch, load_digits
+from phased_dmd.lab.teach.mnist import Digits, clip_batch, image_batch, load_digits
+from phased_dmd.lab.teach.worlds import WIDE, TrainingBudget, World
 from phased_dmd.maths.phases import shift_time, unshift_time
 
-MAX_TOKENS = 16  # of a prompt, its end token included
 SHIFT = 3.0  # of the training times
-WIDE = 1.5  # pixels, the jitter that the VAE and the classifier learn from
+SAVED_EVERY = 200  # steps of a teacher's networks
 
 
-@dataclass(frozen=True)
-class TrainingBudget:
-    """The steps and sizes of each stage; the shipped weights are of the defaults."""
-
-    vae_steps: int = 2400
-    num_images: int = 32_000
-    num_clips: int = 16_000
-    transformer_steps: int = 10_500
-    switch_steps: tuple[int, int] = (3000, 7500)  # of nano-moe's two networks, noisiest first
-    first_frame_steps: int = 6000
-    classifier_steps: int = 1500
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a word-level tokenizer over the captions' own words."""
+def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
+    """Returns a word-level tokenizer over the captions' own words, which cuts off what a prompt has too much."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<pad>", "</s>", "<unk>"]
-    tokenizer.train_from_iterator(all_captions(), trainers.WordLevelTrainer(vocab_size=64, special_tokens=special))
+    tokenizer.train_from_iterator(world.captions(), trainers.WordLevelTrainer(vocab_size=64, special_tokens=special))
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=MAX_TOKENS
-    )
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        model_max_length=world.max_tokens,
+    )  # fmt: skip
 
 
-def build_vae() -> AutoencoderKLWan:
-    return AutoencoderKLWan(
+def build_vae(world: World) -> AutoencoderKLWan:
+    vae = AutoencoderKLWan(
         base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
+    if world.vae_start is not None:
+        start = AutoencoderKLWan.from_pretrained(world.vae_start, subfolder="vae", dtype=torch.float32)
+        vae.load_state_dict(start.state_dict())
+    return vae
 
 
-def build_text_encoder() -> UMT5EncoderModel:
-    return UMT5EncoderModel(
-        UMT5Config(vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0)
-    )
+def build_text_encoder(world: World) -> UMT5EncoderModel:
+    return UMT5EncoderModel(UMT5Config(vocab_size=64, num_heads=4, dropout_rate=0.0, **world.text))
 
 
-def build_transformer(in_channels: int = 16) -> WanTransformer3DModel:
+def build_transformer(world: World, in_channels: int = 16) -> WanTransformer3DModel:
     return WanTransformer3DModel(
-        patch_size=(1, 1, 1), num_attention_heads=4, attention_head_dim=32, in_channels=in_channels, out_channels=16,
-        text_dim=64, freq_dim=128, ffn_dim=384, num_layers=4, cross_attn_norm=True, rope_max_seq_len=32,
+        patch_size=(1, 1, 1), in_channels=in_channels, out_channels=16, text_dim=world.text["d_model"], freq_dim=128,
+        cross_attn_norm=True, rope_max_seq_len=32, **world.transformer,
     )  # fmt: skip
 
 
@@ -87,13 +79,16 @@ class Descent:
     """AdamW whose learning rate warms up over a hundred steps and falls to zero by a cosine, with clipped gradients."""
 
     def __init__(
-        self, network: nn.Module, steps: int, lr: float, weight_decay: float = 0.01, clip: float = 1.0
-    ) -> None:
+        self, network: nn.Module, steps: int, lr: float, weight_decay: float = 0.01, clip: float = 1.0,
+        average: AveragedModel | None = None,
+    ) -> None:  # fmt: skip
+        """Begins a descent; average: of the network, which is kept with it."""
+
         def factor(step: int) -> float:
             ramp = min(1.0, (step + 1) / 100)
             return ramp * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / steps))))
 
-        self.network, self.clip = network, clip
+        self.network, self.clip, self.steps, self.average = network, clip, steps, average
         self.optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, factor)
 
@@ -104,6 +99,31 @@ class Descent:
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         self.optimiser.step()
         self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+
+    def save(self, path: Path, generator: torch.Generator, step: int) -> None:
+        """Writes all that the descent goes on from after a step, now and then and at the end."""
+        if (step + 1) % SAVED_EVERY and step + 1 < self.steps:
+            return
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state | {"generator": generator.get_state(), "next": step + 1}, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    def load(self, path: Path, generator: torch.Generator) -> int:
+        """Reads what `save` wrote, if it is there; returns the step to go on with."""
+        if not path.exists():
+            return 0
+        state = torch.load(path, weights_only=True)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        generator.set_state(state["generator"])
+        return state["next"]
+
+    def _parts(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {"network": self.network, "optimiser": self.optimiser, "schedule": self.schedule}
+        return parts if self.average is None else parts | {"average": self.average}
 
 
 def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
@@ -115,12 +135,18 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return torch.cat(chunks, dim=2)
 
 
-def train_vae(digits: Digits, steps: int, generator: torch.Generator, say: Callable[[str], None]) -> AutoencoderKLWan:
-    """Alternates 64 pictures and 8 clips: L1 + L2 reconstruction with a faint KL term."""
-    vae = build_vae().train()
+def train_vae(
+    world: World, digits: Digits, steps: int, generator: torch.Generator, say: Callable[[str], None], state: Path
+) -> AutoencoderKLWan:
+    """Alternates 64 pictures and 8 clips: L1 + L2 reconstruction with a faint KL term.
+
+    state: a file of the training so far, from which it goes on.
+    """
+    vae = build_vae(world).train()
     descent = Descent(vae, steps, lr=2e-3, weight_decay=0.0)
-    for step in range(steps):
-        pixels, _, _ = image_batch(digits, 64, generator, WIDE) if step % 2 else clip_batch(digits, 8, generator)
+    started = time.monotonic()
+    for step in range(descent.load(state, generator), steps):
+        pixels, _, _ = world.vae_pictures(digits, 64, generator) if step % 2 else world.clips(digits, 8, generator)
         posterior = vae.encode(pixels, return_dict=False)[0]
         noise = torch.randn(posterior.mean.shape, generator=generator)
         decoded = decode_unclamped(vae, posterior.mean + posterior.std * noise)
@@ -128,13 +154,15 @@ def train_vae(digits: Digits, steps: int, generator: torch.Generator, say: Calla
         error = F.l1_loss(decoded, pixels) + squares
         descent.step(error + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel())
         if step % 100 < 2:
-            say(f"vae {step}/{steps} {'pictures' if step % 2 else 'clips'} mse {squares.item():.4f}")
+            kind, took = "pictures" if step % 2 else "clips", time.monotonic() - started
+            say(f"vae {step}/{steps} {kind} mse {squares.item():.4f} {took:.0f} s")
+        descent.save(state, generator, step)
     return vae.eval()
 
 
 @dataclass(frozen=True)
 class LatentSet:
-    """What a transformer learns: latents [n, 16, f, 4, 4] with captions; first frames [n, 20, f, 4, 4] if it has any.
+    """What a transformer learns: latents [n, 16, f, h, w] with captions; first frames [n, 20, f, h, w] if it has any.
 
     size: of a batch.
     """
@@ -147,8 +175,9 @@ class LatentSet:
 
 @torch.no_grad()
 def encode_digits(
-    vae: AutoencoderKLWan, digits: Digits, budget: TrainingBudget, generator: torch.Generator, measure: bool = False
-) -> list[LatentSet]:
+    world: World, vae: AutoencoderKLWan, digits: Digits, budget: TrainingBudget, generator: torch.Generator,
+    measure: bool = False,
+) -> list[LatentSet]:  # fmt: skip
     """Returns latents of pictures twice and of clips once, for a transformer's steps to take in turn.
 
     measure: whether their mean and standard deviation by channel, which normalise them, are put into the VAE's
@@ -156,7 +185,7 @@ def encode_digits(
     """
     raw = []
     for make, count, size, batch in (
-        (image_batch, budget.num_images, 256, 64), (clip_batch, budget.num_clips, 64, 24),
+        (world.pictures, budget.num_images, 256, 64), (world.clips, budget.num_clips, 64, 24),
     ):  # fmt: skip
         latents, captions = [], []
         for start in range(0, count, size):
@@ -179,34 +208,32 @@ def normalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 def encode_captions(tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel, captions: Sequence[str]) -> Tensor:
-    """Returns embeddings [b, MAX_TOKENS, d], zero after the end token, as WanPipeline pads them.
+    """Returns embeddings [b, tokens, d], zero after the end token, as WanPipeline pads them.
 
     Each distinct caption is encoded once.
     """
     distinct = list(dict.fromkeys(captions))
-    tokens = tokenizer(distinct, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    tokens = tokenizer(distinct, padding="max_length", truncation=True, return_tensors="pt")
     states = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state * tokens.attention_mask[..., None]
     return states[torch.tensor([distinct.index(caption) for caption in captions])]
 
 
 def train_transformer(
     transformer: WanTransformer3DModel, data: Sequence[LatentSet], embed: Callable[[list[str]], Tensor],
-    encoder: nn.Module | None, steps: int, generator: torch.Generator, say: Callable[[str], None],
+    encoder: nn.Module | None, steps: int, generator: torch.Generator, say: Callable[[str], None], state: Path,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> None:  # fmt: skip
     """Trains by flow matching (Eq. 4) at times inside the interval; the network ends with the averaged weights.
 
     data: sets that the steps take in turn. embed: captions to [b, tokens, d]; one caption in ten is dropped. encoder:
-    the text encoder, if it is trained along.
+    the text encoder, if it is trained along. state: a file of the training so far, from which it goes on.
     """
     trained = nn.ModuleList([transformer] if encoder is None else [transformer, encoder]).train()
-    average = torch.optim.swa_utils.AveragedModel(
-        trained, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
-    )
-    descent = Descent(trained, steps, lr=1e-3)
+    average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    descent = Descent(trained, steps, lr=1e-3, average=average)
     low, high = (unshift_time(t, SHIFT) for t in interval)
     started = time.monotonic()
-    for step in range(steps):
+    for step in range(descent.load(state, generator), steps):
         clips = data[step % len(data)]
         index = torch.randint(len(clips.latents), (clips.size,), generator=generator)
         dropped = (torch.rand(clips.size, generator=generator) < 0.1).tolist()
@@ -221,9 +248,9 @@ def train_transformer(
         velocity = transformer(x_t, t * 1000, embed(texts)).sample
         loss = F.mse_loss(velocity, eps - x_0)
         descent.step(loss)
-        average.update_parameters(trained)
         if step % 200 < len(data):
             say(f"transformer {step}/{steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s")
+        descent.save(state, generator, step)
     trained.load_state_dict(average.module.state_dict())
     trained.eval()
 
@@ -258,22 +285,29 @@ def teach_digits(output: Path, data: Path, seed: int, budget: TrainingBudget, sa
     say(f"digits: {accuracy:.4f} of held-out digits read right")
 
 
-def teach_nano(output: Path, data: Path, seed: int, budget: TrainingBudget, say: Callable[[str], None]) -> None:
-    """Does `phased-dmd teach nano`: writes a `WanPipeline` folder, its weights rounded to half precision."""
+def teach(
+    world: World, output: Path, data: Path, seed: int, budget: TrainingBudget, say: Callable[[str], None]
+) -> None:
+    """Does `phased-dmd teach nano` and `teach scenes`: writes a `WanPipeline` folder, its weights in half precision.
+
+    What is in the folder `unfinished` of a run that was stopped is not trained again.
+    """
     torch.manual_seed(seed)
-    rng = torch.Generator().manual_seed(seed)
+    rng, unfinished = torch.Generator().manual_seed(seed), output / "unfinished"
     training, _ = load_digits(data)
-    vae = train_vae(training, budget.vae_steps, rng, say)
+    vae = train_vae(world, training, budget.vae_steps, rng, say, unfinished / "vae.pt")
     torch.manual_seed(seed + 1)  # a stage of its own: the VAE of another run may be put in
     rng.manual_seed(seed + 1)
-    turns = encode_digits(vae, training, budget, rng, measure=True)
-    tokenizer, transformer, encoder = build_tokenizer(), build_transformer(), build_text_encoder()
+    turns = encode_digits(world, vae, training, budget, rng, measure=True)
+    tokenizer, transformer, encoder = build_tokenizer(world), build_transformer(world), build_text_encoder(world)
     embed = partial(encode_captions, tokenizer, encoder)
-    train_transformer(transformer, turns, embed, encoder, budget.transformer_steps, rng, say)
+    state = unfinished / "transformer.pt"
+    train_transformer(transformer, turns, embed, encoder, budget.transformer_steps, rng, say, state)
     pipeline = WanPipeline(
         tokenizer=tokenizer,  # type: ignore[arg-type] any tokenizer, any scheduler with flow sigmas
         text_encoder=encoder, vae=vae, scheduler=build_scheduler(),  # type: ignore[arg-type]
         transformer=transformer,
     )  # fmt: skip
     pipeline.to(dtype=torch.float16).save_pretrained(output)
-    say(f"nano: written to {output}")
+    shutil.rmtree(unfinished)
+    say(f"{world.name}: written to {output}")

@@ -1,10 +1,11 @@
-"""`phased-dmd teach nano-moe` and `teach nano-i2v`: new transformers around nano's VAE and text encoder.
+"""`phased-dmd teach nano-moe`, `scenes-moe` and `nano-i2v`: new transformers around a teacher's VAE and text encoder.
 
 Of each folder the package ships only what is its own: the transformers, the scheduler and the index.
 """
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from phased_dmd.config.teacher import Size
 from phased_dmd.lab.metrics.digit_classifier import DIRECTIONS, SPEEDS, WORDS
 from phased_dmd.lab.teach import nano as lessons
 from phased_dmd.lab.teach.mnist import NUM_FRAMES, PATH_JITTER, Digits, clip_batch, load_digits, place_on_canvas
-from phased_dmd.lab.teach.nano import LatentSet, TrainingBudget, build_scheduler, build_transformer, train_transformer
+from phased_dmd.lab.teach.nano import LatentSet, build_scheduler, build_transformer, train_transformer
+from phased_dmd.lab.teach.worlds import DIGITS, TrainingBudget, World
 from phased_dmd.media import save_image, to_images
 from phased_dmd.models.wan import NANO, first_frame_condition
 
-SWITCH = 0.875  # of nano-moe, as in Wan2.2's text-to-video
+SWITCH = 0.875  # of the teachers of two networks, as in Wan2.2's text-to-video
 
 
 def captions_table(pipeline: WanPipeline) -> Callable[[list[str]], Tensor]:
@@ -37,23 +39,29 @@ def captions_table(pipeline: WanPipeline) -> Callable[[list[str]], Tensor]:
     return embed
 
 
-def teach_moe(output: Path, data: Path, seed: int, budget: TrainingBudget, say: Callable[[str], None]) -> None:
-    """Does `phased-dmd teach nano-moe`: two networks, each trained from scratch on its own side of the switch only."""
+def teach_moe(
+    world: World, output: Path, data: Path, seed: int, budget: TrainingBudget, say: Callable[[str], None]
+) -> None:
+    """Does `phased-dmd teach nano-moe` and `teach scenes-moe`: two networks, each trained from scratch on its own side
+    of the switch only.
+    """
     torch.manual_seed(seed + 2)
-    rng = torch.Generator().manual_seed(seed + 2)
-    nano, (training, _) = WanPipeline.from_pretrained(NANO, dtype=torch.float32), load_digits(data)
-    turns = lessons.encode_digits(nano.vae, training, budget, rng)
+    rng, unfinished = torch.Generator().manual_seed(seed + 2), output / "unfinished"
+    first, (training, _) = WanPipeline.from_pretrained(world.home, dtype=torch.float32), load_digits(data)
+    turns = lessons.encode_digits(world, first.vae, training, budget, rng)
     networks = []
     for steps, interval in zip(budget.switch_steps, ((SWITCH, 1.0), (0.0, SWITCH)), strict=True):
-        networks.append(build_transformer())
-        train_transformer(networks[-1], turns, captions_table(nano), None, steps, rng, say, interval)
+        networks.append(build_transformer(world))
+        state = unfinished / f"transformer-{len(networks)}.pt"
+        train_transformer(networks[-1], turns, captions_table(first), None, steps, rng, say, state, interval)
     pipeline = WanPipeline(
-        tokenizer=nano.tokenizer, text_encoder=nano.text_encoder, vae=nano.vae,
+        tokenizer=first.tokenizer, text_encoder=first.text_encoder, vae=first.vae,
         scheduler=build_scheduler(),  # type: ignore[arg-type] any scheduler with flow sigmas
         transformer=networks[0], transformer_2=networks[1], boundary_ratio=SWITCH,
     )  # fmt: skip
     pipeline.to(dtype=torch.float16).save_pretrained(output)
-    say(f"nano-moe: written to {output}")
+    shutil.rmtree(unfinished)
+    say(f"{world.name}-moe: written to {output}")
 
 
 def teach_i2v(output: Path, data: Path, seed: int, budget: TrainingBudget, say: Callable[[str], None]) -> None:
@@ -62,9 +70,9 @@ def teach_i2v(output: Path, data: Path, seed: int, budget: TrainingBudget, say: 
     Beside it, in prompts/, two sets with first frames: of the digits it was taught, and of held-out ones.
     """
     torch.manual_seed(seed + 3)
-    rng = torch.Generator().manual_seed(seed + 3)
+    rng, unfinished = torch.Generator().manual_seed(seed + 3), output / "unfinished"
     nano, (training, held_out) = WanPipeline.from_pretrained(NANO, dtype=torch.float32), load_digits(data)
-    transformer = build_transformer(in_channels=36)
+    transformer = build_transformer(DIGITS, in_channels=36)
     pipeline = WanImageToVideoPipeline(
         tokenizer=nano.tokenizer, text_encoder=nano.text_encoder, vae=nano.vae,
         scheduler=build_scheduler(),  # type: ignore[arg-type]
@@ -81,8 +89,10 @@ def teach_i2v(output: Path, data: Path, seed: int, budget: TrainingBudget, say: 
             ]
         captions += texts
     clips = LatentSet(lessons.normalise(nano.vae, torch.cat(latents)), captions, 24, torch.stack(first_frames))
-    train_transformer(transformer, [clips], captions_table(nano), None, budget.first_frame_steps, rng, say)
+    state = unfinished / "transformer.pt"
+    train_transformer(transformer, [clips], captions_table(nano), None, budget.first_frame_steps, rng, say, state)
     pipeline.to(dtype=torch.float16).save_pretrained(output)
+    shutil.rmtree(unfinished)
     write_first_frames(training, output / "prompts", "nano-i2v", rng)
     write_first_frames(held_out, output / "prompts", "nano-i2v-held-out", rng)
     say(f"nano-i2v: written to {output}")

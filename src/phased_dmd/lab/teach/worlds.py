@@ -1,0 +1,73 @@
+"""The embedded worlds, nano's digit and the scenes: what their teachers' data is, and how large their networks."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phased_dmd.lab.teach import mnist, scenes
+from phased_dmd.lab.teach.mnist import Digits
+from phased_dmd.models.wan import NANO, SCENES
+
+WIDE = 1.5  # pixels, the jitter that nano's VAE and the classifier learn from
+Batch = Callable[[Digits, int, torch.Generator], tuple[Tensor, list[str], object]]
+
+
+@dataclass(frozen=True)
+class TrainingBudget:
+    """The steps and sizes of each stage; the shipped weights are of the defaults, or of the world's own."""
+
+    vae_steps: int = 2400
+    num_images: int = 32_000
+    num_clips: int = 16_000
+    transformer_steps: int = 10_500
+    switch_steps: tuple[int, int] = (3000, 7500)  # of the two networks of a variant, noisiest first
+    first_frame_steps: int = 6000
+    classifier_steps: int = 1500
+    reader_steps: tuple[int, int] = (3000, 2500)  # of the networks of single digits and of whole frames
+
+
+@dataclass(frozen=True)
+class World:
+    """What a teacher is taught.
+
+    home: the package's folder of the teacher, whose VAE and text encoder its variants share. pictures, clips: draw a
+    batch of digits: (pixels [b, 3, f, h, w], captions, what they show). vae_pictures: those the VAE learns from.
+    captions: lists every caption, or enough of them to hold every word. max_tokens: of a prompt, its end included.
+    vae_start: a teacher's folder whose VAE this one's begins as. text, transformer: their sizes. budget: of what ships.
+    """
+
+    home: Path
+    pictures: Batch
+    clips: Batch
+    vae_pictures: Batch
+    captions: Callable[[], list[str]]
+    max_tokens: int
+    vae_start: Path | None
+    text: Mapping[str, Any]
+    transformer: Mapping[str, Any]
+    budget: TrainingBudget = TrainingBudget()
+
+    @property
+    def name(self) -> str:
+        """Returns the name of the teacher."""
+        return self.home.name
+
+
+DIGITS = World(
+    NANO, mnist.image_batch, mnist.clip_batch, partial(mnist.image_batch, jitter=WIDE), mnist.all_captions,
+    max_tokens=16, vae_start=None,
+    text={"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2},
+    transformer={"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "num_layers": 4},
+)  # fmt: skip
+COLOURED = World(
+    SCENES, scenes.picture_batch, scenes.clip_batch, scenes.picture_batch, scenes.all_words,
+    max_tokens=32, vae_start=NANO,
+    text={"d_model": 96, "d_kv": 24, "d_ff": 256, "num_layers": 3},
+    transformer={"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "num_layers": 5},
+    budget=TrainingBudget(transformer_steps=10_000, switch_steps=(3000, 6500)),
+)  # fmt: skip
