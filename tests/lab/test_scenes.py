@@ -10,6 +10,7 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
+from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate import evaluate
 from phased_dmd.lab.evaluate.sample_sets import Protocol, sample_sets, world_of
 from phased_dmd.lab.evaluate.scene_measures import OF_SPECIFIC, OF_WEAK, scene_statistics
@@ -269,6 +270,14 @@ def test_the_teachers_of_scenes_can_be_taught_again(tmp_path: Path) -> None:
         ).frames  # fmt: skip
         assert clip.shape == (1, 9, 3, HEIGHT, WIDTH) and clip.isfinite().all()
         assert not (folder / "unfinished").exists()
+
+
+def test_an_embedded_teacher_that_is_not_there_names_the_command_that_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phased_dmd.models.source.ASSETS", tmp_path)
+    with pytest.raises(UserError, match=rf"`phased-dmd teach scenes --output {tmp_path}/scenes` makes it"):
+        distill(resolve("scenes-t2i"), tmp_path / "run", quiet=True)
 
 
 def test_a_run_on_scenes_is_evaluated_by_their_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,15 @@ META = torch.device("meta")  # tensors there have shapes and no values
 REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # of `from_pretrained`: see `check_loaded`
 
 
+def _shipped(name: str) -> Path:
+    """Returns the folder of an embedded teacher; raises UserError with the command that makes one that is not there."""
+    folder = ASSETS / name
+    if not (folder / "model_index.json").exists():
+        how = f"`phased-dmd teach {name} --output {folder}` makes it, in two hours or so on one core"
+        raise UserError(f"teacher.path: {name} is not in the package yet; {how}")
+    return folder
+
+
 class Source:
     """Reads the parts of a teacher's pipeline from its folder."""
 
@@ -51,8 +60,10 @@ class Source:
     @cached_property
     def folder(self) -> Path:
         """Finds the local folder; a hub id is downloaded, or found in the hub's cache."""
+        if self.path in SHIPPED:
+            return _shipped(self.path)
         if self.on_disk:
-            return ASSETS / self.path if self.path in SHIPPED else Path(self.path)
+            return Path(self.path)
         try:
             return Path(DiffusionPipeline.download(self.path, revision=self.revision, use_safetensors=True))
         except (OSError, ValueError) as error:
