@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from phased_dmd.lab.metrics.scenes import caption
-from phased_dmd.lab.teach.scenes import MOST, draw_scene, leave_out
+from phased_dmd.lab.teach.scene_batches import MOST, draw_scene, leave_out
 
 FOLDER = Path(__file__).parents[1] / "src" / "phased_dmd" / "assets" / "prompts"
 TRAINED, EVALUATED = 200, 48  # prompts of a set

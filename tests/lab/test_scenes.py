@@ -28,8 +28,8 @@ from phased_dmd.lab.metrics.scene_reader import (
 from phased_dmd.lab.metrics.scenes import CELLS, COLOURS, HEIGHT, PANS, WIDTH, Digit, Scene, caption, parse
 from phased_dmd.lab.teach.mnist import Digits, load_digits
 from phased_dmd.lab.teach.nano import Descent, build_tokenizer, teach
-from phased_dmd.lab.teach.scene_reader import accuracies, teach_scenes_reader
-from phased_dmd.lab.teach.scenes import clip_batch, draw_scene, leave_out, picture_batch, render
+from phased_dmd.lab.teach.reader import accuracies, teach_scenes_reader
+from phased_dmd.lab.teach.scene_batches import clip_batch, draw_scene, leave_out, picture_batch, render
 from phased_dmd.lab.teach.variants import teach_moe
 from phased_dmd.lab.teach.worlds import COLOURED, DIGITS, TrainingBudget
 from phased_dmd.prompts import Prompt, read_prompts
@@ -283,7 +283,7 @@ def test_an_embedded_teacher_that_is_not_there_names_the_command_that_makes_it(
 def test_a_run_on_scenes_is_evaluated_by_their_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A teacher and a reader of a few steps in the place of those that ship: all measures are there."""
     for name in ("HELD_OUT_PICTURES", "HELD_OUT_CLIPS"):
-        monkeypatch.setattr(f"phased_dmd.lab.teach.scene_reader.{name}", 12)
+        monkeypatch.setattr(f"phased_dmd.lab.teach.reader.{name}", 12)
     said: list[str] = []
     teach_scenes_reader(tmp_path, DATA, 0, replace(TINY, reader_steps=(2, 2)), said.append)
     assert "cell 1.0000" in said[0] and "pan 1.0000" in said[1]

@@ -208,7 +208,7 @@ def teach(
     if not data.is_file():
         raise UserError(f"--data: {data} is not a file")
     from phased_dmd.lab.teach.nano import teach, teach_digits
-    from phased_dmd.lab.teach.scene_reader import teach_scenes_reader
+    from phased_dmd.lab.teach.reader import teach_scenes_reader
     from phased_dmd.lab.teach.variants import teach_i2v, teach_moe
     from phased_dmd.lab.teach.worlds import COLOURED, DIGITS
 

@@ -24,7 +24,7 @@ from phased_dmd.lab.metrics.scene_reader import (
 from phased_dmd.lab.metrics.scenes import HEIGHT, WIDTH, Scene
 from phased_dmd.lab.teach.mnist import Digits, load_digits
 from phased_dmd.lab.teach.nano import Descent
-from phased_dmd.lab.teach.scenes import clip_batch, picture_batch
+from phased_dmd.lab.teach.scene_batches import clip_batch, picture_batch
 from phased_dmd.lab.teach.worlds import TrainingBudget
 
 BLUR, WARP, SHIFT = 0.7, 0.12, 0.5  # of training pictures: the most blur, and deviations of the matrix and in pixels
