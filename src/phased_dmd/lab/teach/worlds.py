@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phased_dmd.lab.teach import mnist, scenes
+from phased_dmd.lab.teach import mnist, scene_batches
 from phased_dmd.lab.teach.mnist import Digits
 from phased_dmd.models.wan import NANO, SCENES
 
@@ -65,7 +65,7 @@ DIGITS = World(
     transformer={"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "num_layers": 4},
 )  # fmt: skip
 COLOURED = World(
-    SCENES, scenes.picture_batch, scenes.clip_batch, scenes.picture_batch, scenes.all_words,
+    SCENES, scene_batches.picture_batch, scene_batches.clip_batch, scene_batches.picture_batch, scene_batches.all_words,
     max_tokens=32, vae_start=NANO,
     text={"d_model": 96, "d_kv": 24, "d_ff": 256, "num_layers": 3},
     transformer={"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "num_layers": 5},
