@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ from phased_dmd.lab.evaluate import Protocol, evaluate
 from phased_dmd.lab.metrics.digit_classifier import WORDS, classify, load_classifier
 from phased_dmd.lab.report import write_report
 from phased_dmd.lab.teach.mnist import all_captions
-from phased_dmd.lab.teach.nano import TrainingBudget, teach_nano
+from phased_dmd.lab.teach.nano import teach
 from phased_dmd.lab.teach.variants import teach_i2v, teach_moe
+from phased_dmd.lab.teach.worlds import DIGITS, TrainingBudget
 from phased_dmd.models.wan import NANO
 from phased_dmd.prompts import Prompt, read_prompts
 from phased_dmd.recipes import resolve
@@ -146,7 +148,7 @@ def test_clips_are_sampled_evaluated_and_reported(
 def test_the_teacher_can_be_taught_again(tmp_path: Path) -> None:
     """Every stage for a step or two: the folder loads into the stock pipeline and samples."""
     budget = TrainingBudget(vae_steps=2, num_images=16, num_clips=8, transformer_steps=3)
-    teach_nano(tmp_path, DATA, 0, budget, lambda _: None)
+    teach(DIGITS, tmp_path, DATA, 0, budget, lambda _: None)
     config = resolve("nano-t2v", {"teacher.path": str(tmp_path)})
     pixels = teacher_alone(config)
     clips = pixels.decode(pixels(["a handwritten digit"], [0], teacher_steps=2))
@@ -157,7 +159,7 @@ def test_the_teacher_can_be_taught_again(tmp_path: Path) -> None:
 def test_the_variants_can_be_taught_again(name: str, tmp_path: Path) -> None:
     """A complete folder, whose teacher samples; of nano-moe each network is trained for itself."""
     budget = TrainingBudget(num_images=16, num_clips=8, switch_steps=(2, 2), first_frame_steps=2)
-    {"nano-moe": teach_moe, "nano-i2v": teach_i2v}[name](tmp_path, DATA, 0, budget, lambda _: None)
+    {"nano-moe": partial(teach_moe, DIGITS), "nano-i2v": teach_i2v}[name](tmp_path, DATA, 0, budget, lambda _: None)
     config = resolve(name, {"teacher.path": str(tmp_path)})
     sampler = teacher_alone(config)
     prompt = read_prompts(str(tmp_path / "prompts" / "nano-i2v.jsonl"))[0] if name == "nano-i2v" else PROMPTS[0]
