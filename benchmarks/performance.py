@@ -1,5 +1,5 @@
-"""What training costs beyond its network calls, what it holds in memory, what few steps save, and what quality costs us
-and a peer.
+"""What training costs beyond its network calls, and its health figures, what it holds in memory, what few steps save,
+and what quality costs us and a peer.
 
 python benchmarks/performance.py --output docs/results/performance      # one thread, on a quiet machine
 """
@@ -17,6 +17,7 @@ import torch
 from contests import CONTESTS
 from cost import cost, levers
 from cost_page import draw, show_cost, show_levers
+from health_share import health_share, show_health
 from overhead import overhead
 from peer import MATCHES, PEER, peer
 from peer_page import show_peer
@@ -26,6 +27,7 @@ from teachers import TWENTY_MILLION, make_teacher
 from variance import variances
 
 from phased_dmd.checkpoint import write_atomically
+from phased_dmd.config import Config
 from phased_dmd.config.teacher import Size
 from phased_dmd.lab.reproduce.memory_study import update_bytes
 from phased_dmd.plan import needs
@@ -37,14 +39,25 @@ FLOAT32, BFLOAT16 = 4, 2
 
 
 def overheads(folder: Path) -> dict[str, Any]:
-    """nano as its recipe has it, and a Wan of 20 million parameters on 8 pictures of 64 x 64."""
-    make_teacher(folder / "teacher", TWENTY_MILLION)
     nano = resolve("nano-t2i", {"iterations": 25, **UNDISTURBED})
-    large = resolve("nano-t2i", {"iterations": 15, "batch_size": 8, "plan.phases": 2, "plan.steps": 2, **UNDISTURBED})
+    return {"nano": overhead(nano, folder / "nano"), "20m": overhead(twenty_million(15, folder), folder / "20m")}
+
+
+def health_shares(folder: Path) -> dict[str, float]:
+    seldom = {"log_every": 2}
+    nano = resolve("nano-t2i", {"iterations": 10, **UNDISTURBED, **seldom})
+    large = twenty_million(6, folder).model_copy(update=seldom)
+    return {"nano": health_share(nano, folder / "nano"), "20m": health_share(large, folder / "20m")}
+
+
+def twenty_million(iterations: int, folder: Path) -> Config:
+    """Two phases of a Wan of 20 million parameters, made in the folder, on 8 pictures of 64 x 64."""
+    make_teacher(folder / "teacher", TWENTY_MILLION)
+    overrides = {"iterations": iterations, "batch_size": 8, "plan.phases": 2, "plan.steps": 2}
+    config = resolve("nano-t2i", {**overrides, **UNDISTURBED})
     picture = (Size(num_frames=1, height=64, width=64),)
-    teacher = large.teacher.model_copy(update={"path": str(folder / "teacher"), "sizes": picture})
-    large = large.model_copy(update={"teacher": teacher})
-    return {"nano": overhead(nano, folder / "nano"), "20m": overhead(large, folder / "large")}
+    teacher = config.teacher.model_copy(update={"path": str(folder / "teacher"), "sizes": picture})
+    return config.model_copy(update={"teacher": teacher})
 
 
 def memory() -> dict[str, Any]:
@@ -66,8 +79,8 @@ def page(found: Mapping[str, Any]) -> str:
     """The figures as Markdown."""
     lines = ["# Performance", "", f"`make bench`; {found['machine']}, one thread a process."]
     shown = {
-        "overhead": show_overhead, "memory": show_memory, "sampling": show_sampling, "variance": show_variance,
-        "cost": show_cost, "levers": show_levers, PEER: show_peer,
+        "overhead": show_overhead, "health": show_health, "memory": show_memory, "sampling": show_sampling,
+        "variance": show_variance, "cost": show_cost, "levers": show_levers, PEER: show_peer,
     }  # fmt: skip
     for part in PARTS:
         if part in found["parts"]:
@@ -126,7 +139,7 @@ def show_variance(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 RECIPES = {contest.recipe: contest for contest in CONTESTS}
 PARTS = (
-    "overhead", "memory", "sampling", "variance",
+    "overhead", "health", "memory", "sampling", "variance",
     *(f"cost {recipe}" for recipe in RECIPES), *(f"levers {recipe}" for recipe in RECIPES),
     *(f"{PEER} {recipe}" for recipe in MATCHES),
 )  # fmt: skip
@@ -136,6 +149,8 @@ def measure(part: str, folder: Path, runs: Path, output: Path, jobs: int) -> Any
     match part.split():
         case ["overhead"]:
             return overheads(folder)
+        case ["health"]:
+            return health_shares(folder / "health")
         case ["memory"]:
             return memory()
         case ["sampling"]:
@@ -153,6 +168,8 @@ def keys(found: Mapping[str, Any]) -> dict[str, float | None]:
     watched: dict[str, float | None] = {}
     for model, phases in found.get("overhead", {}).items():
         watched[f"overhead_{model}"] = max(p["ratio"] for p in phases)
+    for model, share in found.get("health", {}).items():
+        watched[f"health_share_{model}"] = share
     for recipe, contest in contests(found).items():
         name = short(recipe)
         watched |= {
@@ -184,7 +201,7 @@ def matches(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def least(values: Iterable[float | None]) -> float | None:
     found = list(values)
-    return None if None in found else min(found)
+    return None if None in found else min(value for value in found if value is not None)
 
 
 def main() -> None:
