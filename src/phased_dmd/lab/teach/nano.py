@@ -135,10 +135,15 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return torch.cat(chunks, dim=2)
 
 
+def chroma(pixels: Tensor) -> Tensor:
+    """Returns pixels [b, 3, f, h, w] less the mean over their channels: what makes them no grey."""
+    return pixels - pixels.mean(1, keepdim=True)
+
+
 def train_vae(
     world: World, digits: Digits, steps: int, generator: torch.Generator, say: Callable[[str], None], state: Path
 ) -> AutoencoderKLWan:
-    """Alternates 64 pictures and 8 clips: L1 + L2 reconstruction with a faint KL term.
+    """Alternates 64 pictures and 8 clips: L1 + L2 reconstruction, colour by itself too, with a faint KL term.
 
     state: a file of the training so far, from which it goes on.
     """
@@ -151,7 +156,7 @@ def train_vae(
         noise = torch.randn(posterior.mean.shape, generator=generator)
         decoded = decode_unclamped(vae, posterior.mean + posterior.std * noise)
         squares = F.mse_loss(decoded, pixels)
-        error = F.l1_loss(decoded, pixels) + squares
+        error = F.l1_loss(decoded, pixels) + squares + world.chroma * F.mse_loss(chroma(decoded), chroma(pixels))
         descent.step(error + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel())
         if step % 100 < 2:
             kind, took = "pictures" if step % 2 else "clips", time.monotonic() - started
