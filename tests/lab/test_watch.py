@@ -2,9 +2,15 @@
 
 import http.client
 import json
+import shutil
+import socket
+import struct
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +19,7 @@ from commands import run as command
 
 from phased_dmd.checkpoint.lock import Busy, is_held, locked
 from phased_dmd.errors import UserError
-from phased_dmd.lab.report import SECTIONS
+from phased_dmd.lab.report import SECTIONS, live
 from phased_dmd.lab.report.live import LEAST, Page, keep_writing, make_server, serve
 from phased_dmd.recipes import resolve
 
@@ -124,9 +130,53 @@ def test_what_cannot_be_served_is_said_before_anything_is(
         serve(run, port, print)
     with pytest.raises(UserError, match="not a run folder"):
         serve(tmp_path, 0, print)
-    assert command("watch", str(tmp_path / "nothing"), monkeypatch=monkeypatch) == 2
+    assert command("watch", str(tmp_path), "--output", str(tmp_path / "p.html"), monkeypatch=monkeypatch) == 2
     assert command("watch", str(run), "--output", str(tmp_path / "no" / "p.html"), monkeypatch=monkeypatch) == 2
     assert "--output: " in capsys.readouterr().err
+
+
+def test_a_run_that_has_not_begun_is_waited_for(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its folder comes first, and its configuration a while later; then the file is written, and the run ends."""
+    config = (run / "config.json").read_bytes()
+    shutil.rmtree(run)
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 1:
+            (run / "experts").mkdir(parents=True)
+            for phase in (1, 2):
+                (run / "experts" / f"phase-{phase}.safetensors").touch()
+        else:
+            (run / "config.json").write_bytes(config)
+
+    monkeypatch.setattr(live.time, "sleep", nap)
+    page = tmp_path / "page.html"
+    assert command("watch", str(run), "--output", str(page), monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr()
+    assert len(naps) == 2 and f"{run}: not there yet" in said.err and said.out.split() == [str(page)]
+    assert "Finished" in page.read_text()
+
+
+def test_a_browser_that_leaves_amid_an_answer_is_no_fault(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone, faults = threading.Event(), []
+    monkeypatch.setattr(ThreadingHTTPServer, "handle_error", lambda *_: faults.append(sys.exc_info()[1]))
+
+    def whole(_page: Page) -> str:
+        assert gone.wait(30)
+        return "x" * 10**7  # more than a socket takes before anybody reads
+
+    with served(run) as port, monkeypatch.context() as patched:
+        patched.setattr(Page, "whole", whole)
+        with socket.create_connection(("127.0.0.1", port)) as browser:
+            browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed at once
+            browser.sendall(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+            time.sleep(0.2)  # until it is read
+        gone.set()
+        assert ask(port, "/state")[0] == 200, "and others are answered"
+    assert faults == []
 
 
 def test_a_file_is_written_until_the_run_is_finished(run: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Defines the command that shows a run while it goes."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,9 @@ from phased_dmd.errors import UserError
 
 
 def watch(
-    run: Annotated[Path, typer.Argument(help="The run's folder.", show_default=False, exists=True, file_okay=False)],
+    run: Annotated[
+        Path, typer.Argument(help="The run's folder, which is waited for.", show_default=False, file_okay=False)
+    ],
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of this machine to serve at; 0 takes a free one.")
     ] = 8123,
@@ -26,8 +29,11 @@ def watch(
     """
     if output is not None and not output.absolute().parent.is_dir():
         raise UserError(f"--output: {output.parent} is no folder")
-    from phased_dmd.lab.report.live import keep_writing, serve
+    from phased_dmd.lab.report.live import keep_writing, serve, wait_for
 
+    if not run.exists():
+        print(f"{run}: not there yet; shown as soon as its run begins (Ctrl-C ends it)", file=sys.stderr, flush=True)
+        wait_for(run)
     if output is None:
         serve(run, port, lambda address: print(f"{run}: {address} (Ctrl-C ends it)", flush=True))
     else:

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +21,7 @@ POLICY = (  # what a page may load: what it holds, and the state of its run
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-LEAST = 1.0  # seconds for which a rendered page is new enough
+LEAST = 1.0  # seconds for which a rendered page is new enough, and between two looks for a run that has not begun
 
 
 class Page:
@@ -63,6 +64,12 @@ def versions_of(sections: Mapping[str, str]) -> dict[str, str]:
     return {name: hashlib.blake2b(html.encode(), digest_size=8).hexdigest() for name, html in sections.items()}
 
 
+def wait_for(run: Path) -> None:
+    """Waits until a run has begun in its folder, such as that of a job which is still in a queue."""
+    while not RunFolder(run).config_path.exists():
+        time.sleep(LEAST)
+
+
 def serve(run: Path, port: int, ready: Callable[[str], object]) -> None:
     """Serves a run's page on the loopback interface until the process is interrupted.
 
@@ -89,6 +96,11 @@ class Handler(BaseHTTPRequestHandler):
     def __init__(self, page: Page, *connection: Any) -> None:
         self.page = page
         super().__init__(*connection)
+
+    def handle(self) -> None:
+        """Answers a connection, until the browser leaves, which it may in the middle of an answer."""
+        with suppress(ConnectionError):
+            super().handle()
 
     def do_GET(self) -> None:
         """Answers a request; the base class refuses those of other methods."""
