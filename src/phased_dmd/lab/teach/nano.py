@@ -47,13 +47,7 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
 
 
 def build_vae(world: World) -> AutoencoderKLWan:
-    vae = AutoencoderKLWan(
-        base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
-    )
-    if world.vae_start is not None:
-        start = AutoencoderKLWan.from_pretrained(world.vae_start, subfolder="vae", dtype=torch.float32)
-        vae.load_state_dict(start.state_dict())
-    return vae
+    return AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1, **world.vae)
 
 
 def build_text_encoder(world: World) -> UMT5EncoderModel:
@@ -62,7 +56,7 @@ def build_text_encoder(world: World) -> UMT5EncoderModel:
 
 def build_transformer(world: World, in_channels: int = 16) -> WanTransformer3DModel:
     return WanTransformer3DModel(
-        patch_size=(1, 1, 1), in_channels=in_channels, out_channels=16, text_dim=world.text["d_model"], freq_dim=128,
+        in_channels=in_channels, out_channels=16, text_dim=world.text["d_model"], freq_dim=128,
         cross_attn_norm=True, rope_max_seq_len=32, **world.transformer,
     )  # fmt: skip
 

@@ -38,8 +38,8 @@ class World:
     home: the package's folder of the teacher, whose VAE and text encoder its variants share. pictures, clips: draw a
     batch of digits: (pixels [b, 3, f, h, w], captions, what they show). vae_pictures: those the VAE learns from.
     captions: lists every caption, or enough of them to hold every word. max_tokens: of a prompt, its end included.
-    vae_start: a teacher's folder whose VAE this one's begins as. chroma: the weight, in the VAE's loss, of what the
-    channels of a pixel differ in. text, transformer: their sizes. budget: of what ships.
+    vae, text, transformer: their sizes. chroma: the weight, in the VAE's loss, of what the channels of a pixel differ
+    in. budget: of what ships.
     """
 
     home: Path
@@ -48,7 +48,7 @@ class World:
     vae_pictures: Batch
     captions: Callable[[], list[str]]
     max_tokens: int
-    vae_start: Path | None
+    vae: Mapping[str, Any]
     chroma: float
     text: Mapping[str, Any]
     transformer: Mapping[str, Any]
@@ -62,15 +62,18 @@ class World:
 
 DIGITS = World(
     NANO, mnist.image_batch, mnist.clip_batch, partial(mnist.image_batch, jitter=WIDE), mnist.all_captions,
-    max_tokens=16, vae_start=None, chroma=0.0,
+    max_tokens=16, vae={"dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]}, chroma=0.0,
     text={"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2},
-    transformer={"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "num_layers": 4},
+    transformer={"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "num_layers": 4,
+                 "patch_size": (1, 1, 1)},
 )  # fmt: skip
 COLOURED = World(
     SCENES, scene_batches.picture_batch, scene_batches.clip_batch, scene_batches.picture_batch, scene_batches.all_words,
-    max_tokens=32, vae_start=NANO, chroma=10.0,  # without it blue and green stay one for a thousand steps and more
-   
+    max_tokens=32,
+    vae={"dim_mult": [1, 2, 4], "temperal_downsample": [True, True], "scale_factor_spatial": 4},  # strokes are thin
+    chroma=10.0,  # without it blue and green stay one colour for a thousand steps and more
     text={"d_model": 96, "d_kv": 24, "d_ff": 256, "num_layers": 3},
-    transformer={"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "num_layers": 5},
-    budget=TrainingBudget(transformer_steps=10_000, switch_steps=(3000, 6500)),
+    transformer={"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "num_layers": 5,
+                 "patch_size": (1, 2, 2)},
+    budget=TrainingBudget(vae_steps=1800, transformer_steps=10_000, switch_steps=(3000, 6500)),
 )  # fmt: skip
