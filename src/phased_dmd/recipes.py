@@ -65,10 +65,9 @@ def nano_t2i() -> Config:
     )  # fmt: skip
 
 
-# Of the two *-fast recipes, with a fraction of the network calls: docs/results/performance.md weighs them.
-FEWER_CALLS = {
-    "rollouts.reuse": True, "rollouts.antithetic": "start", "fake.pull": 1.0, "objective": "projected",
-}  # fmt: skip
+# Of the *-fast recipes: docs/results/performance.md weighs those of small teachers.
+FEWER_CALLS = {"rollouts.reuse": True, "fake.pull": 1.0, "objective": "projected"}
+PAIRED = FEWER_CALLS | {"rollouts.antithetic": "start"}
 # Wan2.2 in the paper: while only the noisier network's steps are distilled, t is clamped to that network's range.
 ABOVE_SWITCH = {"renoise.above_switch": "clamp"}
 # On many GPUs each runs all networks in every update unless all samples of it are one network's.
@@ -82,11 +81,11 @@ SCENES = {
 SCENE_CLIP = SCENES | CLIP | {"teacher.sizes": [SCENE | {"num_frames": 9}], "prompts": "scenes-t2v"}
 
 VARIANTS = {  # a recipe, and what this one changes in it
-    "toy-2d-fast": (toy_2d, FEWER_CALLS | {
+    "toy-2d-fast": (toy_2d, PAIRED | {
         "generator.lr": 5e-4, "fake.lr": 1e-3, "fake.updates": 1, "iterations": 200,
         "phase_shares": [0.125, 0.125, 0.25, 3.5],
     }),
-    "nano-t2i-fast": (nano_t2i, FEWER_CALLS | {
+    "nano-t2i-fast": (nano_t2i, PAIRED | {
         "generator.lr": 4e-3, "generator.ema": 0.9, "fake.lr": 1.5e-4, "fake.updates": 2, "iterations": 60,
         "phase_shares": [0.5, 0.5, 1.0, 2.25],
     }),
@@ -164,6 +163,7 @@ ONE_CARD = FIFTY | {  # of 16 GB; docs/models.md says what was left out
     "teacher.quantise": "int8", "generator.lora.rank": 32, "fake.weights": "lora", "fake.lora.rank": 32,
     "fake.lr": 5e-5, "engine.micro_batch": 1, "engine.activation_checkpointing": True, "batch_size": 16,
 }  # fmt: skip
+FAST = FEWER_CALLS | {"fake.updates": 2}  # as nano-t2i-fast, without pairs, which calls of one sample lack; never run
 APACHE, FLUX = "Apache-2.0", "FLUX Non-Commercial License"
 RESEARCH, COMMUNITY = "Qwen Research License", "Krea 2 Community License"
 T2I, T2V = "default-t2i", "default-t2v"
@@ -172,8 +172,10 @@ SYSTEMS = {  # wan21-t2v-1.3b, at the size it was made for, is not in the paper
     "wan21-t2v-1.3b": System(WAN, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", APACHE, CLIPS_480P, 5.0, T2V),
     "wan22-t2i":      System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", APACHE, PICTURE, 5.0, T2I, TWO_NETWORKS),
     "wan22-t2v":      System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", APACHE, CLIPS, 5.0, T2V, TWO_NETWORKS),
+    "wan22-t2v-fast": System(WAN, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", APACHE, CLIPS, 5.0, T2V, TWO_NETWORKS | FAST),
     "wan22-i2v":      System(WAN, "Wan-AI/Wan2.2-I2V-A14B-Diffusers", APACHE, CLIPS, 5.0, FIRST_FRAMES, TWO_NETWORKS),
     "qwen-image":     System(QWEN, "Qwen/Qwen-Image",                 APACHE, SEVEN, 3.0, T2I),
+    "qwen-image-fast": System(QWEN, "Qwen/Qwen-Image",                APACHE, SEVEN, 3.0, T2I, FAST),
     "z-image":        System(Z_IMAGE, "Tongyi-MAI/Z-Image",           APACHE, MEGAPIXEL, 6.0, T2I, FIFTY | W4),
     "flux2-klein-4b": System(KLEIN, "black-forest-labs/FLUX.2-klein-base-4B", APACHE, MEGAPIXEL, 7.5, T2I, FIFTY),
     "flux2-klein-9b": System(KLEIN, "black-forest-labs/FLUX.2-klein-base-9B", FLUX, MEGAPIXEL, 7.5, T2I, FIFTY),
