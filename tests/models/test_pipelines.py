@@ -14,7 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+)
 from PIL import Image
 from pipelines import NAMES, PICTURES, build, direct, guided, teacher
 from recorded import watched_steps
@@ -340,6 +345,29 @@ def test_the_base_is_sampled_at_its_own_pipelines_times(
     torch.testing.assert_close(sampler([prompt], [0], teacher_steps=steps), expected.cpu(), **EXACT)
     own = tiny.system.sample_teacher(sampler._noise([0]), condition, steps)
     assert (own - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [case for case in CASES if case.startswith(("wan", "ti2v"))])
+def test_wans_base_is_sampled_by_its_own_pipelines_scheduler(name: str, tinies: Callable[[str], Tiny]) -> None:
+    """UniPC of order 2 with its corrector, on the folder's own shift, whatever the plan's is."""
+    tiny, steps = tinies(name), 6
+    section, size = tiny.teacher, tiny.teacher.sizes[0]
+    sampler = Sampler(tiny.system, tiny.codec)
+    prompt = Prompt("a boat", tiny.picture if tiny.codec.takes_images else None)
+    noise, condition = sampler._noise([0]), tiny.model.batch([sampler.encode([prompt])[prompt]])
+    tiny.stock.scheduler = Source(section).load(UniPCMultistepScheduler, "scheduler")
+    shown = {"image": Image.open(tiny.picture)} if prompt.image else {}
+    asked = guided(section) | {"prompt": prompt.text, "negative_prompt": section.negative_prompt}
+    expected = tiny.stock(
+        **asked, **shown, height=size.height, width=size.width, num_frames=size.num_frames, num_inference_steps=steps,
+        output_type="latent", latents=noise, **limit(section, section.max_tokens),
+    ).frames  # fmt: skip
+    found = sampler([prompt], [0], teacher_steps=steps)
+    known = int("first_frame" in condition)  # as exact as the scheduler's times, which are rounded to thousandths
+    torch.testing.assert_close(found[:, :, known:], expected[:, :, known:].cpu(), **EXACT)
+    torch.testing.assert_close(found, expected.cpu(), rtol=0, atol=2e-3)
+    euler = tiny.system.sample_teacher(noise, condition, steps)
+    assert (euler.cpu() - found).abs().max() > 1e-3
 
 
 def test_the_guided_teacher_is_what_the_stock_pipeline_steps_with(tiny: Tiny, told: Callable[[Tiny], Told]) -> None:

@@ -81,3 +81,4 @@ class Adapter(NamedTuple):
     public: str | None = None  # a pattern of those that other programs know; None: all
     sigmas: Callable[[Source, Size, int], Sequence[float]] | None = None  # times of the stock pipeline's steps, and 0,
     # where the base is sampled at others than the plan's grid
+    solver: Callable[[Source], Any] = lambda _: None  # the stock pipeline's scheduler, where that is no Euler's method

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 
@@ -70,6 +71,14 @@ def stock_times(teacher: Teacher, bucket: int, steps: int) -> Sequence[float] | 
     if not isinstance(teacher, PipelineTeacher) or (sigmas := adapter_of(teacher).sigmas) is None:
         return None
     return sigmas(Source(teacher), teacher.sizes[bucket], steps)
+
+
+def stock_solver(teacher: Teacher, steps: int) -> Any:
+    """Returns the scheduler of a base's own pipeline, set to a number of steps; None where it is Euler's method."""
+    if not isinstance(teacher, PipelineTeacher) or (scheduler := adapter_of(teacher).solver(Source(teacher))) is None:
+        return None
+    scheduler.set_timesteps(steps, device=device())
+    return scheduler
 
 
 @contextmanager

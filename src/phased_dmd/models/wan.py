@@ -234,6 +234,14 @@ def scheduler(shift: float, steps: int, stochastic: bool) -> UniPCMultistepSched
     )  # fmt: skip
 
 
+def solver(source: Source) -> UniPCMultistepScheduler | None:
+    """Returns the folder's own scheduler if it is UniPC of a higher order than Euler's method, with its own shift."""
+    if source.index["scheduler"][1] != UniPCMultistepScheduler.__name__:
+        return None
+    scheduler = source.load(UniPCMultistepScheduler, "scheduler")
+    return scheduler if scheduler.config["solver_order"] > 1 else None
+
+
 def same(latents: Tensor) -> Tensor:
     """Returns latents as they are: the stock pipeline's are ours."""
     return latents
@@ -258,7 +266,7 @@ ADAPTER = Adapter(
         ("umt5_xxl_fp8_e4m3fn_scaled", "wan"), "wan_2.1_vae", "EmptyHunyuanLatentVideo", "ModelSamplingSD3",
         tokens=512,  # at least; the network attends to the padding
     ),
-    takes_images=takes_first_frame, places=2, original=ORIGINAL,
+    takes_images=takes_first_frame, places=2, original=ORIGINAL, solver=solver,
     public=r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|cross_attn\.[kv]_img|ffn\.[02])"
     r"|img_emb\.proj\.[13]|(time|text)_embedding\.[02]|time_projection\.1|head\.head",
 )  # fmt: skip

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from peft.functional import delete_adapter
@@ -307,6 +308,15 @@ class System:
         """
         times = times or step_times(steps, self.config.plan.shift, self.config.plan.start)
         return self.roll_teacher(times, self.start(noise), condition)
+
+    @torch.no_grad()
+    def solve_teacher(self, scheduler: Any, noise: Tensor, condition: Condition) -> Tensor:
+        """Runs the teacher by a stock scheduler that is set to its steps, as the stock pipeline does: x_0 [b, ...]."""
+        x = self.start(noise)
+        for timestep in scheduler.timesteps:
+            t = (timestep / scheduler.config.num_train_timesteps).expand(len(x))
+            x = scheduler.step(self.teacher(x, t, condition), timestep, x, return_dict=False)[0]
+        return x
 
     @torch.no_grad()
     def roll_teacher(self, times: Sequence[float], x: Tensor, condition: Condition) -> Tensor:

@@ -19,7 +19,7 @@ from phased_dmd.errors import UserError
 from phased_dmd.maths.phases import PhasePlan, step_times, times_between
 from phased_dmd.maths.rollout import Rollout, aimed_at
 from phased_dmd.media import FRAMES, thumbnails
-from phased_dmd.models.loader import stock_times
+from phased_dmd.models.loader import stock_solver, stock_times
 from phased_dmd.models.protocol import Codec, Condition
 from phased_dmd.models.source import SHIPPED
 from phased_dmd.networks.roles import System
@@ -72,8 +72,8 @@ class Sampler:
     ) -> Tensor:
         """Returns latents [n, ...] on the CPU, for n prompts with a seed each.
 
-        teacher_steps: sample the guided teacher with that many steps instead of the generator. Raises UserError for
-        arguments of other kinds, and for other than as many prompts as seeds.
+        teacher_steps: sample the guided teacher, as its own pipeline does, with that many steps instead of the
+        generator. Raises UserError for arguments of other kinds, and for other than as many prompts as seeds.
         """
         return torch.cat(list(self.batches(prompts, seeds, teacher_steps)))
 
@@ -84,7 +84,8 @@ class Sampler:
         asked, numbers = _checked(prompts, seeds, teacher_steps)
         known = self.encode(list(dict.fromkeys(asked)))
         size = batch_size(self.shape)
-        times = stock_times(self.system.config.teacher, self.bucket, int(teacher_steps)) if teacher_steps else None
+        teacher = self.system.config.teacher
+        times = stock_times(teacher, self.bucket, int(teacher_steps)) if teacher_steps else None
         for i in range(0, len(asked), size):
             rows, part = [known[prompt] for prompt in asked[i : i + size]], numbers[i : i + size]
             if teacher_steps is None:
@@ -92,7 +93,10 @@ class Sampler:
                 yield (end.x if self.last == self.system.plan.num_phases else end.x0).cpu()
             else:
                 noise, condition = self._noise(part), self.system.model.batch(rows)
-                yield self.system.sample_teacher(noise, condition, int(teacher_steps), times).cpu()
+                if (solver := stock_solver(teacher, int(teacher_steps))) is not None:
+                    yield self.system.solve_teacher(solver, noise, condition).cpu()
+                else:
+                    yield self.system.sample_teacher(noise, condition, int(teacher_steps), times).cpu()
 
     def encode(self, prompts: Sequence[Prompt]) -> dict[Prompt, Condition]:
         """Returns the condition of each prompt, see `encode`, and of all before; then frees the encoders, whose memory

@@ -18,7 +18,7 @@ from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate.sample_sets import SampleSet, group_by_seed
 from phased_dmd.maths.phases import step_times
 from phased_dmd.media import MEDIA, read_media
-from phased_dmd.models.loader import stock_times
+from phased_dmd.models.loader import stock_solver, stock_times
 from phased_dmd.progress import progress
 from phased_dmd.prompts import Prompt
 from phased_dmd.sampling.sampler import Sampler
@@ -74,8 +74,11 @@ class Base:
         return _decoded_by(self.sampler, latents, calls, seconds, key)
 
     def _own_times(self, steps: int) -> Sequence[float] | None:
-        """Returns the times of the base's own pipeline, where they are not on the plan's grid."""
-        return stock_times(self.sampler.system.config.teacher, self.sampler.bucket, steps)
+        """Returns the times of the base's own pipeline, where they are not on the plan's grid, or not Euler's."""
+        teacher = self.sampler.system.config.teacher
+        if (solver := stock_solver(teacher, steps)) is not None:
+            return tuple(solver.sigmas.tolist())
+        return stock_times(teacher, self.sampler.bucket, steps)
 
     def _chunk(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int, path: Path, lock: Path
