@@ -70,10 +70,13 @@ DIGITS = World(
 COLOURED = World(
     SCENES, scene_batches.picture_batch, scene_batches.clip_batch, scene_batches.picture_batch, scene_batches.all_words,
     max_tokens=32,
-    vae={"dim_mult": [1, 2, 4], "temperal_downsample": [True, True], "scale_factor_spatial": 4},  # strokes are thin
+    vae={  # strokes are thin and digits fast
+        "dim_mult": [1, 2, 4], "temperal_downsample": [False, True], "scale_factor_spatial": 4,
+        "scale_factor_temporal": 2,
+    },
     chroma=10.0,  # without it blue and green stay one colour for a thousand steps and more
     text={"d_model": 96, "d_kv": 24, "d_ff": 256, "num_layers": 3},
     transformer={"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "num_layers": 5,
                  "patch_size": (1, 2, 2)},
-    budget=TrainingBudget(vae_steps=1800, transformer_steps=10_000, switch_steps=(3000, 6500)),
+    budget=TrainingBudget(transformer_steps=10_000, switch_steps=(3000, 6500)),
 )  # fmt: skip
