@@ -305,6 +305,12 @@ def test_nanos_variants_are_nano_but_for_what_they_are_named_for() -> None:
     assert i2v.model_copy(update=same) == video
 
 
+@pytest.mark.parametrize("recipe", ["wan22-t2v", "qwen-image"])
+def test_a_large_recipe_with_fewer_calls_is_the_recipe_but_for_what_saves_them(recipe: str) -> None:
+    saved = {"rollouts.reuse": True, "fake.pull": 1.0, "objective": "projected", "fake.updates": 2}
+    assert resolve(f"{recipe}-fast") == resolve(recipe, saved).model_copy(update={"recipe": f"{recipe}-fast"})
+
+
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if RECIPES[name]().prompts not in (None, FIRST_FRAMES)])
 def test_the_prompts_of_a_recipe_are_shipped(recipe: str) -> None:
     config = resolve(recipe, {})

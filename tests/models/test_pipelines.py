@@ -535,7 +535,7 @@ def test_a_bfloat16_teacher_trains_float32_weights(
     config = config_of(
         teacher_of(name, folders, dtype="bfloat16"), prompts_file(tmp_path, tiny.codec, tiny.picture),
         generator=Generator(lora=Lora(rank=4, alpha=4), lr=1e-6),
-        fake=Fake(weights=fake, updates=1, lora=Lora(rank=4, alpha=4), lr=1e-6),
+        fake=Fake(weights=fake, updates=1, lora=Lora(rank=4, alpha=4), lr=1e-6), iterations=1,
     )  # fmt: skip
     with watched_steps(before, after):
         run = phased_dmd.distill(config, tmp_path / "run", quiet=True)
