@@ -16,7 +16,7 @@ from phased_dmd.maths import losses
 from phased_dmd.networks.optim import Learner
 
 TIMED = (  # what is computed for health alone, but for the size of a step: the figures of an update, sums, line, rules
-    (losses, "_agreement_figures"), (losses, "_projection_figures"), (step, "thirds"),
+    (losses, "_agreement_figures"), (losses, "_projection_figures"), (losses, "x0_residual"), (step, "thirds"),
     (health, "add"), (health, "line"), (train, "tell_health"),
 )  # fmt: skip
 

@@ -65,7 +65,7 @@ def nano_t2i() -> Config:
     )  # fmt: skip
 
 
-# Of the *-fast recipes: docs/results/performance.md weighs those of small teachers.
+# Of the *-fast recipes: docs/results/performance.md weighs nano's.
 FEWER_CALLS = {"rollouts.reuse": True, "fake.pull": 1.0, "objective": "projected"}
 PAIRED = FEWER_CALLS | {"rollouts.antithetic": "start"}
 # Wan2.2 in the paper: while only the noisier network's steps are distilled, t is clamped to that network's range.
@@ -163,7 +163,7 @@ ONE_CARD = FIFTY | {  # of 16 GB; docs/models.md says what was left out
     "teacher.quantise": "int8", "generator.lora.rank": 32, "fake.weights": "lora", "fake.lora.rank": 32,
     "fake.lr": 5e-5, "engine.micro_batch": 1, "engine.activation_checkpointing": True, "batch_size": 16,
 }  # fmt: skip
-FAST = FEWER_CALLS | {"fake.updates": 2}  # as nano-t2i-fast, without pairs, which calls of one sample lack; never run
+FAST = FEWER_CALLS | {"fake.updates": 2}  # what saves calls in nano-t2i-fast; never run
 APACHE, FLUX = "Apache-2.0", "FLUX Non-Commercial License"
 RESEARCH, COMMUNITY = "Qwen Research License", "Krea 2 Community License"
 T2I, T2V = "default-t2i", "default-t2v"
@@ -257,7 +257,7 @@ def fitting(pipeline: str) -> str:
     names = []
     for name, system in SYSTEMS.items():
         kinds = system.teacher(path=system.path).pipelines
-        if pipeline == kinds[-1 if system.prompts == FIRST_FRAMES else 0]:
+        if not name.endswith("-fast") and pipeline == kinds[-1 if system.prompts == FIRST_FRAMES else 0]:
             names.append(name)
     return f"it fits the recipe {' or '.join(names)}" if names else "no recipe fits it"
 

@@ -308,6 +308,30 @@ def test_the_bases_samples_are_known_by_its_own_times_and_its_guidances_rule(tmp
     assert key(5.0) != first
 
 
+def test_wans_base_is_known_by_its_own_solver_and_its_calls_are_counted(tmp_path: Path) -> None:
+    """UniPC on the folder's shift: the plan's shift and start change nothing, the solver's order and kind do."""
+    folder = build("wan22_t2v", tmp_path / "wan")
+
+    def sampled(**plan: Any) -> SampleSource:
+        section = teacher("wan22_t2v", folder)
+        plan = {"steps": 2, "phases": 2, "shift": 5.0} | plan
+        sampler = teacher_alone(Config(recipe="tiny", teacher=section, plan=Plan(**plan), prompts="default-t2v"))
+        return Base(sampler, tmp_path / "base").samples([Prompt("a boat")], [0], 3)
+
+    first = sampled()
+    assert sampled(shift=3.0, start=0.98).key == first.key and first.calls == 2 * 3, "each step with guidance"
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    whole = scheduler.read_text()
+    for old, new in (
+        ('"solver_order": 2', '"solver_order": 3'),
+        ('"bh2"', '"bh1"'),
+        ('"flow_shift": 5.0', '"flow_shift": 3.0'),
+    ):
+        assert old in whole
+        scheduler.write_text(whole.replace(old, new))
+        assert sampled().key != first.key
+
+
 class Slow(Sampler):
     """A sampler that takes a while, notes the first seed of each call, and makes samples of that number."""
 

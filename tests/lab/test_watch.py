@@ -138,7 +138,7 @@ def test_what_cannot_be_served_is_said_before_anything_is(
 def test_a_run_that_has_not_begun_is_waited_for(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its folder comes first, and its configuration a while later; then the file is written, and the run ends."""
+    """Its folder comes first, with a lock, and its configuration a while later; then the file is written into it."""
     config = (run / "config.json").read_bytes()
     shutil.rmtree(run)
     naps: list[float] = []
@@ -146,23 +146,27 @@ def test_a_run_that_has_not_begun_is_waited_for(
     def nap(seconds: float) -> None:
         naps.append(seconds)
         if len(naps) == 1:
-            (run / "experts").mkdir(parents=True)
+            run.mkdir()
+            (run / ".lock").touch()
+        else:
+            (run / "experts").mkdir()
             for phase in (1, 2):
                 (run / "experts" / f"phase-{phase}.safetensors").touch()
-        else:
             (run / "config.json").write_bytes(config)
 
     monkeypatch.setattr(live.time, "sleep", nap)
-    page = tmp_path / "page.html"
+    page = run / "watch.html"
     assert command("watch", str(run), "--output", str(page), monkeypatch=monkeypatch) == 0
     said = capsys.readouterr()
-    assert len(naps) == 2 and f"{run}: not there yet" in said.err and said.out.split() == [str(page)]
+    assert len(naps) == 2 and f"{run}: not begun yet" in said.err and said.out.split() == [str(page)]
     assert "Finished" in page.read_text()
 
 
 def test_a_browser_that_leaves_amid_an_answer_is_no_fault(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gone, faults = threading.Event(), []
+    gone, ended, faults = threading.Event(), threading.Event(), []
     monkeypatch.setattr(ThreadingHTTPServer, "handle_error", lambda *_: faults.append(sys.exc_info()[1]))
+    shut = ThreadingHTTPServer.shutdown_request
+    monkeypatch.setattr(ThreadingHTTPServer, "shutdown_request", lambda *of: (shut(*of), ended.set()))
 
     def whole(_page: Page) -> str:
         assert gone.wait(30)
@@ -175,6 +179,7 @@ def test_a_browser_that_leaves_amid_an_answer_is_no_fault(run: Path, monkeypatch
             browser.sendall(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
             time.sleep(0.2)  # until it is read
         gone.set()
+        assert ended.wait(30)
         assert ask(port, "/state")[0] == 200, "and others are answered"
     assert faults == []
 

@@ -38,7 +38,7 @@ from phased_dmd.engine.world import device
 from phased_dmd.errors import UserError
 from phased_dmd.export import export
 from phased_dmd.maths.schedules import predicted_x0
-from phased_dmd.models.loader import adapter_of, load_model, stock_times
+from phased_dmd.models.loader import adapter_of, load_model, stock_solver, stock_times
 from phased_dmd.models.protocol import Codec, Condition, VelocityModel
 from phased_dmd.models.source import Source, quiet
 from phased_dmd.networks.build import add_expert, build_system
@@ -368,6 +368,18 @@ def test_wans_base_is_sampled_by_its_own_pipelines_scheduler(name: str, tinies: 
     torch.testing.assert_close(found, expected.cpu(), rtol=0, atol=2e-3)
     euler = tiny.system.sample_teacher(noise, condition, steps)
     assert (euler.cpu() - found).abs().max() > 1e-3
+
+
+def test_a_solver_of_many_steps_begins_at_the_first(folders: Callable[[str], Path]) -> None:
+    """Its times are cut down to whole numbers: at shift 12 the first two of 100 are both 999."""
+    folder = build("wan21_t2v", folders("wan21_t2v").parent / "steep")
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"flow_shift": 5.0', '"flow_shift": 12.0'))
+    solver, x = stock_solver(teacher("wan21_t2v", folder), 100), torch.zeros(1, 2)
+    assert solver.timesteps[:2].tolist() == [999, 999]
+    for timestep in solver.timesteps:
+        x = solver.step(torch.ones(1, 2), timestep, x, return_dict=False)[0]
+    torch.testing.assert_close(x, torch.full((1, 2), -1.0), rtol=0, atol=1e-4)  # one velocity from t = 1 to 0
 
 
 def test_the_guided_teacher_is_what_the_stock_pipeline_steps_with(tiny: Tiny, told: Callable[[Tiny], Told]) -> None:

@@ -69,11 +69,18 @@ class RunFolder:
                 where = f"--output: {self.path} holds another run of {begun.recipe}"
                 raise UserError(f"{where}: {difference}; take another --output{onward}")
             self._check_length(config, begun)
-        elif self.path.exists():
-            first = {self._prompts_path, self._contents_path}
-            may_be = {self.lock_path, self.parts, *first, *map(partial_of, first), partial_of(self.config_path)}
-            if not self.path.is_dir() or there - may_be:
-                raise UserError(f"--output: {self.path} exists and is not a run folder")
+        elif self.path.exists() and (not self.path.is_dir() or there - self._first()):
+            raise UserError(f"--output: {self.path} exists and is not a run folder")
+
+    def begins(self) -> bool:
+        """Says whether a run may yet begin: the folder is missing, or has no more than comes before the config."""
+        there = {*self.path.iterdir()} if self.path.is_dir() else set()
+        return not self.config_path.exists() and not there - self._first()
+
+    def _first(self) -> set[Path]:
+        """Returns what may be there before the config."""
+        first = {self._prompts_path, self._contents_path}
+        return {self.lock_path, self.parts, *first, *map(partial_of, first), partial_of(self.config_path)}
 
     def _check_length(self, config: Config, begun: Config) -> None:
         """Raises a UserError where the run, with the config's iterations, would not be the one that has had them from

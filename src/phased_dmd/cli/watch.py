@@ -27,12 +27,13 @@ def watch(
 
     The page says where the run stands, and shows its curves and previews; with --output it is a file beside the job.
     """
-    if output is not None and not output.absolute().parent.is_dir():
+    if output is not None and not (output.absolute().parent.is_dir() or output.absolute().parent == run.absolute()):
         raise UserError(f"--output: {output.parent} is no folder")
+    from phased_dmd.checkpoint import RunFolder
     from phased_dmd.lab.report.live import keep_writing, serve, wait_for
 
-    if not run.exists():
-        print(f"{run}: not there yet; shown as soon as its run begins (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    if RunFolder(run).begins():
+        print(f"{run}: not begun yet; shown as soon as its run begins (Ctrl-C ends it)", file=sys.stderr, flush=True)
         wait_for(run)
     if output is None:
         serve(run, port, lambda address: print(f"{run}: {address} (Ctrl-C ends it)", flush=True))

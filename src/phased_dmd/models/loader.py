@@ -70,15 +70,20 @@ def stock_times(teacher: Teacher, bucket: int, steps: int) -> Sequence[float] | 
     """Returns the times of a base's own pipeline at a resolution, and 0; None where those are on the plan's grid."""
     if not isinstance(teacher, PipelineTeacher) or (sigmas := adapter_of(teacher).sigmas) is None:
         return None
-    return sigmas(Source(teacher), teacher.sizes[bucket], steps)
+    with _user_errors():
+        return sigmas(Source(teacher), teacher.sizes[bucket], steps)
 
 
 def stock_solver(teacher: Teacher, steps: int) -> Any:
     """Returns the scheduler of a base's own pipeline, set to a number of steps; None where it is Euler's method."""
-    if not isinstance(teacher, PipelineTeacher) or (scheduler := adapter_of(teacher).solver(Source(teacher))) is None:
+    if not isinstance(teacher, PipelineTeacher):
         return None
-    scheduler.set_timesteps(steps, device=device())
-    return scheduler
+    with _user_errors():
+        scheduler = adapter_of(teacher).solver(Source(teacher))
+        if scheduler is not None:
+            scheduler.set_timesteps(steps, device=device())
+            scheduler.set_begin_index(0)  # as the pipeline: of many steps the first two times are one whole number
+        return scheduler
 
 
 @contextmanager

@@ -236,7 +236,7 @@ def scheduler(shift: float, steps: int, stochastic: bool) -> UniPCMultistepSched
 
 def solver(source: Source) -> UniPCMultistepScheduler | None:
     """Returns the folder's own scheduler if it is UniPC of a higher order than Euler's method, with its own shift."""
-    if source.index["scheduler"][1] != UniPCMultistepScheduler.__name__:
+    if source.index.get("scheduler", (None, None))[1] != UniPCMultistepScheduler.__name__:
         return None
     scheduler = source.load(UniPCMultistepScheduler, "scheduler")
     return scheduler if scheduler.config["solver_order"] > 1 else None

@@ -256,9 +256,10 @@ class System:
         phases = range(1, self.plan.num_phases + 1)
         return tuple(renoise_interval(self.config, self.plan, phase) for phase in phases)
 
-    def start(self, noise: Tensor) -> Tensor:
-        """Returns x at t_0, sigma(t_0) eps, [b, ...]."""
-        return noise * self.model.schedule.sigma(torch.tensor(self.plan.times[:1], dtype=torch.float64)).item()
+    def start(self, noise: Tensor, t: float | None = None) -> Tensor:
+        """Returns x at t, or at the plan's t_0, where it is sigma(t) eps, [b, ...]."""
+        time = torch.tensor([self.plan.times[0] if t is None else t], dtype=torch.float64)
+        return noise * self.model.schedule.sigma(time).item()
 
     def roll(
         self, path: Sequence[Hop], x: Tensor, condition: Condition, gradient_steps: Collection[int] = (),
@@ -307,12 +308,12 @@ class System:
         times: of the steps, and where the last one ends, in place of that grid.
         """
         times = times or step_times(steps, self.config.plan.shift, self.config.plan.start)
-        return self.roll_teacher(times, self.start(noise), condition)
+        return self.roll_teacher(times, self.start(noise, times[0]), condition)
 
     @torch.no_grad()
     def solve_teacher(self, scheduler: Any, noise: Tensor, condition: Condition) -> Tensor:
         """Runs the teacher by a stock scheduler that is set to its steps, as the stock pipeline does: x_0 [b, ...]."""
-        x = self.start(noise)
+        x = self.start(noise, float(scheduler.sigmas[0]))
         for timestep in scheduler.timesteps:
             t = (timestep / scheduler.config.num_train_timesteps).expand(len(x))
             x = scheduler.step(self.teacher(x, t, condition), timestep, x, return_dict=False)[0]

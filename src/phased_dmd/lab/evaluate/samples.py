@@ -68,17 +68,26 @@ class Base:
                 chunks.append(self._chunk(prompts[part], seeds[part], steps, path, lock))
                 show(show.count + missing.get(path, 0))
         latents = torch.cat([part for part, _ in chunks])
-        times = self._own_times(steps) or step_times(steps, system.config.plan.shift, system.config.plan.start)
+        times = self._times(steps)
         calls = sum(2 if system.model.guidance[system.plan.network(t)] > 1 else 1 for t in times[:steps])
         seconds = sum(took for _, took in chunks) / len(seeds)
         return _decoded_by(self.sampler, latents, calls, seconds, key)
 
-    def _own_times(self, steps: int) -> Sequence[float] | None:
-        """Returns the times of the base's own pipeline, where they are not on the plan's grid, or not Euler's."""
-        teacher = self.sampler.system.config.teacher
-        if (solver := stock_solver(teacher, steps)) is not None:
-            return tuple(solver.sigmas.tolist())
-        return stock_times(teacher, self.sampler.bucket, steps)
+    def _times(self, steps: int) -> Sequence[float]:
+        """Returns the times of the base's steps, and 0: those of its own pipeline, or on the plan's grid."""
+        config = self.sampler.system.config
+        if (solver := stock_solver(config.teacher, steps)) is not None:
+            return solver.sigmas.tolist()
+        own = stock_times(config.teacher, self.sampler.bucket, steps)
+        return own or step_times(steps, config.plan.shift, config.plan.start)
+
+    def _way(self, steps: int) -> tuple[object, ...]:
+        """Returns what decides how the base is sampled: the solver and its times, the times alone, or the grid."""
+        config = self.sampler.system.config
+        if (solver := stock_solver(config.teacher, steps)) is not None:
+            return *sorted(solver.config.items()), *solver.sigmas.tolist()
+        own = stock_times(config.teacher, self.sampler.bucket, steps)
+        return tuple(own or (config.plan.shift, config.plan.start))
 
     def _chunk(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int, path: Path, lock: Path
@@ -99,7 +108,7 @@ class Base:
             self._weights = weights_hash(self.sampler)
         pictures = [prompt.image if codec.takes_images else None for prompt in prompts]
         images = [hashlib.blake2b(picture.read_bytes() if picture else b"").hexdigest() for picture in pictures]
-        model, plan, teacher = system.model, system.config.plan, system.config.teacher
+        model, teacher = system.model, system.config.teacher
         own: dict[str, object] = {}  # of the kind of pipeline alone
         if isinstance(teacher, PipelineTeacher):
             own = teacher.model_dump(exclude={*PipelineTeacher.model_fields, "kind", "first_frame", "lora_targets"})
@@ -109,7 +118,7 @@ class Base:
             model.schedule.alpha(t).tolist(), model.schedule.sigma(t).tolist(), teacher.negative_prompt,
             teacher.dtype if isinstance(teacher, PipelineTeacher) else "",
             (teacher.means, teacher.std, teacher.weights) if isinstance(teacher, AnalyticTeacher) else (),
-            tuple(model.sample_shapes[self.sampler.bucket]), *(self._own_times(steps) or (plan.shift, plan.start)),
+            tuple(model.sample_shapes[self.sampler.bucket]), *self._way(steps),
             steps, list(seeds), [prompt.text for prompt in prompts], images, *sorted(own.items()),
         )  # fmt: skip
         return hashlib.blake2b(repr(about).encode(), digest_size=16).hexdigest()

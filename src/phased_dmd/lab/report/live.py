@@ -66,7 +66,7 @@ def versions_of(sections: Mapping[str, str]) -> dict[str, str]:
 
 def wait_for(run: Path) -> None:
     """Waits until a run has begun in its folder, such as that of a job which is still in a queue."""
-    while not RunFolder(run).config_path.exists():
+    while RunFolder(run).begins():
         time.sleep(LEAST)
 
 
