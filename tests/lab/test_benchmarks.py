@@ -2,17 +2,20 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cost_page
 import health
+import health_share
 import performance
 import pytest
 from contests import CONTESTS, FAST, PAPER, key
 from cost import UNITS, comparisons, cpu_seconds, forwards, likely, no_worse, pairs, race, reach, smoothed
 
+from phased_dmd import step
 from phased_dmd.lab.reproduce.claim import Budget, Criterion
 from phased_dmd.lab.reproduce.study import Study, plan_runs
 from phased_dmd.recipes import resolve
@@ -117,6 +120,24 @@ def test_no_worse_means_that_the_whole_interval_is_better_than_the_margin() -> N
         ("difference", -0.011, 0.01, False), ("ratio", None, 1.25, False),
     ):  # fmt: skip
         assert no_worse({"scale": scale, "low": low}, margin) is expected
+
+
+def test_health_is_a_share_of_the_iterations(tmp_path: Path) -> None:
+    """Of all figures slowed to a tenth of a second of work each, nearly the whole."""
+    quick = {"iterations": 4, "batch_size": 4, "log_every": 2, "sample_every": None, "teacher.fit_steps": 2}
+    config = resolve("toy-1d", quick)
+    assert 0 < health_share.health_share(config, tmp_path / "run") < 0.5
+
+    def slow(of_each: Any) -> Any:
+        began = time.process_time()
+        while time.process_time() - began < 0.1:
+            pass
+        return of_each
+
+    with pytest.MonkeyPatch.context() as patch:
+        thirds = step.thirds
+        patch.setattr(step, "thirds", lambda batch, of_each: thirds(batch, slow(of_each)))
+        assert health_share.health_share(config, tmp_path / "slow") > 0.5
 
 
 def test_the_committed_page_is_what_its_figures_say() -> None:
