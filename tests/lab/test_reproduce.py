@@ -43,7 +43,7 @@ from phased_dmd.lab.reproduce.claim import (
     Trial,
     Variant,
 )
-from phased_dmd.lab.reproduce.claim_page import beside_paper, claim_page, comparison_table, decisive, verdict_line
+from phased_dmd.lab.reproduce.claim_page import beside_paper, claim_page, comparison_table, decisive, verdict_part
 from phased_dmd.lab.reproduce.claims import ALONE, CLAIMS, NAMES, SHORT, STUDIES, TABLES, collapse_trial
 from phased_dmd.lab.reproduce.fig2 import (
     BIASED,
@@ -59,10 +59,20 @@ from phased_dmd.lab.reproduce.fig5 import change, changes
 from phased_dmd.lab.reproduce.memory_study import SavedBytes, judge_memory, memory_page, update_bytes, write_memory
 from phased_dmd.lab.reproduce.method_table import at_equal_cost, bias_table, end_table, row_verdicts
 from phased_dmd.lab.reproduce.results import plus_minus, read_rows, write_index
-from phased_dmd.lab.reproduce.run import budgets_of, chosen, decide, is_full, runs_of, study_page, weigh
+from phased_dmd.lab.reproduce.run import (
+    budgets_of,
+    chosen,
+    claim_of,
+    decide,
+    full_recipes,
+    runs_of,
+    study_page,
+    weigh,
+)
+from phased_dmd.lab.reproduce.standing import standing_rows, still_to_run
 from phased_dmd.lab.reproduce.study import Study, plan_run, plan_runs, study_of, summarise
 from phased_dmd.lab.reproduce.tdm_study import FINE, INTERVALS, descend, stages, tdm_study
-from phased_dmd.lab.reproduce.verdict import compare, compare_pairs, judge, mirrored, outcome
+from phased_dmd.lab.reproduce.verdict import compare, compare_pairs, in_a_line, judge, judge_each, mirrored, outcome
 from phased_dmd.lab.reproduce.workers import PlannedRun, Workers, inherit, unique_runs
 from phased_dmd.maths.losses import biased_target, subinterval_target
 from phased_dmd.maths.schedules import FlowSchedule
@@ -111,7 +121,7 @@ def settle(
     """Makes a claim's runs on the tiny recipe and its results: the page, the JSON, and what had to be distilled."""
     asked = plan_runs("toy-2d", claim.trials["toy-2d"].variants, budget, runs).values()
     distilled = distil(asked)
-    path = decide("claim", claim, {"toy-2d": budget}, full, runs, results, ABOUT)
+    path = decide("claim", claim, {"toy-2d": budget}, ["toy-2d"] if full else [], runs, results, ABOUT)
     return path.read_text(), json.loads(path.with_suffix(".json").read_text()), distilled
 
 
@@ -214,8 +224,9 @@ def test_a_claims_files_agree_and_a_second_call_makes_only_what_is_missing(claim
     expected = math.sqrt(kl[1][0] * kl[1][1] / kl[0][0] / kl[0][1])
     (comparison,) = body["comparisons"]
     assert comparison["value"] == pytest.approx(expected, rel=1e-12)
-    assert body["verdict"] == ("holds" if comparison["low"] > 1 else "does not hold")
-    assert f"Verdict: **{body['verdict']}** at this size (an exact mixture): " in text
+    verdict = "holds" if comparison["low"] > 1 else "does not hold"
+    assert (body["verdicts"], body["verdict"]) == ({"toy-2d": verdict}, f"toy-2d: {verdict}")
+    assert f"| toy-2d, an exact mixture | **{verdict}** | " in text
     assert "`COMMAND`, 2026-01-01, full budget" in text
     assert "2 seeds, 64 samples a cell, 8 generator updates in all" in text
     assert f"| disjoint / nested | {number(expected)} |" in text
@@ -235,6 +246,41 @@ def test_a_claims_files_agree_and_a_second_call_makes_only_what_is_missing(claim
     _, again, distilled = run()
     assert distilled == [folders[2]]
     assert again["comparisons"] == body["comparisons"], "the same run gives the same numbers"
+
+
+def test_rows_of_results_stand_for_runs_that_are_gone(claim: Claim, tmp_path: Path) -> None:
+    """One seed on one day, two on another machine: the same numbers, and only what no row stands for is missing."""
+    variants, results = claim.trials["toy-2d"].variants, tmp_path / "results"
+    whole, once, later = (tmp_path / name for name in ("whole", "once", "later"))
+    _, together, _ = settle(claim, Budget(2, 64), whole, tmp_path, full=True)
+    settle(claim, Budget(1, 64), once, results, full=False)
+    once.rename(tmp_path / "gone")
+    asked = list(plan_runs("toy-2d", variants, Budget(2, 64), later).values())
+    missing = still_to_run(asked, standing_rows(results, "claim"))
+    assert [run.config.seed for run in missing] == [1, 1]
+    distil(missing)
+    page = decide("claim", claim, {"toy-2d": Budget(2, 64)}, ["toy-2d"], later, results, ABOUT)
+    assert json.loads(page.with_suffix(".json").read_text())["comparisons"] == together["comparisons"]
+    names = [row["name"] for row in read_rows(results / "claim.jsonl")]
+    assert names == ["toy-2d-nested-0", "toy-2d-nested-1", "toy-2d-disjoint-0", "toy-2d-disjoint-1"]
+    assert not still_to_run(asked, standing_rows(results, "another claim"))
+    others = [replace(asked[0], samples=65), replace(asked[0], config=asked[0].config.model_copy(update={"seed": 9}))]
+    assert still_to_run(others, standing_rows(results, "claim")) == others
+    assert still_to_run(asked, standing_rows(results, "fig5")) == asked, "its pictures are not in the rows"
+
+
+def test_a_claim_is_run_on_one_recipe_and_keeps_what_has_all_its_rows(claim: Claim, tmp_path: Path) -> None:
+    """fig8 on three recipes: rows of one are there, one is asked for, and the third waits."""
+    budgets = budgets_of("fig8", "full") | {"toy-2d": Budget(1, 64)}
+    settle(claim, budgets["toy-2d"], tmp_path / "runs", tmp_path, full=False)
+    assert {"toy-2d", "nano-t2i", "scenes-t2i"} == {*CLAIMS["fig8"].trials}
+    assert [*claim_of("fig8", budgets, "nano-t2i", tmp_path, tmp_path).trials] == ["toy-2d", "nano-t2i"]
+    assert [*claim_of("fig8", budgets, "scenes-t2i", tmp_path, tmp_path / "none").trials] == ["scenes-t2i"]
+    assert [*claim_of("fig8", budgets, None, tmp_path, tmp_path).trials] == [*CLAIMS["fig8"].trials]
+    assert not claim_of("memory", budgets, None, tmp_path, tmp_path).trials
+    with pytest.raises(UserError, match="--recipe: fig8 is run on toy-2d, nano-t2i, scenes-t2i"):
+        claim_of("fig8", budgets, "nano-moe", tmp_path, tmp_path)
+    assert [*chosen("all", "full", "scenes-moe")] == ["table3"] and "fig9" not in chosen("all", "full", "scenes-t2i")
 
 
 def test_a_folder_of_another_config_is_no_finished_run(claim: Claim, tmp_path: Path) -> None:
@@ -260,14 +306,12 @@ def test_more_samples_are_evaluated_again_on_the_same_runs(claim: Claim, tmp_pat
 
 def test_other_seeds_samples_or_updates_than_the_full_budgets_get_no_verdict() -> None:
     for name, claim in CLAIMS.items():
-        assert is_full(claim, budgets_of(name, "full"))
-        assert is_full(claim, budgets_of(name, "full", seeds=5)) == (list(claim.trials) == ["toy-2d"])
-        assert not is_full(claim, budgets_of(name, "full", seeds=2))
-        assert not is_full(claim, budgets_of(name, "full", samples=65))
-        assert not is_full(claim, budgets_of(name, "quick"))
-        recipe = next(iter(claim.trials))
-        half = replace(FULL[recipe], updates=FULL[recipe].updates / 2)
-        assert not is_full(claim, FULL | {recipe: half})
+        assert full_recipes(budgets_of(name, "full")) == [*FULL] and {*claim.trials} <= {*FULL}
+        fives = [recipe for recipe, budget in FULL.items() if budget.seeds == 5]
+        assert full_recipes(budgets_of(name, "full", seeds=5)) == fives
+        for other in ((2, None, None), (None, 65, None), (None, None, 0.5)):
+            assert not full_recipes(budgets_of(name, "full", *other))
+        assert not full_recipes(budgets_of(name, "quick"))
 
 
 def test_curves_over_the_updates_and_their_variants(claim: Claim, tmp_path: Path) -> None:
@@ -342,7 +386,7 @@ def test_the_change_of_structure_and_detail_is_that_of_their_waves() -> None:
     assert found["detail"] == pytest.approx(0.01, rel=1e-3)
     assert found["detail_over_structure"] == pytest.approx(0.04, rel=1e-3)
     assert change(waves(0.2, 0.1, 0.5), waves(0.2, 0.1, 0.5)) == {
-        "structure": 0, "detail": 0, "detail_over_structure": 0, "agreement": 1
+        "structure": 0, "detail": 0, "detail_over_structure": 0
     }  # fmt: skip
 
 
@@ -370,10 +414,10 @@ def test_fig5_compares_with_training_without_a_frozen_expert(
         grey = 0.5 + 0.2 * (1 + low) * (4 * math.pi * ramp).cos() + 0.1 * (1 + high) * (24 * math.pi * ramp).cos()
         return grey.expand(3, 1, 32, 32)[..., None].expand(3, 1, 32, 32, 3).float()
 
-    rows = changes(asked, pictures)
+    rows = changes("nano-t2i", asked, pictures)
     assert [(row["name"], row["samples"]) for row in rows[2:4]] == [
-        ("change-Phased-SGTS-2", 3),
-        ("change-DMD-SGTS-0", 3),
+        ("nano-t2i-change-Phased-SGTS-2", 3),
+        ("nano-t2i-change-DMD-SGTS-0", 3),
     ]
     study = study_of("nano-t2i", Budget(3, 64), rows)
     for method, (low, high) in moved.items():
@@ -416,9 +460,12 @@ def test_all_at_a_quick_budget_is_every_claim_and_no_study() -> None:
     assert chosen("all", "full") == [*NAMES] == [*ALONE, *CLAIMS, *TABLES, *STUDIES]
     names = chosen("all", "quick")
     assert names == ["fig2", "memory", *CLAIMS, "methods"]
-    asked = unique_runs([run for name in names for run in runs_of(name, budgets_of(name, "quick"), Path())])
+    quick = {name: budgets_of(name, "quick") for name in names}
+    claims = {name: claim_of(name, quick[name], None, Path(), Path()) for name in names}
+    asked = unique_runs([run for name in names for run in runs_of(name, claims[name], quick[name], Path())])
     counts = {recipe: sum(run.config.recipe == recipe for run in asked) for recipe in QUICK}
-    assert counts == {"toy-2d": 29, "nano-t2i": 34, "nano-moe": 18, "nano-t2v": 5, "nano-i2v": 5}
+    digits = {"toy-2d": 29, "nano-t2i": 34, "nano-moe": 18, "nano-t2v": 5, "nano-i2v": 5}
+    assert counts == digits | {"scenes-t2i": 13, "scenes-t2v": 5, "scenes-moe": 3}
 
 
 # The table of methods
@@ -549,12 +596,14 @@ def test_a_committed_claim_is_what_its_rows_say(name: str) -> None:
     """Comparisons, verdict and page again, from the row of each run."""
     body, text = committed(name)
     rows, budgets = read_rows(RESULTS / f"{name}.jsonl"), budgets_of(name, "full")
-    studies = {recipe: study_of(recipe, budgets[recipe], rows) for recipe in CLAIMS[name].trials}
-    again = [c for r, trial in CLAIMS[name].trials.items() for c in compare_pairs(r, trial, studies[r].summary)]
+    studies = {recipe: study_of(recipe, budgets[recipe], rows) for recipe in body["recipes"]}
+    again = [c for r in studies for c in compare_pairs(r, CLAIMS[name].trials[r], studies[r].summary)]
     assert same(again, body["comparisons"])
     assert same({recipe: study.as_json() for recipe, study in studies.items()}, body["recipes"])
-    assert judge(again) == body["verdict"] and decisive(again) == body["decides"]
-    page = claim_page(name, CLAIMS[name], studies, again, body["verdict"], body)
+    verdicts = judge_each(again, [r for r, v in body["verdicts"].items() if v])
+    assert verdicts == body["verdicts"] and in_a_line(verdicts) == body["verdict"]
+    assert decisive(again) == body["decides"]
+    page = claim_page(name, CLAIMS[name], studies, again, verdicts, body)
     assert text == "\n\n".join(page) + "\n"
 
 
@@ -765,12 +814,20 @@ def test_a_claim_holds_partly_where_one_is_sure_and_is_mixed_where_others_are_re
 def test_the_verdict_and_the_index_tell_a_reversed_result_from_an_open_one(
     comparisons: list[dict[str, Any]], counts: str
 ) -> None:
-    text = verdict_line(judge(comparisons), comparisons, ABOUT)
-    assert text.startswith(f"Verdict: **{judge(comparisons)}** at this size (digits): {counts}. ")
+    text = verdict_part({"nano-t2i": judge(comparisons)}, comparisons, ABOUT)
+    assert f"| nano-t2i, single digits | **{judge(comparisons)}** | {counts} |" in text
     first = {**comparisons[0], "measure": "contrast", "what": "a / b", "value": 1.0}
     assert decisive([first, *comparisons[1:]]).endswith(f"; {counts}")
-    both = verdict_line("holds", [CLAIMED, {**CLAIMED, "recipe": "toy-2d"}], ABOUT)
-    assert "at this size (digits and an exact mixture)" in both
+
+
+def test_each_recipe_has_a_verdict_of_its_own() -> None:
+    comparisons = [CLAIMED, {**REVERSED, "recipe": "toy-2d"}, {**CLAIMED, "recipe": "scenes-t2i"}]
+    verdicts = judge_each(comparisons, ["nano-t2i", "toy-2d"])
+    assert verdicts == {"nano-t2i": "holds", "toy-2d": "does not hold", "scenes-t2i": None}
+    assert in_a_line(verdicts) == "nano-t2i: holds; toy-2d: does not hold" and in_a_line({"toy-2d": None}) is None
+    text = verdict_part(verdicts, comparisons, ABOUT)
+    assert "| toy-2d, an exact mixture | **does not hold** | 0 as claimed, 1 reversed, 0 undecided |" in text
+    assert "| scenes-t2i, scenes of several coloured digits | none | 1 as claimed, 0 reversed, 0 undecided |" in text
 
 
 @pytest.mark.parametrize(
@@ -893,4 +950,5 @@ def test_fig2_writes_its_rows_table_and_picture(tmp_path: Path) -> None:
     assert [row["name"] for row in rows] == ["full-interval-Eq-4-0", "subinterval-unbiased-0", "subinterval-biased-0"]
     assert body["verdict"] is None and body["summary"][BIASED]["values"] == [rows[2]["deviation"]]
     text = fig2([0, 1], tmp_path, ABOUT, full=True, steps=5, hidden=8).read_text()
-    assert f"Verdict: **{json.loads((tmp_path / 'fig2.json').read_text())['verdict']}** at this size" in text
+    verdict = json.loads((tmp_path / "fig2.json").read_text())["verdicts"]["four points"]
+    assert f"| four points, an exact mixture | **{verdict}** |" in text

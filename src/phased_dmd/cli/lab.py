@@ -170,11 +170,16 @@ def reproduce(
     jobs: Annotated[
         int | None, option("Runs at a time (default: the number of CPU cores, or 1 with a GPU).", min=1)
     ] = None,
+    recipe: Annotated[
+        str | None, option("The only recipe to run; the page keeps others that have all their rows.")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs; what is there is not done again.")] = Path(
         "runs/reproduce"
     ),
     output: Annotated[
-        Path | None, option("Folder for the results (default: docs/results, or RUNS/quick for quick ones).")
+        Path | None,
+        option("Folder for the results, whose rows stand for runs that are gone (default: docs/results, or RUNS/quick "
+               "for quick ones)."),
     ] = None,
 ) -> None:  # fmt: skip
     """Decide a claim of the paper, or repeat a study.
@@ -186,7 +191,7 @@ def reproduce(
     from phased_dmd.lab.reproduce.run import reproduce as run
 
     results = output or (runs / "quick" if budget == "quick" else Path("docs/results"))
-    for path in run(claim, budget, seeds, samples, updates, jobs, runs, results, print):
+    for path in run(claim, budget, seeds, samples, updates, jobs, recipe, runs, results, print):
         print(path)
 
 

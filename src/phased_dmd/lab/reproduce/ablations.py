@@ -1,6 +1,6 @@
 """The claims on what Phased DMD is made of: one part of it replaced, all else equal. Data, free of torch."""
 
-from phased_dmd.lab.reproduce.claim import DMD, FRECHET, PHASED, PHASED_SGTS, Claim, Variant, trials
+from phased_dmd.lab.reproduce.claim import DMD, EVERYWHERE, FRECHET, PHASED, PHASED_SGTS, Claim, Variant, trials
 
 FAKE_LORA = {  # as much room, and as large steps, as the generator's own adapter has in the recipe
     "fake.weights": "lora", "fake.lora.rank": 32, "fake.lora.alpha": 32, "fake.lr": 1e-3,
@@ -13,13 +13,13 @@ ABLATIONS = {
         source="Fig. 8, Appendix E.2",
         says="Nested re-noise intervals (t_k, 1) give better samples than disjoint ones (t_k, t_{k-1}).",
         evidence="Frames of Wan2.2 text-to-video: low contrast and degraded faces with disjoint intervals. No figures.",
-        trials=trials({"nested": PHASED, "disjoint": Variant("phased", DISJOINT)}),
+        trials=trials({"nested": PHASED, "disjoint": Variant("phased", DISJOINT)}, EVERYWHERE),
     ),
     "tdm": Claim(
         source="Sec. 4, Appendix B",
         says="TDM's disjoint intervals, with x_s in the place of x_0 in the fake's objective, are incorrect.",
         evidence="By argument, and by Fig. 8 for the intervals alone. No figures.",
-        trials=trials({"Phased DMD": PHASED, "disjoint and biased": Variant("phased", DISJOINT | BIASED)}),
+        trials=trials({"Phased DMD": PHASED, "disjoint and biased": Variant("phased", DISJOINT | BIASED)}, EVERYWHERE),
     ),
     "fig9": Claim(
         source="Fig. 9, Appendix E.2",
@@ -39,7 +39,7 @@ ABLATIONS = {
         source="Sec. 2.3.2, Appendix D",
         says="The fake must be trained by the unbiased objective within a subinterval, Eq. 13.",
         evidence="Trajectories of a 1-D score model, Fig. 2, without distillation. No figures.",
-        trials=trials({"unbiased": PHASED, "biased": Variant("phased", BIASED)}),
+        trials=trials({"unbiased": PHASED, "biased": Variant("phased", BIASED)}, EVERYWHERE),
     ),
     "eq13": Claim(
         source="Eq. 13, not a claim of the paper",
@@ -68,7 +68,9 @@ ABLATIONS = {
         source="Sec. 2.2, SGTS; not a claim of the paper",
         says="The fake must learn from the same truncated rollouts as the generator: full ones bias its gradient.",
         evidence="None: the paper does not say which it uses.",
-        trials=trials({"same": Variant("phased-sgts", {"ablation.fake_rollout": "same"}), "full": PHASED_SGTS}),
+        trials=trials(
+            {"same": Variant("phased-sgts", {"ablation.fake_rollout": "same"}), "full": PHASED_SGTS}, EVERYWHERE
+        ),
     ),
     "weighting": Claim(
         source="Eq. 11; not a claim of the paper",

@@ -8,6 +8,7 @@ from phased_dmd.config import Method
 
 BOUNDED = {  # shares and bounded scores, compared by differences; all else is positive and compared by ratios
     "pairwise_cosine", "class_entropy", "least_class_share", "dynamic_degree", "faithfulness", "direction", "agreement",
+    "speeds_right", "directions_right",
 }  # fmt: skip
 
 
@@ -80,14 +81,17 @@ class Budget:
 FULL = {
     "toy-2d": Budget(5, 4000), "nano-t2i": Budget(3, 1000, 0.5), "nano-moe": Budget(3, 1000),
     "nano-t2v": Budget(3, 160, 0.5), "nano-i2v": Budget(3, 160, 0.5),
+    "scenes-t2i": Budget(5, 500), "scenes-t2v": Budget(5, 160), "scenes-moe": Budget(5, 160),
 }  # fmt: skip
 QUICK = {
     "toy-2d": Budget(1, 1000, 0.2), "nano-t2i": Budget(1, 200, 0.1), "nano-moe": Budget(1, 200, 0.1),
     "nano-t2v": Budget(1, 64, 0.1), "nano-i2v": Budget(1, 64, 0.1),
+    "scenes-t2i": Budget(1, 200, 0.1), "scenes-t2v": Budget(1, 64, 0.1), "scenes-moe": Budget(1, 64, 0.1),
 }  # fmt: skip
 
 MODES = Criterion("mixture", "mode_histogram_kl")
 FRECHET = Criterion("weak", "frechet_features")
+LAW = Criterion("weak", "law_kl")
 
 ONE_STEP = Variant("dmd", {"plan.steps": 1})
 DMD = Variant("dmd")
@@ -96,6 +100,7 @@ DMD_SGTS_WIDE = Variant("dmd-sgts", {"generator.lora.rank": 64, "generator.lora.
 PHASED_SGTS = Variant("phased-sgts")
 PHASED = Variant("phased")
 ON_BOTH = {"toy-2d": (MODES,), "nano-t2i": (FRECHET,)}
+EVERYWHERE = ON_BOTH | {"scenes-t2i": (LAW, FRECHET)}
 
 
 def trials(

@@ -30,7 +30,7 @@ HOW_EVALUATED = (
 )
 IN_THE_FIGURE = (
     "Means with their intervals, a dot a seed where there is room; dotted, the base at its own number of steps. "
-    "Samples are of the runs of seed 0, of the same noise in every row."
+    "Samples are of one seed's runs, of the same noise in every row."
 )
 EQUAL = (
     " Mean ± half width of the 95 % interval over seeds. Equal in all rows but the base's, unless the label says "
@@ -41,11 +41,11 @@ EQUAL = (
 
 def claim_page(
     name: str, claim: Claim, studies: Mapping[str, Study], comparisons: Sequence[Mapping[str, Any]],
-    verdict: str | None, about: Mapping[str, Any],
+    verdicts: Mapping[str, str | None], about: Mapping[str, Any],
 ) -> list[str]:  # fmt: skip
-    """Returns the parts of results/NAME.md."""
+    """Returns the parts of results/NAME.md. verdicts: by recipe."""
     parts = [f"# {name}", f"{claim.source}: {claim.says}", f"The evidence there: {claim.evidence}"]
-    parts += [verdict_line(verdict, comparisons, about), comparison_table(comparisons), HOW_COMPARED + HOW_EVALUATED]
+    parts += [verdict_part(verdicts, comparisons, about), comparison_table(comparisons), HOW_COMPARED + HOW_EVALUATED]
     parts += [f"![{name}]({name}.png)", IN_THE_FIGURE]
     if claim.how:
         parts.append(claim.how)
@@ -71,18 +71,31 @@ def made_by(about: Mapping[str, Any]) -> str:
     return f"`{about['command']}`, {about['date']}, {about['budget']} budget."
 
 
-def verdict_line(verdict: str | None, comparisons: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
-    """States the verdict, what it counts, and the rule by which it was found."""
-    if verdict is None:
+def verdict_part(
+    verdicts: Mapping[str, str | None], comparisons: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
+) -> str:
+    """States the verdict on each recipe, what it counts, and the rule by which it was found.
+
+    verdicts: by recipe; None, of those whose budget does not suffice.
+    """
+    if not any(verdicts.values()):
         return "No verdict: that takes the full budget, with its seeds, samples and updates."
-    size = {"digits" if c["recipe"].startswith("nano-") else "an exact mixture" for c in comparisons}
+    lines = []
+    for recipe, verdict in verdicts.items():
+        counts = _counted([c for c in comparisons if c["recipe"] == recipe])
+        lines.append([f"{recipe}, {world_in_words(recipe)}", f"**{verdict}**" if verdict else "none", counts or "-"])
+    table = markdown_table(["at the size of", "verdict", "intervals"], lines)
     return (
-        f"Verdict: **{verdict}** at this size ({' and '.join(sorted(size, reverse=True))}): {_counted(comparisons)}. "
-        "A claim holds where every interval lies where it is claimed to. It holds partly where one does so even after "
-        "Bonferroni's correction for their number and none is reversed; it is mixed where one does so and others are "
-        "reversed; else it does not hold. "
-        f"{made_by(about)}"
+        f"{table}\n\nA claim holds on a recipe where every interval lies where it is claimed to. It holds partly where "
+        "one does so even after Bonferroni's correction for their number and none is reversed; it is mixed where one "
+        f"does so and others are reversed; else it does not hold. {made_by(about)}"
     )
+
+
+def world_in_words(recipe: str) -> str:
+    """Says what the samples of a recipe are."""
+    worlds = {"scenes-": "scenes of several coloured digits", "nano-": "single digits"}
+    return next((words for prefix, words in worlds.items() if recipe.startswith(prefix)), "an exact mixture")
 
 
 def _counted(comparisons: Sequence[Mapping[str, Any]]) -> str | None:

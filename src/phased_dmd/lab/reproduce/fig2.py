@@ -11,9 +11,9 @@ from torch import Tensor
 from phased_dmd.engine.randomness import generator
 from phased_dmd.lab.metrics.formats import markdown_table
 from phased_dmd.lab.metrics.intervals import interval, ratio
-from phased_dmd.lab.reproduce.claim_page import HOW_COMPARED, comparison_table, decisive, made_by, verdict_line
+from phased_dmd.lab.reproduce.claim_page import HOW_COMPARED, comparison_table, decisive, made_by, verdict_part
 from phased_dmd.lab.reproduce.results import plus_minus, write_page, write_rows
-from phased_dmd.lab.reproduce.verdict import judge
+from phased_dmd.lab.reproduce.verdict import in_a_line, judge_each
 from phased_dmd.maths.losses import Target, biased_target, score_matching_loss, subinterval_target
 from phased_dmd.maths.phases import Hop
 from phased_dmd.maths.rollout import rollout
@@ -29,6 +29,9 @@ SAYS = (
 )
 FULL, UNBIASED, BIASED = "full interval, Eq. 4", "subinterval, unbiased", "subinterval, biased"
 ALIKE = 2.0  # times the full interval's deviation: as much is counted as equivalent
+
+
+POINTS = "four points"  # what the models learn, in the place of a recipe
 
 
 def fig2(
@@ -62,9 +65,10 @@ def fig2(
             rows.append(about_row | {"deviation": deviations[name][-1]})
     write_rows(results / "fig2.jsonl", rows)
     comparisons = compare_deviations(deviations)
+    verdicts = judge_each(comparisons, [POINTS] if full else [])
     body = {
         "claim": "fig2", "says": SAYS, "source": "Fig. 2, Sec. 2.3.2, Appendix D", **about,
-        "verdict": judge(comparisons) if full else None, "decides": decisive(comparisons),
+        "verdict": in_a_line(verdicts), "verdicts": verdicts, "decides": decisive(comparisons),
         "comparisons": comparisons, "summary": {name: interval(values) for name, values in deviations.items()},
     }  # fmt: skip
     _draw_trajectories(curves, results / "fig2.png")
@@ -78,7 +82,7 @@ def compare_deviations(deviations: Mapping[str, Sequence[float]]) -> list[dict[s
     """
     equivalent = ratio([ALIKE * value for value in deviations[FULL]], deviations[UNBIASED])
     other = ratio(deviations[BIASED], deviations[UNBIASED])
-    about = {"recipe": "four points", "table": "trajectories", "measure": "deviation", "direction": "lower"}
+    about = {"recipe": POINTS, "table": "trajectories", "measure": "deviation", "direction": "lower"}
     return [
         about | {"better": UNBIASED, "worse": BIASED, "what": "biased / unbiased"} | other,
         about | {"better": UNBIASED, "worse": FULL, "what": f"{ALIKE:g} x full interval / unbiased"} | equivalent,
@@ -91,7 +95,7 @@ def fig2_page(body: Mapping[str, Any]) -> list[str]:
     return [
         "# fig2", f"{body['source']}: {SAYS}",
         "The evidence there: trajectories that overlap, or do not. No figures.",
-        verdict_line(body["verdict"], body["comparisons"], body), comparison_table(body["comparisons"]), HOW_COMPARED,
+        verdict_part(body["verdicts"], body["comparisons"], body), comparison_table(body["comparisons"]), HOW_COMPARED,
         "![trajectories](fig2.png)", "## Measured",
         f"{made_by(body)} Mean ± half width of the 95 % interval over seeds. 200 trajectories from t = 1 to "
         f"{MIDDLE:g}, their coordinates; the points are 1 apart.",

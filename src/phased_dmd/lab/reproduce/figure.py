@@ -25,29 +25,30 @@ def draw_figure(
     path: Path, claim: Claim, studies: Mapping[str, Study],
     runs: Mapping[str, Mapping[tuple[str, int], PlannedRun]],
 ) -> None:  # fmt: skip
-    """Draws for each recipe the measures that decide, and below them samples of the runs of seed 0 by variant.
+    """Draws for each recipe the measures that decide, and below them samples of one seed's runs by variant.
 
-    runs: by recipe, and by label and seed.
+    runs: by recipe, and by label and seed; those that rows of results stand for have no samples.
     """
-    heights = [h for recipe, study in studies.items() for h in _heights(claim.trials[recipe], study, claim.curves)]
+    shown = {recipe: _sample_folders(claim.trials[recipe], study, runs[recipe]) for recipe, study in studies.items()}
+    heights = [h for r, study in studies.items() for h in _heights(claim.trials[r], study, claim.curves, len(shown[r]))]
     figure = Figure((WIDTH, sum(heights)), dpi=DPI)
     figure.set_layout_engine("constrained", w_pad=0.1)
     blocks = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     for (upper, lower), (recipe, study) in zip(blocks.reshape(-1, 2), studies.items(), strict=True):
         upper.suptitle(recipe, fontsize=10, fontweight="bold")
         (_draw_curves if claim.curves else _draw_dots)(upper, claim.trials[recipe], study)
-        folders = {label: runs[recipe][label, 0].folder / "samples" for label in claim.trials[recipe].variants}
-        _draw_samples(lower, _shown_set(claim.trials[recipe], study), study, folders)
+        if shown[recipe]:
+            _draw_samples(lower, shown[recipe], _shown_set(claim.trials[recipe], study) == "mixture")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
-def _heights(trial: Trial, study: Study, curves: bool) -> tuple[float, float]:
-    """Returns the heights of the measures and of the samples, in inches."""
+def _heights(trial: Trial, study: Study, curves: bool, rows: int) -> tuple[float, float]:
+    """Returns the heights of the measures and of so many rows of samples, in inches."""
     upper = 2.8 if curves else 0.9 + 0.27 * len(trial.variants)
     if _shown_set(trial, study) == "mixture":
-        return upper, 2.2 * -(-(len(trial.variants) + 1) // ACROSS)  # rows of scatter plots, rounded up
-    return upper, 0.76 * (len(trial.variants) + 1) + 0.2
+        return upper, max(0.1, 2.2 * -(-rows // ACROSS))  # rows of scatter plots, rounded up
+    return upper, max(0.1, 0.76 * rows + 0.2 * (rows > 0))
 
 
 def _panels(block: Any, trial: Trial, study: Study, **options: Any) -> list[tuple[Any, Mapping[str, Any], str]]:
@@ -128,14 +129,23 @@ def _shown_set(trial: Trial, study: Study) -> str:
     return trial.criteria[0].table if trial.criteria[0].table in sets else next(iter(sets))
 
 
-def _draw_samples(block: Any, kind: str, study: Study, folders: Mapping[str, Path]) -> None:
-    """Draws the base and every variant: ten pictures of a prompt set, a clip's frames, or a scatter plot each."""
-    shown = {}
-    for label, folder in folders.items():
-        found = study.evaluations[label, 0]["sets"][kind]
-        shown.setdefault(found["base"], folder / kind / slug(found["base"]))
-        shown[label] = folder / kind / slug(next(row for row in found["rows"] if not row.startswith("base, ")))
-    if kind == "mixture":
+def _sample_folders(trial: Trial, study: Study, runs: Mapping[tuple[str, int], PlannedRun]) -> dict[str, Path]:
+    """Returns the folders of samples of the first seed of which every run is there: the base's, then by label."""
+    kind = _shown_set(trial, study)
+    for seed in study.seeds:
+        shown = {}
+        for label in trial.variants:
+            found, folder = study.evaluations[label, seed]["sets"][kind], runs[label, seed].folder / "samples" / kind
+            shown.setdefault(found["base"], folder / slug(found["base"]))
+            shown[label] = folder / slug(next(row for row in found["rows"] if not row.startswith("base, ")))
+        if all(folder.is_dir() for folder in shown.values()):
+            return shown
+    return {}
+
+
+def _draw_samples(block: Any, shown: Mapping[str, Path], points: bool) -> None:
+    """Draws the base and every variant: ten pictures of a prompt set, a clip's frames, or a scatter plot of points."""
+    if points:
         panels = block.subplots(-(-len(shown) // ACROSS), ACROSS, squeeze=False).flatten()
         for panel in panels:
             panel.set_axis_off()

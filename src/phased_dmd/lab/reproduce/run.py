@@ -1,11 +1,12 @@
 """Claims and studies by their names, at a budget: their runs, then their pages."""
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from phased_dmd.errors import UserError
 from phased_dmd.lab.reproduce.arms import BUDGETS
 from phased_dmd.lab.reproduce.claim import FULL, QUICK, Budget, Claim, Variant
 from phased_dmd.lab.reproduce.claim_page import claim_page, decisive
@@ -16,24 +17,32 @@ from phased_dmd.lab.reproduce.figure import draw_figure
 from phased_dmd.lab.reproduce.memory_study import memory
 from phased_dmd.lab.reproduce.method_table import at_equal_cost, methods_page, row_verdicts
 from phased_dmd.lab.reproduce.results import amounts, summary_table, write_index, write_page, write_rows
+from phased_dmd.lab.reproduce.standing import standing_rows, still_to_run
 from phased_dmd.lab.reproduce.study import Study, plan_runs, rows_of, study_of
 from phased_dmd.lab.reproduce.tdm_study import tdm_study
-from phased_dmd.lab.reproduce.verdict import compare_pairs, judge
+from phased_dmd.lab.reproduce.verdict import compare_pairs, in_a_line, judge_each
 from phased_dmd.lab.reproduce.workers import Log, PlannedRun, Workers, default_jobs
+
+NO_CLAIM = Claim("", "", "", {})
 
 
 def reproduce(
     name: str, budget: Literal["quick", "full"], seeds: int | None, samples: int | None, updates: float | None,
-    jobs: int | None, runs: Path, results: Path, log: Log,
+    jobs: int | None, recipe: str | None, runs: Path, results: Path, log: Log,
 ) -> list[Path]:  # fmt: skip
     """Makes the runs that are missing, `jobs` at a time, and writes the results; returns the paths of the pages.
 
-    name: one of NAMES, or all. seeds and samples replace the budget's; updates is a factor on its generator updates.
-    Raises UserError where a folder holds another run.
+    A run is not missing where `results` has a row of it: a claim may be run on several days and machines, some seeds
+    and recipes on each. name: one of NAMES, or all. seeds and samples replace the budget's; updates is a factor on its
+    generator updates. recipe: the only one that is run; a claim's page keeps the others that have all their rows.
+    Raises UserError where a folder holds another run, or a claim has no such recipe.
     """
-    names = chosen(name, budget)
+    names = chosen(name, budget, recipe)
     budgets = {n: budgets_of(n, budget, seeds, samples, updates) for n in names}
-    asked = [run for n in names for run in runs_of(n, budgets[n], runs)]
+    claims = {n: claim_of(n, budgets[n], recipe, runs, results) for n in names}
+    asked = [
+        run for n in names for run in still_to_run(runs_of(n, claims[n], budgets[n], runs), standing_rows(results, n))
+    ]
     with Workers(jobs or default_jobs(), log) as workers:
         workers.distill(asked)
         workers.evaluate(asked)
@@ -52,18 +61,23 @@ def reproduce(
         elif n in STUDIES:
             paths.append(write_study(n, STUDIES[n], budgets[n][n], runs, results, about))
         elif n in TABLES:
-            full = budgets[n] == budgets_of(n, "full")
-            table = at_equal_cost(TABLES[n], budgets[n])
-            paths.append(weigh(n, table, budgets[n], full, runs, results, about, tdm_study()))
+            full = budgets[n] == budgets_of(n, "full") and claims[n].trials.keys() == TABLES[n].trials.keys()
+            paths.append(weigh(n, claims[n], budgets[n], full, runs, results, about, tdm_study()))
         else:
-            paths.append(decide(n, CLAIMS[n], budgets[n], is_full(CLAIMS[n], budgets[n]), runs, results, about))
+            paths.append(decide(n, claims[n], budgets[n], full_recipes(budgets[n]), runs, results, about))
     write_index(results, (*ALONE, *CLAIMS, *TABLES), (*STUDIES,))
     return paths
 
 
-def chosen(name: str, budget: Literal["quick", "full"]) -> list[str]:
-    """Returns what a name stands for; a quick `all` leaves out the studies, whose runs are those of claims."""
-    return [name] if name != "all" else [n for n in NAMES if budget == "full" or n not in STUDIES]
+def chosen(name: str, budget: Literal["quick", "full"], recipe: str | None = None) -> list[str]:
+    """Returns what a name stands for: `all` for the claims on a recipe, if it is given, else for everything; quick, it
+    leaves out the studies, whose runs are those of claims.
+    """
+    if name != "all":
+        return [name]
+    if recipe is not None:
+        return [n for n, claim in {**CLAIMS, **TABLES}.items() if recipe in claim.trials]
+    return [n for n in NAMES if budget == "full" or n not in STUDIES]
 
 
 def budgets_of(
@@ -84,37 +98,51 @@ def budgets_of(
     }
 
 
-def is_full(claim: Claim, budgets: Mapping[str, Budget]) -> bool:
-    """Says whether budgets are as large as a verdict on the claim takes."""
-    return all(budgets[recipe] == FULL[recipe] for recipe in claim.trials)
+def full_recipes(budgets: Mapping[str, Budget]) -> list[str]:
+    """Returns the recipes whose budgets are as large as a verdict takes."""
+    return [recipe for recipe, budget in budgets.items() if budget == FULL[recipe]]
 
 
-def runs_of(name: str, budgets: Mapping[str, Budget], runs: Path) -> Sequence[PlannedRun]:
-    """Returns all runs of a claim or a study; claims that no distillation decides have none."""
+def claim_of(name: str, budgets: Mapping[str, Budget], recipe: str | None, runs: Path, results: Path) -> Claim:
+    """Returns the claim of a name, one without trials for all else.
+
+    recipe: if given, only its trial and those of which `results` has all rows. Raises UserError where it has none.
+    """
+    claim = CLAIMS.get(name) or (at_equal_cost(TABLES[name], budgets) if name in TABLES else NO_CLAIM)
+    if recipe is None:
+        return claim
+    if recipe not in claim.trials:
+        raise UserError(f"--recipe: {name} is run on {', '.join(claim.trials) or 'nothing that can be left out'}")
+    standing = standing_rows(results, name)
+    planned = {r: list(plan_runs(r, t.variants, budgets[r], runs).values()) for r, t in claim.trials.items()}
+    kept = {r: t for r, t in claim.trials.items() if r == recipe or not still_to_run(planned[r], standing)}
+    return replace(claim, trials=kept)
+
+
+def runs_of(name: str, claim: Claim, budgets: Mapping[str, Budget], runs: Path) -> list[PlannedRun]:
+    """Returns all runs of a claim, or of the study of a name; what no distillation decides has none."""
     if name in STUDIES:
         return list(plan_runs(name, STUDIES[name], budgets[name], runs).values())
-    claim = CLAIMS.get(name) or (at_equal_cost(TABLES[name], budgets) if name in TABLES else None)
-    trials = claim.trials if claim else {}
-    planned = [plan_runs(recipe, trial.variants, budgets[recipe], runs) for recipe, trial in trials.items()]
+    planned = [plan_runs(recipe, trial.variants, budgets[recipe], runs) for recipe, trial in claim.trials.items()]
     return [run for of_recipe in planned for run in of_recipe.values()]
 
 
 def decide(
-    name: str, claim: Claim, budgets: Mapping[str, Budget], full: bool, runs: Path, results: Path,
+    name: str, claim: Claim, budgets: Mapping[str, Budget], full: Collection[str], runs: Path, results: Path,
     about: Mapping[str, Any],
 ) -> Path:  # fmt: skip
     """Writes results/NAME.md, .json and .png, and the rows of its runs in NAME.jsonl, from runs that are finished.
 
-    full: whether the budgets suffice for a verdict. about: `command`, `date` and `budget`.
+    full: the recipes whose budgets suffice for a verdict. about: `command`, `date` and `budget`.
     """
     studies, comparisons = compared(name, claim, budgets, runs, results)
-    verdict = judge(comparisons) if full else None
+    verdicts = judge_each(comparisons, full)
     body = {
-        "claim": name, "says": claim.says, "source": claim.source, **about, "verdict": verdict,
-        "decides": decisive(comparisons), "comparisons": comparisons,
+        "claim": name, "says": claim.says, "source": claim.source, **about, "verdict": in_a_line(verdicts),
+        "verdicts": verdicts, "decides": decisive(comparisons), "comparisons": comparisons,
         "recipes": {recipe: study.as_json() for recipe, study in studies.items()},
     }  # fmt: skip
-    return write_page(results, name, claim_page(name, claim, studies, comparisons, verdict, about), body)
+    return write_page(results, name, claim_page(name, claim, studies, comparisons, verdicts, about), body)
 
 
 def weigh(
@@ -144,9 +172,10 @@ def compared(
     writes the rows of its runs.
     """
     planned = {recipe: plan_runs(recipe, t.variants, budgets[recipe], runs) for recipe, t in claim.trials.items()}
-    rows = [row for recipe in planned for row in rows_of(recipe, planned[recipe])]
+    standing = standing_rows(results, name)
+    rows = [row for recipe in planned for row in rows_of(recipe, planned[recipe], standing)]
     if name == "fig5":
-        rows += changes(planned["nano-t2i"])
+        rows += [row for recipe, of_recipe in planned.items() for row in changes(recipe, of_recipe)]
     write_rows(results / f"{name}.jsonl", rows)
     studies = {recipe: study_of(recipe, budgets[recipe], rows) for recipe in planned}
     draw_figure(results / f"{name}.png", claim, studies, planned)
@@ -161,7 +190,7 @@ def write_study(
     recipe: str, variants: Mapping[str, Variant], budget: Budget, runs: Path, results: Path, about: Mapping[str, Any]
 ) -> Path:
     """Writes results/RECIPE.md, .json and .jsonl: a recipe's variants side by side, without a verdict."""
-    rows = rows_of(recipe, plan_runs(recipe, variants, budget, runs))
+    rows = rows_of(recipe, plan_runs(recipe, variants, budget, runs), standing_rows(results, recipe))
     write_rows(results / f"{recipe}.jsonl", rows)
     study = study_of(recipe, budget, rows)
     return write_page(results, recipe, study_page(study, about), {**about, **study.as_json()})

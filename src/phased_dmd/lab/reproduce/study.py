@@ -14,6 +14,7 @@ from phased_dmd.config import Config
 from phased_dmd.lab.evaluate import evaluate
 from phased_dmd.lab.metrics.intervals import interval
 from phased_dmd.lab.reproduce.claim import Budget, Variant
+from phased_dmd.lab.reproduce.standing import Standing, row_that_stands
 from phased_dmd.lab.reproduce.workers import PlannedRun
 from phased_dmd.recipes import resolve
 
@@ -77,17 +78,28 @@ def plan_run(recipe: str, variant: Variant, seed: int, budget: Budget, runs: Pat
     return config, runs / "-".join([recipe, config.method, *tags, str(seed)])
 
 
-def rows_of(recipe: str, runs: Mapping[tuple[str, int], PlannedRun]) -> list[dict[str, Any]]:
-    """Returns a row for each run: its name, its config and what it measures; evaluates the runs that are not yet."""
+def rows_of(
+    recipe: str, runs: Mapping[tuple[str, int], PlannedRun], standing: Standing | None = None
+) -> list[dict[str, Any]]:
+    """Returns a row for each run: its name, its config and what it measures; evaluates the runs that are not yet.
+
+    standing: rows of runs that were made before, which are taken as they are.
+    """
     rows = []
     for (label, seed), run in runs.items():
-        (evaluation,) = evaluate([run.folder], run.protocol).values()
-        rows.append({
-            "name": f"{recipe}-{re.sub(r'[^A-Za-z0-9.]+', '-', label)}-{seed}", "variant": label,
-            "config": run.config.model_dump(mode="json"), **_sizes(run), **evaluation,
-            "subject": run.folder.name,  # a result names no path of the machine that made it
-        })  # fmt: skip
+        name = f"{recipe}-{re.sub(r'[^A-Za-z0-9.]+', '-', label)}-{seed}"
+        row = row_that_stands(run, standing or {}) or _measured(run)
+        rows.append({"name": name, "variant": label} | {k: row[k] for k in row if k not in ("name", "variant")})
     return rows
+
+
+def _measured(run: PlannedRun) -> dict[str, Any]:
+    """Returns what a row says of a run, by its folder, whatever it is called."""
+    (evaluation,) = evaluate([run.folder], run.protocol).values()
+    return {
+        "config": run.config.model_dump(mode="json"), **_sizes(run), **evaluation,
+        "subject": run.folder.name,  # a result names no path of the machine that made it
+    }  # fmt: skip
 
 
 def _sizes(run: PlannedRun) -> dict[str, int]:
@@ -105,7 +117,8 @@ def _sizes(run: PlannedRun) -> dict[str, int]:
 
 def study_of(recipe: str, budget: Budget, rows: Sequence[Mapping[str, Any]]) -> Study:
     """Returns the study of a recipe from the rows of a result file, which may hold rows of other recipes too."""
-    evaluations = {(row["variant"], row["seed"]): row for row in rows if row.get("recipe") == recipe}
+    rows = [row for row in rows if row.get("recipe") == recipe]
+    evaluations = {(row["variant"], row["seed"]): row for row in rows if "sets" in row}
     sizes = {label: {name: row[name] for name in SIZES} for (label, _), row in evaluations.items()}
     summary = summarise(evaluations)
     changes = [row for row in rows if "structure" in row]  # of fig5, which no evaluation measures

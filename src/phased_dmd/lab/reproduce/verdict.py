@@ -1,6 +1,6 @@
 """Variants compared seed by seed, and the verdict on what is claimed of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from phased_dmd.lab.metrics.intervals import LEAST, difference, ratio
@@ -104,3 +104,16 @@ def judge(comparisons: Sequence[Mapping[str, Any]]) -> str | None:
     if not sure:
         return "does not hold"
     return "mixed" if reverse else "holds partly"
+
+
+def judge_each(comparisons: Sequence[Mapping[str, Any]], full: Collection[str]) -> dict[str, str | None]:
+    """Returns the verdict on each recipe of the comparisons, in their order. full: those whose budgets suffice for one;
+    the others' is None.
+    """
+    recipes = dict.fromkeys(c["recipe"] for c in comparisons)
+    return {r: judge([c for c in comparisons if c["recipe"] == r]) if r in full else None for r in recipes}
+
+
+def in_a_line(verdicts: Mapping[str, str | None]) -> str | None:
+    """Writes the verdicts that there are, by recipe, as a line; None where there is none."""
+    return "; ".join(f"{recipe}: {verdict}" for recipe, verdict in verdicts.items() if verdict) or None
