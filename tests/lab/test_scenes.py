@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline
+from safetensors.torch import load_file
 from torch import Tensor
 
 from phased_dmd.errors import UserError
@@ -37,6 +38,7 @@ from phased_dmd.recipes import RECIPES, resolve
 from phased_dmd.train import distill
 
 DATA = Path(__file__).parents[2] / "data" / "mnist_5k.csv.gz"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY = TrainingBudget(vae_steps=2, num_images=16, num_clips=8, transformer_steps=3, switch_steps=(2, 2))
 
 
@@ -257,7 +259,9 @@ def test_the_scenes_recipes_are_nanos_but_for_the_world() -> None:
 
 
 def test_the_teachers_of_scenes_can_be_taught_again(tmp_path: Path) -> None:
-    """Every stage for a step or two, and stock pipelines that load and sample; the second is taught from the first."""
+    """Every stage for a step or two, and stock pipelines that load and sample; the second's networks begin as the
+    first's own, and each has moved.
+    """
     home = tmp_path / "scenes"
     teach(COLOURED, home, DATA, 0, TINY, lambda _: None)
     teach_moe(replace(COLOURED, home=home), tmp_path / "scenes-moe", DATA, 0, TINY, lambda _: None)
@@ -270,6 +274,13 @@ def test_the_teachers_of_scenes_can_be_taught_again(tmp_path: Path) -> None:
         ).frames  # fmt: skip
         assert clip.shape == (1, 9, 3, HEIGHT, WIDTH) and clip.isfinite().all()
         assert not (folder / "unfinished").exists()
+    first, second = (
+        load_file(home.with_name("scenes-moe") / part / WEIGHTS) for part in ("transformer", "transformer_2")
+    )
+    for name, tensor in load_file(home / "transformer" / WEIGHTS).items():
+        moved = [(network[name].float() - tensor.float()).abs().max() for network in (first, second)]
+        assert max(moved) < 0.01, f"{name}: two steps from the teacher's"
+    assert any((first[name] != second[name]).any() for name in first)
 
 
 def test_an_embedded_teacher_that_is_not_there_names_the_command_that_makes_it(

@@ -208,7 +208,7 @@ def teach(
 ) -> None:  # fmt: skip
     """Train the networks that the package ships, from scratch.
 
-    Takes 40 minutes on one core, of the scenes 70. A teacher goes on where it was stopped.
+    Takes 40 minutes on one core, of the scenes 100. A teacher goes on where it was stopped.
     """
     if not data.is_file():
         raise UserError(f"--data: {data} is not a file")

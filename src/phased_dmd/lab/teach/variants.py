@@ -42,8 +42,8 @@ def captions_table(pipeline: WanPipeline) -> Callable[[list[str]], Tensor]:
 def teach_moe(
     world: World, output: Path, data: Path, seed: int, budget: TrainingBudget, say: Callable[[str], None]
 ) -> None:
-    """Does `phased-dmd teach nano-moe` and `teach scenes-moe`: two networks, each trained from scratch on its own side
-    of the switch only.
+    """Does `phased-dmd teach nano-moe` and `teach scenes-moe`: two networks, each trained on its own side of the switch
+    only, from scratch, or as the world says from the teacher's.
     """
     torch.manual_seed(seed + 2)
     rng, unfinished = torch.Generator().manual_seed(seed + 2), output / "unfinished"
@@ -52,6 +52,8 @@ def teach_moe(
     networks = []
     for steps, interval in zip(budget.switch_steps, ((SWITCH, 1.0), (0.0, SWITCH)), strict=True):
         networks.append(build_transformer(world))
+        if world.split:
+            networks[-1].load_state_dict(first.transformer.state_dict())
         state = unfinished / f"transformer-{len(networks)}.pt"
         train_transformer(networks[-1], turns, captions_table(first), None, steps, rng, say, state, interval)
     pipeline = WanPipeline(

@@ -39,7 +39,7 @@ class World:
     batch of digits: (pixels [b, 3, f, h, w], captions, what they show). vae_pictures: those the VAE learns from.
     captions: lists every caption, or enough of them to hold every word. max_tokens: of a prompt, its end included.
     vae, text, transformer: their sizes. chroma: the weight, in the VAE's loss, of what the channels of a pixel differ
-    in. budget: of what ships.
+    in. split: whether a variant's two networks begin as the teacher's own, or anew. budget: of what ships.
     """
 
     home: Path
@@ -52,6 +52,7 @@ class World:
     chroma: float
     text: Mapping[str, Any]
     transformer: Mapping[str, Any]
+    split: bool = False
     budget: TrainingBudget = TrainingBudget()
 
     @property
@@ -78,5 +79,5 @@ COLOURED = World(
     text={"d_model": 96, "d_kv": 24, "d_ff": 256, "num_layers": 3},
     transformer={"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "num_layers": 5,
                  "patch_size": (1, 2, 2)},
-    budget=TrainingBudget(transformer_steps=10_000, switch_steps=(3000, 6500)),
+    split=True, budget=TrainingBudget(transformer_steps=10_000, switch_steps=(1500, 1500)),
 )  # fmt: skip
