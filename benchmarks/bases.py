@@ -16,13 +16,12 @@ from PIL import Image
 
 from phased_dmd.config import Config
 from phased_dmd.config.overrides import changed
-from phased_dmd.lab.evaluate import Protocol
+from phased_dmd.lab.evaluate import Protocol, title
 from phased_dmd.lab.evaluate.instruments import load_instruments
 from phased_dmd.lab.evaluate.measures import measurements
 from phased_dmd.lab.evaluate.sample_sets import SampleSet, sample_sets
 from phased_dmd.lab.evaluate.samples import Base
 from phased_dmd.lab.evaluate.scene_measures import OF_SPECIFIC, OF_WEAK, scene_statistics
-from phased_dmd.lab.evaluate.tables import HEADINGS
 from phased_dmd.lab.metrics.formats import markdown_table
 from phased_dmd.lab.metrics.intervals import interval
 from phased_dmd.lab.reproduce.results import plus_minus, write_rows
@@ -89,7 +88,7 @@ def table(rows: Sequence[Mapping[str, Any]], recipe: str, kind: str) -> str:
     lines = []
     for name in mine[0]["values"]:
         cells = [interval([row["values"][name] for row in mine if row["steps"] == steps]) for steps in STEPS]
-        lines.append([HEADINGS[name], f"{TRUTH[kind][name]:.3g}", *map(plus_minus, cells)])
+        lines.append([title(name), f"{TRUTH[kind][name]:.3g}", *map(plus_minus, cells)])
     return markdown_table([kind, "real scenes", *(f"{steps} steps" for steps in STEPS)], lines)
 
 

@@ -27,8 +27,10 @@ from phased_dmd.lab.metrics.scene_reader import (
     truth,
 )
 from phased_dmd.lab.metrics.scenes import CELLS, COLOURS, HEIGHT, PANS, WIDTH, Digit, Scene, caption, parse
+from phased_dmd.lab.teach.descent import Descent
+from phased_dmd.lab.teach.language import build_tokenizer
 from phased_dmd.lab.teach.mnist import Digits, load_digits
-from phased_dmd.lab.teach.nano import Descent, build_tokenizer, teach
+from phased_dmd.lab.teach.nano import teach
 from phased_dmd.lab.teach.reader import accuracies, teach_scenes_reader
 from phased_dmd.lab.teach.scene_batches import clip_batch, draw_scene, leave_out, picture_batch, render
 from phased_dmd.lab.teach.variants import teach_moe
@@ -39,7 +41,9 @@ from phased_dmd.train import distill
 
 DATA = Path(__file__).parents[2] / "data" / "mnist_5k.csv.gz"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-TINY = TrainingBudget(vae_steps=2, num_images=16, num_clips=8, transformer_steps=3, switch_steps=(2, 2))
+TINY = TrainingBudget(
+    vae_steps=2, encoder_steps=2, num_images=16, num_clips=8, transformer_steps=3, switch_steps=(2, 2)
+)
 
 
 def rng() -> torch.Generator:
@@ -320,7 +324,7 @@ def test_teaching_goes_on_where_it_was_stopped(
     stopped_in: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saved after every second step and stopped in the VAE's or the transformer's fourth, it ends with equal bytes."""
-    monkeypatch.setattr("phased_dmd.lab.teach.nano.SAVED_EVERY", 2)
+    monkeypatch.setattr("phased_dmd.lab.teach.descent.SAVED_EVERY", 2)
     budget, step = replace(TINY, vae_steps=4, transformer_steps=4), Descent.step
     teach(DIGITS, tmp_path / "whole", DATA, 0, budget, lambda _: None)
     steps = itertools.count(1)

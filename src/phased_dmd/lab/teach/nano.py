@@ -1,8 +1,9 @@
 """`phased-dmd teach nano` and `teach scenes`: trains an embedded teacher, a tiny diffusers `WanPipeline` folder.
 
-Three stages, in order: the VAE on pictures and clips, the latents of many of them, and the transformer together with
-its text encoder by flow matching (Eq. 4). `teach nano-moe`, `scenes-moe` and `nano-i2v` (`variants.py`) train new
-transformers around their VAE and text encoder; `teach digits` trains the classifier of nano's evaluation.
+Its stages, in order: the VAE on pictures and clips, the latents of many of them, the text encoder on captions where a
+world has a grammar, and the transformer by flow matching (Eq. 4), nano's together with its text encoder. `teach
+nano-moe`, `scenes-moe` and `nano-i2v` (`variants.py`) train new transformers around their VAE and text encoder; `teach
+digits` trains the classifier of nano's evaluation.
 """
 
 import math
@@ -16,42 +17,30 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from phased_dmd.checkpoint import save_tensors
 from phased_dmd.lab.metrics.digit_classifier import DigitClassifier, classify
 from phased_dmd.lab.metrics.distances import moments
+from phased_dmd.lab.teach.descent import Descent
+from phased_dmd.lab.teach.language import (
+    build_text_encoder,
+    build_tokenizer,
+    captions_table,
+    encode_captions,
+    train_encoder,
+)
 from phased_dmd.lab.teach.mnist import Digits, clip_batch, image_batch, load_digits
 from phased_dmd.lab.teach.worlds import WIDE, TrainingBudget, World
 from phased_dmd.maths.phases import shift_time, unshift_time
 
 SHIFT = 3.0  # of the training times
-SAVED_EVERY = 200  # steps of a teacher's networks
-
-
-def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Returns a word-level tokenizer over the captions' own words, which cuts off what a prompt has too much."""
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["<pad>", "</s>", "<unk>"]
-    tokenizer.train_from_iterator(world.captions(), trainers.WordLevelTrainer(vocab_size=64, special_tokens=special))
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-        model_max_length=world.max_tokens,
-    )  # fmt: skip
 
 
 def build_vae(world: World) -> AutoencoderKLWan:
     return AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1, **world.vae)
-
-
-def build_text_encoder(world: World) -> UMT5EncoderModel:
-    return UMT5EncoderModel(UMT5Config(vocab_size=64, num_heads=4, dropout_rate=0.0, **world.text))
 
 
 def build_transformer(world: World, in_channels: int = 16) -> WanTransformer3DModel:
@@ -67,57 +56,6 @@ def build_scheduler() -> UniPCMultistepScheduler:
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0, solver_order=1,
         disable_corrector=list(range(100)),
     )  # fmt: skip
-
-
-class Descent:
-    """AdamW whose learning rate warms up over a hundred steps and falls to zero by a cosine, with clipped gradients."""
-
-    def __init__(
-        self, network: nn.Module, steps: int, lr: float, weight_decay: float = 0.01, clip: float = 1.0,
-        average: AveragedModel | None = None,
-    ) -> None:  # fmt: skip
-        """Begins a descent; average: of the network, which is kept with it."""
-
-        def factor(step: int) -> float:
-            ramp = min(1.0, (step + 1) / 100)
-            return ramp * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / steps))))
-
-        self.network, self.clip, self.steps, self.average = network, clip, steps, average
-        self.optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, factor)
-
-    def step(self, loss: Tensor) -> None:
-        """Makes one step down the gradient of the loss."""
-        self.optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
-        self.optimiser.step()
-        self.schedule.step()
-        if self.average is not None:
-            self.average.update_parameters(self.network)
-
-    def save(self, path: Path, generator: torch.Generator, step: int) -> None:
-        """Writes all that the descent goes on from after a step, now and then and at the end."""
-        if (step + 1) % SAVED_EVERY and step + 1 < self.steps:
-            return
-        state = {name: part.state_dict() for name, part in self._parts().items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state | {"generator": generator.get_state(), "next": step + 1}, path.with_suffix(".new"))
-        path.with_suffix(".new").replace(path)
-
-    def load(self, path: Path, generator: torch.Generator) -> int:
-        """Reads what `save` wrote, if it is there; returns the step to go on with."""
-        if not path.exists():
-            return 0
-        state = torch.load(path, weights_only=True)
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-        generator.set_state(state["generator"])
-        return state["next"]
-
-    def _parts(self) -> dict[str, Any]:
-        parts: dict[str, Any] = {"network": self.network, "optimiser": self.optimiser, "schedule": self.schedule}
-        return parts if self.average is None else parts | {"average": self.average}
 
 
 def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
@@ -206,17 +144,6 @@ def normalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return (latents - mean) / std
 
 
-def encode_captions(tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel, captions: Sequence[str]) -> Tensor:
-    """Returns embeddings [b, tokens, d], zero after the end token, as WanPipeline pads them.
-
-    Each distinct caption is encoded once.
-    """
-    distinct = list(dict.fromkeys(captions))
-    tokens = tokenizer(distinct, padding="max_length", truncation=True, return_tensors="pt")
-    states = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state * tokens.attention_mask[..., None]
-    return states[torch.tensor([distinct.index(caption) for caption in captions])]
-
-
 def train_transformer(
     transformer: WanTransformer3DModel, data: Sequence[LatentSet], embed: Callable[[list[str]], Tensor],
     encoder: nn.Module | None, steps: int, generator: torch.Generator, say: Callable[[str], None], state: Path,
@@ -299,9 +226,13 @@ def teach(
     rng.manual_seed(seed + 1)
     turns = encode_digits(world, vae, training, budget, rng, measure=True)
     tokenizer, transformer, encoder = build_tokenizer(world), build_transformer(world), build_text_encoder(world)
-    embed = partial(encode_captions, tokenizer, encoder)
+    if world.grammar:
+        train_encoder(world, tokenizer, encoder, budget.encoder_steps, rng, say, unfinished / "text_encoder.pt")
+        embed, trained = captions_table(tokenizer, encoder), None
+    else:
+        embed, trained = partial(encode_captions, tokenizer, encoder), encoder
     state = unfinished / "transformer.pt"
-    train_transformer(transformer, turns, embed, encoder, budget.transformer_steps, rng, say, state)
+    train_transformer(transformer, turns, embed, trained, budget.transformer_steps, rng, say, state)
     pipeline = WanPipeline(
         tokenizer=tokenizer,  # type: ignore[arg-type] any tokenizer, any scheduler with flow sigmas
         text_encoder=encoder, vae=vae, scheduler=build_scheduler(),  # type: ignore[arg-type]

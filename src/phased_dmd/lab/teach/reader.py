@@ -22,8 +22,8 @@ from phased_dmd.lab.metrics.scene_reader import (
     truth,
 )
 from phased_dmd.lab.metrics.scenes import HEIGHT, WIDTH, Scene
+from phased_dmd.lab.teach.descent import Descent
 from phased_dmd.lab.teach.mnist import Digits, load_digits
-from phased_dmd.lab.teach.nano import Descent
 from phased_dmd.lab.teach.scene_batches import clip_batch, picture_batch
 from phased_dmd.lab.teach.worlds import TrainingBudget
 

@@ -15,6 +15,8 @@ SPAN = 21  # pixels that a digit's 28 x 28 are drawn in: its strokes take up abo
 MOST = max(COUNTS.values())  # digits in a scene
 JITTER = 0.7  # pixels, standard deviation of a digit's distance from its cell's centre in each direction
 GREY, STRIPE = 0.12, 0.08  # the mean and the amplitude of the background
+TABLES = (WORDS, COLOURS, CELLS, DIRECTIONS, SPEEDS)  # of what is named of a digit, in the order of its fields
+ANSWERS = (*(len(table) + 1 for table in TABLES), MOST + 1, len(PANS) + 1)  # to each question of a caption's word
 WHOLE, VAGUE = 0.3, 0.2  # shares of the captions that name everything, and that name no attribute of a digit
 FEW, MANY = 0.2, 0.9  # between which lies the share of the attributes that another caption names
 
@@ -108,6 +110,37 @@ def _cover(pixels: Tensor, shift: Tensor) -> Tensor:
     grid = F.affine_grid(theta.flatten(0, 1), [b * f, 1, HEIGHT, WIDTH], align_corners=False)
     source = pixels[:, None, None].expand(b, f, 1, 28, 28).flatten(0, 1)
     return F.grid_sample(source, grid, align_corners=False).reshape(b, 1, f, HEIGHT, WIDTH)
+
+
+def draw_captions(size: int, tokens: int, generator: torch.Generator) -> tuple[list[str], Tensor]:
+    """Draws captions of pictures and clips, and what each of their tokens belongs to: [size, tokens, questions].
+
+    Of a digit's words the answers are its attributes as named and its place in the caption, 0 for none; of all words
+    the camera's pan. Words between digits, and a caption that names no attribute, have no digit: -1.
+    """
+    captions, answers = [], torch.full((size, tokens, len(ANSWERS)), -1)
+    for found in answers:
+        clip = float(torch.rand(1, generator=generator)) < 0.5
+        labels = torch.randint(len(WORDS), (MOST,), generator=generator).tolist()
+        scene = leave_out(draw_scene(labels, clip, generator), clip, generator)
+        captions.append(caption(scene, clip))
+        phrases, _, camera = captions[-1].partition(", ")
+        words = phrases.split()
+        found[: len(words) + bool(camera) + len(camera.split()) + 1, -1] = _number(PANS, scene.pan)  # comma and end too
+        if all(digit == Digit() for digit in scene.digits):
+            continue
+        first = 0
+        for place, (phrase, digit) in enumerate(zip(phrases.split(" and "), scene.digits, strict=True), 1):
+            last = first + len(phrase.split())
+            named = [_number(table, value) for table, value in zip(TABLES, vars(digit).values(), strict=True)]
+            found[first:last, :-1] = torch.tensor([*named, place])
+            first = last + 1
+    return captions, answers
+
+
+def _number(table: Iterable[str], name: str | None) -> int:
+    """Returns the number of a name in a table, from 1; 0 of None."""
+    return 0 if name is None else 1 + list(table).index(name)
 
 
 def all_words() -> list[str]:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
-from torch import Tensor
 
 from phased_dmd.config.teacher import Size
 from phased_dmd.lab.metrics.digit_classifier import DIRECTIONS, SPEEDS, WORDS
 from phased_dmd.lab.teach import nano as lessons
+from phased_dmd.lab.teach.language import captions_table
 from phased_dmd.lab.teach.mnist import NUM_FRAMES, PATH_JITTER, Digits, clip_batch, load_digits, place_on_canvas
 from phased_dmd.lab.teach.nano import LatentSet, build_scheduler, build_transformer, train_transformer
 from phased_dmd.lab.teach.worlds import DIGITS, TrainingBudget, World
@@ -23,20 +23,6 @@ from phased_dmd.media import save_image, to_images
 from phased_dmd.models.wan import NANO, first_frame_condition
 
 SWITCH = 0.875  # of the teachers of two networks, as in Wan2.2's text-to-video
-
-
-def captions_table(pipeline: WanPipeline) -> Callable[[list[str]], Tensor]:
-    """Returns a function from captions to embeddings [b, tokens, d], which encodes each distinct caption once."""
-    known: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def embed(captions: list[str]) -> Tensor:
-        new = [caption for caption in dict.fromkeys(captions) if caption not in known]
-        if new:
-            known.update(zip(new, lessons.encode_captions(pipeline.tokenizer, pipeline.text_encoder, new), strict=True))
-        return torch.stack([known[caption] for caption in captions])
-
-    return embed
 
 
 def teach_moe(
@@ -55,7 +41,17 @@ def teach_moe(
         if world.split:
             networks[-1].load_state_dict(first.transformer.state_dict())
         state = unfinished / f"transformer-{len(networks)}.pt"
-        train_transformer(networks[-1], turns, captions_table(first), None, steps, rng, say, state, interval)
+        train_transformer(
+            networks[-1],
+            turns,
+            captions_table(first.tokenizer, first.text_encoder),
+            None,
+            steps,
+            rng,
+            say,
+            state,
+            interval,
+        )
     pipeline = WanPipeline(
         tokenizer=first.tokenizer, text_encoder=first.text_encoder, vae=first.vae,
         scheduler=build_scheduler(),  # type: ignore[arg-type] any scheduler with flow sigmas
@@ -92,7 +88,16 @@ def teach_i2v(output: Path, data: Path, seed: int, budget: TrainingBudget, say: 
         captions += texts
     clips = LatentSet(lessons.normalise(nano.vae, torch.cat(latents)), captions, 24, torch.stack(first_frames))
     state = unfinished / "transformer.pt"
-    train_transformer(transformer, [clips], captions_table(nano), None, budget.first_frame_steps, rng, say, state)
+    train_transformer(
+        transformer,
+        [clips],
+        captions_table(nano.tokenizer, nano.text_encoder),
+        None,
+        budget.first_frame_steps,
+        rng,
+        say,
+        state,
+    )
     pipeline.to(dtype=torch.float16).save_pretrained(output)
     shutil.rmtree(unfinished)
     write_first_frames(training, output / "prompts", "nano-i2v", rng)

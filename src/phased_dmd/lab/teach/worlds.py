@@ -1,6 +1,6 @@
 """The embedded worlds, nano's digit and the scenes: what their teachers' data is, and how large their networks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ class TrainingBudget:
     """The steps and sizes of each stage; the shipped weights are of the defaults, or of the world's own."""
 
     vae_steps: int = 2400
+    encoder_steps: int = 600  # of a text encoder that learns a grammar first
     num_images: int = 32_000
     num_clips: int = 16_000
     transformer_steps: int = 10_500
@@ -32,6 +33,18 @@ class TrainingBudget:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What captions say, word by word.
+
+    draw: captions, so many, and for their first tokens, so many, a number of a class for each of several questions,
+    [b, tokens, questions], -1 where none is asked. classes: how many answers each question has.
+    """
+
+    draw: Callable[[int, int, torch.Generator], tuple[list[str], Tensor]]
+    classes: Sequence[int]
+
+
+@dataclass(frozen=True)
 class World:
     """What a teacher is taught.
 
@@ -39,7 +52,8 @@ class World:
     batch of digits: (pixels [b, 3, f, h, w], captions, what they show). vae_pictures: those the VAE learns from.
     captions: lists every caption, or enough of them to hold every word. max_tokens: of a prompt, its end included.
     vae, text, transformer: their sizes. chroma: the weight, in the VAE's loss, of what the channels of a pixel differ
-    in. split: whether a variant's two networks begin as the teacher's own, or anew. budget: of what ships.
+    in. grammar: what the text encoder learns before the transformer; without one it learns along with it. split:
+    whether a variant's two networks begin as the teacher's own, or anew. budget: of what ships.
     """
 
     home: Path
@@ -52,6 +66,7 @@ class World:
     chroma: float
     text: Mapping[str, Any]
     transformer: Mapping[str, Any]
+    grammar: Grammar | None = None
     split: bool = False
     budget: TrainingBudget = TrainingBudget()
 
@@ -79,5 +94,6 @@ COLOURED = World(
     text={"d_model": 96, "d_kv": 24, "d_ff": 256, "num_layers": 3},
     transformer={"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "num_layers": 5,
                  "patch_size": (1, 2, 2)},
-    split=True, budget=TrainingBudget(transformer_steps=10_000, switch_steps=(1500, 1500)),
+    grammar=Grammar(scene_batches.draw_captions, scene_batches.ANSWERS), split=True,
+    budget=TrainingBudget(num_images=24_000, num_clips=12_000, transformer_steps=10_000, switch_steps=(1500, 1500)),
 )  # fmt: skip
