@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,27 @@ def gpu() -> Any:
     return module
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
+def run(gpu: Any, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> str | int | None:
+    """Runs the script in this process, its parts in their own; returns its exit status, or the line that it ends on."""
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        gpu.main()
+    return stop.value.code
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
-    done = run("--output", tmp_path / "results")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "make gpu: this machine has no NVIDIA GPU that torch can use\n"
-    assert not (tmp_path / "results").exists()
+def test_without_a_gpu_it_says_so_in_one_line(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = run(gpu, "--output", tmp_path / "results", monkeypatch=monkeypatch)
+    assert said == "make gpu: this machine has no NVIDIA GPU that torch can use"
+    assert capsys.readouterr().out == "" and not (tmp_path / "results").exists()
 
 
-def test_on_a_cpu_the_page_says_that_it_is_no_gpus(tmp_path: Path) -> None:
+def test_on_a_cpu_the_page_says_that_it_is_no_gpus(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the parts that need no run; `python scripts/gpu.py --device cpu --tiny` has all of them."""
-    done = run("--device", "cpu", "--tiny", "--only", "facts", "precision", "--output", tmp_path)
-    assert done.returncode == 0, done.stdout
+    arguments = ("--device", "cpu", "--tiny", "--only", "facts", "precision", "--output", tmp_path)
+    assert run(gpu, *arguments, monkeypatch=monkeypatch) == 0
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert [part["part"] for part in found["parts"]] == ["facts", "precision"] and not found["on_device"]
     (what, error, most), *_ = found["parts"][1]["checks"]

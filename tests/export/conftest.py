@@ -1,6 +1,8 @@
 """Finished runs of every tiny pipeline, made once for all tests of exports."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from PIL import Image
 from runs import TINY, Make, finished_run
 
 from phased_dmd.checkpoint import RunFolder
+from phased_dmd.export import export
 from phased_dmd.recipes import resolve
 
 
@@ -43,5 +46,17 @@ def make(workshop: Path) -> Make:
         else:
             settings["teacher.path"] = name
         return finished_run(run, resolve("nano-t2i", settings | changes, method))
+
+    return build
+
+
+@pytest.fixture(scope="package")
+def exported(make: Make, workshop: Path) -> Callable[[str], Path]:
+    """The export of a model's finished run as LoRA files, by its name; made once, for tests that change nothing."""
+
+    @cache
+    def build(name: str) -> Path:
+        export(make(name), folder := workshop / "exported" / name)
+        return folder
 
     return build

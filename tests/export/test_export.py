@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -145,18 +144,6 @@ def test_the_scale_is_in_the_weights_and_the_header_says_how_to_run_them(make: M
             "modelspec.implementation": "diffusers", "modelspec.title": stem, "modelspec.license": "other",
             "modelspec.resolution": "48x32",
         }  # fmt: skip
-
-
-def test_an_export_has_the_same_bytes_in_every_process(make: Make, tmp_path: Path) -> None:
-    """safetensors writes its metadata in an order that differs between processes, and we do not."""
-    run = make("wan22_t2v")
-    code = f"from pathlib import Path; from phased_dmd.export import export; export(Path({str(run)!r}), Path(%r))"
-    subprocess.run([sys.executable, "-c", code % str(tmp_path / "there")], check=True, capture_output=True)
-    export(run, tmp_path / "here")
-    here, there = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("here", "there"))
-    assert here == there
-    path = lora_files(tmp_path / "here")[0]
-    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0, "tensors that are mapped must be aligned"
 
 
 @pytest.mark.parametrize("name", ["wan22_t2v", *pipelines.PICTURES])
@@ -344,11 +331,11 @@ KEYS = {
 
 
 @pytest.mark.parametrize("name", pipelines.NAMES)
-def test_keys_have_the_layout_that_every_reader_takes(name: str, make: Make, tmp_path: Path) -> None:
-    export(make(name), tmp_path / "out")
-    for path in lora_files(tmp_path / "out"):
+def test_files_have_the_layout_that_every_reader_takes(name: str, exported: Callable[[str], Path]) -> None:
+    for path in lora_files(exported(name)):
         keys = load_file(path)
         assert keys and all(KEYS.get(name, WAN_KEY).fullmatch(key) for key in keys)
+        assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0, "tensors that are mapped must be aligned"
 
 
 def test_adapters_outside_of_the_blocks_are_named_and_read_back_too(make: Make, tmp_path: Path) -> None:
@@ -381,16 +368,15 @@ def scale(tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("damage", [rename, add, scale])
 def test_a_file_with_a_key_too_many_or_wrong_weights_is_not_verified(
-    damage: Callable[[dict[str, torch.Tensor]], None], make: Make, tmp_path: Path
+    damage: Callable[[dict[str, torch.Tensor]], None], make: Make, exported: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    run = make("wan21_t2v")
-    export(run, tmp_path / "out")
-    path = lora_files(tmp_path / "out")[1]
+    folder = shutil.copytree(exported("wan21_t2v"), tmp_path / "out")
+    path = lora_files(folder)[1]
     tensors = load_file(path)
     damage(tensors)
     save_file(tensors, path)
     with pytest.raises(VerificationError, match="verification failed: .*(unused|cannot load the export|differ)"):
-        verify(ExportedRun.open(run), tmp_path / "out")
+        verify(ExportedRun.open(make("wan21_t2v")), folder)
 
 
 @pytest.mark.parametrize(
@@ -404,24 +390,24 @@ def test_a_file_with_a_key_too_many_or_wrong_weights_is_not_verified(
     ],
 )
 def test_an_index_with_other_times_experts_or_boundary_is_not_verified(
-    name: str, change: Callable[[dict[str, Any]], None], make: Make, tmp_path: Path
+    name: str, change: Callable[[dict[str, Any]], None], make: Make, exported: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    run, path = make(name), tmp_path / "out" / "export.json"
-    export(run, tmp_path / "out")
+    path = shutil.copytree(exported(name), tmp_path / "out") / "export.json"
     index = json.loads(path.read_text())
     change(index)
     path.write_text(json.dumps(index))
     with pytest.raises(VerificationError, match="verification failed"):
-        verify(ExportedRun.open(run), tmp_path / "out")
+        verify(ExportedRun.open(make(name)), tmp_path / "out")
 
 
-def test_a_pipeline_file_that_does_another_thing_is_not_verified(make: Make, tmp_path: Path) -> None:
+def test_a_pipeline_file_that_does_another_thing_is_not_verified(
+    make: Make, exported: Callable[[str], Path], tmp_path: Path
+) -> None:
     """It is a stranger's only way in, and is run as diffusers runs it."""
-    run, path = make("wan21_t2v"), tmp_path / "out" / "pipeline.py"
-    export(run, tmp_path / "out")
+    path = shutil.copytree(exported("wan21_t2v"), tmp_path / "out") / "pipeline.py"
     path.write_text(path.read_text().replace('few["fixed"] | few["unguided"]', '{"guidance_scale": 1.5}'))
     with pytest.raises(VerificationError, match="verification failed: samples"):
-        verify(ExportedRun.open(run), tmp_path / "out")
+        verify(ExportedRun.open(make("wan21_t2v")), tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["wan21_t2v", "wan22_t2v", "wan22_i2v", *pipelines.PICTURES])
@@ -487,8 +473,8 @@ def test_an_export_is_sampled_like_its_run(make: Make, workshop: Path, tmp_path:
     torch.testing.assert_close(load(tmp_path / "shipped")(["a"], [0]), load(shipped)(["a"], [0]), rtol=0, atol=1e-5)
 
 
-def test_a_damaged_export_is_one_clear_error(make: Make, workshop: Path, tmp_path: Path) -> None:
-    export(make("wan21_t2v"), tmp_path / "out")
+def test_a_damaged_export_is_one_clear_error(exported: Callable[[str], Path], workshop: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported("wan21_t2v"), tmp_path / "out")
     path, teacher = lora_files(tmp_path / "out")[1], str(workshop / "teachers" / "wan21_t2v")
     tensors = load_file(path)
     with safe_open(path, "pt") as file:

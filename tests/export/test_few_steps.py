@@ -1,5 +1,6 @@
 """The few-step pipeline: what a wrong call does to a stock pipeline cannot happen to it, from the disk and the hub."""
 
+import copy
 import inspect
 import json
 import os
@@ -16,10 +17,11 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
 from hub import local_hub
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from runs import Make
 from safetensors.torch import load_file, save_file
 from tiny import draw
-from torch import Tensor
+from torch import Tensor, nn
 
 from phased_dmd import load_pipeline
 from phased_dmd.engine.world import device
@@ -39,8 +41,15 @@ def nano(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pipe(nano: Path) -> Any:
+    """The export, loaded once: calls leave it as it was, and so do those that are refused."""
+    return quiet(load_pipeline(nano, dtype=torch.float32))
+
+
+@pytest.fixture
+def changed(nano: Path) -> Any:
+    """The export, loaded for a test that changes it."""
     return quiet(load_pipeline(nano, dtype=torch.float32))
 
 
@@ -159,35 +168,35 @@ def file(folder: Path) -> str:
 
 
 def test_a_lora_of_the_users_own_is_active_in_every_step_beside_the_experts(
-    pipe: Any, nano: Path, tmp_path: Path
+    changed: Any, nano: Path, tmp_path: Path
 ) -> None:
     """It adds to the experts what it would add alone: of a first step's latents, to first order, and off again."""
     own = {name: 0.1 * tensor for name, tensor in load_file(nano / file(nano)).items()}
     save_file(own, tmp_path / "style.safetensors")
-    bare = latents(pipe)
+    bare = latents(changed)
     active: list[set[str]] = []
-    pipe.transformer.register_forward_pre_hook(
+    changed.transformer.register_forward_pre_hook(
         lambda network, _: active.append(set(network.active_adapters())) or None  # noqa: B023
     )
-    pipe.load_lora_weights(tmp_path, weight_name="style.safetensors", adapter_name="style")
-    styled = latents(pipe)
+    changed.load_lora_weights(tmp_path, weight_name="style.safetensors", adapter_name="style")
+    styled = latents(changed)
     assert active == [{f"phase{i}", "style"} for i in (1, 2, 3, 4)] and (styled - bare).abs().max() > 1e-3
-    pipe.set_adapters("style", 0.0)
-    same(latents(pipe), bare)
-    pipe.set_adapters([])
-    assert torch.equal(latents(pipe), bare) and active[-1] == {"phase4"}
-    pipe.set_adapters(["style"])
-    assert torch.equal(latents(pipe), styled)
-    pipe.delete_adapters("style")
-    assert torch.equal(latents(pipe), bare)
+    changed.set_adapters("style", 0.0)
+    same(latents(changed), bare)
+    changed.set_adapters([])
+    assert torch.equal(latents(changed), bare) and active[-1] == {"phase4"}
+    changed.set_adapters(["style"])
+    assert torch.equal(latents(changed), styled)
+    changed.delete_adapters("style")
+    assert torch.equal(latents(changed), bare)
 
 
-def test_networks_that_are_offloaded_switch_their_experts_too(pipe: Any) -> None:
+def test_networks_that_are_offloaded_switch_their_experts_too(changed: Any) -> None:
     """By accelerate's hooks, with this machine's CPU in the place of a GPU."""
-    expected = latents(pipe)
-    pipe.enable_model_cpu_offload(device="cpu")
-    assert hasattr(pipe.transformer, "_hf_hook")
-    same(latents(pipe), expected)
+    expected = latents(changed)
+    changed.enable_model_cpu_offload(device="cpu")
+    assert hasattr(changed.transformer, "_hf_hook")
+    same(latents(changed), expected)
 
 
 def test_each_of_two_networks_has_its_own_expert(make: Make, tmp_path: Path) -> None:
@@ -208,16 +217,18 @@ def test_without_experts_the_class_samples_nothing(nano: Path) -> None:
         pipe.load_lora_weights(nano)
 
 
-def test_a_folder_for_another_pipeline_or_none_is_refused(make: Make, pipe: Any, tmp_path: Path) -> None:
-    export(make("qwen_image"), tmp_path / "qwen")
+def test_a_folder_for_another_pipeline_or_none_is_refused(
+    exported: Callable[[str], Path], pipe: Any, tmp_path: Path
+) -> None:
+    qwen = exported("qwen_image")
     with pytest.raises(ValueError, match=r"its experts are for a QwenImagePipeline, and this is a FewStepPipeline"):
-        pipe.load_few_steps(tmp_path / "qwen")
+        pipe.load_few_steps(qwen)
     with pytest.raises(ValueError, match=r"its base was a local folder; name it: load_pipeline\(.*, base=FOLDER\)"):
-        load_pipeline(tmp_path / "qwen")
+        load_pipeline(qwen)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: holds no export\.json"):
         load_pipeline(tmp_path / "empty")
-    index = tmp_path / "qwen" / "export.json"
+    index = qwen / "export.json"
     for change, said in (
         ({"pipeline": "os.system"}, "os.system: no pipeline of diffusers"),
         ({"pipeline": "ModelMixin"}, "ModelMixin: no pipeline of diffusers"),
@@ -264,17 +275,17 @@ def test_fresh_noise_is_drawn_from_the_generator_that_is_given(make: Make, works
     ("name", "cleans"), [("wan21_t2v", True), ("wan21_i2v", True), ("qwen_image", False), ("z_image", False)]
 )
 def test_what_cleans_prompts_as_in_training_is_asked_for_at_once(
-    name: str, cleans: bool, make: Make, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, cleans: bool, exported: Callable[[str], Path], workshop: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without ftfy one of Wan's pipelines samples other tokens without a word, and the other fails once it is there."""
-    export(make(name), tmp_path / "out")
-    assert ("ftfy" in (tmp_path / "out" / "README.md").read_text()) == cleans
+    folder = exported(name)
+    assert ("ftfy" in (folder / "README.md").read_text()) == cleans
     monkeypatch.setitem(sys.modules, "ftfy", None)
     if cleans:
         with pytest.raises(ImportError, match="ftfy"):
-            load_pipeline(tmp_path / "out", base=workshop / "teachers" / name)
+            load_pipeline(folder, base=workshop / "teachers" / name)
     else:
-        load_pipeline(tmp_path / "out", base=workshop / "teachers" / name)
+        load_pipeline(folder, base=workshop / "teachers" / name)
 
 
 def test_the_file_is_short_of_surprises_for_who_must_trust_it() -> None:
@@ -305,9 +316,11 @@ assert not any(name.startswith("phased_dmd") for name in sys.modules)
 OURS = """
 import sys, pathlib, torch
 from phased_dmd import load_pipeline
-from phased_dmd.export import push
+from phased_dmd.export import export, push
 torch.set_num_threads(1)
-print(push(pathlib.Path(sys.argv[1]), "me/few")[-1])
+run, output = map(pathlib.Path, sys.argv[1:])
+export(run, output)
+print(push(output, "me/few")[-1])
 noise = torch.load("{folder}/noise.pt", weights_only=True)
 pipe = load_pipeline("me/few", dtype=torch.float32)
 torch.save(pipe({prompts}, latents=noise, output_type="latent").frames.cpu(), "{folder}/ours.pt")
@@ -321,8 +334,9 @@ def child(code: str, environment: dict[str, str], *arguments: Path) -> subproces
 def test_strangers_who_know_only_diffusers_make_the_runs_samples_from_the_disk_and_the_hub(
     nano: Path, make: Make, tmp_path: Path
 ) -> None:
-    """Two exports in one process, whose files diffusers copies to one place, and one that another process uploaded and
-    has loaded back; neither has what the other downloaded. Without being trusted diffusers runs none of it.
+    """Two exports in one process, whose files diffusers copies to one place, and one that another process exported to
+    the same bytes (safetensors writes its metadata in an order that differs between processes, and we do not), uploaded
+    and has loaded back; neither has what the other downloaded. Without being trusted diffusers runs none of it.
     """
     export(make("nano-moe"), tmp_path / "pair")
     torch.save(noise(), tmp_path / "noise.pt")
@@ -330,7 +344,8 @@ def test_strangers_who_know_only_diffusers_make_the_runs_samples_from_the_disk_a
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         environment |= {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_nobody"}
         ours, theirs = (environment | {"HF_HOME": str(tmp_path / "homes" / name)} for name in ("ours", "theirs"))
-        done = child(OURS.format(folder=tmp_path, prompts=PROMPTS), ours, nano)
+        code, run = OURS.format(folder=tmp_path, prompts=PROMPTS), make("nano", "phased")
+        done = child(code, ours, run, tmp_path / "there")
         assert done.returncode == 0, done.stderr
         assert re.fullmatch(r"me/few: \d+ files, [\d,]+ bytes sent", done.stdout.strip())
         assert hub.asked[0] == ("/api/repos/create", [{"name": "few", "organization": "me", "visibility": "private"}])
@@ -381,34 +396,36 @@ def merged(run: Path, phase: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["wan21_t2v", "wan22_i2v", *pipelines.PICTURES])
-@pytest.mark.parametrize("reader", ["diffusers", "peft"])
-def test_a_readers_own_loader_merges_each_file_as_it_was_trained(
-    name: str, reader: str, make: Make, workshop: Path, tmp_path: Path
+def test_readers_own_loaders_merge_each_file_as_it_was_trained(
+    name: str, make: Make, exported: Callable[[str], Path], workshop: Path
 ) -> None:
     """diffusers: the stock pipeline's `load_lora_weights` and `fuse_lora`. peft: what a trainer does with the keys."""
-    run, teacher = make(name), workshop / "teachers" / name
-    export(run, tmp_path / "out")
+    run, folder, teacher = make(name), exported(name), workshop / "teachers" / name
     opened = ExportedRun.open(run)
     for expert in opened.experts:
         pipe = DiffusionPipeline.from_pretrained(teacher, **opened.adapter.stock.parts(opened.source))
-        network = pipe.components[expert.part]
-        if reader == "diffusers":
-            second = {"load_into_transformer_2": True} if expert.part == "transformer_2" else {}
-            pipe.load_lora_weights(tmp_path / "out", weight_name=expert.file, **second)
-            pipe.fuse_lora(components=[expert.part])
-        else:
-            state = type(pipe).lora_state_dict(str(tmp_path / "out"), weight_name=expert.file, use_safetensors=True)
-            state = {key.removeprefix("transformer."): tensor for key, tensor in state.items()}
-            modules = sorted({key.split(".lora_")[0] for key in state})
-            inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=modules), network)
-            report = set_peft_model_state_dict(network, state)
-            assert not report.unexpected_keys
-            for module in network.modules():
-                if hasattr(module, "merge"):
-                    module.merge()
-        found = {key.replace(".base_layer", ""): tensor for key, tensor in network.state_dict().items()}
-        for module, weight in merged(run, expert.phase).items():
-            torch.testing.assert_close(found[f"{module}.weight"], weight, rtol=0, atol=1e-6)
+        by_diffusers = pipe.components[expert.part]
+        by_peft = copy.deepcopy(by_diffusers)
+        second = {"load_into_transformer_2": True} if expert.part == "transformer_2" else {}
+        pipe.load_lora_weights(folder, weight_name=expert.file, **second)
+        pipe.fuse_lora(components=[expert.part])
+        state = type(pipe).lora_state_dict(str(folder), weight_name=expert.file, use_safetensors=True)
+        merge_by_peft(by_peft, {key.removeprefix("transformer."): tensor for key, tensor in state.items()})
+        expected = merged(run, expert.phase)
+        for network in (by_diffusers, by_peft):
+            found = {key.replace(".base_layer", ""): tensor for key, tensor in network.state_dict().items()}
+            for module, weight in expected.items():
+                torch.testing.assert_close(found[f"{module}.weight"], weight, rtol=0, atol=1e-6)
+
+
+def merge_by_peft(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Injects an adapter where the keys have one, fills it with them, all, and merges it."""
+    modules = sorted({key.split(".lora_")[0] for key in state})
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=modules), network)
+    assert not set_peft_model_state_dict(network, state).unexpected_keys
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
 
 
 def test_the_right_stock_call_needs_every_switch_that_the_card_names(make: Make, nano: Path, tmp_path: Path) -> None:

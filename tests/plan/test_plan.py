@@ -441,8 +441,14 @@ def copy_configurations(source: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=4, alpha=4)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "bfloat16") for name in TINY if name != "wan22_t2v"),
+        ("wan21_t2v", "float32"),
+        ("qwen_image", "float32"),
+    ],
+)  # a network of Wan2.2's is Wan2.1's, and what a model casts it casts in bfloat16
 def test_activations_are_what_a_real_forward_saves(
     folders: dict[str, Path], name: str, dtype: str, lora: Lora | None
 ) -> None:
