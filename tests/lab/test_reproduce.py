@@ -418,7 +418,7 @@ def test_all_at_a_quick_budget_is_every_claim_and_no_study() -> None:
     assert names == ["fig2", "memory", *CLAIMS, "methods"]
     asked = unique_runs([run for name in names for run in runs_of(name, budgets_of(name, "quick"), Path())])
     counts = {recipe: sum(run.config.recipe == recipe for run in asked) for recipe in QUICK}
-    assert counts == {"toy-2d": 29, "nano-t2i": 34, "nano-moe": 18, "nano-t2v": 5, "nano-i2v": 5}
+    assert counts == {"toy-2d": 29, "exact-clips": 9, "nano-t2i": 34, "nano-moe": 18, "nano-t2v": 5, "nano-i2v": 5}
 
 
 # The table of methods
