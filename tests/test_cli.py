@@ -350,5 +350,6 @@ def test_recipes_says_what_each_distils(monkeypatch: pytest.MonkeyPatch, capsys:
     assert [line.split()[0] for line in lines] == list(RECIPES) and max(map(len, lines)) <= 100
     told = {line.split()[0]: re.split(r"\s{2,}", line.strip())[1:] for line in lines}
     assert told["toy-2d"] == ["a mixture of Gaussians", "points", "4, 4"]
+    assert told["exact-clips"] == ["a mixture of clips", "clips", "4, 4"]
     assert told["wan22-i2v"] == ["Wan-AI/Wan2.2-I2V-A14B-Diffusers", "yours, with pictures", "clips", "4, 2"]
     assert told["nano-t2i"] == ["nano", "nano-t2i", "pictures", "4, 4"]

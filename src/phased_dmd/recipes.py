@@ -52,6 +52,19 @@ def toy_2d() -> Config:
     )  # fmt: skip
 
 
+def exact_clips() -> Config:
+    """Distils a mixture of 120 clips of a digit that moves: does each stay, and each speed?"""
+    return Config(
+        recipe="exact-clips",
+        teacher=AnalyticTeacher(means="clips", std=0.1, fit_steps=5000),
+        plan=Plan(steps=4, phases=4, shift=5.0, gradient="all"),
+        generator=Generator(weights="full", lr=3e-4),
+        fake=Fake(lr=6e-4),
+        optimiser=Optimiser(decay="linear"),
+        iterations=200, batch_size=32, log_every=10, checkpoint_every=100, sample_every=100,
+    )  # fmt: skip
+
+
 def nano_t2i() -> Config:
     """Distils the embedded teacher, text-to-image: 40 steps with guidance become 4 without, a LoRA expert a step."""
     return Config(
@@ -201,7 +214,7 @@ def large(recipe: str) -> Config:
 
 
 RECIPES: dict[str, Callable[[], Config]] = {
-    "toy-1d": toy_1d, "toy-2d": toy_2d, "nano-t2i": nano_t2i,
+    "toy-1d": toy_1d, "toy-2d": toy_2d, "exact-clips": exact_clips, "nano-t2i": nano_t2i,
     **{name: partial(variant, name) for name in VARIANTS}, **{name: partial(large, name) for name in SYSTEMS},
 }  # fmt: skip
 

@@ -464,7 +464,7 @@ def test_all_at_a_quick_budget_is_every_claim_and_no_study() -> None:
     claims = {name: claim_of(name, quick[name], None, Path(), Path()) for name in names}
     asked = unique_runs([run for name in names for run in runs_of(name, claims[name], quick[name], Path())])
     counts = {recipe: sum(run.config.recipe == recipe for run in asked) for recipe in QUICK}
-    digits = {"toy-2d": 29, "nano-t2i": 34, "nano-moe": 18, "nano-t2v": 5, "nano-i2v": 5}
+    digits = {"toy-2d": 29, "exact-clips": 7, "nano-t2i": 34, "nano-moe": 18, "nano-t2v": 5, "nano-i2v": 5}
     assert counts == digits | {"scenes-t2i": 13, "scenes-t2v": 5, "scenes-moe": 3}
 
 

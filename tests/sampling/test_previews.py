@@ -99,7 +99,7 @@ def test_a_run_that_is_too_short_makes_no_part_of_the_bases(tmp_path: Path) -> N
     assert sheet is not None and list(sheet[0].rows) == ["iteration 2"]
 
 
-@pytest.mark.parametrize("recipe", ["nano-t2i", "nano-t2v", "wan22-t2v", "qwen-image", "toy-2d"])
+@pytest.mark.parametrize("recipe", ["nano-t2i", "nano-t2v", "wan22-t2v", "qwen-image", "toy-2d", "exact-clips"])
 def test_every_recipes_run_is_long_enough(recipe: str) -> None:
     """And the plan counts it: 40 steps, and one more where a phase's bounds part one; twice that with guidance."""
     config = resolve(recipe)

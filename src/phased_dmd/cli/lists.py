@@ -42,7 +42,8 @@ def _row(config: Config) -> tuple[str, str, str, str]:
     if isinstance(teacher, OwnTeacher):
         return "yours, by --own", "yours", "samples", hops
     if not isinstance(teacher, PipelineTeacher):
-        return "a mixture of Gaussians", "", "points", hops
+        clips = teacher.means == "clips"
+        return f"a mixture of {'clips' if clips else 'Gaussians'}", "", "clips" if clips else "points", hops
     made = "clips" if teacher.sizes[0].num_frames > 1 else "pictures"
     told = "yours, with pictures" if config.prompts == FIRST_FRAMES else str(config.prompts)
     return teacher.path, told, made, hops

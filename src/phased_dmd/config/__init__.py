@@ -207,8 +207,8 @@ class Config(Section):
             raise ValueError(f"anchor.updates: {len(self.anchor.updates)} of them for {self.plan.phases} phases")
         if analytic and "lora" in weights:
             raise ValueError("generator.weights, fake.weights: an analytic teacher has only 'full' students")
-        one_dimension = isinstance(self.teacher, AnalyticTeacher) and len(self.teacher.means[0]) == 1
-        if one_dimension and self.objective == "projected":
+        points = self.teacher.means if isinstance(self.teacher, AnalyticTeacher) else "none"
+        if not isinstance(points, str) and len(points[0]) == 1 and self.objective == "projected":
             raise ValueError("objective: projected leaves nothing of a gradient in one dimension")
         if analytic and self.prompts is not None:
             raise ValueError("prompts: an analytic teacher takes none")

@@ -69,7 +69,7 @@ def _validated(section: type[S], data: Any, at: Sequence[str] = ()) -> S:
         path = [str(part) for part in (*at, *first["loc"])]
         if path[:1] == ["teacher"] and len(first["loc"]) > 1:
             del path[1]  # the kind, by which pydantic tells the teachers apart
-        where = ".".join(path)
+        where = ".".join(part for part in path if "[" not in part)  # as pydantic calls one of a field's several types
         if first["type"] == "extra_forbidden":
             raise UserError(f"{where}: unknown field{did_you_mean(path[-1], _field_names(data, path))}") from None
         raise UserError(_complaint(where, first)) from None

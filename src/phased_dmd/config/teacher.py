@@ -23,14 +23,14 @@ class Section(BaseModel):
 
 
 class AnalyticTeacher(Section):
-    """Predicts exactly for a mixture of Gaussians; the student is an MLP that is fitted to the prediction."""
+    """Predicts exactly for a mixture of Gaussians; the student is a network that is fitted to the prediction."""
 
     kind: Literal["analytic"] = "analytic"
     """The kind of teacher."""
     negative_prompt: Literal[""] = ""
     """An analytic teacher has no prompts, and so no negative one."""
-    means: tuple[tuple[float, ...], ...]
-    """The means of the mixture's Gaussians, one list of coordinates for each."""
+    means: tuple[tuple[float, ...], ...] | Literal["clips"]
+    """The means of the mixture's Gaussians, one list of coordinates for each; or clips: the shipped ones of digits."""
     std: float = Field(default=0.0, ge=0)
     """The standard deviation of every Gaussian in every direction; 0 makes them points."""
     weights: tuple[float, ...] | None = None
@@ -46,6 +46,10 @@ class AnalyticTeacher(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.means == "clips":
+            if self.weights is not None:
+                raise ValueError("weights: clips are all alike")
+            return self
         if not self.means or len({len(mean) for mean in self.means}) != 1 or not self.means[0]:
             raise ValueError("means: needs at least one mean, all of the same length")
         if self.weights is not None and (len(self.weights) != len(self.means) or min(self.weights) <= 0):

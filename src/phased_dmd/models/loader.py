@@ -50,9 +50,10 @@ def _builders(
     """Imports a teacher's file, and no other's; returns what builds its model and its codec."""
     match teacher:
         case AnalyticTeacher():
-            from phased_dmd.models.analytic import AnalyticModel, PlainCodec
+            from phased_dmd.models.analytic import AnalyticModel, ClipCodec, PlainCodec
 
-            return partial(AnalyticModel, teacher, seed, fit, where), PlainCodec
+            codec = ClipCodec if teacher.means == "clips" else PlainCodec
+            return partial(AnalyticModel, teacher, seed, fit, where), codec
         case PipelineTeacher():
             adapter = adapter_of(teacher)
             return partial(adapter.model, teacher, where, source), partial(adapter.codec, teacher, where, source)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from phased_dmd.conditions import fitting
 from phased_dmd.config import Config
-from phased_dmd.config.teacher import WanTeacher
+from phased_dmd.config.teacher import AnalyticTeacher, WanTeacher
 from phased_dmd.engine.collectives import run_on_all_ranks
 from phased_dmd.engine.randomness import normal
 from phased_dmd.engine.world import BATCH, batch_size, device, rank, world_size
@@ -63,9 +63,10 @@ class Sampler:
 
     @property
     def fps(self) -> float:
-        """Returns the frames a second at which clips are written: nano's, or Wan's."""
+        """Returns the frames a second at which clips are written: nano's, of other small ones too, or Wan's."""
         teacher = self.system.config.teacher
-        return NANO_FPS if isinstance(teacher, WanTeacher) and teacher.path in SHIPPED else WAN_FPS
+        small = isinstance(teacher, AnalyticTeacher) or isinstance(teacher, WanTeacher) and teacher.path in SHIPPED
+        return NANO_FPS if small else WAN_FPS
 
     def __call__(
         self, prompts: Sequence[Prompt | str], seeds: Sequence[int], teacher_steps: int | None = None

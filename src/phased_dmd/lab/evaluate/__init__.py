@@ -17,13 +17,14 @@ from phased_dmd.checkpoint import Reference, RunFolder, write_atomically
 from phased_dmd.config import Config
 from phased_dmd.config.teacher import AnalyticTeacher, PipelineTeacher
 from phased_dmd.errors import UserError
-from phased_dmd.lab.evaluate.compare import compare_media, compare_points, slug
+from phased_dmd.lab.evaluate.compare import compare_media, compare_mixture, slug
 from phased_dmd.lab.evaluate.instruments import Readings, load_instruments
 from phased_dmd.lab.evaluate.measures import Measurement
 from phased_dmd.lab.evaluate.sample_sets import Protocol, parse_seeds, sample_sets
 from phased_dmd.lab.evaluate.samples import Base, SampleFolder, generate
 from phased_dmd.lab.evaluate.tables import BETTER, COSTS, HEADINGS, NET_OF, table, title
 from phased_dmd.models.analytic import ExactMixture
+from phased_dmd.models.exact_clips import load_clips
 from phased_dmd.models.hashes import file_hash
 from phased_dmd.networks.build import Own
 from phased_dmd.progress import progress
@@ -155,7 +156,8 @@ def _of_sampler(
         if tools is None:
             exact = sampler.system.model.networks[0]
             assert isinstance(exact, ExactMixture)
-            sets[sample_set.name] = compare_points(sources, sample_set, exact, folder / "samples")
+            known = load_clips() if exact.means.ndim > 2 else None
+            sets[sample_set.name] = compare_mixture(sources, sample_set, exact, known, folder / "samples")
             continue
         others = [seed + FLOOR_SEEDS for seed in seeds]
         again = f"{told}base, {many} steps, other seeds"

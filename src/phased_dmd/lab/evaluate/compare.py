@@ -8,11 +8,19 @@ from typing import Any
 from phased_dmd.checkpoint import write_atomically
 from phased_dmd.errors import UserError
 from phased_dmd.lab.evaluate.instruments import Instruments, Readings
-from phased_dmd.lab.evaluate.measures import Measurement, Reference, measurements, mixture_statistics, statistics
+from phased_dmd.lab.evaluate.measures import (
+    Measurement,
+    Reference,
+    clip_statistics,
+    measurements,
+    mixture_statistics,
+    statistics,
+)
 from phased_dmd.lab.evaluate.sample_sets import SampleSet
 from phased_dmd.lab.evaluate.samples import SampleSource
 from phased_dmd.media import save_clip, save_image, save_points, strip
 from phased_dmd.models.analytic import ExactMixture
+from phased_dmd.models.exact_clips import Clips
 from phased_dmd.sampling.sampler import WAN_FPS
 
 STRIP = 96  # pixels, at most, of the height of a clip's frames side by side
@@ -48,13 +56,23 @@ def compare_media(
     return _as_json(sample_set, sources, measurements(found, base, sample_set.groups))
 
 
-def compare_points(sources: Sources, sample_set: SampleSet, exact: ExactMixture, folder: Path) -> dict[str, Any]:
-    """Measures an analytic teacher's samples against its exact mixture; returns the same as `compare_media`."""
-    points = {name: source.pixels(range(len(sample_set.seeds))) for name, source in sources.items()}
-    found = {name: mixture_statistics(cloud, exact, sample_set.seeds[0]) for name, cloud in points.items()}
-    for name, cloud in points.items():
-        path = folder / sample_set.name / slug(name) / "points.png"
-        save_points(path, {name: cloud[:, :2]}, exact.means[:, :2].cpu())
+def compare_mixture(
+    sources: Sources, sample_set: SampleSet, exact: ExactMixture, clips: Clips | None, folder: Path
+) -> dict[str, Any]:
+    """Measures an analytic teacher's samples against its exact mixture; returns the same as `compare_media`.
+
+    clips: those that the mixture is of, unless it is one of points.
+    """
+    found = {}
+    for name, source in sources.items():
+        latents, path = source.latents, folder / sample_set.name / slug(name)
+        assert latents is not None
+        found[name] = mixture_statistics(latents, exact, sample_set.seeds[0])
+        if clips is None:
+            save_points(path / "points.png", {name: latents[:, :2]}, exact.means[:, :2].cpu())
+        else:
+            found[name] |= clip_statistics(latents, clips)
+            _save_media(source, sample_set, True, path)
     return _as_json(sample_set, sources, measurements(found, next(iter(sources)), sample_set.groups))
 
 

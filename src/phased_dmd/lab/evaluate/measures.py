@@ -13,13 +13,14 @@ from phased_dmd.lab.metrics.distances import (
     Moments,
     class_entropy,
     frechet,
-    mode_histogram_kl,
+    histogram_kl,
     moments,
     pairwise_cosine,
     principal_components,
 )
 from phased_dmd.lab.metrics.intervals import Statistic, debiased, jackknife_half_width, leave_one_out
 from phased_dmd.models.analytic import ExactMixture
+from phased_dmd.models.exact_clips import Clips
 
 COMPONENTS = 32  # of the pixels' principal component analysis
 FEWEST = 4  # samples, for a Fréchet distance: two at least are left when a group is left out
@@ -168,14 +169,14 @@ def _named(texts: Sequence[Sequence[str]], words: Sequence[str]) -> Tensor:
 
 
 def mixture_statistics(points: Tensor, exact: ExactMixture, first: int = 0) -> dict[str, Statistic]:
-    """Returns the measures of an analytic teacher's samples [n, d], all of which compare with the exact mixture.
+    """Returns the measures of an analytic teacher's samples [n, ...], all of which compare with the exact mixture.
 
     They are the KL of the histogram over the modes, the energy distance to as many exact samples, and the mean
     distance to a mode. first: the first seed of the set, which the exact samples depend on.
     """
-    points, means, weights = points.double(), exact.means.cpu(), exact.weights.cpu()
-    reference = exact.sample(len(points), torch.Generator().manual_seed(EXACT_SEED + first)).double()
-    nearest = torch.cdist(points, means).min(1).values
+    points, weights = points.double().flatten(1), exact.weights.cpu()
+    reference = exact.sample(len(points), torch.Generator().manual_seed(EXACT_SEED + first)).double().flatten(1)
+    distance, nearest = torch.cdist(points, exact.means.cpu().flatten(1)).min(1)
     across, within = torch.cdist(points, reference).mean(1), torch.cdist(points, points)
     of_reference = float(torch.cdist(reference, reference).sum() / (len(points) * (len(points) - 1)))
 
@@ -186,7 +187,22 @@ def mixture_statistics(points: Tensor, exact: ExactMixture, first: int = 0) -> d
         return float(2 * across[keep].mean() - own) - of_reference
 
     return {
-        "mode_histogram_kl": lambda keep: mode_histogram_kl(points[keep], means, weights),
+        "mode_histogram_kl": lambda keep: histogram_kl(nearest[keep], weights),
         "energy_distance": energy,
-        "distance_to_nearest_mode": _mean(nearest),
+        "distance_to_nearest_mode": _mean(distance),
     }
+
+
+def clip_statistics(samples: Tensor, clips: Clips) -> dict[str, Statistic]:
+    """Returns what of a mixture's clips samples [n, frames, height, width] keep, read off the clip nearest to each.
+
+    They are the KL of the histograms over digits, directions and speeds to those of the clips, and the mean speed in
+    pixels a frame.
+    """
+    nearest = torch.cdist(samples.double().flatten(1), clips.pixels.flatten(1)).argmin(1)
+    found = {"clip_speed": _mean(clips.speed[nearest])}
+    for name, values in (("class_kl", clips.digit), ("direction_kl", clips.direction), ("speed_kl", clips.speed)):
+        label = values.unique(return_inverse=True)[1]
+        law = label.bincount().double() / len(label)
+        found[name] = lambda keep, read=label[nearest], law=law: histogram_kl(read[keep], law)
+    return found

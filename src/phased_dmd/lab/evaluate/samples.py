@@ -31,6 +31,7 @@ class SampleSource:
 
     pixels: returns pixels [b, f, h, w, 3] for b indices. size: how many are decoded at once. fps: frames a second of
     clips, where it is known. calls, seconds: network calls and time for one sample. key: equal for equal samples.
+    latents: [n, ...], of samples that a codec decodes.
     """
 
     pixels: Callable[[Sequence[int]], Tensor]
@@ -39,6 +40,7 @@ class SampleSource:
     calls: int | None = None
     seconds: float | None = None
     key: str | None = None
+    latents: Tensor | None = None
 
 
 class Base:
@@ -150,7 +152,9 @@ def generate(sampler: Sampler, sample_set: SampleSet, what: str) -> SampleSource
 def _decoded_by(sampler: Sampler, latents: Tensor, calls: int, seconds: float, key: str | None = None) -> SampleSource:
     """Returns a source of latents [n, ...] that a sampler's codec decodes."""
     size = batch_size(latents.shape[1:])
-    return SampleSource(lambda indices: sampler.decode(latents[list(indices)]), size, sampler.fps, calls, seconds, key)
+    return SampleSource(
+        lambda indices: sampler.decode(latents[list(indices)]), size, sampler.fps, calls, seconds, key, latents
+    )
 
 
 class SampleFolder:

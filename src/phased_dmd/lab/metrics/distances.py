@@ -74,6 +74,10 @@ def lpips() -> PictureDistance:
 
 def mode_histogram_kl(samples: Tensor, means: Tensor, weights: Tensor) -> float:
     """Returns KL(histogram of samples [n, d] over the nearest of the means [m, d] || weights [m]) in nats."""
-    nearest = torch.cdist(samples.double(), means.double()).argmin(1)
-    share = nearest.bincount(minlength=len(means)).double() / len(samples)
-    return float((torch.special.xlogy(share, share) - torch.special.xlogy(share, weights.double())).sum())
+    return histogram_kl(torch.cdist(samples.double(), means.double()).argmin(1), weights)
+
+
+def histogram_kl(labels: Tensor, law: Tensor) -> float:
+    """Returns KL(histogram of labels [n], whole numbers from 0 || their law [kinds]) in nats."""
+    share = labels.bincount(minlength=len(law)).double() / len(labels)
+    return float((torch.special.xlogy(share, share) - torch.special.xlogy(share, law.double())).sum())

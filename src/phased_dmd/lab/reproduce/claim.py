@@ -79,13 +79,13 @@ class Budget:
 
 
 FULL = {
-    "toy-2d": Budget(5, 4000), "nano-t2i": Budget(3, 1000, 0.5), "nano-moe": Budget(3, 1000),
-    "nano-t2v": Budget(3, 160, 0.5), "nano-i2v": Budget(3, 160, 0.5),
+    "toy-2d": Budget(5, 4000), "exact-clips": Budget(5, 2000), "nano-t2i": Budget(3, 1000, 0.5),
+    "nano-moe": Budget(3, 1000), "nano-t2v": Budget(3, 160, 0.5), "nano-i2v": Budget(3, 160, 0.5),
     "scenes-t2i": Budget(5, 500), "scenes-t2v": Budget(5, 160), "scenes-moe": Budget(5, 160),
 }  # fmt: skip
 QUICK = {
-    "toy-2d": Budget(1, 1000, 0.2), "nano-t2i": Budget(1, 200, 0.1), "nano-moe": Budget(1, 200, 0.1),
-    "nano-t2v": Budget(1, 64, 0.1), "nano-i2v": Budget(1, 64, 0.1),
+    "toy-2d": Budget(1, 1000, 0.2), "exact-clips": Budget(1, 500, 0.1), "nano-t2i": Budget(1, 200, 0.1),
+    "nano-moe": Budget(1, 200, 0.1), "nano-t2v": Budget(1, 64, 0.1), "nano-i2v": Budget(1, 64, 0.1),
     "scenes-t2i": Budget(1, 200, 0.1), "scenes-t2v": Budget(1, 64, 0.1), "scenes-moe": Budget(1, 64, 0.1),
 }  # fmt: skip
 
