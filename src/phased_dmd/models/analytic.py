@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from phased_dmd.models.exact_clips import ClipTransformer, load_clips
 from phased_dmd.models.protocol import Condition
 
 FIT_BATCH, FIT_LR = 512, 2e-3  # of the fit of the student to the exact prediction
-CLIP_FIT = 64, 2e-3, 3.0  # the same of clips, and the shift of the times: noise near t = 1 decides which clip
+CLIP_FIT: dict[str, Any] = {"batch": 64, "lr": 2e-3, "shift": 3.0}  # of clips: noise near t = 1 decides which
 SCHEDULES: dict[str, Schedule] = {
     "flow": FlowSchedule(), "vp-cosine": VPSchedule("cosine"), "vp-linear": VPSchedule("linear"), "ve": VESchedule(),
 }  # fmt: skip
@@ -115,7 +116,7 @@ def initial_student(config: AnalyticTeacher, seed: int, fit: bool) -> nn.Module:
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
         student = build_student(exact)
     if fit:
-        fit_student(student, exact, config.fit_steps, rng, *(CLIP_FIT if config.means == "clips" else ()))
+        fit_student(student, exact, config.fit_steps, rng, **(CLIP_FIT if config.means == "clips" else {}))
     return student
 
 

@@ -20,6 +20,7 @@ from phased_dmd.plan.measure import (
     largest_block,
     largest_call,
     meta_model,
+    network_parameters,
     plan_of,
 )
 from phased_dmd.plan.memory import (
@@ -301,7 +302,7 @@ def _length_warnings(config: Config, bucket: str, usable: float) -> list[str]:
 
 def _remarks(config: Config) -> tuple[str, ...]:
     """Says what networks weigh, and what the absence of a first moment saves."""
-    parameters = sum(p.numel() for p in meta_model(config.teacher).students[0].parameters())
+    parameters = network_parameters(config.teacher)
     moments = 4 * itemsizes(config.teacher)[1] * parameters  # weights, gradients, and two moments
     return (
         f"{TEACHER}: {size(network_bytes(config.teacher))} a network, frozen",

@@ -49,6 +49,12 @@ def meta_model(teacher: Teacher) -> VelocityModel:
     return bare_model(teacher, seed=0)
 
 
+@cached
+def network_parameters(teacher: Teacher) -> int:
+    """Returns the number of parameters of one of a teacher's networks, which are alike."""
+    return sum(p.numel() for p in meta_model(teacher).students[0].parameters())
+
+
 def plan_of(config: Config) -> PhasePlan:
     """Returns the phases over the teacher's networks. Raises UserError where a phase has no re-noise times."""
     try:

@@ -9,7 +9,15 @@ from torch import nn
 from phased_dmd.config import Config, Fake, Generator, renoise_interval
 from phased_dmd.config.teacher import PipelineTeacher, Teacher
 from phased_dmd.networks.roles import FAKE, TEACHER, expert_role
-from phased_dmd.plan.measure import cached, itemsizes, largest_block, largest_call, meta_model, plan_of
+from phased_dmd.plan.measure import (
+    cached,
+    itemsizes,
+    largest_block,
+    largest_call,
+    meta_model,
+    network_parameters,
+    plan_of,
+)
 from phased_dmd.plan.preview import preview_cost
 
 RESERVE = 0.08  # of a GPU's memory: CUDA's context, NCCL's buffers, fragments; not measured
@@ -75,8 +83,7 @@ def networks(config: Config, phase: int) -> tuple[int, int]:
 
 def parameters_by_role(config: Config) -> dict[str, int]:
     """Returns numbers of parameters: of the frozen teacher, and of each phase's expert and fake."""
-    students = meta_model(config.teacher).students
-    roles = {TEACHER: sum(p.numel() for network in students for p in network.parameters())}
+    roles = {TEACHER: len(meta_model(config.teacher).students) * network_parameters(config.teacher)}
     for phase in range(1, config.plan.phases + 1):
         experts, fakes = networks(config, phase)
         roles[expert_role(phase)] = experts * largest_call(config, 1, config.generator).trained
@@ -172,8 +179,7 @@ def autocast_copies(teacher: Teacher, role: Generator | Fake) -> int:
     dtype that computes.
     """
     item, trained = itemsizes(teacher)
-    weights = sum(p.numel() for p in meta_model(teacher).students[0].parameters())
-    return weights * item if role.weights == "full" and item < trained else 0
+    return network_parameters(teacher) * item if role.weights == "full" and item < trained else 0
 
 
 def training(config: Config, phase: int, gpus: int, gradients: int) -> int:

@@ -7,7 +7,7 @@ from phased_dmd.config import Config
 from phased_dmd.config.teacher import PipelineTeacher, Teacher
 from phased_dmd.maths.phases import PhasePlan
 from phased_dmd.models.loader import adapter_of
-from phased_dmd.plan.measure import Call, bucket_shapes, call, itemsizes, meta_model, plan_of
+from phased_dmd.plan.measure import Call, bucket_shapes, call, itemsizes, meta_model, network_parameters, plan_of
 from phased_dmd.pool import begins_with_teacher, pool_calls
 
 TEXT_TOKENS = 192  # of a prompt, where it is not padded to the most tokens: about 140 words
@@ -102,7 +102,7 @@ def gathered_bytes(config: Config, work: Work, gpus: int, score_calls: float) ->
     """
     shards = gpus // config.engine.replicas
     item, trained = itemsizes(config.teacher)
-    network = sum(p.numel() for p in meta_model(config.teacher).students[0].parameters())
+    network = network_parameters(config.teacher)
     own = config.batch_size * config.engine.sequence_parallel / gpus
     calls = max(1.0, own / (config.engine.micro_batch or own))  # micro-batches
     updates = config.fake.updates * score_calls

@@ -85,8 +85,8 @@ TABLE3 = Claim(
     "its own way before a camera that may pan, whose speeds are read. On scenes-moe, as on Wan2.2, both methods have "
     "two experts, one a network. Optical flow is in pixels of 32 a side; the dynamic degree scales VBench's threshold "
     "to them. Of the exact mixture's clips each has a speed, and all are as frequent, so that the true mean and shares "
-    "are known; a sample's is that of the clip nearest to it. But on scenes-moe Phased+SGTS has twice the parameters of "
-    "DMD+SGTS and Phased, of four experts, four times; there is no control of as many.",
+    "are known; a sample's is that of the clip nearest to it. But on scenes-moe Phased+SGTS has twice the parameters "
+    "of DMD+SGTS and Phased, of four experts, four times; there is no control of as many.",
     trials=trials(
         METHODS, {
             "scenes-t2v": OF_MOVING_SCENES, "exact-clips": CLIP_MOTION, "nano-t2v": MOTION, "nano-i2v": MOTION,
