@@ -1,7 +1,7 @@
 """What the embedded teachers of scenes themselves make at 40, 8 and 4 steps, beside what real scenes are.
 
 `python benchmarks/bases.py` writes docs/results/bases.md, .jsonl and pictures of them: each seed has noise of its own,
-and intervals are over seeds. `--recipes scenes-t2i --seeds 1 --samples 200 --guidance 1.5 --output FOLDER` tries
+and intervals are over seeds. `--recipes scenes-t2i --seeds 1 --first 100 --samples 192 --guidance 1.5 --output FOLDER` tries
 another guidance.
 """
 
@@ -117,7 +117,8 @@ def page(rows: Sequence[Mapping[str, Any]], command: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
-    parser.add_argument("--seeds", type=int, default=3, help="number of them, 0, 1, ...")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first", type=int, default=0, help="the first of them: 100 and more are for tuning")
     parser.add_argument("--samples", type=int, default=480)
     parser.add_argument("--guidance", type=float, help="another than the recipe's")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
@@ -128,8 +129,8 @@ def main() -> None:
         config = resolve(recipe)
         if arguments.guidance is not None:
             config = changed(config, {"teacher.guidance": [arguments.guidance]})
-        for seed in range(arguments.seeds):
-            picture = None if seed else arguments.output / f"bases-{recipe}.png"
+        for seed in range(arguments.first, arguments.first + arguments.seeds):
+            picture = None if seed > arguments.first else arguments.output / f"bases-{recipe}.png"
             rows += measure_base(config, seed, arguments.samples, arguments.cache, picture)
     write_rows(arguments.output / "bases.jsonl", rows)
     (arguments.output / "bases.md").write_text(page(rows, "python benchmarks/bases.py"), "utf-8")
