@@ -1,8 +1,8 @@
 """What the embedded teachers of scenes themselves make at 40, 8 and 4 steps, beside what real scenes are.
 
 `python benchmarks/bases.py` writes docs/results/bases.md, .jsonl and pictures of them: each seed has noise of its own,
-and intervals are over seeds. `--recipes scenes-t2i --seeds 1 --first 100 --samples 192 --guidance 1.5 --output FOLDER` tries
-another guidance.
+and intervals are over seeds. With `--first 100 --guidance 1.5 --output FOLDER` it tries another guidance, on seeds that
+nothing is reported of.
 """
 
 import argparse

@@ -56,6 +56,7 @@ from phased_dmd.lab.reproduce.fig2 import (
 )
 from phased_dmd.lab.reproduce.fig2 import FULL as FULL_INTERVAL
 from phased_dmd.lab.reproduce.fig5 import change, changes
+from phased_dmd.lab.reproduce.known_rows import standing_rows, still_to_run
 from phased_dmd.lab.reproduce.memory_study import SavedBytes, judge_memory, memory_page, update_bytes, write_memory
 from phased_dmd.lab.reproduce.method_table import at_equal_cost, bias_table, end_table, row_verdicts
 from phased_dmd.lab.reproduce.results import plus_minus, read_rows, write_index
@@ -69,7 +70,6 @@ from phased_dmd.lab.reproduce.run import (
     study_page,
     weigh,
 )
-from phased_dmd.lab.reproduce.standing import standing_rows, still_to_run
 from phased_dmd.lab.reproduce.study import Study, plan_run, plan_runs, study_of, summarise
 from phased_dmd.lab.reproduce.tdm_study import FINE, INTERVALS, descend, stages, tdm_study
 from phased_dmd.lab.reproduce.verdict import compare, compare_pairs, in_a_line, judge, judge_each, mirrored, outcome

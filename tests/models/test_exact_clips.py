@@ -185,7 +185,7 @@ def test_a_run_is_previewed_sampled_evaluated_and_reported_as_clips(tmp_path: Pa
     run = tmp_path / "run"
     distill(resolve("exact-clips", quick), run, quiet=True)
     (sheet,) = [found for path in sorted(run.rglob("samples/*.png"))[-1:] if (found := read_sheet(path))]
-    assert sheet[0].frames == 5 and sheet[0].tile == (128, 128)
+    assert sheet[0].frames == 5 and sheet[0].tile == [128, 128]
     sampler = load(run)
     paths = write_samples(sampler, [Prompt("")], 2, tmp_path / "shown", 8)
     assert [path.suffix for path in paths] == [".webp", ".webp", ".jsonl", ".png"]
@@ -206,7 +206,7 @@ def test_the_fit_brings_the_student_near_the_exact_prediction(clips: Clips) -> N
     exact = ExactMixture(clips.pixels, STD, torch.ones(len(clips.pixels)), SCHEDULES["flow"], "flow")
     torch.manual_seed(0)
     student = ClipTransformer(clips.pixels.shape[1:], exact.factors)
-    fit_student(student, exact, 100, generator(0, "fit"), 16, *CLIP_FIT[1:])
+    fit_student(student, exact, 100, generator(0, "fit"), **CLIP_FIT | {"batch": 16})
     t = torch.full((64,), 0.9, dtype=torch.float64)
     x = exact.marginal(0.9, torch.rand(64), torch.randn(64, *clips.pixels.shape[1:]))
     with torch.no_grad():

@@ -14,10 +14,10 @@ from phased_dmd.lab.reproduce.claims import ALONE, CLAIMS, NAMES, STUDIES, TABLE
 from phased_dmd.lab.reproduce.fig2 import SEEDS, fig2
 from phased_dmd.lab.reproduce.fig5 import changes
 from phased_dmd.lab.reproduce.figure import draw_figure
+from phased_dmd.lab.reproduce.known_rows import standing_rows, still_to_run
 from phased_dmd.lab.reproduce.memory_study import memory
 from phased_dmd.lab.reproduce.method_table import at_equal_cost, methods_page, row_verdicts
 from phased_dmd.lab.reproduce.results import amounts, summary_table, write_index, write_page, write_rows
-from phased_dmd.lab.reproduce.standing import standing_rows, still_to_run
 from phased_dmd.lab.reproduce.study import Study, plan_runs, rows_of, study_of
 from phased_dmd.lab.reproduce.tdm_study import tdm_study
 from phased_dmd.lab.reproduce.verdict import compare_pairs, in_a_line, judge_each

@@ -14,7 +14,7 @@ from phased_dmd.config import Config
 from phased_dmd.lab.evaluate import evaluate
 from phased_dmd.lab.metrics.intervals import interval
 from phased_dmd.lab.reproduce.claim import Budget, Variant
-from phased_dmd.lab.reproduce.standing import Standing, row_that_stands
+from phased_dmd.lab.reproduce.known_rows import Standing, row_that_stands
 from phased_dmd.lab.reproduce.workers import PlannedRun
 from phased_dmd.recipes import resolve
 
