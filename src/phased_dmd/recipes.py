@@ -295,6 +295,6 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
             known = did_you_mean(name, list(RECIPES))
             raise UserError(f"{recipe}: teacher is missing, and recipe: {name} is none to inherit it from{known}")
         return build(data).model_dump(mode="json")
-    if odd := next((key for key in data if not isinstance(key, str)), None):
-        raise UserError(f"{recipe}: {odd!r}: unknown field")
+    if odd := [key for key in data if not isinstance(key, str)]:  # one of them may be null or 0
+        raise UserError(f"{recipe}: {odd[0]!r}: unknown field")
     return changed(RECIPES[name](), data).model_dump(mode="json")

@@ -432,6 +432,8 @@ def test_a_file_of_a_whole_recipe_is_that_recipe(recipe: str, tmp_path: Path) ->
             "recipe is missing: name the one that the rest ",
         ),
         ("recipe: nano-t2i\n3: 4\n", "3: unknown field"),
+        ("recipe: nano-t2i\nnull: 4\n", "None: unknown field"),
+        ("recipe: nano-t2i\n0: 4\n", "0: unknown field"),
     ],
 )
 def test_a_file_that_inherits_from_nothing_is_told_so(text: str, says: str, tmp_path: Path) -> None:
