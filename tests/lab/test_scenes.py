@@ -32,7 +32,7 @@ from phased_dmd.lab.teach.language import build_tokenizer
 from phased_dmd.lab.teach.mnist import Digits, load_digits
 from phased_dmd.lab.teach.nano import teach
 from phased_dmd.lab.teach.reader import accuracies, teach_scenes_reader
-from phased_dmd.lab.teach.scene_batches import clip_batch, draw_scene, leave_out, picture_batch, render
+from phased_dmd.lab.teach.scene_batches import clip_batch, draw_captions, draw_scene, leave_out, picture_batch, render
 from phased_dmd.lab.teach.variants import teach_moe
 from phased_dmd.lab.teach.worlds import COLOURED, DIGITS, TrainingBudget
 from phased_dmd.prompts import Prompt, read_prompts
@@ -260,6 +260,29 @@ def test_the_scenes_recipes_are_nanos_but_for_the_world() -> None:
 
 
 # ---------------------------------------------------------------- teaching
+
+
+def test_every_word_is_told_what_the_digit_is_like_that_it_belongs_to() -> None:
+    """Word by word of the tokenizer's own, against what the caption's parse names; all tokens, the end too, know the
+    pan.
+    """
+    captions, answers = draw_captions(200, 32, rng())
+    tokens = build_tokenizer(COLOURED)(captions)["input_ids"]
+    tables = (WORDS, COLOURS, CELLS, DIRECTIONS, SPEEDS)
+    for text, ids, found in zip(captions, tokens, answers.tolist(), strict=True):
+        scene = parse(text)
+        pan = 0 if scene.pan is None else 1 + list(PANS).index(scene.pan)
+        assert [row[-1] for row in found] == [pan] * len(ids) + [-1] * (32 - len(ids)), text
+        expected = []
+        for place, (phrase, digit) in enumerate(
+            zip(text.partition(", ")[0].split(" and "), scene.digits, strict=False), 1
+        ):
+            named = zip(tables, vars(digit).values(), strict=True)
+            row = [0 if value is None else 1 + list(table).index(value) for table, value in named]
+            expected += [[*row, place]] * len(phrase.split()) + [[-1] * 6]
+        if all(digit == Digit() for digit in scene.digits):
+            expected = []
+        assert [row[:-1] for row in found] == (expected + [[-1] * 6] * 32)[:32], text
 
 
 def test_the_teachers_of_scenes_can_be_taught_again(tmp_path: Path) -> None:
