@@ -42,7 +42,7 @@ from phased_dmd.train import distill
 DATA = Path(__file__).parents[2] / "data" / "mnist_5k.csv.gz"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY = TrainingBudget(
-    vae_steps=2, encoder_steps=2, num_images=16, num_clips=8, transformer_steps=3, switch_steps=(2, 2)
+    vae_steps=2, encoder_steps=2, num_images=16, num_clips=8, transformer_steps=3, further_steps=2, switch_steps=(2, 2)
 )
 
 
@@ -342,13 +342,13 @@ class StoppedError(Exception):
     pass
 
 
-@pytest.mark.parametrize("stopped_in", [4, 8])
+@pytest.mark.parametrize("stopped_in", [4, 8, 12])
 def test_teaching_goes_on_where_it_was_stopped(
     stopped_in: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Saved after every second step and stopped in the VAE's or the transformer's fourth, it ends with equal bytes."""
+    """Saved after every second step and stopped in the fourth of a stage, it ends with equal bytes."""
     monkeypatch.setattr("phased_dmd.lab.teach.descent.SAVED_EVERY", 2)
-    budget, step = replace(TINY, vae_steps=4, transformer_steps=4), Descent.step
+    budget, step = replace(TINY, vae_steps=4, transformer_steps=4, further_steps=4), Descent.step
     teach(DIGITS, tmp_path / "whole", DATA, 0, budget, lambda _: None)
     steps = itertools.count(1)
 
@@ -361,6 +361,6 @@ def test_teaching_goes_on_where_it_was_stopped(
     with pytest.raises(StoppedError):
         teach(DIGITS, tmp_path / "parts", DATA, 0, budget, lambda _: None)
     teach(DIGITS, tmp_path / "parts", DATA, 0, budget, lambda _: None)
-    assert next(steps) == 4 + 4 + 3, "two steps of the one that was stopped are made again"
+    assert next(steps) == 4 + 4 + 4 + 3, "two steps of the one that was stopped are made again"
     for whole in (tmp_path / "whole").rglob("*.safetensors"):
         assert whole.read_bytes() == (tmp_path / "parts" / whole.relative_to(tmp_path / "whole")).read_bytes(), whole

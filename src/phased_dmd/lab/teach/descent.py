@@ -1,5 +1,6 @@
 """How every network of the lab is trained: AdamW with a cosine, which goes on where it was stopped."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,34 @@ class Descent:
 
     def __init__(
         self, network: nn.Module, steps: int, lr: float, weight_decay: float = 0.01, clip: float = 1.0,
-        average: AveragedModel | None = None,
+        average: AveragedModel | None = None, matrices: Sequence[nn.Parameter] = (),
     ) -> None:  # fmt: skip
-        """Begins a descent; average: of the network, which is kept with it."""
+        """Begins a descent.
+
+        average: of the network, which is kept with it. matrices: those of its parameters that descend by Muon, whose
+        updates are as large as AdamW's.
+        """
 
         def factor(step: int) -> float:
             ramp = min(1.0, (step + 1) / 100)
             return ramp * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / steps))))
 
         self.network, self.clip, self.steps, self.average = network, clip, steps, average
-        self.optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, factor)
+        chosen = {id(matrix) for matrix in matrices}
+        others = [parameter for parameter in network.parameters() if id(parameter) not in chosen]
+        self.optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay)]
+        if matrices:
+            muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            self.optimisers.append(muon)
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(optimiser, factor) for optimiser in self.optimisers]
 
     def step(self, loss: Tensor) -> None:
         """Makes one step down the gradient of the loss."""
-        self.optimiser.zero_grad()
+        self.network.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
-        self.optimiser.step()
-        self.schedule.step()
+        for part in (*self.optimisers, *self.schedules):
+            part.step()
         if self.average is not None:
             self.average.update_parameters(self.network)
 
@@ -57,5 +67,7 @@ class Descent:
         return state["next"]
 
     def _parts(self) -> dict[str, Any]:
-        parts: dict[str, Any] = {"network": self.network, "optimiser": self.optimiser, "schedule": self.schedule}
+        parts: dict[str, Any] = {"network": self.network}
+        for i, (optimiser, schedule) in enumerate(zip(self.optimisers, self.schedules, strict=True)):
+            parts |= {f"optimiser-{i}": optimiser, f"schedule-{i}": schedule}
         return parts if self.average is None else parts | {"average": self.average}

@@ -147,16 +147,18 @@ def normalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 def train_transformer(
     transformer: WanTransformer3DModel, data: Sequence[LatentSet], embed: Callable[[list[str]], Tensor],
     encoder: nn.Module | None, steps: int, generator: torch.Generator, say: Callable[[str], None], state: Path,
-    interval: tuple[float, float] = (0.0, 1.0),
+    interval: tuple[float, float] = (0.0, 1.0), further: bool = False,
 ) -> None:  # fmt: skip
     """Trains by flow matching (Eq. 4) at times inside the interval; the network ends with the averaged weights.
 
     data: sets that the steps take in turn. embed: captions to [b, tokens, d]; one caption in ten is dropped. encoder:
-    the text encoder, if it is trained along. state: a file of the training so far, from which it goes on.
+    the text encoder, if it is trained along. state: a file of the training so far, from which it goes on. further:
+    whether the network has been trained before; the matrices of its blocks then descend by Muon.
     """
     trained = nn.ModuleList([transformer] if encoder is None else [transformer, encoder]).train()
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.999))
-    descent = Descent(trained, steps, lr=1e-3, average=average)
+    matrices = [weight for weight in transformer.blocks.parameters() if weight.ndim == 2] if further else []
+    descent = Descent(trained, steps, lr=1e-3, average=average, matrices=matrices)
     low, high = (unshift_time(t, SHIFT) for t in interval)
     started = time.monotonic()
     for step in range(descent.load(state, generator), steps):
@@ -233,6 +235,11 @@ def teach(
         embed, trained = partial(encode_captions, tokenizer, encoder), encoder
     state = unfinished / "transformer.pt"
     train_transformer(transformer, turns, embed, trained, budget.transformer_steps, rng, say, state)
+    if budget.further_steps:
+        rng.manual_seed(seed + 2)
+        pictures, _, clips = encode_digits(world, vae, training, replace(budget, num_clips=2 * budget.num_clips), rng)
+        turns, state = [pictures, clips, clips], unfinished / "transformer-further.pt"
+        train_transformer(transformer, turns, embed, trained, budget.further_steps, rng, say, state, further=True)
     pipeline = WanPipeline(
         tokenizer=tokenizer,  # type: ignore[arg-type] any tokenizer, any scheduler with flow sigmas
         text_encoder=encoder, vae=vae, scheduler=build_scheduler(),  # type: ignore[arg-type]

@@ -51,6 +51,7 @@ def teach_moe(
             say,
             state,
             interval,
+            further=world.split,
         )
     pipeline = WanPipeline(
         tokenizer=first.tokenizer, text_encoder=first.text_encoder, vae=first.vae,

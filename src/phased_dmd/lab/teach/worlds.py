@@ -25,7 +25,8 @@ class TrainingBudget:
     encoder_steps: int = 600  # of a text encoder that learns a grammar first
     num_images: int = 32_000
     num_clips: int = 16_000
-    transformer_steps: int = 10_500
+    transformer_steps: int = 10_500  # two of three on pictures
+    further_steps: int = 0  # of a second descent, on other digits and twice the clips, which take two of three
     switch_steps: tuple[int, int] = (3000, 7500)  # of the two networks of a variant, noisiest first
     first_frame_steps: int = 6000
     classifier_steps: int = 1500
