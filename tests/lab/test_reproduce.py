@@ -66,6 +66,7 @@ from phased_dmd.lab.reproduce.run import (
     claim_of,
     decide,
     full_recipes,
+    parts_of,
     runs_of,
     study_page,
     weigh,
@@ -280,6 +281,9 @@ def test_a_claim_is_run_on_one_recipe_and_keeps_what_has_all_its_rows(claim: Cla
     assert not claim_of("memory", budgets, None, tmp_path, tmp_path).trials
     with pytest.raises(UserError, match="--recipe: fig8 is run on toy-2d, nano-t2i, scenes-t2i"):
         claim_of("fig8", budgets, "nano-moe", tmp_path, tmp_path)
+    parts = parts_of("fig8", claim_of("fig8", budgets, "nano-t2i", tmp_path, tmp_path))
+    assert parts == [" --recipe toy-2d", " --recipe nano-t2i"], "the page names the commands that made it"
+    assert parts_of("fig8", CLAIMS["fig8"]) == parts_of("memory", claim_of("memory", budgets, None, tmp_path, tmp_path))
     assert [*chosen("all", "full", "scenes-moe")] == ["table3"] and "fig9" not in chosen("all", "full", "scenes-t2i")
 
 

@@ -52,7 +52,8 @@ def reproduce(
     options = "".join(f" {flag} {value}" for flag, value in flags.items() if value is not None)
     paths = []
     for n in names:
-        about = {"command": f"phased-dmd reproduce {n}{options}", "date": f"{datetime.date.today()}", "budget": budget}
+        command = "; ".join(f"phased-dmd reproduce {n}{options}{part}" for part in parts_of(n, claims[n]))
+        about = {"command": command, "date": f"{datetime.date.today()}", "budget": budget}
         if n == "memory":
             paths.append(memory(results, about))
         elif n == "fig2":
@@ -117,6 +118,12 @@ def claim_of(name: str, budgets: Mapping[str, Budget], recipe: str | None, runs:
     planned = {r: list(plan_runs(r, t.variants, budgets[r], runs).values()) for r, t in claim.trials.items()}
     kept = {r: t for r, t in claim.trials.items() if r == recipe or not still_to_run(planned[r], standing)}
     return replace(claim, trials=kept)
+
+
+def parts_of(name: str, claim: Claim) -> list[str]:
+    """Returns what the command of a claim ends in: a recipe for each trial where there are not all, else nothing."""
+    whole = {**CLAIMS, **TABLES}.get(name, NO_CLAIM).trials
+    return [""] if claim.trials.keys() == whole.keys() else [f" --recipe {recipe}" for recipe in claim.trials]
 
 
 def runs_of(name: str, claim: Claim, budgets: Mapping[str, Budget], runs: Path) -> list[PlannedRun]:
