@@ -30,7 +30,8 @@ from phased_dmd.lab.metrics.scenes import CELLS, COLOURS, HEIGHT, PANS, WIDTH, D
 from phased_dmd.lab.teach.descent import Descent
 from phased_dmd.lab.teach.language import build_tokenizer
 from phased_dmd.lab.teach.mnist import Digits, load_digits
-from phased_dmd.lab.teach.nano import teach
+from phased_dmd.lab.teach.nano import build_vae, normalise, teach
+from phased_dmd.lab.teach.narrow import narrow_vae
 from phased_dmd.lab.teach.reader import accuracies, teach_scenes_reader
 from phased_dmd.lab.teach.scene_batches import clip_batch, draw_captions, draw_scene, leave_out, picture_batch, render
 from phased_dmd.lab.teach.variants import teach_moe
@@ -336,6 +337,33 @@ def test_a_run_on_scenes_is_evaluated_by_their_measures(tmp_path: Path, monkeypa
         for row in found["sets"][name]["rows"].values():
             assert expected.keys() | {"frechet_features", "frechet_real", "optical_flow"} <= row.keys()
             assert all(math.isfinite(measured["value"]) for measured in row.values())
+
+
+@torch.no_grad()
+def test_a_narrowed_vae_is_the_vae_but_for_what_its_channels_leave_out(held_out: Digits) -> None:
+    """With all channels it decodes what the VAE decodes; with few, what is nearest to it that so many can hold."""
+    torch.manual_seed(0)
+    vae = build_vae(COLOURED).eval()
+    for parameter in vae.post_quant_conv.parameters():
+        parameter.normal_()  # a matrix that changes much, and a bias: borders are padded with zeros after it
+    clips = [draw(held_out, 6, rng())[0] for draw in (picture_batch, clip_batch)]
+    read = [vae.post_quant_conv(vae.encode(x, return_dict=False)[0].mode()) for x in clips]
+    matrix = torch.cat([each.transpose(0, 1).flatten(1) for each in read], 1)
+    for channels in (16, 4):
+        narrow = narrow_vae(vae, clips, channels)
+        latents = [narrow.encode(x, return_dict=False)[0] for x in clips]
+        assert all((each.std < 1e-6).all() for each in latents)
+        kept = torch.cat([each.mode().transpose(0, 1).flatten(1) for each in latents], 1)
+        left_out = matrix.square().sum() - kept.square().sum()
+        assert left_out / matrix.square().sum() == pytest.approx(
+            float(torch.linalg.svdvals(matrix)[channels:].square().sum() / matrix.square().sum()), abs=1e-5
+        )
+        normal = torch.cat([normalise(narrow, each.mode()).transpose(0, 1).flatten(1) for each in latents], 1)
+        assert normal.mean(1).abs().max() < 1e-4 and normal.var(1).mean() == pytest.approx(1, rel=1e-3)
+        if channels == 16:
+            for x, each in zip(clips, latents, strict=True):
+                whole = vae.decode(vae.encode(x, return_dict=False)[0].mode(), return_dict=False)[0]
+                torch.testing.assert_close(narrow.decode(each.mode(), return_dict=False)[0], whole, atol=1e-4, rtol=0)
 
 
 class StoppedError(Exception):

@@ -33,20 +33,22 @@ from phased_dmd.lab.teach.language import (
     train_encoder,
 )
 from phased_dmd.lab.teach.mnist import Digits, clip_batch, image_batch, load_digits
-from phased_dmd.lab.teach.worlds import WIDE, TrainingBudget, World
+from phased_dmd.lab.teach.narrow import narrow_vae
+from phased_dmd.lab.teach.worlds import VAE_CHANNELS, WIDE, TrainingBudget, World
 from phased_dmd.maths.phases import shift_time, unshift_time
 
 SHIFT = 3.0  # of the training times
 
 
 def build_vae(world: World) -> AutoencoderKLWan:
-    return AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1, **world.vae)
+    return AutoencoderKLWan(base_dim=8, z_dim=VAE_CHANNELS, num_res_blocks=1, **world.vae)
 
 
-def build_transformer(world: World, in_channels: int = 16) -> WanTransformer3DModel:
+def build_transformer(world: World, further_channels: int = 0) -> WanTransformer3DModel:
+    """Builds a transformer; further_channels: of its input, beside those of the latents."""
     return WanTransformer3DModel(
-        in_channels=in_channels, out_channels=16, text_dim=world.text["d_model"], freq_dim=128,
-        cross_attn_norm=True, rope_max_seq_len=32, **world.transformer,
+        in_channels=world.channels + further_channels, out_channels=world.channels, text_dim=world.text["d_model"],
+        freq_dim=128, cross_attn_norm=True, rope_max_seq_len=32, **world.transformer,
     )  # fmt: skip
 
 
@@ -226,7 +228,10 @@ def teach(
     vae = train_vae(world, training, budget.vae_steps, rng, say, unfinished / "vae.pt")
     torch.manual_seed(seed + 1)  # a stage of its own: the VAE of another run may be put in
     rng.manual_seed(seed + 1)
-    turns = encode_digits(world, vae, training, budget, rng, measure=True)
+    if narrow := world.channels < VAE_CHANNELS:
+        examples = [draw(training, count, rng)[0] for draw, count in ((world.pictures, 512), (world.clips, 64))]
+        vae = narrow_vae(vae, examples, world.channels)
+    turns = encode_digits(world, vae, training, budget, rng, measure=not narrow)
     tokenizer, transformer, encoder = build_tokenizer(world), build_transformer(world), build_text_encoder(world)
     if world.grammar:
         train_encoder(world, tokenizer, encoder, budget.encoder_steps, rng, say, unfinished / "text_encoder.pt")
@@ -236,10 +241,11 @@ def teach(
     state = unfinished / "transformer.pt"
     train_transformer(transformer, turns, embed, trained, budget.transformer_steps, rng, say, state)
     if budget.further_steps:
-        rng.manual_seed(seed + 2)
-        pictures, _, clips = encode_digits(world, vae, training, replace(budget, num_clips=2 * budget.num_clips), rng)
-        turns, state = [pictures, clips, clips], unfinished / "transformer-further.pt"
-        train_transformer(transformer, turns, embed, trained, budget.further_steps, rng, say, state, further=True)
+        pictures, _, clips = turns
+        state = unfinished / "transformer-further.pt"
+        train_transformer(
+            transformer, [pictures, clips, clips], embed, trained, budget.further_steps, rng, say, state, further=True
+        )  # fmt: skip
     pipeline = WanPipeline(
         tokenizer=tokenizer,  # type: ignore[arg-type] any tokenizer, any scheduler with flow sigmas
         text_encoder=encoder, vae=vae, scheduler=build_scheduler(),  # type: ignore[arg-type]

@@ -71,7 +71,7 @@ def teach_i2v(output: Path, data: Path, seed: int, budget: TrainingBudget, say: 
     torch.manual_seed(seed + 3)
     rng, unfinished = torch.Generator().manual_seed(seed + 3), output / "unfinished"
     nano, (training, held_out) = WanPipeline.from_pretrained(NANO, dtype=torch.float32), load_digits(data)
-    transformer = build_transformer(DIGITS, in_channels=36)
+    transformer = build_transformer(DIGITS, further_channels=20)  # of the first frame
     pipeline = WanImageToVideoPipeline(
         tokenizer=nano.tokenizer, text_encoder=nano.text_encoder, vae=nano.vae,
         scheduler=build_scheduler(),  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from phased_dmd.lab.teach import mnist, scene_batches
 from phased_dmd.lab.teach.mnist import Digits
 from phased_dmd.models.wan import NANO, SCENES
 
+VAE_CHANNELS = 16  # of the latents, as Wan2.1's
 WIDE = 1.5  # pixels, the jitter that nano's VAE and the classifier learn from
 Batch = Callable[[Digits, int, torch.Generator], tuple[Tensor, list[str], object]]
 
@@ -26,7 +27,7 @@ class TrainingBudget:
     num_images: int = 32_000
     num_clips: int = 16_000
     transformer_steps: int = 10_500  # two of three on pictures
-    further_steps: int = 0  # of a second descent, on other digits and twice the clips, which take two of three
+    further_steps: int = 0  # of a second descent, two of three on clips
     switch_steps: tuple[int, int] = (3000, 7500)  # of the two networks of a variant, noisiest first
     first_frame_steps: int = 6000
     classifier_steps: int = 1500
@@ -51,6 +52,7 @@ class World:
 
     home: the package's folder of the teacher, whose VAE and text encoder its variants share. pictures, clips: draw a
     batch of digits: (pixels [b, 3, f, h, w], captions, what they show). vae_pictures: those the VAE learns from.
+    channels: of the latents, fewer than the VAE is taught with where it leaves others nearly empty (`narrow.py`).
     captions: lists every caption, or enough of them to hold every word. max_tokens: of a prompt, its end included.
     vae, text, transformer: their sizes. chroma: the weight, in the VAE's loss, of what the channels of a pixel differ
     in. grammar: what the text encoder learns before the transformer; without one it learns along with it. split:
@@ -67,6 +69,7 @@ class World:
     chroma: float
     text: Mapping[str, Any]
     transformer: Mapping[str, Any]
+    channels: int = VAE_CHANNELS
     grammar: Grammar | None = None
     split: bool = False
     budget: TrainingBudget = TrainingBudget()
