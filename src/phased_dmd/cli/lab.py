@@ -209,7 +209,7 @@ def teach(
 ) -> None:  # fmt: skip
     """Train the networks that the package ships, from scratch.
 
-    Takes 40 minutes on one core, of the scenes 100, of clips seconds. A teacher goes on where it was stopped.
+    Takes 40 minutes on one core, of the scenes 150, of clips seconds. A teacher goes on where it was stopped.
     """
     if not data.is_file():
         raise UserError(f"--data: {data} is not a file")

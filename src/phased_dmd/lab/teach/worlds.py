@@ -98,6 +98,8 @@ COLOURED = World(
     text={"d_model": 96, "d_kv": 24, "d_ff": 256, "num_layers": 3},
     transformer={"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "num_layers": 5,
                  "patch_size": (1, 2, 2)},
-    grammar=Grammar(scene_batches.draw_captions, scene_batches.ANSWERS), split=True,
-    budget=TrainingBudget(num_images=24_000, num_clips=12_000, transformer_steps=10_000, switch_steps=(1500, 1500)),
+    channels=4, grammar=Grammar(scene_batches.draw_captions, scene_batches.ANSWERS), split=True,
+    budget=TrainingBudget(
+        num_images=24_000, num_clips=24_000, transformer_steps=8000, further_steps=9000, switch_steps=(1500, 1500)
+    ),
 )  # fmt: skip
