@@ -607,7 +607,8 @@ def test_a_committed_claim_is_what_its_rows_say(name: str) -> None:
     verdicts = judge_each(again, [r for r, v in body["verdicts"].items() if v])
     assert verdicts == body["verdicts"] and in_a_line(verdicts) == body["verdict"]
     assert decisive(again) == body["decides"]
-    page = claim_page(name, CLAIMS[name], studies, again, verdicts, body)
+    told = {recipe: CLAIMS[name].trials[recipe] for recipe in body["recipes"]}
+    page = claim_page(name, replace(CLAIMS[name], trials=told), studies, again, verdicts, body)
     assert text == "\n\n".join(page) + "\n"
 
 
