@@ -159,14 +159,14 @@ def test_a_base_of_an_unknown_licence_and_one_of_the_package_have_no_line() -> N
 
 @pytest.mark.filterwarnings("ignore:teacher.path")  # the base is not here
 @pytest.mark.parametrize(
-    "command", [("distill", "z-image", "--dry-run"), ("plan", "z-image", "--gpus", "1", "--memory-gb", "80")]
+    "command", [("distill", "lumina-2", "--dry-run"), ("plan", "lumina-2", "--gpus", "1", "--memory-gb", "24")]
 )
 def test_the_command_says_the_licence_first(
     command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*command, monkeypatch=monkeypatch) == 0
     said = capsys.readouterr()
-    assert said.err.splitlines()[0] == licence(resolve("z-image")) and "licence" not in said.out
+    assert said.err.splitlines()[0] == licence(resolve("lumina-2")) and "licence" not in said.out
 
 
 @systems

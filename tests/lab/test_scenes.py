@@ -56,6 +56,14 @@ def held_out() -> Digits:
     return load_digits(DATA)[1]
 
 
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of scenes of a step or two a stage."""
+    folder = tmp_path_factory.mktemp("taught") / "scenes"
+    teach(COLOURED, folder, DATA, 0, TINY, lambda _: None)
+    return folder
+
+
 def drawn(clip: bool, count: int) -> list[Scene]:
     generator = rng()
     labels = torch.randint(10, (count, 3), generator=generator).tolist()
@@ -286,14 +294,13 @@ def test_every_word_is_told_what_the_digit_is_like_that_it_belongs_to() -> None:
         assert [row[:-1] for row in found] == (expected + [[-1] * 6] * 32)[:32], text
 
 
-def test_the_teachers_of_scenes_can_be_taught_again(tmp_path: Path) -> None:
+def test_the_teachers_of_scenes_can_be_taught_again(taught: Path, tmp_path: Path) -> None:
     """Every stage for a step or two, and stock pipelines that load and sample; the second's networks begin as the
     first's own, and each has moved.
     """
-    home = tmp_path / "scenes"
-    teach(COLOURED, home, DATA, 0, TINY, lambda _: None)
-    teach_moe(replace(COLOURED, home=home), tmp_path / "scenes-moe", DATA, 0, TINY, lambda _: None)
-    for folder in (home, tmp_path / "scenes-moe"):
+    moe = tmp_path / "scenes-moe"
+    teach_moe(replace(COLOURED, home=taught), moe, DATA, 0, TINY, lambda _: None)
+    for folder in (taught, moe):
         pipeline = WanPipeline.from_pretrained(folder, dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         clip = pipeline(
@@ -302,10 +309,8 @@ def test_the_teachers_of_scenes_can_be_taught_again(tmp_path: Path) -> None:
         ).frames  # fmt: skip
         assert clip.shape == (1, 9, 3, HEIGHT, WIDTH) and clip.isfinite().all()
         assert not (folder / "unfinished").exists()
-    first, second = (
-        load_file(home.with_name("scenes-moe") / part / WEIGHTS) for part in ("transformer", "transformer_2")
-    )
-    for name, tensor in load_file(home / "transformer" / WEIGHTS).items():
+    first, second = (load_file(moe / part / WEIGHTS) for part in ("transformer", "transformer_2"))
+    for name, tensor in load_file(taught / "transformer" / WEIGHTS).items():
         moved = [(network[name].float() - tensor.float()).abs().max() for network in (first, second)]
         assert max(moved) < 0.01, f"{name}: two steps from the teacher's"
     assert any((first[name] != second[name]).any() for name in first)
@@ -319,15 +324,16 @@ def test_an_embedded_teacher_that_is_not_there_names_the_command_that_makes_it(
         distill(resolve("scenes-t2i"), tmp_path / "run", quiet=True)
 
 
-def test_a_run_on_scenes_is_evaluated_by_their_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_scenes_is_evaluated_by_their_measures(
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A teacher and a reader of a few steps in the place of those that ship: all measures are there."""
     for name in ("HELD_OUT_PICTURES", "HELD_OUT_CLIPS"):
         monkeypatch.setattr(f"phased_dmd.lab.teach.reader.{name}", 12)
     said: list[str] = []
     teach_scenes_reader(tmp_path, DATA, 0, replace(TINY, reader_steps=(2, 2)), said.append)
     assert "cell 1.0000" in said[0] and "pan 1.0000" in said[1]
-    teach(COLOURED, tmp_path / "scenes", DATA, 0, TINY, lambda _: None)
-    monkeypatch.setattr("phased_dmd.models.source.ASSETS", tmp_path)
+    monkeypatch.setattr("phased_dmd.models.source.ASSETS", taught.parent)
     monkeypatch.setattr("phased_dmd.lab.metrics.scene_reader.WEIGHTS", tmp_path / "scenes.safetensors")
     small = {"iterations": 1, "batch_size": 2, "plan.phases": 2, "teacher.base_steps": 3, "generator.lora.rank": 2}
     run = distill(resolve("scenes-t2v", small | {"fake.updates": 1}), tmp_path / "run", quiet=True)
@@ -370,14 +376,23 @@ class StoppedError(Exception):
     pass
 
 
+FOUR_STEPS = replace(TINY, vae_steps=4, transformer_steps=4, further_steps=4)
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "nano"
+    teach(DIGITS, folder, DATA, 0, FOUR_STEPS, lambda _: None)
+    return folder
+
+
 @pytest.mark.parametrize("stopped_in", [4, 8, 12])
 def test_teaching_goes_on_where_it_was_stopped(
-    stopped_in: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped_in: int, never_stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saved after every second step and stopped in the fourth of a stage, it ends with equal bytes."""
     monkeypatch.setattr("phased_dmd.lab.teach.descent.SAVED_EVERY", 2)
-    budget, step = replace(TINY, vae_steps=4, transformer_steps=4, further_steps=4), Descent.step
-    teach(DIGITS, tmp_path / "whole", DATA, 0, budget, lambda _: None)
+    step = Descent.step
     steps = itertools.count(1)
 
     def stopped(descent: Descent, loss: Tensor) -> None:
@@ -387,8 +402,8 @@ def test_teaching_goes_on_where_it_was_stopped(
 
     monkeypatch.setattr(Descent, "step", stopped)
     with pytest.raises(StoppedError):
-        teach(DIGITS, tmp_path / "parts", DATA, 0, budget, lambda _: None)
-    teach(DIGITS, tmp_path / "parts", DATA, 0, budget, lambda _: None)
+        teach(DIGITS, tmp_path / "parts", DATA, 0, FOUR_STEPS, lambda _: None)
+    teach(DIGITS, tmp_path / "parts", DATA, 0, FOUR_STEPS, lambda _: None)
     assert next(steps) == 4 + 4 + 4 + 3, "two steps of the one that was stopped are made again"
-    for whole in (tmp_path / "whole").rglob("*.safetensors"):
-        assert whole.read_bytes() == (tmp_path / "parts" / whole.relative_to(tmp_path / "whole")).read_bytes(), whole
+    for whole in never_stopped.rglob("*.safetensors"):
+        assert whole.read_bytes() == (tmp_path / "parts" / whole.relative_to(never_stopped)).read_bytes(), whole
