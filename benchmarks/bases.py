@@ -6,6 +6,7 @@ nothing is reported of.
 """
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def main() -> None:
             picture = None if seed > arguments.first else arguments.output / f"bases-{recipe}.png"
             rows += measure_base(config, seed, arguments.samples, arguments.cache, picture)
     write_rows(arguments.output / "bases.jsonl", rows)
-    (arguments.output / "bases.md").write_text(page(rows, "python benchmarks/bases.py"), "utf-8")
+    (arguments.output / "bases.md").write_text(page(rows, "python " + " ".join(["benchmarks/bases.py", *sys.argv[1:]])), "utf-8")
     for kind in TRUTH:
         for recipe in arguments.recipes:
             print(table(rows, recipe, kind))

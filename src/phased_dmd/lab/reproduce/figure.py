@@ -30,7 +30,7 @@ def draw_figure(
     runs: by recipe, and by label and seed; those that rows of results stand for have no samples.
     """
     shown = {recipe: _sample_folders(claim.trials[recipe], study, runs[recipe]) for recipe, study in studies.items()}
-    heights = [h for r, study in studies.items() for h in _heights(claim.trials[r], study, claim.curves, len(shown[r]))]
+    heights = [h for r, study in studies.items() for h in _heights(claim.trials[r], study, claim.curves, shown[r])]
     figure = Figure((WIDTH, sum(heights)), dpi=DPI)
     figure.set_layout_engine("constrained", w_pad=0.1)
     blocks = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -43,12 +43,15 @@ def draw_figure(
     figure.savefig(path)
 
 
-def _heights(trial: Trial, study: Study, curves: bool, rows: int) -> tuple[float, float]:
-    """Returns the heights of the measures and of so many rows of samples, in inches."""
+def _heights(trial: Trial, study: Study, curves: bool, shown: Mapping[str, Path]) -> tuple[float, float]:
+    """Returns the heights of the measures and of the samples in the folders of `_sample_folders`, in inches."""
     upper = 2.8 if curves else 0.9 + 0.27 * len(trial.variants)
-    if _shown_set(trial, study) == "mixture":
-        return upper, max(0.1, 2.2 * -(-rows // ACROSS))  # rows of scatter plots, rounded up
-    return upper, max(0.1, 0.76 * rows + 0.2 * (rows > 0))
+    if not shown:
+        return upper, 0.1
+    if _shown_set(trial, study) == "mixture":  # scatter plots, or the frames of a clip, some in a row
+        height, width, _ = _picture_row(next(iter(shown.values()))).shape
+        return upper, (0.3 + 1.9 * height / width) * -(-len(shown) // ACROSS)
+    return upper, 0.76 * len(shown) + 0.2
 
 
 def _panels(block: Any, trial: Trial, study: Study, **options: Any) -> list[tuple[Any, Mapping[str, Any], str]]:
