@@ -134,7 +134,8 @@ def main() -> None:
             picture = None if seed > arguments.first else arguments.output / f"bases-{recipe}.png"
             rows += measure_base(config, seed, arguments.samples, arguments.cache, picture)
     write_rows(arguments.output / "bases.jsonl", rows)
-    (arguments.output / "bases.md").write_text(page(rows, "python " + " ".join(["benchmarks/bases.py", *sys.argv[1:]])), "utf-8")
+    command = " ".join(["python", "benchmarks/bases.py", *sys.argv[1:]])
+    (arguments.output / "bases.md").write_text(page(rows, command), "utf-8")
     for kind in TRUTH:
         for recipe in arguments.recipes:
             print(table(rows, recipe, kind))

@@ -56,7 +56,8 @@ class Claim:
     source, says: where it is said and what, in the paper, or in this project's own notes where the paper has none.
     evidence: what is given for it there. trials: by recipe. how: what is done here, where the tables do not say it.
     paper: the paper's own figures by label; under "" are the titles of their columns. curves: whether the figure shows
-    the measures over the updates, a curve a method.
+    the measures over the updates, a curve a method. why_not: by recipe where it does not hold, what an experiment
+    beside it decided to be the reason: the world, the budget, the capacity or the claim.
     """
 
     source: str
@@ -66,6 +67,7 @@ class Claim:
     how: str = ""
     paper: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     curves: bool = False
+    why_not: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

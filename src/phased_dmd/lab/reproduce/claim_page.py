@@ -45,7 +45,10 @@ def claim_page(
 ) -> list[str]:  # fmt: skip
     """Returns the parts of results/NAME.md. verdicts: by recipe."""
     parts = [f"# {name}", f"{claim.source}: {claim.says}", f"The evidence there: {claim.evidence}"]
-    parts += [verdict_part(verdicts, comparisons, about), comparison_table(comparisons), HOW_COMPARED + HOW_EVALUATED]
+    parts.append(verdict_part(verdicts, comparisons, about))
+    unmet = (recipe for recipe, verdict in verdicts.items() if verdict not in (None, "holds"))
+    parts += [f"**Why not on {recipe}.** {claim.why_not[recipe]}" for recipe in unmet if recipe in claim.why_not]
+    parts += [comparison_table(comparisons), HOW_COMPARED + HOW_EVALUATED]
     parts += [f"![{name}]({name}.png)", IN_THE_FIGURE]
     if claim.how:
         parts.append(claim.how)
