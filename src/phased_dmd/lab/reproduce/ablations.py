@@ -50,7 +50,8 @@ ABLATIONS = {
             "toy-2d": "The bias does its harm before the last phase, which undoes it: with exact fakes and experts "
             "that can make any state the first phase ends .61 as wide as it should; of what the last phase begins "
             "from, the teacher's own flow makes samples with a KL of .069 instead of .004, and the last expert with "
-            f"the .005 of the unbiased target. So it is this world, whose last expert can mend all, and not the budget: {MENDED}.",
+            "the .005 of the unbiased target. So it is this world, whose last expert can mend all, and not the budget: "
+            f"{MENDED}.",
         },
     ),
     "eq13": Claim(
