@@ -2,7 +2,7 @@
 
 `python benchmarks/capacity.py` distils exact-clips by DMD+SGTS with a student of six blocks, which has 1.1 times the
 parameters of Phased+SGTS's two experts of two blocks each, and compares it with the rows of docs/results/table3.jsonl.
-The blocks are no setting of a run, so that this script's runs cannot be resumed or evaluated by `phased-dmd`.
+The blocks are no setting of a run, so that `phased-dmd` cannot go on with the runs or evaluate them; this script can.
 """
 
 import argparse
@@ -36,8 +36,8 @@ def main() -> None:
     arguments = parser.parse_args()
     analytic.ClipTransformer = partial(ClipTransformer, layers=BLOCKS)  # type: ignore[misc] of this process alone
     variants, budget = {LARGE: DMD_SGTS}, FULL[RECIPE]
-    runs = {key: run for key, run in plan_runs(RECIPE, variants, budget, arguments.runs).items()}
-    runs = {(label, seed): run for (label, seed), run in runs.items() if seed in arguments.seeds}
+    planned = plan_runs(RECIPE, variants, budget, arguments.runs)
+    runs = {(label, seed): run for (label, seed), run in planned.items() if seed in arguments.seeds}
     with Workers(1, print) as worker:
         worker.distill([*runs.values()])
         worker.evaluate([*runs.values()])

@@ -7,7 +7,7 @@ FAKE_LORA = {  # as much room, and as large steps, as the generator's own adapte
 }  # fmt: skip
 DISJOINT = {"ablation.renoise": "disjoint"}
 BIASED = {"ablation.target": "biased"}
-MENDED = '[the log](../LOG.md), "Why do a biased target and disjoint intervals do no harm on toy-2d?"'
+IN_THE_LOG = '[the log](../LOG.md), "Why do a biased target and disjoint intervals do no harm on toy-2d?"'
 
 ABLATIONS = {
     "fig8": Claim(
@@ -18,7 +18,7 @@ ABLATIONS = {
         why_not={
             "toy-2d": "With exact fakes and experts that can make any state disjoint intervals do no harm in any phase "
             "(KL of .003, nested .005): the mixture's modes are seen at every noise level. So it is this world, and "
-            f"not the budget: {MENDED}.",
+            f"not the budget: {IN_THE_LOG}.",
         },
     ),
     "tdm": Claim(
@@ -28,7 +28,7 @@ ABLATIONS = {
         trials=trials({"Phased DMD": PHASED, "disjoint and biased": Variant("phased", DISJOINT | BIASED)}, EVERYWHERE),
         why_not={
             "toy-2d": "With exact fakes and experts that can make any state both together leave a KL of .012 instead "
-            f"of .005: a harm, and less than seeds of the networks lie apart. So it is this world: {MENDED}.",
+            f"of .005: a harm, and less than seeds of the networks lie apart. So it is this world: {IN_THE_LOG}.",
         },
     ),
     "fig9": Claim(
@@ -55,7 +55,7 @@ ABLATIONS = {
             "that can make any state the first phase ends .61 as wide as it should; of what the last phase begins "
             "from, the teacher's own flow makes samples with a KL of .069 instead of .004, and the last expert with "
             "the .005 of the unbiased target. So it is this world, whose last expert can mend all, and not the budget: "
-            f"{MENDED}.",
+            f"{IN_THE_LOG}.",
         },
     ),
     "eq13": Claim(
